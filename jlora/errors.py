@@ -1,0 +1,79 @@
+"""What jlora says when something is wrong, and the exit code it leaves with.
+
+Every message has a place (file, line, key, leaf), a cause and a remedy. Commands print it as one
+block and exit; a traceback appears only with ``--debug``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class JloraError(Exception):
+    """An error that a user can act on.
+
+    Args:
+      cause: what is wrong, in one sentence.
+      where: the place: a file with its line, a config key, a tensor or leaf name.
+      fix: what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, cause: str, *, where: str | None = None, fix: str | None = None):
+        self.cause, self.where, self.fix = cause, where, fix
+        super().__init__(self.__str__())
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.cause}" if self.where else self.cause
+        return f"{text}\n  fix: {self.fix}" if self.fix else text
+
+
+class ConfigError(JloraError):
+    """A setting is missing, unknown, of the wrong type, or contradicts another."""
+
+    exit_code = 2
+
+
+class DataError(JloraError):
+    """A row, a model folder, an adapter or a checkpoint is malformed or damaged."""
+
+    exit_code = 65
+
+
+class DivergedError(JloraError):
+    """The loss is no longer a number, or part of the adapter does not learn."""
+
+    exit_code = 70
+
+
+class OutputInUseError(JloraError):
+    """Another run writes to the same output folder, or it holds another run's files."""
+
+    exit_code = 73
+
+
+class StorageError(JloraError):
+    """The disk is full or a file cannot be read or written."""
+
+    exit_code = 74
+
+
+class StoppedError(JloraError):
+    """A signal ended the run after its state was saved; the exit code is 128 + the signal."""
+
+    def __init__(self, cause: str, *, signum: int, fix: str | None = None):
+        super().__init__(cause, fix=fix)
+        self.exit_code = 128 + signum
+
+
+def nearest(word: str, options: Iterable[str], n: int = 3) -> list[str]:
+    """The options most like ``word``, best first; empty when none is close."""
+    return difflib.get_close_matches(word, list(dict.fromkeys(options)), n=n, cutoff=0.5)
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str | None:
+    """A remedy naming the nearest options, or None when none is close."""
+    close = nearest(word, options)
+    return f"did you mean {' or '.join(repr(c) for c in close)}?" if close else None

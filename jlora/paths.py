@@ -1,0 +1,163 @@
+"""Names of leaves in nested dicts of arrays, and PEFT's rules for matching them.
+
+A parameter tree is nested mappings whose leaves are arrays (or pytrees that stand for one, such as
+``NF4Array``). Leaf keys are Flax's: a linear layer is ``kernel`` (in, out) with an optional
+``bias``, an embedding ``embedding`` (vocabulary, dim), a norm ``scale`` with an optional ``bias``.
+
+The layers of a scanned decoder are stacked: every leaf below a ``layers`` or ``h`` node has a
+leading axis of length L. Such a leaf stands for L modules::
+
+    path    ("model", "layers", "self_attn", "q_proj", "kernel")      value (L, in, out)
+    module  "model.layers.0.self_attn.q_proj" … "model.layers.{L-1}.self_attn.q_proj"
+
+Everything here works on names and shapes; no array is touched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+Path = tuple[str, ...]
+
+STACKED = ("layers", "h", "blocks")
+"""Keys whose children carry a leading layer axis, unless the children are numbered."""
+
+OUTPUT_HEADS = ("lm_head", "score", "classifier", "embed_out", "output")
+"""Last names of output projections, which ``all-linear`` and quantization leave alone."""
+
+
+class Leaf(NamedTuple):
+    """One leaf of a tree; ``layers`` is the length of its leading layer axis, if it is stacked."""
+
+    path: Path
+    value: Any
+    stack: Path | None  # the path of the stacked node it lies under
+    layers: int | None
+
+    @property
+    def kind(self) -> str:
+        """The leaf's own key: ``kernel``, ``bias``, ``embedding``, ``scale`` …"""
+        return self.path[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one layer's array, without the layer axis."""
+        return tuple(self.value.shape[1:] if self.stack else self.value.shape)
+
+    def module(self, layer: int | None = None) -> str:
+        """The module's dotted name, with ``layer`` as its number (``*`` when None) if stacked."""
+        return module_name(self.path[:-1], self.stack, layer)
+
+    def modules(self) -> list[str]:
+        """The names of all modules that the leaf stands for, in layer order."""
+        return [self.module(i) for i in range(self.layers)] if self.layers else [self.module()]
+
+
+def module_name(path: Path, stack: Path | None, layer: int | None) -> str:
+    """``("model", "layers", "q")`` stacked at ``("model", "layers")`` → ``model.layers.3.q``."""
+    if stack is None:
+        return ".".join(path)
+    number = "*" if layer is None else str(layer)
+    return ".".join((*stack, number, *path[len(stack) :]))
+
+
+def walk(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yields (path, leaf) of nested mappings in key order of insertion."""
+    if isinstance(tree, Mapping):
+        for key, child in tree.items():
+            yield from walk(child, (*path, str(key)))
+    else:
+        yield path, tree
+
+
+def map_leaves(f: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> Any:
+    """The same nesting as plain dicts, each leaf replaced by ``f(path, leaf)``."""
+    if isinstance(tree, Mapping):
+        return {key: map_leaves(f, child, (*path, str(key))) for key, child in tree.items()}
+    return f(path, tree)
+
+
+def get(tree: Mapping, path: Path) -> Any:
+    """The node at ``path``; KeyError when it is not there."""
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def nest(leaves: Mapping[Path, Any]) -> dict:
+    """Nested dicts from a flat mapping of paths: the inverse of ``dict(walk(tree))``."""
+    tree: dict = {}
+    for path, value in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+    return tree
+
+
+def stack_of(path: Path, stacks: Sequence[Path]) -> Path | None:
+    """The stacked node that ``path`` lies under, or None."""
+    return next((s for s in stacks if path[: len(s)] == s), None)
+
+
+def stacks(tree: Any) -> list[Path]:
+    """The stacked nodes of a tree (see the module's header), outermost only."""
+    found: list[Path] = []
+
+    def visit(node: Any, path: Path) -> None:
+        if not isinstance(node, Mapping):
+            return
+        if path and path[-1] in STACKED and not any(str(k).isdigit() for k in node):
+            shapes = [tuple(leaf.shape) for _, leaf in walk(node)]
+            if shapes and all(shapes) and len({s[0] for s in shapes}) == 1:
+                found.append(path)
+                return
+        for key, child in node.items():
+            visit(child, (*path, str(key)))
+
+    visit(tree, ())
+    return found
+
+
+def leaves(tree: Any) -> list[Leaf]:
+    """All leaves with their stacking."""
+    nodes = stacks(tree)
+    result = []
+    for path, value in walk(tree):
+        stack = stack_of(path, nodes)
+        result.append(Leaf(path, value, stack, value.shape[0] if stack else None))
+    return result
+
+
+# PEFT's matching rules (peft.tuners.tuners_utils.check_target_module_exists and
+# peft.utils.other.get_pattern_key, peft 0.21).
+
+
+def matches(name: str, pattern: str | Sequence[str]) -> bool:
+    """A string is a full regular expression; a sequence holds names or ``.name`` suffixes."""
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name == p or name.endswith(f".{p}") for p in pattern)
+
+
+def layer_number(name: str, layers_pattern: str | Sequence[str] | None = None) -> int | None:
+    """The first number in a module's name, or the one that follows ``layers_pattern``."""
+    if not layers_pattern:
+        expressions = [r".*?\.[^.]*\.(\d+)\."]
+    else:
+        patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+        expressions = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns]
+    for expression in expressions:
+        if match := re.match(expression, name):
+            return int(match.group(1))
+    return None
+
+
+def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern, in order, that ends ``name`` at a dot; else ``default``."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
