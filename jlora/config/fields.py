@@ -1,0 +1,255 @@
+"""What a table of settings is made of: field types with bounds, conversion, and faults.
+
+A table is a frozen dataclass that inherits ``Section``. Its annotations are its schema: each value
+is converted to the field's type when the table is built, lists become tuples and dicts become
+``FrozenMap``, so that every table is hashable and can be a static argument of ``jax.jit``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Union
+
+from jlora import errors
+
+
+class FrozenMap(Mapping):
+    """An immutable, hashable mapping with its keys in sorted order.
+
+    Sorted, because PEFT's pattern tables are order-sensitive and its adapter_config.json is
+    written with sorted keys: any other order would mean something else after a reload.
+    """
+
+    def __init__(self, items: Any = ()):
+        self._dict = dict(sorted(dict(items).items()))
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._dict[key]
+
+    def __iter__(self) -> Iterator:
+        return iter(self._dict)
+
+    def __len__(self) -> int:
+        return len(self._dict)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._dict.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """The closed (or open) interval of a number, attached to its type by ``Annotated``."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def allow(self, x: float) -> bool:
+        """Whether ``x`` lies within."""
+        above = x > self.low if self.open_low else x >= self.low
+        return above and (x < self.high if self.open_high else x <= self.high)
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.open_low else 'at least'} {self.low:g}"
+        high = f"{'below' if self.open_high else 'at most'} {self.high:g}"
+        return " and ".join(
+            text for text, end in ((low, self.low), (high, self.high)) if math.isfinite(end)
+        )
+
+
+Count = Annotated[int, Bounds(1)]
+Natural = Annotated[int, Bounds(0)]
+Positive = Annotated[float, Bounds(0, open_low=True)]
+NonNegative = Annotated[float, Bounds(0)]
+Fraction = Annotated[float, Bounds(0, 1, open_high=True)]
+
+InputPath = Annotated[str, "input path"]
+"""A file, a folder or a hub name; the loader finds relative ones (see ``load``)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong: the dotted keys it involves (first is named), cause and remedy."""
+
+    keys: tuple[str, ...]
+    cause: str
+    fix: str | None = None
+    where: str | None = None
+
+    def under(self, prefix: str) -> Fault:
+        """The same fault with its keys below a section."""
+        return dataclasses.replace(self, keys=tuple(f"{prefix}.{k}" for k in self.keys))
+
+    def error(self) -> errors.ConfigError:
+        """This fault as an exception."""
+        place = ": ".join(part for part in (self.where, self.keys[0] if self.keys else "") if part)
+        return errors.ConfigError(self.cause, where=place or None, fix=self.fix)
+
+
+class BadValueError(Exception):
+    """A value does not fit its field's type; ``cause`` says how, ``fix`` what to write."""
+
+    def __init__(self, cause: str, fix: str | None = None):
+        self.cause, self.fix = cause, fix
+        super().__init__(cause)
+
+
+def as_error(faults: Sequence[Fault]) -> errors.ConfigError:
+    """One exception for all faults of a table or a file."""
+    if len(faults) == 1:
+        return faults[0].error()
+    lines = [str(fault.error()) for fault in faults]
+    return errors.ConfigError("\n".join([f"{len(faults)} settings are wrong", *lines]))
+
+
+class Section:
+    """Base of every table: converts the values to their fields' types, then checks them together.
+
+    Raises ConfigError naming all faults.
+    """
+
+    ALIASES: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Field → spelling known elsewhere → the value it means here."""
+
+    def __post_init__(self) -> None:
+        faults = []
+        for name, hint in hints(type(self)).items():
+            try:
+                value = self.convert(name, getattr(self, name), hint)
+                object.__setattr__(self, name, value)
+            except BadValueError as bad:
+                faults.append(Fault((name,), bad.cause, bad.fix))
+        if faults := faults or list(self.check()):
+            owner = type(self).__name__
+            raise as_error([dataclasses.replace(f, where=owner) for f in faults])
+
+    @classmethod
+    def convert(cls, name: str, value: Any, hint: Any = None) -> Any:
+        """The value of field ``name`` in its field's type; raises BadValueError."""
+        aliases = cls.ALIASES.get(name, {})
+        if isinstance(value, str):
+            value = aliases.get(value, value)
+        return convert(value, hints(cls)[name] if hint is None else hint)
+
+    def check(self) -> Iterator[Fault]:
+        """Yields what is wrong between fields whose types are right."""
+        yield from ()
+
+
+@functools.cache
+def hints(table: type) -> dict[str, Any]:
+    """Field name → type, with the bounds, of a table."""
+    types_of = typing.get_type_hints(table, include_extras=True)
+    return {f.name: types_of[f.name] for f in dataclasses.fields(table)}
+
+
+def split_annotated(hint: Any) -> tuple[Any, tuple]:
+    """``Annotated[T, …]`` → (T, (…)); anything else → (itself, ())."""
+    if typing.get_origin(hint) is Annotated:
+        return hint.__origin__, hint.__metadata__
+    return hint, ()
+
+
+def alternatives(hint: Any) -> list[Any]:
+    """The members of a union, or the type itself, alone."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return list(typing.get_args(hint))
+    return [hint]
+
+
+def describe(hint: Any) -> str:
+    """A type in a user's words, such as ``an integer at least 1 or null``."""
+    options = alternatives(hint)
+    if len(options) > 1:
+        return " or ".join(dict.fromkeys(describe(option) for option in options))
+    base, extra = split_annotated(hint)
+    bounds = [f" {b}" for b in extra if isinstance(b, Bounds)]
+    origin, args = typing.get_origin(base), typing.get_args(base)
+    if origin is Literal:
+        return "one of " + ", ".join(show(a) for a in args) if len(args) > 1 else show(args[0])
+    if origin in (tuple, Sequence):
+        return f"a list, each {describe(args[0])}"
+    if origin is Mapping:
+        return f"a mapping from names, each to {describe(args[1])}"
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    name = "null" if base is type(None) else names.get(base, f"a {base.__name__} section")
+    return name + "".join(bounds)
+
+
+def show(value: Any) -> str:
+    """A value as YAML writes it, shortened."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """``value`` in the type ``hint``; raises BadValueError saying what was expected."""
+    options = alternatives(hint)
+    for option in options:
+        if fits(value, option):
+            return _convert_one(value, option)
+    if value is None:
+        raise BadValueError(f"null is not allowed: expected {describe(hint)}", "leave the key out")
+    raise BadValueError(f"expected {describe(hint)}, got {show(value)}", _remedy(value, options))
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the outer type ``hint``; elements and bounds are judged later."""
+    base, _ = split_annotated(hint)
+    origin = typing.get_origin(base)
+    if origin is Literal:
+        # 1 == True: compare types too.
+        return any(type(a) is type(value) and a == value for a in typing.get_args(base))
+    if origin in (tuple, Sequence):
+        return isinstance(value, Sequence | set | frozenset) and not isinstance(value, str | bytes)
+    if origin is Mapping:
+        return isinstance(value, Mapping)
+    if base in (int, float):
+        return isinstance(value, int | base) and not isinstance(value, bool)
+    return isinstance(value, base)
+
+
+def _convert_one(value: Any, hint: Any) -> Any:
+    base, extra = split_annotated(hint)
+    origin, args = typing.get_origin(base), typing.get_args(base)
+    if origin in (tuple, Sequence):
+        items = sorted(value) if isinstance(value, set | frozenset) else value
+        return tuple(convert(item, args[0]) for item in items)
+    if origin is Mapping:
+        bad = [key for key in value if not isinstance(key, str)]
+        if bad:
+            raise BadValueError(f"expected names as keys, got {show(bad[0])}", "put it in quotes")
+        return FrozenMap({key: convert(item, args[1]) for key, item in value.items()})
+    if base is float:
+        value = float(value)
+        if not math.isfinite(value):
+            raise BadValueError(f"expected a finite number, got {value}")
+    for bounds in extra:
+        if isinstance(bounds, Bounds) and not bounds.allow(value):
+            raise BadValueError(f"must be {bounds}, got {value:g}")
+    return value
+
+
+def _remedy(value: Any, options: Sequence[Any]) -> str | None:
+    bases = [split_annotated(option)[0] for option in options]
+    if isinstance(value, str):
+        words = [a for b in bases if typing.get_origin(b) is Literal for a in typing.get_args(b)]
+        if bool in bases and value.lower() in ("yes", "on", "y", "no", "off", "n"):
+            return f"write {show(value.lower() in ('yes', 'on', 'y'))}"
+        return errors.did_you_mean(value, [w for w in words if isinstance(w, str)])
+    if str in bases and isinstance(value, int | float) and not isinstance(value, bool):
+        return f'put it in quotes: "{value}"'
+    if isinstance(value, Mapping) and any(typing.get_origin(b) in (tuple, Sequence) for b in bases):
+        return "begin it with a dash: it is a list, even with one entry"
+    return None

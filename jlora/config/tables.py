@@ -1,0 +1,411 @@
+"""The one table of settings: frozen dataclasses with a docstring under each field.
+
+Names and meanings are those of PEFT's ``LoraConfig``, transformers' ``BitsAndBytesConfig`` and
+``TrainingArguments``; a setting that belongs to no table is an error. The annotation of a field is
+its schema, the docstring its help text, and ``check`` holds what must be true between fields.
+Nothing here imports jax.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from jlora.config.fields import (
+    Bounds,
+    Count,
+    Fault,
+    Fraction,
+    FrozenMap,
+    InputPath,
+    Natural,
+    NonNegative,
+    Positive,
+    Section,
+)
+
+DType = Literal["float32", "float16", "bfloat16"]
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES |= {f"torch.{name}": name for name in ("float32", "float16", "bfloat16")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """The base model."""
+
+    ALIASES: ClassVar = {"dtype": DTYPES}
+
+    name_or_path: InputPath
+    """A transformers folder, a hub name, or jlora://… for what the package ships."""
+    dtype: DType = "bfloat16"
+    """Type of the parameters in memory and of the computation."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    attention: str = "auto"
+    """Attention implementation; auto takes the best one of the platform."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig(Section):
+    """How frozen linear layers are packed (names of ``BitsAndBytesConfig``)."""
+
+    ALIASES: ClassVar = {"bnb_4bit_compute_dtype": DTYPES}
+
+    load_in_4bit: bool = True
+    """Must be true: without quantization, leave the section out."""
+    bnb_4bit_quant_type: Literal["nf4"] = "nf4"
+    """The 4-bit code."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantize the blocks' scales too: 4.13 bits a parameter instead of 4.5."""
+    bnb_4bit_compute_dtype: DType = "bfloat16"
+    """Type of the dequantized weights in a multiplication."""
+    block_size: Annotated[int, Bounds(32, 4096)] = 64
+    """Values that share one scale; a power of two."""
+    llm_int8_skip_modules: Sequence[str] = ()
+    """Names of modules to leave unquantized, besides the output head."""
+
+    def check(self) -> Iterator[Fault]:
+        """See Section."""
+        if not self.load_in_4bit:
+            yield Fault(("load_in_4bit",), "no other quantization", "leave the section out")
+        if self.block_size & (self.block_size - 1):
+            yield Fault(("block_size",), f"must be a power of two, got {self.block_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(Section):
+    """The adapter (names, defaults and matching rules of PEFT's ``LoraConfig``)."""
+
+    r: Count = 8
+    """Rank."""
+    lora_alpha: Annotated[int, Bounds(0, open_low=True)] | Positive = 8
+    """The delta is scaled by lora_alpha / r."""
+    lora_dropout: Fraction = 0.0
+    """Dropout on the adapter's input while training."""
+    target_modules: Sequence[str] | str | None = None
+    """Names or suffixes, one regular expression, or all-linear; null: the architecture's own."""
+    exclude_modules: Sequence[str] | str | None = None
+    """Names, suffixes or one regular expression to leave out of the targets."""
+    layers_to_transform: Natural | Sequence[Natural] | None = None
+    """Numbers of the layers to adapt; null: all."""
+    layers_pattern: Sequence[str] | str | None = None
+    """Name of the list of layers, where the first number in a path is not the layer's."""
+    rank_pattern: Mapping[str, Count] = FrozenMap()
+    """Regular expression of a module's name (its end) → its own rank."""
+    alpha_pattern: Mapping[str, Positive] = FrozenMap()
+    """Regular expression of a module's name (its end) → its own lora_alpha."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which of the base model's biases train along."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r)."""
+    modules_to_save: Sequence[str] | None = None
+    """Modules to train in full and save with the adapter."""
+    init_lora_weights: bool | Literal["gaussian"] = True
+    """true: A kaiming-uniform, B zero; gaussian: A normal / r, B zero; false: both random."""
+    fan_in_fan_out: bool = False
+    """Accepted for GPT-2 recipes; jlora sees itself how a weight is stored."""
+    task_type: Literal["CAUSAL_LM"] | None = "CAUSAL_LM"
+    """The task written to adapter_config.json."""
+    init_from: InputPath | None = None
+    """A PEFT adapter folder to start from."""
+    base_model_name_or_path: str | None = None
+    """The base model's name, as written to adapter_config.json."""
+    revision: str | None = None
+    """The base model's revision, as written to adapter_config.json."""
+
+    def check(self) -> Iterator[Fault]:
+        """See Section."""
+        for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            patterns = [value] if isinstance(value, str) else value or ()
+            if isinstance(value, str | Mapping):
+                yield from (f for p in patterns for f in _regex_faults(name, p))
+            if any(not pattern for pattern in patterns):
+                yield Fault((name,), "an empty name matches nothing")
+        if self.target_modules == ():
+            yield Fault(
+                ("target_modules",), "the list is empty: nothing would train", "try all-linear"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            yield Fault(
+                ("layers_pattern", "layers_to_transform"),
+                "means nothing without layers_to_transform",
+            )
+
+
+def _regex_faults(key: str, pattern: str) -> Iterator[Fault]:
+    try:
+        re.compile(pattern)
+    except re.error as bad:
+        yield Fault((key,), f"{pattern!r} is not a regular expression: {bad}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(Section):
+    """One source of rows."""
+
+    path: InputPath
+    """A jsonl, json, csv or parquet file (txt for text), a folder, a glob, or a hub name."""
+    format: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+    """How a row is read."""
+    weight: Positive = 1.0
+    """How many times an epoch takes its rows; a fraction takes part of them."""
+    split: str | None = None
+    """Split of a hub data set."""
+    name: str | None = None
+    """Configuration name of a hub data set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """Rows, and how they become batches."""
+
+    train: tuple[SourceConfig, ...]
+    """Sources to train on."""
+    eval: tuple[SourceConfig, ...] = ()
+    """Held-out sources."""
+    max_length: Annotated[int, Bounds(2)] = 1024
+    """Tokens in a row of a batch; longer examples are cut."""
+    packing: bool = True
+    """Put several examples into one row; attention never crosses from one to another."""
+    eval_packing: bool | None = None
+    """The same for held-out rows; null: as packing."""
+    shuffle: bool = True
+    """Order by seed and epoch; false: the files' order."""
+    assistant_only_loss: bool = True
+    """Loss on assistant or completion tokens only; false: on every token."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A malformed row stops the run, or is counted and left out."""
+    chat_template: InputPath | None = None
+    """A jinja file that replaces the tokenizer's chat template."""
+
+    def check(self) -> Iterator[Fault]:
+        """See Section."""
+        if not self.train:
+            yield Fault(("train",), "no source to train on", "add {path: …, format: messages}")
+
+
+SCHEDULES: Mapping[str, tuple[str, ...]] = {
+    "linear": (),
+    "cosine": ("num_cycles",),
+    "constant": (),
+    "constant_with_warmup": (),
+    "polynomial": ("lr_end", "power"),
+    "inverse_sqrt": ("timescale",),
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate", "num_cycles"),
+}
+"""Schedule → the keys it takes in lr_scheduler_kwargs (transformers' names)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """The run (names of ``TrainingArguments``)."""
+
+    ALIASES: ClassVar = {
+        "optim": dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw")
+    }
+
+    output_dir: str
+    """Folder for everything the run writes."""
+    num_train_epochs: Positive = 3.0
+    """Passes over the data; a fraction is fine."""
+    max_steps: int = -1
+    """Optimizer steps; when positive it wins over num_train_epochs."""
+    per_device_train_batch_size: Count = 4
+    """Rows on each device of the data and fsdp axes in one forward pass."""
+    per_device_eval_batch_size: Count | None = None
+    """The same in evaluation; null: as in training."""
+    gradient_accumulation_steps: Count = 4
+    """Forward passes in one optimizer step."""
+    learning_rate: Positive = 2e-4
+    """Peak learning rate."""
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "constant",
+        "constant_with_warmup",
+        "polynomial",
+        "inverse_sqrt",
+        "cosine_with_min_lr",
+    ] = "cosine"
+    """Shape of the learning rate over the run."""
+    lr_scheduler_kwargs: Mapping[str, float] = FrozenMap()
+    """Extra arguments of the schedule, such as min_lr or num_cycles."""
+    warmup_ratio: Fraction = 0.03
+    """Part of the run in which the rate rises from zero."""
+    warmup_steps: Natural = 0
+    """Steps of the same; when positive it wins over warmup_ratio."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay, on matrices only."""
+    adam_beta1: Fraction = 0.9
+    """First moment's decay."""
+    adam_beta2: Fraction = 0.999
+    """Second moment's decay."""
+    adam_epsilon: Positive = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: NonNegative | None = 1.0
+    """Clip the gradient's global norm to this; 0 or null: never."""
+    optim: Literal["adamw", "sgd", "lion", "adafactor"] = "adamw"
+    """Optimizer."""
+    gradient_checkpointing: bool = True
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    bf16: bool | None = None
+    """Compute in bfloat16; null: true unless fp16. With both false, in float32."""
+    fp16: bool = False
+    """Compute in float16 with dynamic loss scaling."""
+    seed: Natural = 42
+    """Seed of initial weights, dropout and data order."""
+    logging_steps: Count = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_steps: Count | None = 100
+    """Steps between evaluations; null: only at the end."""
+    save_steps: Count | None = 500
+    """Steps between checkpoints; null: only at the end."""
+    save_total_limit: Count | None = 3
+    """Checkpoints kept; null: all."""
+    early_stopping_patience: Count | None = None
+    """Stop after so many evaluations without improvement; null: never."""
+    early_stopping_threshold: NonNegative = 0.0
+    """How much lower eval_loss must be to count as improvement."""
+    resume: InputPath = "auto"
+    """auto: go on from the last whole checkpoint; never; or a checkpoint's folder."""
+    compilation_cache: bool = True
+    """Keep compiled programs on disk for the next start."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bf16 is None:
+            object.__setattr__(self, "bf16", not self.fp16)
+
+    def check(self) -> Iterator[Fault]:
+        """See Section."""
+        if self.bf16 and self.fp16:
+            yield Fault(("fp16", "bf16"), "both fp16 and bf16 are true", "set one to false")
+        if self.max_steps == 0 or self.max_steps < -1:
+            yield Fault(("max_steps",), f"must be positive or -1, got {self.max_steps}")
+        if not self.output_dir:
+            yield Fault(("output_dir",), "is empty", "name a folder, such as outputs/run1")
+        keys = ("lr_scheduler_kwargs", "lr_scheduler_type")
+        takes = SCHEDULES[self.lr_scheduler_type]
+        for name in self.lr_scheduler_kwargs:
+            if name not in takes:
+                known = f"it takes {', '.join(takes)}" if takes else "it takes none"
+                yield Fault(keys, f"{self.lr_scheduler_type} has no argument {name!r}", known)
+        if self.lr_scheduler_type == "cosine_with_min_lr":
+            if len({"min_lr", "min_lr_rate"} & set(self.lr_scheduler_kwargs)) != 1:
+                yield Fault(keys, "cosine_with_min_lr needs one of min_lr and min_lr_rate")
+
+
+Axis = Annotated[int, Bounds(-1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig(Section):
+    """Devices along each axis; one axis may be -1: all that are left."""
+
+    data: Axis = -1
+    """Copies of the model, each with its part of the batch."""
+    fsdp: Axis = 1
+    """Parts of the batch that also share one copy of the parameters between them."""
+    tensor: Axis = 1
+    """Parts of every matrix, for one and the same part of the batch."""
+
+    def check(self) -> Iterator[Fault]:
+        """See Section."""
+        axes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor")}
+        for name, size in axes.items():
+            if size == 0:
+                yield Fault((name,), "must be positive or -1, got 0")
+        if free := [name for name, size in axes.items() if size == -1][1:]:
+            yield Fault((free[0], *axes), "only one axis can be -1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Section):
+    """What ``evaluate`` does besides the held-out loss, and the samples in the report."""
+
+    exact_match: bool = False
+    """Generate a reply to each held-out row and compare it with the row's last reply."""
+    max_new_tokens: Count = 64
+    """Tokens of a reply."""
+    samples: Natural = 3
+    """Replies shown before and after training."""
+    batch_size: Count = 32
+    """Replies generated together."""
+    max_rows: Count | None = None
+    """Held-out rows that replies are generated for; null: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Section):
+    """What ``generate`` writes."""
+
+    prompt: str | None = None
+    """What the user says."""
+    file: InputPath | None = None
+    """A jsonl file of prompts (prompt or messages in each line)."""
+    chat: bool = True
+    """Put the prompt into the chat template; false: continue the text itself."""
+    max_new_tokens: Count = 128
+    """Most tokens of a reply."""
+    do_sample: bool = False
+    """Sample; false: always the most likely token."""
+    temperature: Positive = 1.0
+    """Divides the logits when sampling."""
+    top_k: Natural = 0
+    """Sample among the k most likely tokens; 0: all."""
+    top_p: Annotated[float, Bounds(0, 1, open_low=True)] = 1.0
+    """Sample among the most likely tokens that together have this probability."""
+    seed: Natural = 0
+    """Seed of the sampling."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(Section):
+    """How ``merge`` folds an adapter into its base."""
+
+    base: Literal["dequantized", "original"] = "dequantized"
+    """For QLoRA: the 4-bit weights the adapter was trained on, dequantized, or the original ones."""
+    output_dir: str | None = None
+    """Folder for the merged model; null: merged, below train.output_dir."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Section):
+    """All settings of a run."""
+
+    model: ModelConfig
+    """The base model."""
+    quantization: QuantConfig | None = None
+    """Left out: the base model stays as it is."""
+    lora: LoraConfig | None = None
+    """Left out: full fine-tuning."""
+    data: DataConfig
+    """Rows, and how they become batches."""
+    train: TrainConfig
+    """The run."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices along each axis."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Evaluation and samples."""
+    generate: GenerateConfig = GenerateConfig()
+    """Generation."""
+    merge: MergeConfig = MergeConfig()
+    """Merging."""
+
+    def check(self) -> Iterator[Fault]:
+        """See Section."""
+        if self.quantization and not self.lora:
+            yield Fault(
+                ("quantization", "lora"),
+                "packed weights cannot be trained in full",
+                "add a lora section, or leave quantization out",
+            )
+        if self.train.early_stopping_patience:
+            key = "train.early_stopping_patience"
+            if not self.data.eval:
+                yield Fault((key, "data.eval"), "needs held-out rows", "add data.eval")
+            if self.train.eval_steps is None:
+                yield Fault((key, "train.eval_steps"), "needs evaluations", "set train.eval_steps")
