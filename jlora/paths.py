@@ -28,6 +28,10 @@ OUTPUT_HEADS = ("lm_head", "score", "classifier", "embed_out", "output")
 """Last names of output projections, which ``all-linear`` and quantization leave alone."""
 
 
+FUSED: dict[str, tuple[str, ...]] = {"c_attn": ("q_proj", "k_proj", "v_proj")}
+"""Fused projections and the usual names of their equal parts, in column order."""
+
+
 class Leaf(NamedTuple):
     """One leaf of a tree; ``layers`` is the length of its leading layer axis, if it is stacked."""
 

@@ -1,0 +1,51 @@
+"""What a run carries from step to step: nothing of the frozen base is in it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+MAX_SCALE = 2.0**24
+GROWTH_INTERVAL = 2000
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossScale:
+    """Dynamic loss scaling for float16, as torch's GradScaler: ×2 after 2000 good steps, ÷2 on one
+    that overflows (whose update is skipped)."""
+
+    scale: Float[Array, ""]
+    good_steps: Int[Array, ""]
+
+    def updated(self, finite: Bool[Array, ""]) -> LossScale:
+        """The scale after a step whose gradients were finite, or not."""
+        good = jnp.where(finite, self.good_steps + 1, 0)
+        grow = good >= GROWTH_INTERVAL
+        grown = jnp.where(grow, jnp.minimum(self.scale * 2, MAX_SCALE), self.scale)
+        scale = jnp.where(finite, grown, jnp.maximum(self.scale / 2, 1.0))
+        return LossScale(scale, jnp.where(grow, 0, good))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Optimizer steps taken, the trainable tree (an Adapter, or all parameters), optax's state."""
+
+    step: Int[Array, ""]
+    trainable: Any
+    opt_state: Any
+    loss_scale: LossScale | None = None
+
+
+def init_state(
+    trainable: Any, optimizer: optax.GradientTransformation, *, fp16: bool = False
+) -> TrainState:
+    """The state before the first step."""
+    loss_scale = LossScale(jnp.float32(2.0**16), jnp.int32(0)) if fp16 else None
+    return TrainState(jnp.int32(0), trainable, optimizer.init(trainable), loss_scale)

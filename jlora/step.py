@@ -1,0 +1,165 @@
+"""The training step: loss, accumulation, gradient of the trainable tree only, update. Pure.
+
+The model is an argument: anything with ``features(params, input_ids, positions, segment_ids)``
+giving (B, T, D) and ``head(params, features)`` giving (B, t, V) float32 logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from jlora.state import TrainState
+
+IGNORE = -100
+"""The label of positions without loss, as in transformers."""
+
+CHUNK_ELEMENTS = 2**24
+"""Logits computed at once (64 MiB of float32); longer sequences go through the head in chunks."""
+
+Batch = Mapping[str, Array]
+Bind = Callable[[Any, Any, Array | None], Any]
+"""``bind(frozen, trainable, key)`` makes the parameters of one forward pass."""
+
+
+def loss_and_count(
+    model: Any, params: Any, batch: Batch
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """The summed cross-entropy (nats) of the labelled tokens, and how many there are.
+
+    Args:
+      model: see the module's header.
+      params: what ``model`` takes.
+      batch: int32 arrays (B, T): ``input_ids``, ``labels`` (the token that follows, or -100),
+        ``positions``, ``segment_ids``.
+    """
+    features = model.features(
+        params, batch["input_ids"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+    )
+    labels = batch["labels"]
+    batch_size, length = labels.shape
+    size = _chunk_length(batch_size, length, model.config.vocab_size)
+
+    def chunk_loss(start):
+        h = jax.lax.dynamic_slice_in_dim(features, start, size, axis=1)
+        y = jax.lax.dynamic_slice_in_dim(labels, start, size, axis=1)
+        return cross_entropy(model.head(params, h), y)
+
+    if size == length:
+        total = cross_entropy(model.head(params, features), labels)
+    else:
+        # Checkpointed: one chunk's logits exist at a time, in the backward pass too.
+        total = jax.lax.map(jax.checkpoint(chunk_loss), jnp.arange(0, length, size)).sum()
+    return total, jnp.sum(labels != IGNORE)
+
+
+def cross_entropy(
+    logits: Float[Array, "batch length vocab"], labels: Int[Array, "batch length"]
+) -> Float[Array, ""]:
+    """The summed negative log-likelihood of the labels that are not -100; 0 when there are none."""
+    chosen = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 2) == labels[..., None]
+    picked = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+    losses = jax.nn.logsumexp(logits, axis=-1) - picked
+    return jnp.sum(jnp.where(labels == IGNORE, 0.0, losses))
+
+
+def _chunk_length(batch_size: int, length: int, vocab_size: int) -> int:
+    """The longest divisor of ``length`` whose logits stay within CHUNK_ELEMENTS."""
+    fits = max(1, CHUNK_ELEMENTS // (batch_size * vocab_size))
+    return next(c for c in range(min(fits, length), 0, -1) if length % c == 0)
+
+
+def make_train_step(
+    model: Any,
+    bind: Bind,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int = 0,
+    state_shardings: Any = None,
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Array]]]:
+    """The jitted step ``(state, frozen, batch) -> (state, metrics)``; ``state`` is donated.
+
+    ``batch`` holds arrays (accumulation, B, T). The loss of the step is the summed loss of all its
+    micro-batches over all their labelled tokens, whichever device or micro-batch they are on, so
+    that accumulation changes nothing. Dropout is a function of (seed, step, micro-batch).
+
+    Metrics: ``loss``, ``grad_norm`` (before clipping), ``target_tokens``, ``tokens`` (all that are
+    not padding), ``finite``, and ``alive``: for each trainable leaf, in tree order, whether its
+    gradient is not all zero.
+    """
+
+    def train_step(state: TrainState, frozen: Any, batch: Batch):
+        count = jnp.sum(batch["labels"] != IGNORE)
+        scale = state.loss_scale.scale if state.loss_scale else jnp.float32(1.0)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        per_token = scale / jnp.maximum(count, 1)
+
+        def objective(trainable, micro, key):
+            total, _ = loss_and_count(model, bind(frozen, trainable, key), micro)
+            return total * per_token
+
+        loss, grads = _accumulate(jax.value_and_grad(objective), state.trainable, batch, key)
+        loss = loss / scale
+        grads = jax.tree.map(lambda g: g / scale, grads) if state.loss_scale else grads
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm)
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "target_tokens": count,
+            "tokens": jnp.sum(batch["segment_ids"] != 0),
+            "finite": finite & jnp.isfinite(loss),
+            "alive": jnp.stack([jnp.any(g != 0) for g in jax.tree.leaves(grads)]),
+        }
+        return _apply(state, grads, optimizer, finite), metrics
+
+    shardings = None if state_shardings is None else (state_shardings, None)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
+
+
+def make_eval_step(model: Any, bind: Bind) -> Callable[[Any, Any, Batch], tuple[Array, Array]]:
+    """The jitted ``(trainable, frozen, batch) -> (summed loss, labelled tokens)``; no dropout."""
+
+    def eval_step(trainable: Any, frozen: Any, batch: Batch):
+        return loss_and_count(model, bind(frozen, trainable, None), batch)
+
+    return jax.jit(eval_step)
+
+
+def _accumulate(value_and_grad, trainable, batch: Batch, key: Array):
+    """The sums of loss and gradients over the micro-batches, one at a time."""
+    steps = batch["labels"].shape[0]
+    if steps == 1:
+        micro = {k: v[0] for k, v in batch.items()}
+        return value_and_grad(trainable, micro, jax.random.fold_in(key, 0))
+
+    def add(total, x):
+        index, micro = x
+        one = value_and_grad(trainable, micro, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, one), None
+
+    zero = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, trainable))
+    return jax.lax.scan(add, zero, (jnp.arange(steps), dict(batch)))[0]
+
+
+def _apply(state: TrainState, grads: Any, optimizer, finite: Array) -> TrainState:
+    """The next state; with loss scaling a step that overflowed changes only the scale."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    if state.loss_scale is None:
+        return TrainState(state.step + 1, trainable, opt_state)
+
+    def keep(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    return TrainState(
+        state.step + 1,
+        keep(trainable, state.trainable),
+        keep(opt_state, state.opt_state),
+        state.loss_scale.updated(finite),
+    )

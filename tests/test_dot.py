@@ -1,0 +1,140 @@
+"""The seam against NumPy in float64, and what its gradients save and compute."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from jlora import nf4
+from jlora.dot import dot, embed
+from jlora.lora import LoraWeight
+
+I, O, R = 64, 128, 4
+
+
+def weights(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(I, O)) / 8, dtype)
+    a = jnp.asarray(rng.normal(size=(I, R)) / 8, jnp.float32)
+    b = jnp.asarray(rng.normal(size=(R, O)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(2, 5, I)), dtype)
+    return x, w, a, b
+
+
+def wrap(kind, w, a, b):
+    base = nf4.quantize(w.T).mT if kind == "nf4" else w
+    return LoraWeight(base, a, b, jnp.float32(0.5)), nf4.dequantize(base) if kind == "nf4" else w
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_values_and_gradients_equal_the_dense_formula(kind):
+    x, w, a, b = weights()
+    leaf, dense = wrap(kind, w, a, b)
+
+    def f(x, a, b):
+        return jnp.sum(jnp.sin(dot(x, LoraWeight(leaf.base, a, b, leaf.scale))))
+
+    def oracle(x, a, b):
+        return jnp.sum(jnp.sin(jnp.matmul(x, dense + 0.5 * a @ b, precision="highest")))
+
+    value, grads = jax.jit(jax.value_and_grad(f, (0, 1, 2)))(x, a, b)
+    expected, expected_grads = jax.value_and_grad(oracle, (0, 1, 2))(x, a, b)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for got, want in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(dot(x, leaf.base), jnp.matmul(x, dense))
+
+
+def test_low_precision_products_accumulate_in_float32():
+    x, w, a, b = weights(jnp.bfloat16)
+    out = dot(x, LoraWeight(w, a, b, jnp.float32(1.0)))
+    assert out.dtype == jnp.bfloat16
+    exact = np.asarray(x, np.float64) @ (np.asarray(w, np.float64) + np.asarray(a) @ np.asarray(b))
+    np.testing.assert_allclose(np.asarray(out, np.float64), exact, atol=0.06, rtol=0.02)
+    grad = jax.grad(
+        lambda a: dot(x, LoraWeight(w, a, b, jnp.float32(1.0))).astype(jnp.float32).sum()
+    )(a)
+    assert grad.dtype == jnp.float32
+    upstream = np.ones((10, O)) @ np.asarray(b, np.float64).T
+    want = np.asarray(x, np.float64).reshape(10, I).T @ upstream
+    np.testing.assert_allclose(grad, want, rtol=0.02, atol=0.1)
+
+
+def test_under_jit_vmap_scan_and_remat():
+    x, w, a, b = weights()
+    stacked = jax.vmap(lambda s: nf4.quantize(w.T * s).mT)(jnp.arange(1.0, 4.0))
+    leaf = LoraWeight(stacked, jnp.stack([a] * 3), jnp.stack([b] * 3), jnp.ones(3))
+    square = jnp.asarray(np.random.default_rng(1).normal(size=(O, I)) / 16, jnp.float32)
+
+    def run(x, leaf, remat):
+        def body(h, w):
+            return jnp.tanh(dot(h, w) @ square), None
+
+        return jax.lax.scan(jax.checkpoint(body) if remat else body, x, leaf)[0].sum()
+
+    def oracle(x):
+        for i in range(3):
+            layer = jax.tree.map(lambda leaf, i=i: leaf[i], leaf)
+            x = jnp.tanh(x @ layer.dequantize() @ square)
+        return x.sum()
+
+    want, want_grad = jax.value_and_grad(oracle)(x)
+    for remat in (False, True):
+        got, grad = jax.jit(jax.value_and_grad(run), static_argnums=2)(x, leaf, remat)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(grad, want_grad, atol=1e-4)
+    mapped = jax.vmap(dot, in_axes=(None, 0))(x, stacked)
+    np.testing.assert_allclose(
+        mapped[2], x @ nf4.dequantize(jax.tree.map(lambda c: c[2], stacked)), atol=1e-5
+    )
+
+
+def saved_shapes(f, *args):
+    """Shapes of what the backward pass of ``f`` keeps from its forward pass."""
+    _, pullback = jax.vjp(f, *args)
+    return [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(pullback)]
+
+
+def test_nf4_saves_its_codes_and_no_dequantized_matrix():
+    x, w, a, b = weights()
+    leaf, _ = wrap("nf4", w, a, b)
+    saved = saved_shapes(lambda x: dot(x, leaf.base), x)
+    assert ((O, I // 2), "uint8") in saved
+    assert not {(I, O), (O, I)} & {shape for shape, _ in saved}
+
+
+def test_a_frozen_weight_saves_no_activations_and_computes_no_gradient():
+    x, w, a, b = weights()
+    saved = saved_shapes(lambda x: dot(x, w), x)
+    assert x.shape not in {shape for shape, _ in saved}
+
+    def grad_of(a):
+        return jax.grad(lambda a: dot(x, LoraWeight(w, a, b, jnp.float32(1.0))).sum())(a)
+
+    assert _products_of_shape(jax.make_jaxpr(grad_of)(a), (I, O)) == 0
+    dense = jax.make_jaxpr(jax.grad(lambda w: dot(x, w).sum()))(w)
+    assert _products_of_shape(dense, (I, O)) == 1, "the search itself finds a weight gradient"
+
+
+def _products_of_shape(jaxpr, shape):
+    """How many dot_generals with this output shape a jaxpr holds, inner jaxprs included."""
+    count = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general" and eqn.outvars[0].aval.shape == shape:
+            count += 1
+        for sub in jaxprs_in_params(eqn.params):
+            count += _products_of_shape(sub, shape)
+    return count
+
+
+def test_embed_takes_rows_of_any_weight():
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(I, O)), jnp.float32)
+    ids = jnp.array([[0, 5], [63, 5]])
+    np.testing.assert_array_equal(embed(ids, table), np.asarray(table)[np.asarray(ids)])
+    q = nf4.quantize(table)
+    np.testing.assert_array_equal(embed(ids, q), np.asarray(nf4.dequantize(q))[np.asarray(ids)])
+    _, _, a, b = weights()
+    got = embed(ids, LoraWeight(table, a, b, jnp.float32(2.0)))
+    np.testing.assert_allclose(got, (table + 2 * a @ b)[ids], rtol=1e-5, atol=1e-5)
