@@ -1,18 +1,22 @@
-"""Settings: frozen dataclasses (``tables``)."""
+"""Settings: frozen dataclasses (``weights``, ``tables``), a strict YAML loader, and their text.
 
+config = load("configs/quickstart.yaml", ["lora.r=32"])     # all faults in one ConfigError
+config.lora.r                                               # 32
+to_yaml(config)                                             # resolved; loads back equal
+"""
+
+from jlora.config.loader import load
 from jlora.config.tables import (
     Config,
     DataConfig,
     EvaluateConfig,
     GenerateConfig,
-    LoraConfig,
-    MergeConfig,
     MeshConfig,
-    ModelConfig,
-    QuantConfig,
     SourceConfig,
     TrainConfig,
 )
+from jlora.config.text import Option, options, to_yaml
+from jlora.config.weights import LoraConfig, MergeConfig, ModelConfig, QuantConfig
 
 __all__ = [
     "Config",
@@ -23,7 +27,11 @@ __all__ = [
     "MergeConfig",
     "MeshConfig",
     "ModelConfig",
+    "Option",
     "QuantConfig",
     "SourceConfig",
     "TrainConfig",
+    "load",
+    "options",
+    "to_yaml",
 ]

@@ -72,8 +72,13 @@ Positive = Annotated[float, Bounds(0, open_low=True)]
 NonNegative = Annotated[float, Bounds(0)]
 Fraction = Annotated[float, Bounds(0, 1, open_high=True)]
 
-InputPath = Annotated[str, "input path"]
+INPUT, LOCAL = "input path", "local input path"
+
+InputPath = Annotated[str, INPUT]
 """A file, a folder or a hub name; the loader finds relative ones (see ``load``)."""
+
+LocalPath = Annotated[str, LOCAL]
+"""The same, but never a hub name: it must be there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,17 +174,20 @@ def alternatives(hint: Any) -> list[Any]:
 def describe(hint: Any) -> str:
     """A type in a user's words, such as ``an integer at least 1 or null``."""
     options = alternatives(hint)
+    if any(split_annotated(option)[0] is float for option in options):
+        options = [option for option in options if split_annotated(option)[0] is not int]
     if len(options) > 1:
         return " or ".join(dict.fromkeys(describe(option) for option in options))
+    hint = options[0]
     base, extra = split_annotated(hint)
     bounds = [f" {b}" for b in extra if isinstance(b, Bounds)]
     origin, args = typing.get_origin(base), typing.get_args(base)
     if origin is Literal:
         return "one of " + ", ".join(show(a) for a in args) if len(args) > 1 else show(args[0])
     if origin in (tuple, Sequence):
-        return f"a list, each {describe(args[0])}"
+        return f"a list ({describe(args[0])} each)"
     if origin is Mapping:
-        return f"a mapping from names, each to {describe(args[1])}"
+        return f"names and values ({describe(args[1])} each)"
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     name = "null" if base is type(None) else names.get(base, f"a {base.__name__} section")
     return name + "".join(bounds)

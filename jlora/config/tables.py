@@ -8,8 +8,7 @@ Nothing here imports jax.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -20,126 +19,13 @@ from jlora.config.fields import (
     Fraction,
     FrozenMap,
     InputPath,
+    LocalPath,
     Natural,
     NonNegative,
     Positive,
     Section,
 )
-
-DType = Literal["float32", "float16", "bfloat16"]
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-DTYPES |= {f"torch.{name}": name for name in ("float32", "float16", "bfloat16")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(Section):
-    """The base model."""
-
-    ALIASES: ClassVar = {"dtype": DTYPES}
-
-    name_or_path: InputPath
-    """A transformers folder, a hub name, or jlora://… for what the package ships."""
-    dtype: DType = "bfloat16"
-    """Type of the parameters in memory and of the computation."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    attention: str = "auto"
-    """Attention implementation; auto takes the best one of the platform."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantConfig(Section):
-    """How frozen linear layers are packed (names of ``BitsAndBytesConfig``)."""
-
-    ALIASES: ClassVar = {"bnb_4bit_compute_dtype": DTYPES}
-
-    load_in_4bit: bool = True
-    """Must be true: without quantization, leave the section out."""
-    bnb_4bit_quant_type: Literal["nf4"] = "nf4"
-    """The 4-bit code."""
-    bnb_4bit_use_double_quant: bool = True
-    """Quantize the blocks' scales too: 4.13 bits a parameter instead of 4.5."""
-    bnb_4bit_compute_dtype: DType = "bfloat16"
-    """Type of the dequantized weights in a multiplication."""
-    block_size: Annotated[int, Bounds(32, 4096)] = 64
-    """Values that share one scale; a power of two."""
-    llm_int8_skip_modules: Sequence[str] = ()
-    """Names of modules to leave unquantized, besides the output head."""
-
-    def check(self) -> Iterator[Fault]:
-        """See Section."""
-        if not self.load_in_4bit:
-            yield Fault(("load_in_4bit",), "no other quantization", "leave the section out")
-        if self.block_size & (self.block_size - 1):
-            yield Fault(("block_size",), f"must be a power of two, got {self.block_size}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig(Section):
-    """The adapter (names, defaults and matching rules of PEFT's ``LoraConfig``)."""
-
-    r: Count = 8
-    """Rank."""
-    lora_alpha: Annotated[int, Bounds(0, open_low=True)] | Positive = 8
-    """The delta is scaled by lora_alpha / r."""
-    lora_dropout: Fraction = 0.0
-    """Dropout on the adapter's input while training."""
-    target_modules: Sequence[str] | str | None = None
-    """Names or suffixes, one regular expression, or all-linear; null: the architecture's own."""
-    exclude_modules: Sequence[str] | str | None = None
-    """Names, suffixes or one regular expression to leave out of the targets."""
-    layers_to_transform: Natural | Sequence[Natural] | None = None
-    """Numbers of the layers to adapt; null: all."""
-    layers_pattern: Sequence[str] | str | None = None
-    """Name of the list of layers, where the first number in a path is not the layer's."""
-    rank_pattern: Mapping[str, Count] = FrozenMap()
-    """Regular expression of a module's name (its end) → its own rank."""
-    alpha_pattern: Mapping[str, Positive] = FrozenMap()
-    """Regular expression of a module's name (its end) → its own lora_alpha."""
-    bias: Literal["none", "all", "lora_only"] = "none"
-    """Which of the base model's biases train along."""
-    use_rslora: bool = False
-    """Scale by lora_alpha / sqrt(r)."""
-    modules_to_save: Sequence[str] | None = None
-    """Modules to train in full and save with the adapter."""
-    init_lora_weights: bool | Literal["gaussian"] = True
-    """true: A kaiming-uniform, B zero; gaussian: A normal / r, B zero; false: both random."""
-    fan_in_fan_out: bool = False
-    """Accepted for GPT-2 recipes; jlora sees itself how a weight is stored."""
-    task_type: Literal["CAUSAL_LM"] | None = "CAUSAL_LM"
-    """The task written to adapter_config.json."""
-    init_from: InputPath | None = None
-    """A PEFT adapter folder to start from."""
-    base_model_name_or_path: str | None = None
-    """The base model's name, as written to adapter_config.json."""
-    revision: str | None = None
-    """The base model's revision, as written to adapter_config.json."""
-
-    def check(self) -> Iterator[Fault]:
-        """See Section."""
-        for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
-            value = getattr(self, name)
-            patterns = [value] if isinstance(value, str) else value or ()
-            if isinstance(value, str | Mapping):
-                yield from (f for p in patterns for f in _regex_faults(name, p))
-            if any(not pattern for pattern in patterns):
-                yield Fault((name,), "an empty name matches nothing")
-        if self.target_modules == ():
-            yield Fault(
-                ("target_modules",), "the list is empty: nothing would train", "try all-linear"
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            yield Fault(
-                ("layers_pattern", "layers_to_transform"),
-                "means nothing without layers_to_transform",
-            )
-
-
-def _regex_faults(key: str, pattern: str) -> Iterator[Fault]:
-    try:
-        re.compile(pattern)
-    except re.error as bad:
-        yield Fault((key,), f"{pattern!r} is not a regular expression: {bad}")
+from jlora.config.weights import LoraConfig, MergeConfig, ModelConfig, QuantConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +64,7 @@ class DataConfig(Section):
     """Loss on assistant or completion tokens only; false: on every token."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A malformed row stops the run, or is counted and left out."""
-    chat_template: InputPath | None = None
+    chat_template: LocalPath | None = None
     """A jinja file that replaces the tokenizer's chat template."""
 
     def check(self) -> Iterator[Fault]:
@@ -269,7 +155,7 @@ class TrainConfig(Section):
     """Stop after so many evaluations without improvement; null: never."""
     early_stopping_threshold: NonNegative = 0.0
     """How much lower eval_loss must be to count as improvement."""
-    resume: InputPath = "auto"
+    resume: Literal["auto", "never"] | LocalPath = "auto"
     """auto: go on from the last whole checkpoint; never; or a checkpoint's folder."""
     compilation_cache: bool = True
     """Keep compiled programs on disk for the next start."""
@@ -293,9 +179,9 @@ class TrainConfig(Section):
             if name not in takes:
                 known = f"it takes {', '.join(takes)}" if takes else "it takes none"
                 yield Fault(keys, f"{self.lr_scheduler_type} has no argument {name!r}", known)
-        if self.lr_scheduler_type == "cosine_with_min_lr":
-            if len({"min_lr", "min_lr_rate"} & set(self.lr_scheduler_kwargs)) != 1:
-                yield Fault(keys, "cosine_with_min_lr needs one of min_lr and min_lr_rate")
+        minima = {"min_lr", "min_lr_rate"} & set(self.lr_scheduler_kwargs)
+        if self.lr_scheduler_type == "cosine_with_min_lr" and len(minima) != 1:
+            yield Fault(keys, "cosine_with_min_lr needs one of min_lr and min_lr_rate")
 
 
 Axis = Annotated[int, Bounds(-1)]
@@ -344,7 +230,7 @@ class GenerateConfig(Section):
 
     prompt: str | None = None
     """What the user says."""
-    file: InputPath | None = None
+    file: LocalPath | None = None
     """A jsonl file of prompts (prompt or messages in each line)."""
     chat: bool = True
     """Put the prompt into the chat template; false: continue the text itself."""
@@ -360,16 +246,6 @@ class GenerateConfig(Section):
     """Sample among the most likely tokens that together have this probability."""
     seed: Natural = 0
     """Seed of the sampling."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeConfig(Section):
-    """How ``merge`` folds an adapter into its base."""
-
-    base: Literal["dequantized", "original"] = "dequantized"
-    """For QLoRA: the 4-bit weights the adapter was trained on, dequantized, or the original ones."""
-    output_dir: str | None = None
-    """Folder for the merged model; null: merged, below train.output_dir."""
 
 
 @dataclass(frozen=True, kw_only=True)

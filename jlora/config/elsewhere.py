@@ -1,0 +1,171 @@
+"""Settings of PEFT, transformers and TRL that are spelled otherwise here, or not there yet.
+
+Users paste whole settings over. What would change nothing at its value is passed over; everything
+else is an error that names the equivalent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jlora import errors
+
+OFF = (None, False)
+
+NOT_YET = "jlora does not support this field of PEFT yet"
+
+ELSEWHERE: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
+    "model": {
+        "model_name_or_path": ((), "write model.name_or_path"),
+        "pretrained_model_name_or_path": ((), "write model.name_or_path"),
+        "torch_dtype": ((), "write model.dtype"),
+        "attn_implementation": ((), "write model.attention"),
+        "trust_remote_code": (OFF, "jlora never runs code from a model's folder"),
+        "use_cache": ((True, False, None), "generation always has a cache"),
+        "load_in_4bit": (OFF, "write quantization: {load_in_4bit: true}"),
+        "load_in_8bit": (OFF, "8 bits are not supported; quantization packs into 4 bits"),
+        "device_map": ((None, "auto"), "set the mesh section"),
+    },
+    "quantization": {
+        "load_in_8bit": (OFF, "8 bits are not supported; load_in_4bit is"),
+        "quant_method": (("bitsandbytes",), "the format is bitsandbytes' NF4"),
+        "llm_int8_threshold": ((6.0, None), "8 bits are not supported"),
+        "llm_int8_enable_fp32_cpu_offload": (OFF, "8 bits are not supported"),
+        "llm_int8_has_fp16_weight": (OFF, "8 bits are not supported"),
+        "bnb_4bit_quant_storage": ((None, "uint8"), "codes are always packed into uint8"),
+        "bnb_4bit_blocksize": ((), "write quantization.block_size"),
+        "blocksize": ((), "write quantization.block_size"),
+    },
+    "lora": {
+        "peft_type": (("LORA", None), "only LORA"),
+        "peft_version": ((), "leave it out"),
+        "inference_mode": ((True, False, None), "leave it out"),
+        "auto_mapping": ((None,), NOT_YET),
+        "alpha": ((), "write lora.lora_alpha"),
+        "rank": ((), "write lora.r"),
+        "dropout": ((), "write lora.lora_dropout"),
+        "qalora_group_size": ((16, None), NOT_YET),
+        "megatron_core": ((None, "megatron.core"), NOT_YET),
+    }
+    | {
+        name: ((*OFF, {}, []), NOT_YET)
+        for name in (
+            "alora_invocation_tokens",
+            "arrow_config",
+            "corda_config",
+            "ensure_weight_tying",
+            "eva_config",
+            "kasa_config",
+            "layer_replication",
+            "loftq_config",
+            "lora_bias",
+            "lora_ga_config",
+            "megatron_config",
+            "monteclora_config",
+            "runtime_config",
+            "target_parameters",
+            "trainable_token_indices",
+            "use_bdlora",
+            "use_dora",
+            "use_qalora",
+            "velora_config",
+        )
+    },
+    "data": {
+        "max_seq_length": ((), "write data.max_length"),
+        "dataset_name": ((), "write data.train: [{path: …, format: …}]"),
+        "dataset_text_field": ((), "write data.train: [{path: …, format: text}]"),
+        "completion_only_loss": ((), "write data.assistant_only_loss"),
+        "train_on_inputs": ((), "write data.assistant_only_loss: false"),
+        "eval_dataset": ((), "write data.eval"),
+        "validation": ((), "write data.eval"),
+        "test": ((), "write data.eval"),
+    },
+    "train": {
+        "evaluation_strategy": (
+            ("steps",),
+            "set train.eval_steps; null evaluates only at the end",
+        ),
+        "eval_strategy": (("steps",), "set train.eval_steps; null evaluates only at the end"),
+        "save_strategy": (("steps",), "set train.save_steps; null saves only at the end"),
+        "logging_strategy": (("steps",), "set train.logging_steps"),
+        "lr": ((), "write train.learning_rate"),
+        "epochs": ((), "write train.num_train_epochs"),
+        "batch_size": ((), "write train.per_device_train_batch_size"),
+        "micro_batch_size": ((), "write train.per_device_train_batch_size"),
+        "per_gpu_train_batch_size": ((), "write train.per_device_train_batch_size"),
+        "max_seq_length": ((), "write data.max_length"),
+        "overwrite_output_dir": ((), "write train.resume: never"),
+        "resume_from_checkpoint": (OFF, "write train.resume: auto, never or a checkpoint's folder"),
+        "data_seed": ((None,), "train.seed orders the data too"),
+        "full_determinism": ((True, False, None), "a run is always reproducible"),
+        "report_to": (("none", None), "metrics.jsonl and report.html are always written"),
+        "logging_dir": ((None,), "everything is below train.output_dir"),
+        "logging_first_step": ((True, False, None), "the first step is always logged"),
+        "run_name": ((None,), "name the run by train.output_dir"),
+        "gradient_checkpointing_kwargs": (
+            (None, {}, {"use_reentrant": False}),
+            "write train.gradient_checkpointing",
+        ),
+        "group_by_length": (OFF, "write data.packing: true"),
+        "dataloader_num_workers": ((0, None), "batches are prepared in the background anyway"),
+        "dataloader_drop_last": (OFF, "the last partial batch is always trained on"),
+        "dataloader_pin_memory": ((True, False, None), "leave it out"),
+        "remove_unused_columns": ((True, False, None), "leave it out"),
+        "fsdp": (("", [], *OFF), "set mesh.fsdp"),
+        "fsdp_config": ((None, {}), "set mesh.fsdp"),
+        "deepspeed": ((None,), "set mesh.fsdp"),
+        "ddp_find_unused_parameters": ((True, False, None), "leave it out"),
+        "local_rank": ((-1, None), "leave it out"),
+        "torch_compile": ((True, False, None), "every step is compiled"),
+        "tf32": ((None,), "set train.bf16"),
+        "no_cuda": (OFF, "set the environment variable JAX_PLATFORMS=cpu"),
+        "use_cpu": (OFF, "set the environment variable JAX_PLATFORMS=cpu"),
+        "label_smoothing_factor": ((0, 0.0), "label smoothing is not supported"),
+        "neftune_noise_alpha": ((None,), "NEFTune is not supported"),
+        "load_best_model_at_end": (OFF, "not supported: the last state is saved"),
+        "push_to_hub": (OFF, "upload train.output_dir with huggingface-cli"),
+        "auto_find_batch_size": (OFF, "set train.per_device_train_batch_size"),
+        "do_train": ((True, None), "run python -m jlora.train"),
+        "do_eval": ((True, False, None), "add data.eval"),
+        "use_liger_kernel": (OFF, "leave it out"),
+        "disable_tqdm": ((True, False, None), "leave it out"),
+        "max_prompt_length": ((), "write data.max_length"),
+    },
+    "": {
+        "peft": ((), "write the section lora"),
+        "adapter": ((), "write the section lora"),
+        "training": ((), "write the section train"),
+        "trainer": ((), "write the section train"),
+        "training_arguments": ((), "write the section train"),
+        "dataset": ((), "write the section data"),
+        "datasets": ((), "write the section data"),
+        "quantization_config": ((), "write the section quantization"),
+        "bnb_config": ((), "write the section quantization"),
+        "base_model": ((), "write model: {name_or_path: …}"),
+    },
+}
+"""Section → a key known elsewhere → (values that change nothing here, what to do otherwise)."""
+
+
+def harmless(section: str, key: str, value: Any) -> bool:
+    """Whether a foreign setting has a value that means what jlora does anyway."""
+    values, _ = ELSEWHERE.get(section, {}).get(key, ((), ""))
+    return any(type(v) is type(value) and v == value for v in values)
+
+
+def remedy(section: str, key: str, tables: dict[str, list[str]]) -> tuple[str, str | None]:
+    """(cause, fix) of an unknown key; ``tables`` has each section's keys, "" the sections."""
+    cause = "unknown section" if not section else "unknown key"
+    if key in ELSEWHERE.get(section, {}):
+        fix = ELSEWHERE[section][key][1]
+        return (fix, "remove the key") if fix == NOT_YET else (cause, fix)
+    owners = [s for s, keys in tables.items() if s and s != section and key in keys]
+    owners += [
+        s for s, keys in ELSEWHERE.items() if s and s != section and key in keys and not owners
+    ]
+    if close := errors.did_you_mean(key, tables[section]):
+        return cause, close
+    if owners and owners[0] in tables:
+        return cause, f"it belongs to the section {owners[0]}"
+    return cause, f"known here: {', '.join(tables[section])}"

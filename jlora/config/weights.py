@@ -1,0 +1,149 @@
+"""What the weights are: the base model, its packing, the adapter, and how they are merged.
+
+``LoraConfig`` and ``QuantConfig`` are also the ones of jlora's Python interface.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from jlora.config.fields import (
+    Bounds,
+    Count,
+    Fault,
+    Fraction,
+    FrozenMap,
+    InputPath,
+    LocalPath,
+    Natural,
+    Positive,
+    Section,
+)
+
+DType = Literal["float32", "float16", "bfloat16"]
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES |= {f"torch.{name}": name for name in ("float32", "float16", "bfloat16")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """The base model."""
+
+    ALIASES: ClassVar = {"dtype": DTYPES}
+
+    name_or_path: InputPath
+    """A transformers folder, a hub name, or jlora://… for what the package ships."""
+    dtype: DType = "bfloat16"
+    """Type of the parameters in memory and of the computation."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    attention: str = "auto"
+    """Attention implementation; auto takes the best one of the platform."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig(Section):
+    """How frozen linear layers are packed (names of ``BitsAndBytesConfig``)."""
+
+    ALIASES: ClassVar = {"bnb_4bit_compute_dtype": DTYPES}
+
+    load_in_4bit: bool = True
+    """Must be true: without quantization, leave the section out."""
+    bnb_4bit_quant_type: Literal["nf4"] = "nf4"
+    """The 4-bit code."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantize the blocks' scales too: 4.13 bits a parameter instead of 4.5."""
+    bnb_4bit_compute_dtype: DType = "bfloat16"
+    """Type of the dequantized weights in a multiplication."""
+    block_size: Annotated[int, Bounds(32, 4096)] = 64
+    """Values that share one scale; a power of two."""
+    llm_int8_skip_modules: Sequence[str] = ()
+    """Names of modules to leave unquantized, besides the output head."""
+
+    def check(self) -> Iterator[Fault]:
+        """See Section."""
+        if not self.load_in_4bit:
+            yield Fault(("load_in_4bit",), "no other quantization", "leave the section out")
+        if self.block_size & (self.block_size - 1):
+            yield Fault(("block_size",), f"must be a power of two, got {self.block_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(Section):
+    """The adapter (names, defaults and matching rules of PEFT's ``LoraConfig``)."""
+
+    r: Count = 8
+    """Rank."""
+    lora_alpha: Annotated[int, Bounds(0, open_low=True)] | Positive = 8
+    """The delta is scaled by lora_alpha / r."""
+    lora_dropout: Fraction = 0.0
+    """Dropout on the adapter's input while training."""
+    target_modules: Sequence[str] | str | None = None
+    """Names or suffixes, one regular expression, or all-linear; null: the architecture's own."""
+    exclude_modules: Sequence[str] | str | None = None
+    """Names, suffixes or one regular expression to leave out of the targets."""
+    layers_to_transform: Natural | Sequence[Natural] | None = None
+    """Numbers of the layers to adapt; null: all."""
+    layers_pattern: Sequence[str] | str | None = None
+    """Name of the list of layers, where the first number in a path is not the layer's."""
+    rank_pattern: Mapping[str, Count] = FrozenMap()
+    """Regular expression of a module's name (its end) → its own rank."""
+    alpha_pattern: Mapping[str, Positive] = FrozenMap()
+    """Regular expression of a module's name (its end) → its own lora_alpha."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which of the base model's biases train along."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r)."""
+    modules_to_save: Sequence[str] | None = None
+    """Modules to train in full and save with the adapter."""
+    init_lora_weights: bool | Literal["gaussian"] = True
+    """true: A kaiming-uniform, B zero; gaussian: A normal / r, B zero; false: both random."""
+    fan_in_fan_out: bool = False
+    """Accepted for GPT-2 recipes; jlora sees itself how a weight is stored."""
+    task_type: Literal["CAUSAL_LM"] | None = "CAUSAL_LM"
+    """The task written to adapter_config.json."""
+    init_from: LocalPath | None = None
+    """A PEFT adapter folder to start from."""
+    base_model_name_or_path: str | None = None
+    """The base model's name, as written to adapter_config.json."""
+    revision: str | None = None
+    """The base model's revision, as written to adapter_config.json."""
+
+    def check(self) -> Iterator[Fault]:
+        """See Section."""
+        for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            patterns = [value] if isinstance(value, str) else value or ()
+            if isinstance(value, str | Mapping):
+                yield from (f for p in patterns for f in _regex_faults(name, p))
+            if any(not pattern for pattern in patterns):
+                yield Fault((name,), "an empty name matches nothing")
+        if self.target_modules == ():
+            yield Fault(
+                ("target_modules",), "the list is empty: nothing would train", "try all-linear"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            yield Fault(
+                ("layers_pattern", "layers_to_transform"),
+                "means nothing without layers_to_transform",
+            )
+
+
+def _regex_faults(key: str, pattern: str) -> Iterator[Fault]:
+    try:
+        re.compile(pattern)
+    except re.error as bad:
+        yield Fault((key,), f"{pattern!r} is not a regular expression: {bad}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(Section):
+    """How ``merge`` folds an adapter into its base."""
+
+    base: Literal["dequantized", "original"] = "dequantized"
+    """For QLoRA: fold into the dequantized 4-bit weights it trained on, or the original ones."""
+    output_dir: str | None = None
+    """Folder for the merged model; null: merged, below train.output_dir."""
