@@ -1,0 +1,11 @@
+"""Decoder models and their files: Flax NNX inside, plain trees outside.
+
+``load_pretrained`` reads a transformers folder into ``(model, params)``, ``save_pretrained`` writes
+one, ``Model`` computes; ``registry`` and ``config`` say which families there are.
+"""
+
+from jlora.models.config import DecoderConfig
+from jlora.models.hf_read import load_pretrained, read_model
+from jlora.models.model import Model, init_params
+
+__all__ = ["DecoderConfig", "Model", "init_params", "load_pretrained", "read_model"]

@@ -1,0 +1,317 @@
+"""Model configurations: what a decoder needs to know of a transformers ``config.json``.
+
+``parse`` reads the dict of a ``config.json`` into a small frozen dataclass. Defaults and meaning
+are those of the transformers configuration class of the same ``model_type``. A switch that changes
+the computation and is not implemented is a ConfigError naming its key; keys that the model of that
+type does not read are kept, unread, in ``hf``. Dropout of the base model (``*_pdrop``,
+``attention_dropout``) is never applied: the base computes in evaluation mode also in training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from jlora.errors import ConfigError, did_you_mean
+from jlora.models.rope import Rope, parse_rope
+
+ACTIVATIONS = (
+    "silu",
+    "swish",
+    "relu",
+    "gelu",
+    "gelu_new",
+    "gelu_fast",
+    "gelu_pytorch_tanh",
+    "quick_gelu",
+)
+"""Values of ``hidden_act`` / ``activation_function`` that ``layers.activation`` knows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """What every family has. Hashable, so that a model can be closed over by ``jax.jit``."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str
+    norm_eps: float
+    max_position_embeddings: int
+    initializer_range: float
+    tie_word_embeddings: bool
+    windows: tuple[int | None, ...]
+    """Per layer: how many tokens back, itself included, a token sees; None is all of them."""
+    scales: tuple[float, ...]
+    """Per layer: the factor on query-key products."""
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    pad_token_id: int | None
+    hf_json: str = dataclasses.field(repr=False)
+    """The ``config.json`` this came from, as sorted JSON."""
+
+    @property
+    def hf(self) -> dict[str, Any]:
+        """The ``config.json`` this came from, as a fresh dict."""
+        return json.loads(self.hf_json)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig(DecoderConfig):
+    """llama, mistral, qwen2, qwen3: one decoder with small differences."""
+
+    rope: Rope
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm over each head's query and key before the rotation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config(DecoderConfig):
+    """gpt2: learned positions, LayerNorm, fused query-key-value projection."""
+
+
+def parse(hf: Mapping[str, Any], *, where: str = "config.json") -> DecoderConfig:
+    """The configuration in a ``config.json``'s dict.
+
+    Raises ConfigError for an unknown ``model_type``, a missing or malformed value and every switch
+    that is not supported; ``where`` is the place that errors name.
+    """
+    model_type = hf.get("model_type")
+    if model_type not in PARSERS:
+        remote = " (auto_map points to code of its own, which jlora never runs)"
+        raise ConfigError(
+            f"model_type {model_type!r} is not supported{remote if 'auto_map' in hf else ''}",
+            where=f"{where}: model_type",
+            fix=did_you_mean(str(model_type), PARSERS) or f"supported: {', '.join(PARSERS)}",
+        )
+    keys = Keys(hf, where)
+    keys.only("quantization_config", None, why="the weights are already quantized")
+    keys.only("is_encoder_decoder", False)
+    keys.only("add_cross_attention", False)
+    return PARSERS[model_type](keys)
+
+
+class Keys:
+    """Typed look-ups in a ``config.json``; every failure names the file and the key."""
+
+    def __init__(self, hf: Mapping[str, Any], where: str):
+        self.hf, self.where = hf, where
+
+    def fail(self, key: str, cause: str, fix: str | None = None) -> ConfigError:
+        return ConfigError(cause, where=f"{self.where}: {key}", fix=fix)
+
+    def only(self, key: str, *values: Any, why: str | None = None) -> None:
+        """A switch whose other settings are not implemented."""
+        value = self.hf.get(key)
+        if value is None or value in values:
+            return
+        allowed = " or ".join(json.dumps(v) for v in values if v is not None) or "absent"
+        detail = f": {why}" if why else ""
+        raise self.fail(key, f"{json.dumps(value)} is not supported{detail}", f"must be {allowed}")
+
+    def number(self, key: str, default: Any, kind: type = int) -> Any:
+        """A positive number; ``default`` where the key is absent or null, if it is not None."""
+        value = self.hf.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+            raise self.fail(key, f"must be {kind.__name__}, not {value!r}")
+        if value <= 0:
+            raise self.fail(key, f"must be positive, not {value!r}")
+        return kind(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.hf.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise self.fail(key, f"must be true or false, not {value!r}")
+        return value
+
+    def choice(self, key: str, default: str, options: Iterable[str]) -> str:
+        value = self.hf.get(key, default)
+        if value not in options:
+            raise self.fail(key, f"{value!r} is not supported", did_you_mean(str(value), options))
+        return value
+
+    def token(self, key: str) -> int | None:
+        value = self.hf.get(key)
+        return None if value is None else int(value)
+
+    def tokens(self, key: str, default: int | None = None) -> tuple[int, ...]:
+        value = self.hf.get(key, default)
+        if value is None:
+            return ()
+        return tuple(value) if isinstance(value, list) else (int(value),)
+
+
+def _common(keys: Keys) -> dict[str, Any]:
+    """The fields that have one name in all families but GPT-2."""
+    hidden, heads = keys.number("hidden_size", 4096), keys.number("num_attention_heads", 32)
+    return {
+        "model_type": keys.hf["model_type"],
+        "vocab_size": keys.number("vocab_size", 32000),
+        "hidden_size": hidden,
+        "num_hidden_layers": keys.number("num_hidden_layers", 32),
+        "num_attention_heads": heads,
+        "hidden_act": keys.choice("hidden_act", "silu", ACTIVATIONS),
+        "norm_eps": keys.number("rms_norm_eps", 1e-6, float),
+        "initializer_range": keys.number("initializer_range", 0.02, float),
+        "tie_word_embeddings": keys.flag("tie_word_embeddings", False),
+        "bos_token_id": keys.token("bos_token_id"),
+        "pad_token_id": keys.token("pad_token_id"),
+        "hf_json": json.dumps(dict(keys.hf), sort_keys=True),
+    }
+
+
+def _llama_like(keys: Keys, windows: tuple, **defaults: Any) -> LlamaConfig:
+    common = _common(keys)
+    hidden, heads = common["hidden_size"], common["num_attention_heads"]
+    if keys.hf.get("head_dim") is None and "head_dim" not in defaults and hidden % heads:
+        raise keys.fail("hidden_size", f"{hidden} is not a multiple of {heads} attention heads")
+    head_dim = keys.number("head_dim", defaults.pop("head_dim", hidden // heads))
+    kv_heads = keys.number("num_key_value_heads", defaults.pop("num_key_value_heads", heads))
+    if heads % kv_heads:
+        raise keys.fail("num_key_value_heads", f"{kv_heads} does not divide {heads} heads")
+    positions = keys.number("max_position_embeddings", defaults.pop("max_position_embeddings"))
+    return LlamaConfig(
+        **common,
+        intermediate_size=keys.number("intermediate_size", defaults.pop("intermediate_size")),
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=positions,
+        windows=windows,
+        scales=(head_dim**-0.5,) * common["num_hidden_layers"],
+        eos_token_ids=keys.tokens("eos_token_id", defaults.pop("eos_token_id", None)),
+        rope=parse_rope(keys, head_dim, positions),
+        **defaults,
+    )
+
+
+def _llama(keys: Keys) -> LlamaConfig:
+    bias = keys.flag("attention_bias", False)
+    return _llama_like(
+        keys,
+        _uniform(keys, None),
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=keys.flag("mlp_bias", False),
+        intermediate_size=11008,
+        max_position_embeddings=2048,
+        eos_token_id=2,
+    )
+
+
+def _mistral(keys: Keys) -> LlamaConfig:
+    window = keys.hf.get("sliding_window", 4096)
+    if window is not None:
+        window = keys.number("sliding_window", 4096)
+    kind = "sliding_attention" if window else "full_attention"
+    if set(keys.hf.get("layer_types") or [kind]) != {kind}:
+        raise keys.fail("layer_types", "a pattern of layer types is not supported for mistral")
+    return _llama_like(
+        keys,
+        _uniform(keys, window),
+        num_key_value_heads=8,
+        intermediate_size=14336,
+        max_position_embeddings=4096 * 32,
+        eos_token_id=2,
+    )
+
+
+def _qwen2(keys: Keys) -> LlamaConfig:
+    return _llama_like(
+        keys,
+        _layer_windows(keys),
+        qkv_bias=True,
+        num_key_value_heads=32,
+        intermediate_size=22016,
+        max_position_embeddings=32768,
+    )
+
+
+def _qwen3(keys: Keys) -> LlamaConfig:
+    bias = keys.flag("attention_bias", False)
+    return _llama_like(
+        keys,
+        _layer_windows(keys),
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm=True,
+        head_dim=128,
+        num_key_value_heads=32,
+        intermediate_size=22016,
+        max_position_embeddings=32768,
+    )
+
+
+def _uniform(keys: Keys, window: int | None) -> tuple[int | None, ...]:
+    return (window,) * keys.number("num_hidden_layers", 32)
+
+
+def _layer_windows(keys: Keys) -> tuple[int | None, ...]:
+    """Qwen's rule: ``layer_types``, else the layers from ``max_window_layers`` on slide."""
+    layers = keys.number("num_hidden_layers", 32)
+    window = None
+    if keys.flag("use_sliding_window", False) and keys.hf.get("sliding_window", 4096) is not None:
+        window = keys.number("sliding_window", 4096)
+    types = keys.hf.get("layer_types")
+    if types is None:
+        first = keys.hf.get("max_window_layers", 28)
+        return tuple(window if i >= first else None for i in range(layers))
+    if len(types) != layers:
+        raise keys.fail("layer_types", f"has {len(types)} entries for {layers} layers")
+    for kind in types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise keys.fail("layer_types", f"{kind!r} is not supported")
+    if window is None and "sliding_attention" in types:
+        raise keys.fail("layer_types", "sliding_attention without use_sliding_window")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def _gpt2(keys: Keys) -> GPT2Config:
+    hidden, heads = keys.number("n_embd", 768), keys.number("n_head", 12)
+    layers = keys.number("n_layer", 12)
+    if hidden % heads:
+        raise keys.fail("n_embd", f"{hidden} is not a multiple of {heads} heads")
+    scale = (hidden // heads) ** -0.5 if keys.flag("scale_attn_weights", True) else 1.0
+    inverse = keys.flag("scale_attn_by_inverse_layer_idx", False)
+    return GPT2Config(
+        model_type="gpt2",
+        vocab_size=keys.number("vocab_size", 50257),
+        hidden_size=hidden,
+        intermediate_size=keys.number("n_inner", 4 * hidden),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=hidden // heads,
+        hidden_act=keys.choice("activation_function", "gelu_new", ACTIVATIONS),
+        norm_eps=keys.number("layer_norm_epsilon", 1e-5, float),
+        max_position_embeddings=keys.number("n_positions", 1024),
+        initializer_range=keys.number("initializer_range", 0.02, float),
+        tie_word_embeddings=keys.flag("tie_word_embeddings", True),
+        windows=(None,) * layers,
+        scales=tuple(scale / (i + 1) if inverse else scale for i in range(layers)),
+        eos_token_ids=keys.tokens("eos_token_id", 50256),
+        bos_token_id=keys.token("bos_token_id"),
+        pad_token_id=keys.token("pad_token_id"),
+        hf_json=json.dumps(dict(keys.hf), sort_keys=True),
+    )
+
+
+PARSERS: dict[str, Callable[[Keys], DecoderConfig]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gpt2": _gpt2,
+}
+"""``model_type`` → the function that reads its ``config.json``."""

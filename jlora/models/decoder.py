@@ -1,0 +1,148 @@
+"""What all decoders share: the scan over stacked layers, rematerialisation and the KV cache.
+
+A block is called as ``block(x, layer, cache) → (x, cache)`` where ``layer`` carries what varies
+with depth or call: the layer's number, the position table and how to attend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jlora.errors import ConfigError, did_you_mean
+from jlora.models.attention import attend, attend_cached
+from jlora.models.config import DecoderConfig
+
+REMAT = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
+"""Names of ``jax.checkpoint_policies`` that ``gradient_checkpointing`` may be, besides a bool."""
+
+FAR = 2**30
+"""A window that reaches everything, for layers without one among layers with one."""
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far, a row's tokens in slots 0 … length - 1."""
+
+    k: Float[Array, "layers B S kv_heads dim"]
+    v: Float[Array, "layers B S kv_heads dim"]
+    length: Int[Array, "B"]
+
+
+class KV(NamedTuple):
+    """The two arrays of a Cache, as the layer scan carries them."""
+
+    k: Array
+    v: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """How the layers of one forward pass attend and where their tokens stand.
+
+    ``slots`` are the tokens' places in the cache (its length for tokens to be dropped), or None for
+    a pass over whole rows without a cache.
+    """
+
+    config: DecoderConfig
+    backend: str
+    rope_table: tuple[Array, Array] | None = None
+    segment_ids: Array | None = None
+    slots: Array | None = None
+
+    def at(self, **changes: Any) -> Call:
+        """The same call with some fields replaced."""
+        return dataclasses.replace(self, **changes)
+
+    def attend(self, q: Array, k: Array, v: Array, index: Array, kv: KV | None):
+        """(B, T, heads, dim) results of layer ``index``, and the cache with its new tokens."""
+        scale = _of_layer(self.config.scales, index)
+        window = _of_layer(self.config.windows, index, default=FAR)
+        if kv is None or self.slots is None:
+            out = attend(
+                q,
+                k,
+                v,
+                scale=scale,
+                segment_ids=self.segment_ids,
+                window=window,
+                backend=self.backend,
+            )
+            return out, kv
+        rows = jnp.arange(q.shape[0])[:, None]
+        kv = KV(
+            kv.k.at[index, rows, self.slots].set(k.astype(kv.k.dtype), mode="drop"),
+            kv.v.at[index, rows, self.slots].set(v.astype(kv.v.dtype), mode="drop"),
+        )
+        keys, values = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in kv)
+        return attend_cached(q, keys, values, slots=self.slots, scale=scale, window=window), kv
+
+
+def _of_layer(values: Sequence[Any], index: Array, default: Any = None) -> Any:
+    """``values[index]``: the Python value where all layers agree, so that it stays static."""
+    if len(set(values)) == 1:
+        return values[0]
+    return jnp.asarray([default if value is None else value for value in values])[index]
+
+
+def stack(block: Callable[[], nnx.Module], layers: int) -> nnx.Module:
+    """A module whose parameters are those of ``layers`` blocks, stacked on a leading axis."""
+    return nnx.vmap(lambda _: block(), in_axes=0)(jnp.arange(layers))
+
+
+def scan_layers(
+    layers: nnx.Module, x: Array, call: Call, kv: KV | None, remat: bool | str
+) -> tuple[Array, KV | None]:
+    """Runs stacked layers in order: one layer's code is compiled, whatever the depth.
+
+    ``remat`` recomputes each layer in the backward pass instead of keeping its activations: True
+    keeps only the layer's input, a name is that policy of ``jax.checkpoint_policies``.
+    """
+    graph, state = nnx.split(layers)
+
+    def body(carry, layer):
+        index, weights = layer
+        x, kv = nnx.merge(graph, weights)(carry[0], call, index, carry[1])
+        return (x, kv), None
+
+    if remat:
+        # Within a scan nothing can be merged across the barrier that prevent_cse puts up.
+        body = jax.checkpoint(body, policy=policy(remat), prevent_cse=False)
+    index = jnp.arange(call.config.num_hidden_layers)
+    (x, kv), _ = jax.lax.scan(body, (x, kv), (index, state))
+    return x, kv
+
+
+def policy(name: bool | str) -> Callable | None:
+    """What a rematerialised layer keeps; ConfigError for an unknown name."""
+    if isinstance(name, bool):
+        return None
+    if name not in REMAT:
+        raise ConfigError(
+            f"there is no rematerialisation policy {name!r}",
+            where="gradient_checkpointing",
+            fix=did_you_mean(name, REMAT) or f"true, false or one of {', '.join(REMAT)}",
+        )
+    return getattr(jax.checkpoint_policies, name)
+
+
+def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any) -> Cache:
+    """An empty cache with room for ``length`` tokens a row."""
+    shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32))
+
+
+def cache_slots(cache: Cache, valid: Array) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    """The slot of each new token, and the rows' lengths after them.
+
+    Valid tokens go to the row's next free slots; the others get a slot beyond the end, where writes
+    are dropped.
+    """
+    size = cache.k.shape[2]
+    order = cache.length[:, None] + jnp.cumsum(valid, axis=1) - 1
+    return jnp.where(valid, order, size), cache.length + jnp.sum(valid, axis=1, dtype=jnp.int32)

@@ -1,0 +1,197 @@
+"""A transformers folder as untrusted input: what it holds, read without running any of it.
+
+Weights come from safetensors only: pickles (``.bin``, ``.pt``) can run code and are refused, and
+code that a repository brings along is neither downloaded nor imported. Shards are plain file names
+inside the folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jlora.errors import ConfigError, DataError, JloraError, StorageError
+from jlora.files import storage_errors
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": None}
+"""Tensor types that can be a model's weights."""
+
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+UNWANTED = ["*/*", "consolidated*"]
+"""Which files of a hub repository are downloaded: its top folder's weights and tokenizer."""
+
+
+def find_folder(name: str | Path, revision: str | None = None) -> Path:
+    """The local folder ``name``, or the snapshot of the hub repository of that name.
+
+    Raises:
+      ConfigError: neither exists. StorageError: the hub cannot be reached.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    text = str(name)
+    if folder.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise ConfigError(
+            "there is no such folder", where=text, fix="name a transformers folder or a hub model"
+        )
+    return _download(text, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED
+            )
+        )
+    except (
+        errors.RepositoryNotFoundError,
+        errors.RevisionNotFoundError,
+        errors.HFValidationError,
+    ) as error:
+        raise ConfigError(
+            "there is no such folder, and no such model or revision on the Hugging Face hub "
+            "(or it needs a login)",
+            where=name,
+            fix="check the name; for gated models accept the licence and set HF_TOKEN",
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        raise StorageError(
+            "there is no such folder, and the Hugging Face hub cannot be reached",
+            where=name,
+            fix="connect to the network, or name a local folder",
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; DataError when it is missing or is not one."""
+    if not path.is_file():
+        raise DataError("this file is missing", where=str(path), fix="name a transformers folder")
+    try:
+        with storage_errors(path):
+            value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"not valid JSON ({error})", where=str(path)) from error
+    if not isinstance(value, dict):
+        raise DataError("must hold a JSON object", where=str(path))
+    return value
+
+
+def shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The safetensors files of a folder, and the index's tensor → file name map if it has one.
+
+    Raises DataError for pickled or missing weights and for names that lead out of the folder.
+    """
+    if (folder / SINGLE).exists() and not (folder / INDEX).exists():
+        return [_inside(folder, SINGLE)], None
+    if not (folder / INDEX).exists():
+        raise _no_weights(folder)
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise DataError("has no weight_map", where=str(folder / INDEX))
+    names = sorted({str(name) for name in weight_map.values()})
+    return [_inside(folder, name) for name in names], weight_map
+
+
+def _no_weights(folder: Path) -> JloraError:
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    if pickles:
+        return DataError(
+            f"the weights are pickles ({', '.join(pickles[:3])}), which can run code when loaded; "
+            "jlora reads safetensors only",
+            where=str(folder),
+            fix="convert them where you trust them: AutoModelForCausalLM.from_pretrained(…)"
+            ".save_pretrained(…) in transformers writes safetensors",
+        )
+    return DataError(f"there is no {SINGLE} and no {INDEX}", where=str(folder))
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file of that plain name; DataError when it lies, or links, outside the folder."""
+    where = f"{folder / INDEX}: {name}"
+    if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
+        raise DataError("a shard must be the plain name of a safetensors file", where=where)
+    file = folder / name
+    if not file.is_file():
+        raise DataError("this shard is missing", where=where, fix="download the folder again")
+    allowed = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":  # the hub's cache keeps files as links to blobs
+        allowed.append(folder.resolve().parent.parent / "blobs")
+    if not any(file.resolve().is_relative_to(root) for root in allowed):
+        raise DataError("a link that leads out of the folder", where=where)
+    return file
+
+
+class Shards:
+    """Open safetensors files: names and shapes at once, values tensor by tensor."""
+
+    def __init__(self, handles: dict[Path, Any], weight_map: dict[str, str] | None):
+        self.files: dict[str, Path] = {}
+        self.problems: list[tuple[str, str]] = []
+        """(tensor name, what is wrong): duplicates, and disagreements with the index."""
+        self._handles = handles
+        for file, handle in handles.items():
+            for name in handle.keys():  # noqa: SIM118 (a safe_open handle is not a mapping)
+                if name in self.files:
+                    self.problems.append((name, f"is in {self.files[name].name} and {file.name}"))
+                self.files[name] = file
+        if weight_map is not None:
+            self._check_index(weight_map)
+
+    def _check_index(self, weight_map: dict[str, str]) -> None:
+        for name, file in weight_map.items():
+            if name not in self.files:
+                self.problems.append((name, f"is in the index but not in {file}"))
+        for name in self.files:
+            if name not in weight_map:
+                self.problems.append((name, f"is in {self.files[name].name} but not in the index"))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handles[self.files[name]].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """The type's name in the file: ``F32``, ``BF16`` …"""
+        return self._handles[self.files[name]].get_slice(name).get_dtype()
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor's values; BF16 comes as ml_dtypes' bfloat16."""
+        with damage(self.files[name]):
+            return self._handles[self.files[name]].get_tensor(name)
+
+
+@contextmanager
+def open_shards(folder: Path) -> Iterator[Shards]:
+    """The folder's weights, open for reading; DataError when a file is damaged."""
+    files, weight_map = shard_files(folder)
+    with ExitStack() as stack:
+        handles = {}
+        for file in files:
+            with damage(file):
+                handles[file] = stack.enter_context(safe_open(file, framework="numpy"))
+        yield Shards(handles, weight_map)
+
+
+@contextmanager
+def damage(file: Path) -> Iterator[None]:
+    """Turns what safetensors raises inside the block into a DataError that names ``file``."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise DataError(
+            f"not a whole safetensors file ({error})",
+            where=str(file),
+            fix="it is truncated or damaged: download or write it again",
+        ) from error
+    except OSError as error:
+        raise StorageError(f"cannot be read ({error})", where=str(file)) from error

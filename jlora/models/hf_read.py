@@ -1,0 +1,210 @@
+"""Reads a transformers folder into a model and its parameter tree.
+
+Headers are checked against the tree that the configuration asks for before anything is allocated;
+then leaf after leaf is read, cast, quantized and placed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import nf4, paths
+from jlora.config import QuantConfig
+from jlora.errors import DataError
+from jlora.models.config import parse
+from jlora.models.hf_folder import FLOATS, Shards, find_folder, open_shards, read_json
+from jlora.models.hf_names import HEAD, Tensor, embedding_name, tensors
+from jlora.models.model import Model
+from jlora.models.registry import family
+
+
+def load_pretrained(
+    path_or_hub_id: str | Path,
+    dtype: str = "bfloat16",
+    quantization: QuantConfig | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    revision: str | None = None,
+    attention: str = "auto",
+) -> tuple[Model, dict[str, Any]]:
+    """The model in a transformers folder or hub repository, and its frozen parameters.
+
+    Args:
+      path_or_hub_id: a folder with ``config.json`` and safetensors, or a hub model's name.
+      dtype: ``float32``, ``bfloat16`` or ``float16``: what is computed in, and what weights that
+        are not quantized are kept in, whatever the file holds.
+      quantization: packs linear layers to NF4 as they are read (see ``nf4.quantize_params``).
+      mesh: places every leaf on it; None leaves that to JAX's default device.
+      revision: a hub repository's branch, tag or commit.
+      attention: see ``attention.BACKENDS``.
+
+    Raises:
+      ConfigError: the model is not there or its configuration is not supported.
+      DataError: a file is missing or damaged, or its tensors are not those of the model: all
+        missing, unexpected, misshapen and doubled ones are named.
+    """
+    folder = find_folder(path_or_hub_id, revision)
+    model = read_model(folder, dtype=dtype, attention=attention)
+    with open_shards(folder) as shards:
+        names = check(shards, model, folder)
+        return model, read_params(shards, names, model, quantization, mesh)
+
+
+def read_model(folder: Path, **options: Any) -> Model:
+    """The model that a folder's ``config.json`` describes, without its parameters.
+
+    Ids that end a reply are those of ``config.json`` and ``generation_config.json`` together.
+    """
+    config = parse(read_json(folder / "config.json"), where=str(folder / "config.json"))
+    if (folder / "generation_config.json").exists():
+        more = read_json(folder / "generation_config.json").get("eos_token_id")
+        more = more if isinstance(more, list) else [] if more is None else [more]
+        ids = tuple(dict.fromkeys((*config.eos_token_ids, *more)))
+        config = dataclasses.replace(config, eos_token_ids=ids)
+    return Model(config, **options)
+
+
+def check(shards: Shards, model: Model, folder: Path) -> dict[str, str]:
+    """Which tensor of the file each tensor of the model is: {expected name: name in the file}.
+
+    They differ in checkpoints of the base model alone and in tied ones that store the head.
+    """
+    expected = {t.name: t for t in tensors(model)}
+    trunk, buffers = family(model.config).trunk, family(model.config).buffers
+    names, problems = {}, list(shards.problems)
+    for name in shards.files:
+        full = name if name in expected else f"{trunk}.{name}"
+        if full in expected and full not in names:
+            names[full] = name
+        elif not re.fullmatch(buffers, name) and not _is_tied_head(name, model):
+            problems.append((name, "is not part of this model"))
+    if model.config.tie_word_embeddings and HEAD in shards.files:
+        problems += _use_tied_head(shards, names, embedding_name(model))
+    for name, tensor in expected.items():
+        if name not in names:
+            problems.append((name, "is missing"))
+        elif shards.shape(names[name]) != tensor.shape:
+            shape = shards.shape(names[name])
+            problems.append((name, f"has shape {_text(shape)}, expected {_text(tensor.shape)}"))
+        elif shards.dtype(names[name]) not in FLOATS:
+            problems.append((name, f"is of type {shards.dtype(names[name])}, not a float"))
+    if problems:
+        raise DataError(
+            f"the weights do not fit config.json:\n{_listing(problems)}",
+            where=str(folder),
+            fix="use the config.json and the weights of one model",
+        )
+    return names
+
+
+def _is_tied_head(name: str, model: Model) -> bool:
+    return name == HEAD and model.config.tie_word_embeddings
+
+
+def _use_tied_head(shards: Shards, names: dict[str, str], embedding: str) -> list[tuple[str, str]]:
+    """Lets the head stand in for a missing embedding; a differing one is a problem."""
+    stored = names.setdefault(embedding, HEAD)
+    if stored == HEAD or shards.shape(stored) != shards.shape(HEAD):
+        return []
+    if np.array_equal(shards.read(stored), shards.read(HEAD)):
+        return []
+    return [(HEAD, f"differs from {stored}, but tie_word_embeddings says that they are one")]
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _listing(problems: Iterable[tuple[str, str]]) -> str:
+    """One line a problem; the same one in many layers is one line with their number."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, cause in problems:
+        groups.setdefault((re.sub(r"\.\d+\.", ".*.", name, count=1), cause), []).append(name)
+    lines = []
+    for (pattern, cause), names in groups.items():
+        many = len(names) > 1
+        lines.append(f"  {pattern if many else names[0]} {cause}{f' ({len(names)}×)' * many}")
+    return "\n".join(lines)
+
+
+def read_params(
+    shards: Shards,
+    names: Mapping[str, str],
+    model: Model,
+    quantization: QuantConfig | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> dict[str, Any]:
+    """The parameter tree, read leaf by leaf; ``names`` as ``check`` returns it."""
+    shapes = model.shapes
+    if quantization is not None:
+        shapes = jax.eval_shape(lambda p: nf4.quantize_params(p, quantization), shapes)
+    groups: dict[paths.Path, list[Tensor]] = {}
+    for tensor in tensors(model):
+        groups.setdefault(tensor.path, []).append(tensor)
+    place = _placer(shapes, mesh)
+
+    def read(path: paths.Path, shape: Any) -> Any:
+        group = groups[path]
+        if isinstance(shape, nf4.NF4Array):
+            return place(path, _packed(shards, names, group, shape.dtype, quantization))
+        return place(path, _dense(shards, names, group, shape))
+
+    return paths.map_leaves(read, shapes)
+
+
+def _placer(shapes: Any, mesh: jax.sharding.Mesh | None):
+    """A function (path, host arrays) → arrays on their devices."""
+    if mesh is None:
+        return lambda path, leaf: jax.tree.map(jnp.asarray, leaf)
+    from jlora import sharding
+
+    where = sharding.shardings(shapes, mesh)
+    return lambda path, leaf: sharding.place(leaf, paths.get(where, path))
+
+
+def _dense(shards: Shards, names: Mapping, group: list[Tensor], shape: Any) -> np.ndarray:
+    """A leaf's values, stacked over layers, in ``shape.dtype``."""
+    out = np.empty(shape.shape, shape.dtype)
+    for tensor in group:
+        value = _cast(shards.read(names[tensor.name]), out.dtype, tensor.name)
+        out[... if tensor.layer is None else tensor.layer] = value.T if tensor.transposed else value
+    return out
+
+
+def _packed(
+    shards: Shards, names: Mapping, group: list[Tensor], dtype: Any, config: QuantConfig | None
+) -> nf4.NF4Array:
+    """A leaf's values in NF4, on the host; each layer is packed before the next one is read."""
+    assert config is not None
+    layers = []
+    for tensor in group:
+        value = _cast(shards.read(names[tensor.name]), np.dtype(dtype), tensor.name)
+        rows = value if tensor.transposed else value.T  # bitsandbytes packs torch's [out, in]
+        packed = nf4.quantize(
+            jnp.asarray(rows),
+            config.block_size,
+            config.bnb_4bit_use_double_quant,
+            config.bnb_4bit_compute_dtype,
+        )
+        layers.append(jax.device_get(packed.mT))
+    if group[0].layer is None:
+        return layers[0]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+
+
+def _cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """``value`` in ``dtype``; DataError when float16 cannot hold it."""
+    if value.dtype == dtype:
+        return value
+    with np.errstate(over="ignore"):
+        cast = value.astype(dtype)
+    if dtype == np.float16 and np.isinf(cast).any():
+        raise DataError("holds values beyond float16's range", where=name, fix="dtype: bfloat16")
+    return cast

@@ -1,0 +1,178 @@
+"""``Model``: a decoder as a pure function of its parameters.
+
+A Model holds what is static (configuration, dtype, choices of how to compute) and no array, so it
+is hashable and may be closed over by ``jax.jit``. Parameters are a nested dict whose leaves are
+arrays or stand for one (NF4 arrays, weights with an adapter)::
+
+    model, params = load_pretrained(folder)
+    logits = model(params, input_ids)                    # (B, T) → (B, T, V) float32
+
+    cache = model.init_cache(batch=2, length=64)         # two prompts, the second one shorter
+    logits, cache = model.decode(params, ids, positions, cache)      # positions -1: padding
+    logits, cache = model.decode(params, next_ids, None, cache)      # (2, 1): the next tokens
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jlora import paths
+from jlora.errors import ConfigError
+from jlora.models import decoder
+from jlora.models.attention import check_backend
+from jlora.models.config import DecoderConfig, parse
+from jlora.models.registry import module_of
+
+DTYPES = ("float32", "bfloat16", "float16")
+Params = Mapping[str, Any]
+Ids = Int[Array | np.ndarray, "B T"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder-only language model; see the module's header."""
+
+    config: DecoderConfig
+    dtype: str = "bfloat16"
+    """What activations are computed in; norms, softmax, rope and logits are float32 always."""
+    attention: str = "auto"
+    """Which attention computes: see ``attention.BACKENDS``."""
+    gradient_checkpointing: bool | str = False
+    """Recompute each layer in the backward pass: True, or a policy's name (``decoder.REMAT``)."""
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"{self.dtype!r} is none of {', '.join(DTYPES)}", where="model.dtype")
+        check_backend(self.attention)
+        decoder.policy(self.gradient_checkpointing)
+
+    @classmethod
+    def from_config(cls, hf: Mapping[str, Any], dtype: str = "bfloat16", **options: Any) -> Model:
+        """The model that a ``config.json``'s dict describes; ConfigError if it is not supported."""
+        return cls(parse(hf), dtype, **options)
+
+    @property
+    def shapes(self) -> dict[str, Any]:
+        """The parameter tree with ``jax.ShapeDtypeStruct`` leaves in the model's dtype."""
+        return nnx.to_pure_dict(_structure(self.config, self.dtype)[1])
+
+    def __call__(
+        self,
+        params: Params,
+        input_ids: Ids,
+        positions: Ids | None = None,
+        segment_ids: Ids | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the token after each token, in float32.
+
+        Args:
+          params: the parameter tree.
+          input_ids: token ids.
+          positions: each token's position in its document; None counts from 0 along the row.
+          segment_ids: each token's document, 1 and up, and 0 for padding; None is one document a
+            row. A token sees only its own document.
+        """
+        return self.head(params, self.features(params, input_ids, positions, segment_ids))
+
+    def features(
+        self,
+        params: Params,
+        input_ids: Ids,
+        positions: Ids | None = None,
+        segment_ids: Ids | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What the output head reads, after the last norm; arguments as for the call itself."""
+        ids = jnp.asarray(input_ids)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        if segment_ids is not None:
+            segment_ids = jnp.asarray(segment_ids)
+        call = decoder.Call(self.config, self.attention, segment_ids=segment_ids)
+        module = self._module(params)
+        x, _ = module.features(ids, jnp.asarray(positions), call, None, self.gradient_checkpointing)
+        return x
+
+    def head(self, params: Params, features: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Logits of features, in float32: ``model(…) == head(params, features(…))``."""
+        return self._module(params).head(features)
+
+    def init_cache(self, batch: int, length: int) -> decoder.Cache:
+        """An empty cache with room for ``length`` tokens in each of ``batch`` rows."""
+        return decoder.init_cache(self.config, batch, length, jnp.dtype(self.dtype))
+
+    def decode(
+        self,
+        params: Params,
+        ids: Int[Array | np.ndarray, "B t"],
+        positions: Int[Array | np.ndarray, "B t"] | None,
+        cache: decoder.Cache,
+        last_only: bool = False,
+    ) -> tuple[Float[Array, "B t V"] | Float[Array, "B V"], decoder.Cache]:
+        """Appends tokens to the cache and returns their logits.
+
+        Rows are independent: each appends its valid tokens after its own ``cache.length`` tokens,
+        so prompts of different lengths, padded on either side, share a batch. Tokens that no room
+        is left for are not stored, and later tokens do not see them.
+
+        Args:
+          params: the parameter tree.
+          ids: the next tokens of each row: a prompt's, or one token.
+          positions: each token's position in its row, -1 for padding, which is not stored and whose
+            logits mean nothing. None continues every row, all tokens valid.
+          cache: what the rows hold so far.
+          last_only: return (B, V), the logits at each row's last valid token of this call only;
+            spares the rest of a prompt's logits.
+        """
+        ids = jnp.asarray(ids)
+        if positions is None:
+            positions = cache.length[:, None] + jnp.arange(ids.shape[1])
+        positions = jnp.asarray(positions)
+        slots, length = decoder.cache_slots(cache, positions >= 0)
+        call = decoder.Call(self.config, self.attention, slots=slots)
+        module, kv = self._module(params), decoder.KV(cache.k, cache.v)
+        x, kv = module.features(ids, jnp.maximum(positions, 0), call, kv, False)
+        if last_only:
+            steps = jnp.arange(ids.shape[1])
+            last = jnp.max(jnp.where(positions >= 0, steps, 0), axis=1)
+            x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+        return module.head(x), decoder.Cache(kv.k, kv.v, length)
+
+    def _module(self, params: Params) -> Any:
+        """The NNX module over these parameters."""
+        return nnx.merge(_structure(self.config, self.dtype)[0], params)
+
+
+def init_params(key: Array, model: Model) -> dict[str, Any]:
+    """Random parameters in the model's dtype, to train from scratch.
+
+    Kernels and embeddings are normal with the config's ``initializer_range``; norm scales are one,
+    biases zero. Each leaf's values depend on ``key`` and the leaf's place only.
+    """
+    deviation = model.config.initializer_range
+    leaves = list(paths.walk(model.shapes))
+    keys = jax.random.split(key, len(leaves))
+
+    def draw(key: Array, path: paths.Path, leaf: jax.ShapeDtypeStruct) -> Array:
+        if path[-1] == "scale":
+            return jnp.ones(leaf.shape, leaf.dtype)
+        if path[-1] == "bias":
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        return (deviation * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
+
+    return paths.nest({p: draw(k, p, leaf) for k, (p, leaf) in zip(keys, leaves, strict=True)})
+
+
+@functools.lru_cache(maxsize=32)
+def _structure(config: DecoderConfig, dtype: str) -> tuple[Any, Any]:
+    """The graph definition and abstract state of a model's NNX module; allocates nothing."""
+    module = module_of(config)
+    return nnx.split(nnx.eval_shape(lambda: module(config, jnp.dtype(dtype))))
