@@ -19,6 +19,7 @@ gradients are exactly zero and they stay zero.
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -137,7 +138,8 @@ def attach(params: Tree, adapter: Adapter, *, dropout_key: Array | None = None) 
                 result[key] = change.astype(node[key].dtype)
         if "kernel" in node and any(_is_delta(node, changes, k) for k in changes):
             stack = paths.stack_of(path, stacks)
-            a, b, scale = _combine(node["kernel"], changes, path, stack, adapter.config)
+            size = (node["kernel"].shape[0] if stack else None, node["kernel"].shape[-1])
+            a, b, scale = _combine(size, changes, path, stack, adapter.config)
             _check_shapes(node["kernel"], a, b, path)
             keys = (
                 _layer_keys(dropout_key, path, scale.shape) if adapter.config.lora_dropout else None
@@ -190,16 +192,66 @@ def unmerge(merged: Tree, adapter: Adapter) -> dict:
     return paths.map_leaves(subtract, attach(merged, adapter))
 
 
+def whole_projections(adapter: Adapter) -> Adapter:
+    """The same adapter with LoRA on whole fused projections instead of on parts of them.
+
+    The parts' ranks add up; their scales go into B, and alpha is set so that the scale is one. This
+    is how formats that know no parts (PEFT's) can hold such an adapter.
+    """
+    config, stacks = adapter.config, paths.stacks(adapter.weights)
+    fused_ranks: dict[str, int] = {}
+    adapted: list[str] = []
+
+    def convert(node: Tree, path: paths.Path) -> dict:
+        result = {}
+        stack = paths.stack_of((*path, ""), stacks)
+        parts = {k: v for k, v in node.items() if path and k in paths.FUSED.get(path[-1], ())}
+        for key, child in node.items():
+            if key not in parts:
+                mapping = isinstance(child, Mapping)
+                result[key] = convert(child, (*path, key)) if mapping else child
+        if parts:
+            any_b = next(iter(parts.values()))["lora_B"]
+            width = any_b.shape[-1] * len(paths.FUSED[path[-1]])
+            layers = any_b.shape[0] if stack else None
+            a, b, _ = _combine((layers, width), node, path, stack, config)
+            result |= {"lora_A": a, "lora_B": b}
+            fused_ranks[path[-1]] = a.shape[-1]
+        if parts or "lora_A" in node:
+            layers = result["lora_A"].shape[0] if stack else 1
+            names = [paths.module_name(path, stack, i) for i in range(layers)]
+            last = path[-1]
+            probes = [[n.removesuffix(last) + p for p in parts] if parts else [n] for n in names]
+            used = zip(names, probes, strict=True)
+            adapted.extend(n for n, probe in used if any(rank_of(config, p) for p in probe))
+        return result
+
+    weights = convert(adapter.weights, ())
+    if not fused_ranks:
+        return adapter
+
+    def still_used(patterns: Mapping) -> dict:
+        hit = {p for p in patterns for n in adapted if paths.pattern_value({p: True}, n, False)}
+        return {p: v for p, v in patterns.items() if p in hit}
+
+    alphas = {k: math.sqrt(r) if config.use_rslora else r for k, r in fused_ranks.items()}
+    config = dataclasses.replace(
+        config,
+        target_modules=tuple(adapted),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank_pattern={**still_used(config.rank_pattern), **fused_ranks},
+        alpha_pattern={**still_used(config.alpha_pattern), **alphas},
+    )
+    return Adapter(weights, config)
+
+
 def scaling(config: LoraConfig, path: paths.Path, stack: paths.Path | None, layers: int | None):
     """alpha/r (alpha/√r with rsLoRA) of the module at ``path``: a float32 scalar or (layers,)."""
     names = [paths.module_name(path, stack, i) for i in range(layers or 1)]
     values = np.array([scaling_of(config, name) for name in names], np.float32)
     return values if stack else values[0]
-
-
-def ranks(config: LoraConfig, path: paths.Path, stack: paths.Path | None, layers: int | None):
-    """The rank of each layer of the module at ``path``; 0 where it is not adapted."""
-    return [rank_of(config, paths.module_name(path, stack, i)) for i in range(layers or 1)]
 
 
 def _init_pair(key: Array, target: Target, config: LoraConfig) -> tuple[Array, Array]:
@@ -243,26 +295,32 @@ def _is_delta(node: Tree, changes: Tree, key: str) -> bool:
     return "kernel" in node and key not in node and isinstance(changes[key], Mapping)
 
 
-def _combine(kernel, changes: Tree, path: paths.Path, stack: paths.Path | None, config: LoraConfig):
-    """A (…, in, r), B (…, r, out) and scale (…) of one kernel.
+def _combine(
+    size: tuple[int | None, int],
+    changes: Tree,
+    path: paths.Path,
+    stack: paths.Path | None,
+    config: LoraConfig,
+) -> tuple[Array, Array, Array]:
+    """A (…, in, r), B (…, r, out) and scale (…) of a kernel with ``size`` = (layers, out).
 
     Parts of a fused projection are set side by side: their As are concatenated, their Bs are placed
     at the part's columns with zeros elsewhere, each already scaled.
     """
-    layers = kernel.shape[0] if stack else None
+    layers, out = size
     if "lora_A" in changes:
         scale = jnp.asarray(scaling(config, path, stack, layers))
         return changes["lora_A"], changes["lora_B"], scale
     names = paths.FUSED[path[-1]]
-    size = kernel.shape[-1] // len(names)
+    width = out // len(names)
     a, b = [], []
     for i, name in enumerate(names):
         if name not in changes:
             continue
         part = changes[name]
         scale = np.asarray(scaling(config, (*path[:-1], name), stack, layers))[..., None, None]
-        after = kernel.shape[-1] - (i + 1) * size
-        pad = [(0, 0)] * (part["lora_B"].ndim - 1) + [(i * size, after)]
+        after = out - (i + 1) * width
+        pad = [(0, 0)] * (part["lora_B"].ndim - 1) + [(i * width, after)]
         a.append(part["lora_A"])
         b.append(jnp.pad(part["lora_B"] * scale, pad))
     one = jnp.ones(() if layers is None else (layers,), jnp.float32)

@@ -30,7 +30,8 @@ def find_targets(params: Any, config: LoraConfig) -> tuple[LoraConfig, list[Targ
       ConfigError: listing every pattern that matches nothing, with the nearest names.
     """
     candidates = _candidates(params)
-    config = _resolve(config, candidates)
+    conv1d = any(c.path[-1] in paths.FUSED for c in candidates)  # GPT-2 stores (in, out)
+    config = dataclasses.replace(_resolve(config, candidates), fan_in_fan_out=conv1d)
     targets = []
     for c in candidates:
         ranks = tuple(rank_of(config, name) for name in c.names)
