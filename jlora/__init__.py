@@ -1,0 +1,96 @@
+"""LoRA and QLoRA fine-tuning in JAX: adapters and packed weights are pytrees.
+
+    model, params = jlora.load_pretrained(path, quantization=jlora.QuantConfig())
+    adapter = jlora.init_adapter(jax.random.key(0), params, jlora.LoraConfig(r=16))
+    logits = model(jlora.attach(params, adapter), input_ids)
+
+Names are imported on first use, so that ``import jlora`` costs nothing and a mistake in a
+configuration file is reported without waiting for JAX.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jlora import nf4
+    from jlora.adapter_io import load_adapter, save_adapter
+    from jlora.config import LoraConfig, QuantConfig
+    from jlora.dot import dot, embed
+    from jlora.lora import Adapter, attach, detach, init_adapter, merge, unmerge
+    from jlora.models import load_pretrained, save_pretrained
+    from jlora.nf4 import quantize_params as quantize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "LoraConfig",
+    "QuantConfig",
+    "__version__",
+    "attach",
+    "detach",
+    "dot",
+    "embed",
+    "init_adapter",
+    "load_adapter",
+    "load_pretrained",
+    "merge",
+    "nf4",
+    "quantize",
+    "save_adapter",
+    "save_pretrained",
+    "unmerge",
+]
+
+_HOME = {
+    "Adapter": "lora",
+    "LoraConfig": "config",
+    "QuantConfig": "config",
+    "attach": "lora",
+    "detach": "lora",
+    "dot": "dot",
+    "embed": "dot",
+    "init_adapter": "lora",
+    "load_adapter": "adapter_io",
+    "load_pretrained": "models",
+    "merge": "lora",
+    "quantize": "nf4:quantize_params",
+    "save_adapter": "adapter_io",
+    "save_pretrained": "models",
+    "unmerge": "lora",
+}
+"""Public name → its module, and its name there where that differs."""
+
+
+class _Package(ModuleType):
+    """The package's own module type: imports names on first use, and keeps functions functions.
+
+    ``jlora.merge``, ``jlora.quantize`` and ``jlora.dot`` are functions *and* submodules (commands,
+    a file of the design). Importing a submodule sets it as an attribute of its package, which
+    would hide the function; that one assignment is left out. ``from jlora.merge import main`` and
+    ``python -m jlora.merge`` find the submodule in ``sys.modules`` and are not concerned.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "nf4":
+            return importlib.import_module("jlora.nf4")
+        if name not in _HOME:
+            raise AttributeError(f"module 'jlora' has no attribute {name!r}")
+        module, _, attribute = _HOME[name].partition(":")
+        value = getattr(importlib.import_module(f"jlora.{module}"), attribute or name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,179 @@
+"""What every command shares: arguments, settings, one readable error, and the exit code.
+
+A command is a module with ``run(config, options)``. It is imported only after its settings were
+found to be right, so that a mistake in them is reported at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import jlora
+from jlora import config, errors, files
+
+USAGE = "CONFIG.yaml [section.key=value …] [--debug]"
+
+
+class Command(NamedTuple):
+    """A command's module, its line in ``jlora --help``, and its own flags (name → argparse)."""
+
+    module: str
+    help: str
+    flags: dict[str, dict[str, Any]] = {}  # noqa: RUF012 (never changed)
+
+
+SHOW_BATCH = "print the first batch with its targets marked, and stop"
+
+COMMANDS = {
+    "train": Command(
+        "jlora.train",
+        "fine-tune a model: LoRA, QLoRA or in full",
+        {"--show-batch": {"action": "store_true", "help": SHOW_BATCH}},
+    ),
+    "evaluate": Command("jlora.evaluate", "loss, perplexity and exact match on held-out rows"),
+    "generate": Command("jlora.generate", "generate replies with a base model and its adapter"),
+    "merge": Command("jlora.merge", "fold an adapter into its base: a transformers folder"),
+}
+
+
+def entry() -> NoReturn:
+    """The console script ``jlora``."""
+    sys.exit(dispatch(sys.argv[1:]))
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """``jlora COMMAND …``: the exit code."""
+    name, rest = (argv[0], argv[1:]) if argv else ("", ())
+    if name in COMMANDS:
+        return main(name, rest, prog=f"jlora {name}")
+    if name in ("-V", "--version"):
+        print(f"jlora {jlora.__version__}")
+        return 0
+    if name in ("-h", "--help"):
+        print(overview())
+        return 0
+    if not name:
+        print(overview(), file=sys.stderr)
+        return errors.ConfigError.exit_code
+    fix = errors.did_you_mean(name, COMMANDS) or f"one of {', '.join(COMMANDS)}"
+    return report(errors.ConfigError(f"no such command: {name!r}", fix=fix))
+
+
+def main(command: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Runs a command with its arguments (``sys.argv`` when None) and returns the exit code."""
+    options = _parse(command, argv, prog or f"python -m {COMMANDS[command].module}")
+    return guard(lambda: _run(COMMANDS[command], options), debug=options.debug)
+
+
+def _run(command: Command, options: argparse.Namespace) -> None:
+    settings = config.load(options.config, options.overrides)
+    importlib.import_module(command.module).run(settings, options)
+
+
+def guard(work: Callable[[], None], debug: bool = False) -> int:
+    """Calls ``work``; 0, or the exit code of what it raised after printing it."""
+    try:
+        work()
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return report(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+def report(error: Exception) -> int:
+    """Prints one readable message on standard error; the exit code that goes with it."""
+    if isinstance(error, BrokenPipeError):  # such as `| head`; Python must not write there again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    known = readable(error)
+    print(f"error: {known}", file=sys.stderr)
+    return known.exit_code
+
+
+def readable(error: Exception) -> errors.JloraError:
+    """Any exception as one with cause and remedy."""
+    if isinstance(error, errors.JloraError):
+        return error
+    text = f"{type(error).__name__}: {error}".strip()
+    if isinstance(error, MemoryError) or "out of memory" in text.lower():
+        fix = "lower train.per_device_train_batch_size or data.max_length, or use quantization"
+        return errors.JloraError(f"out of memory: {_first_line(text)}", fix=fix)
+    if isinstance(error, OSError) or files.is_disk_full(error):
+        where = getattr(error, "filename", None)
+        return files.storage_error(error, where if isinstance(where, str) else "a file")
+    fix = "run the same command with --debug for the traceback; please report it"
+    return errors.JloraError(f"unexpected {_first_line(text)}", fix=fix)
+
+
+def _first_line(text: str) -> str:
+    return textwrap.shorten(text, 300, placeholder=" …")
+
+
+def overview() -> str:
+    """The text of ``jlora --help``."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: jlora COMMAND {USAGE}",
+            "",
+            *lines,
+            "",
+            "jlora COMMAND --help lists every setting; jlora --version prints the version.",
+        ]
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Lists the settings below the arguments, when help is asked for."""
+
+    def format_help(self) -> str:
+        return f"{super().format_help()}\n{settings()}"
+
+
+def _parse(command: str, argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    parser = _Parser(prog=prog, description=COMMANDS[command].help, allow_abbrev=False)
+    parser.usage = f"%(prog)s {USAGE}" + "".join(f" [{flag}]" for flag in COMMANDS[command].flags)
+    parser.add_argument(
+        "settings",
+        metavar="CONFIG.yaml section.key=value",
+        nargs="*",
+        help="a settings file, or a run's output folder; then settings that win over the file's, "
+        "such as lora.r=32 or data.train.0.path=rows.jsonl",
+    )
+    for flag, arguments in COMMANDS[command].flags.items():
+        parser.add_argument(flag, **arguments)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    # Intermixed: an override may follow a flag.
+    options = parser.parse_intermixed_args(argv)
+    if not options.settings:
+        parser.error("CONFIG.yaml is missing: name a settings file or a run's output folder")
+    options.config, *options.overrides = options.settings
+    return options
+
+
+def settings() -> str:
+    """Every setting with type, default and meaning, by section."""
+    lines = ["settings (section.key = default):"]
+    section = None
+    for option in config.options():
+        if option.section != section:
+            section = option.section
+            lines += ["", f"{section}:"]
+        default = "required" if option.default is None else option.default
+        lines.append(f"  {option.field} = {default}")
+        meaning = f"{option.help} ({option.type})"
+        lines += textwrap.wrap(meaning, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines) + "\n"
