@@ -1,0 +1,18 @@
+"""Checkpoints that count only when a manifest written last says so.
+
+Layout, below a run's ``checkpoints`` folder::
+
+    <step>/state/…          orbax, one folder per leaf (plain zarr, so that a file names its leaf)
+    <step>/manifest.json    leaves, file digests, identity of the run, ``extra``; written last
+
+A folder without a whole manifest was interrupted and does not count. orbax restores flipped bits
+without a word; here every file and every restored leaf is compared with its SHA-256.
+
+With several processes all of them call ``save`` and ``restore``, on a folder that all of them see.
+"""
+
+from jlora.checkpoint.fingerprint import fingerprint
+from jlora.checkpoint.manifest import discard_incomplete, latest, steps
+from jlora.checkpoint.store import restore, save
+
+__all__ = ["discard_incomplete", "fingerprint", "latest", "restore", "save", "steps"]

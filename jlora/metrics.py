@@ -1,0 +1,113 @@
+"""The log of a run: ``metrics.jsonl``, one JSON object a line, each with its ``step``.
+
+Lines are appended in the order of events and flushed one by one. A run that resumes from step s
+first drops what was logged after s, so that the log of an interrupted run reads like that of an
+uninterrupted one. Numbers that JSON does not have (nan, inf) are written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from jlora.errors import DataError
+from jlora.files import storage_errors, write_atomic
+
+
+class MetricsLog:
+    """Appends to ``path``; with ``enabled=False`` (processes other than 0) it does nothing.
+
+    Example::
+
+        with MetricsLog(output_dir / "metrics.jsonl") as log:
+            log.truncate_to(120)            # only when resuming from step 120
+            log.write(130, loss=1.25, learning_rate=1e-4)
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, enabled: bool = True):
+        self.path = Path(path)
+        self._enabled = enabled
+        self._file = None
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, step: int, **values: Any) -> None:
+        """Appends one line: ``step``, then ``values`` (numbers, 0-d arrays, strings, bools)."""
+        if not self._enabled:
+            return
+        line = {"step": int(step)} | {key: _plain(value) for key, value in values.items()}
+        with storage_errors(self.path):
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("a", encoding="utf-8")
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def truncate_to(self, step: int) -> None:
+        """Drops every line after ``step``, and a last line that was torn; -1 drops them all."""
+        self.close()
+        if not self._enabled or not self.path.exists():
+            return
+        with storage_errors(self.path):
+            text = self.path.read_bytes()
+        kept = [raw for raw, value in _lines(self.path, text) if value["step"] <= step]
+        content = b"".join(raw + b"\n" for raw in kept)
+        if content != text:
+            write_atomic(self.path, content)
+
+    def sync(self) -> None:
+        """Puts the lines on the disk: to be called before a checkpoint that stands for them."""
+        if self._file is not None:
+            with storage_errors(self.path):
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file; a later ``write`` opens it again."""
+        if self._file is not None:
+            with storage_errors(self.path):
+                self._file.close()
+            self._file = None
+
+
+def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a log as dicts, null as None; a torn last line is left out.
+
+    Raises DataError naming the line that is not a JSON object with a ``step``.
+    """
+    with storage_errors(path):
+        text = Path(path).read_bytes()
+    return [value for _, value in _lines(Path(path), text)]
+
+
+def _lines(path: Path, text: bytes) -> list[tuple[bytes, dict[str, Any]]]:
+    """The complete lines with their values; what follows the last newline is torn."""
+    result = []
+    for number, raw in enumerate(text.split(b"\n")[:-1], start=1):
+        try:
+            value = json.loads(raw)
+            if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+                raise ValueError("no step")
+        except ValueError:
+            raise DataError(
+                "not a JSON object with a step",
+                where=f"{path}:{number}",
+                fix="delete this line, or start again in a new output_dir",
+            ) from None
+        result.append((raw, value))
+    return result
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: arrays of no dimension become numbers, nan and inf become None."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
