@@ -1,0 +1,229 @@
+"""Rows into token ids and labels.
+
+A row becomes one stream of tokens and a mark on each that is to be learned; an example is the
+stream without its last token, with labels shifted already::
+
+    stream   <s> 5 6 | 7 8 </s>      (learned: 7 8 </s>)
+    ids      <s> 5 6 7 8
+    labels   -100 -100 7 8 </s>      labels[t] is the token that follows ids[t]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32, Int64
+
+from jlora.data.chat import ChatRenderer
+from jlora.data.rows import Chat, Completion, Row, Text
+from jlora.data.tokenizer import closing, opening, token_ids
+from jlora.errors import DataError
+
+IGNORE = -100
+"""The label of a token that is not learned (torch's ``ignore_index``)."""
+
+CHUNK = 512
+"""Rows that are tokenized in one call."""
+
+
+class Piece(NamedTuple):
+    """A text to tokenize.
+
+    ``spans`` None: learn all of it; ``wrapped`` in the tokenizer's bos and eos; ``cut`` into
+    windows instead of truncated.
+    """
+
+    where: str
+    text: str
+    spans: tuple[tuple[int, int], ...] | None
+    wrapped: bool = False
+    cut: bool = False
+
+
+@dataclass
+class Examples:
+    """Examples one after another in flat arrays: example i is ``[starts[i]:starts[i + 1]]``."""
+
+    ids: Int32[np.ndarray, " tokens"]
+    labels: Int32[np.ndarray, " tokens"]
+    starts: Int64[np.ndarray, " examples_plus_1"]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, " examples"]:
+        """Tokens in each example."""
+        return np.diff(self.starts)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        at = slice(self.starts[i], self.starts[i + 1])
+        return self.ids[at], self.labels[at]
+
+
+@dataclass
+class Counts:
+    """What became of the rows of a source."""
+
+    truncated: int = 0
+    """Chats and completions longer than ``max_length``, cut at the right."""
+    dropped: int = 0
+    """Examples left out because no token of theirs is learned."""
+    split: int = 0
+    """Chats that became one example per reply (see ``chat``)."""
+    lossy: int = 0
+    """Chats of whose replies the template shows only a part."""
+    bad: list[DataError] = field(default_factory=list)
+    """Rows that the chat template refuses."""
+
+
+def encode(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    max_length: int,
+    assistant_only_loss: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Examples, Counts]:
+    """Tokenizes rows into examples of at most ``max_length`` tokens, in row order.
+
+    Chats and completions are truncated at the right; texts are cut into consecutive windows, which
+    lose no target. ``progress(done, total)`` is called now and then.
+    """
+    counts, streams = Counts(), []
+    for at in range(0, len(rows), CHUNK):
+        found = list(pieces(rows[at : at + CHUNK], tokenizer, counts))
+        for piece, (ids, mask) in zip(found, tokenize(found, tokenizer), strict=True):
+            mask = mask if assistant_only_loss else np.ones_like(mask)
+            streams.extend(_windows(ids, mask, piece, max_length, counts))
+        if progress:
+            progress(min(at + CHUNK, len(rows)), len(rows))
+    return _flat(streams), counts
+
+
+def _flat(streams: list[tuple[np.ndarray, np.ndarray]]) -> Examples:
+    starts = np.zeros(len(streams) + 1, np.int64)
+    np.cumsum([len(ids) for ids, _ in streams], out=starts[1:])
+    none = np.zeros(0, np.int32)
+    ids = np.concatenate([none, *(ids for ids, _ in streams)])
+    return Examples(ids, np.concatenate([none, *(labels for _, labels in streams)]), starts)
+
+
+def pieces(rows: Iterable[Row], tokenizer: Any, counts: Counts) -> Iterator[Piece]:
+    """The texts of rows; chats that the template refuses go to ``counts.bad``."""
+    render = ChatRenderer(tokenizer) if tokenizer.chat_template else None
+    for row in rows:
+        if isinstance(row, Text):
+            yield Piece(row.where, row.text, None, wrapped=True, cut=True)
+        elif isinstance(row, Completion):
+            yield _completion(row.where, row.prompt, row.completion)
+        elif render is None:
+            if row.plain is None:
+                fix = "set data.chat_template"
+                raise DataError("the tokenizer has no chat template", where=row.where, fix=fix)
+            yield _completion(row.where, *row.plain)
+        else:
+            yield from _chat(row, render, counts)
+
+
+def _completion(where: str, prompt: str, completion: str) -> Piece:
+    text = prompt + completion
+    return Piece(where, text, ((len(prompt), len(text)),), wrapped=True)
+
+
+def _chat(row: Chat, render: ChatRenderer, counts: Counts) -> Iterator[Piece]:
+    try:
+        texts = render(row)
+    except DataError as e:
+        counts.bad.append(e)
+        return
+    counts.split += len(texts) > 1
+    counts.lossy += any(t.lossy for t in texts)
+    for rendered in texts:
+        yield Piece(row.where, rendered.text, rendered.spans)
+
+
+Stream = tuple[Int32[np.ndarray, " n"], Bool[np.ndarray, " n"]]
+
+
+def tokenize(found: Sequence[Piece], tokenizer: Any) -> Iterator[Stream]:
+    """(ids, learned) of each piece.
+
+    Special tokens are added by ``wrapped`` alone, never by the tokenizer: a rendered template has
+    its own. A token is learned when any of its characters lies in a span.
+    """
+    if not found:
+        return
+    before, after = opening(tokenizer), closing(tokenizer)
+    offsets = [None] * len(found)
+    if tokenizer.is_fast:
+        texts = [p.text for p in found]
+        batch = tokenizer(
+            texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        encoded, offsets = batch["input_ids"], batch["offset_mapping"]
+    else:
+        encoded = [None] * len(found)
+    for piece, ids, where in zip(found, encoded, offsets, strict=True):
+        mask = None if where is None else mark(np.asarray(where).reshape(-1, 2), piece)
+        ids, mask = by_segments(piece, tokenizer) if mask is None else (ids, mask)
+        ids = np.asarray(ids, np.int32)
+        if piece.wrapped:
+            ids = np.concatenate([before, ids, after]).astype(np.int32)
+            mask = np.concatenate([[False] * len(before), mask, [True] * len(after)]).astype(bool)
+        yield ids, mask
+
+
+def mark(offsets: Int64[np.ndarray, "n 2"], piece: Piece) -> Bool[np.ndarray, " n"] | None:
+    """Which tokens to learn by their character ranges; None when the ranges miss a span's ends.
+
+    Byte-level tokenizers may trim a leading space from a token's range, so that a token counts
+    from where the one before it ended.
+    """
+    if piece.spans is None:
+        return np.ones(len(offsets), bool)
+    ends = np.maximum.accumulate(offsets[:, 1]) if len(offsets) else offsets[:, 1]
+    starts = np.minimum(offsets[:, 0], np.concatenate([[0], ends])[: len(ends)])
+    mask = np.zeros(len(offsets), bool)
+    for start, end in piece.spans:
+        low, high = np.searchsorted(ends, start, "right"), np.searchsorted(starts, end, "left")
+        if start < end and (low >= high or starts[low] > start or ends[high - 1] < end):
+            return None
+        mask[low:high] = start < end
+    return mask
+
+
+def by_segments(piece: Piece, tokenizer: Any) -> tuple[list[int], np.ndarray]:
+    """(ids, learned) by encoding spans and what lies between them one by one.
+
+    For tokenizers that do not tell the character ranges of their tokens.
+    """
+    cuts = piece.spans if piece.spans is not None else ((0, len(piece.text)),)
+    ids, mask, at = [], [], 0
+    for start, end in (*cuts, (len(piece.text),) * 2):
+        for text, learn in ((piece.text[at:start], False), (piece.text[start:end], True)):
+            new = token_ids(text, tokenizer) if text else []
+            ids += new
+            mask += [learn] * len(new)
+        at = end
+    return ids, np.asarray(mask, bool)
+
+
+def _windows(
+    ids: np.ndarray, mask: np.ndarray, piece: Piece, length: int, counts: Counts
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Examples (ids, labels) of a stream; those without targets are dropped and counted."""
+    labels = np.where(mask, ids, IGNORE).astype(np.int32)[1:]
+    ids = ids[:-1]
+    if len(ids) > length and not piece.cut:
+        counts.truncated += 1
+        ids, labels = ids[:length], labels[:length]
+    if not len(ids):
+        counts.dropped += 1
+    for at in range(0, len(ids), length):
+        if (labels[at : at + length] != IGNORE).any():
+            yield ids[at : at + length], labels[at : at + length]
+        else:
+            counts.dropped += 1

@@ -1,0 +1,298 @@
+"""Sources into batches: prepared once, then any step's batch is a lookup.
+
+A batch is a dict of int32 arrays (accum, B, T): ``input_ids``; ``labels``, already shifted, -100
+where nothing is learned; ``positions``, restarting in each document; ``segment_ids``, 0 for
+padding. Its shape never changes: an epoch's last batch is filled up with rows of padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from jlora.config import DataConfig, SourceConfig
+from jlora.data.examples import IGNORE, Counts, Examples, encode
+from jlora.data.order import EMPTY, Order
+from jlora.data.packing import Packed, pack, positions
+from jlora.data.rows import Chat, Rows, bad_rows, load_rows
+from jlora.data.tokenizer import ensure_template
+from jlora.errors import DataError
+
+Batch = dict[str, Int32[np.ndarray, "accum batch length"]]
+Progress = Callable[[str, int, int], None]
+"""Called with a source's path, the rows tokenized so far, and how many there are."""
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What became of one source."""
+
+    path: str
+    format: str
+    weight: float
+    rows: int
+    """Good rows read."""
+    skipped: int
+    """Bad rows left out (``on_bad_row: skip``)."""
+    skipped_notes: tuple[str, ...]
+    """The first few of them, each with its place and cause."""
+    truncated: int
+    dropped: int
+    split: int
+    lossy: int
+    examples: int
+    packed_rows: int
+    tokens: int
+    target_tokens: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Packed rows of all sources, source after source, and what there is to say about them."""
+
+    packed: Packed
+    sources: tuple[SourceReport, ...]
+    warnings: tuple[str, ...]
+    fingerprint: str
+    """Digest of the rows and weights: equal digests train alike."""
+
+    @property
+    def length(self) -> int:
+        """T, the tokens in a row."""
+        return self.packed.input_ids.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all rows, padding not counted."""
+        return sum(s.tokens for s in self.sources)
+
+    @property
+    def target_tokens(self) -> int:
+        """Tokens that are learned."""
+        return sum(s.target_tokens for s in self.sources)
+
+    @property
+    def fill(self) -> float:
+        """The share of the rows' tokens that is not padding."""
+        return self.tokens / self.packed.input_ids.size
+
+    def order(self, batch: int, seed: int, shuffle: bool = True) -> Order:
+        """The order of training with ``batch`` rows a step."""
+        parts = tuple((s.packed_rows, s.weight) for s in self.sources)
+        return Order(parts, batch, seed, shuffle)
+
+
+def prepare(
+    sources: Sequence[SourceConfig],
+    tokenizer: Any,
+    config: DataConfig,
+    role: str = "train",
+    progress: Progress | None = None,
+) -> Prepared:
+    """Reads, renders, tokenizes and packs sources.
+
+    A tokenizer without a chat template is given a plain one when a source has chats.
+
+    ``role`` is ``train`` or ``eval``, whose rows may be packed otherwise (``data.eval_packing``).
+
+    Raises:
+      DataError: bad rows (see ``rows``), or a source in which nothing is to be learned.
+      ConfigError: nothing lies at a source's path.
+    """
+    loaded = [load_rows(source, config.on_bad_row) for source in sources]
+    warnings = _templates(loaded, tokenizer)
+    encoded = []
+    for source, rows in zip(sources, loaded, strict=True):
+        told = None if progress is None else lambda n, m, p=source.path: progress(p, n, m)
+        found = encode(rows.rows, tokenizer, config.max_length, config.assistant_only_loss, told)
+        _check(source, rows, *found, config)
+        encoded.append(found)
+    packing = config.packing
+    if role == "eval" and config.eval_packing is not None:
+        packing = config.eval_packing
+    length = config.max_length if packing else row_length([e for e, _ in encoded], config)
+    shuffle = config.shuffle or role == "eval"
+    parts = [pack(e, length, packing=packing, shuffle=shuffle) for e, _ in encoded]
+    reports = tuple(map(_report, sources, loaded, encoded, parts))
+    packed = Packed(*(np.concatenate(arrays) for arrays in zip(*map(_arrays, parts), strict=True)))
+    warnings += _warnings(reports, packed, tokenizer, config)
+    return Prepared(packed, reports, tuple(warnings), _digest(packed, reports))
+
+
+def _arrays(packed: Packed) -> tuple[np.ndarray, ...]:
+    return packed.input_ids, packed.labels, packed.segment_ids
+
+
+def row_length(examples: Iterable[Examples], config: DataConfig) -> int:
+    """T without packing: the longest example, rounded up a little, so that one shape fits all."""
+    longest = max(int(e.lengths.max()) for e in examples)
+    step = 64 if longest > 64 else 8
+    return min(-(-longest // step) * step, config.max_length)
+
+
+def _templates(loaded: Sequence[Rows], tokenizer: Any) -> list[str]:
+    chats = any(isinstance(r, Chat) and r.plain is None for rows in loaded for r in rows.rows)
+    if chats and ensure_template(tokenizer):
+        return [
+            "the tokenizer has no chat template: chats are written as '### User:', "
+            "'### Assistant:' (data.chat_template names another)"
+        ]
+    return []
+
+
+def _check(
+    source: SourceConfig, rows: Rows, examples: Examples, counts: Counts, config: DataConfig
+) -> None:
+    """Bad rows that only the template shows, and sources that teach nothing."""
+    good = len(rows.rows) - len(counts.bad)
+    if counts.bad and (config.on_bad_row == "error" or not good):
+        raise bad_rows(counts.bad, good)
+    if not len(examples):
+        cause = (
+            f"no token is to be learned in any of its {len(rows.rows)} rows "
+            f"({counts.truncated} are longer than data.max_length={config.max_length})"
+        )
+        fix = "check that rows have replies, and raise data.max_length if they are cut off"
+        raise DataError(cause, where=source.path, fix=fix)
+
+
+def _report(
+    source: SourceConfig, rows: Rows, encoded: tuple[Examples, Counts], packed: Packed
+) -> SourceReport:
+    examples, counts = encoded
+    bad = rows.bad + counts.bad
+    return SourceReport(
+        path=source.path,
+        format=source.format,
+        weight=source.weight,
+        rows=len(rows.rows) - len(counts.bad),
+        skipped=len(bad),
+        skipped_notes=tuple(f"{e.where}: {e.cause}" for e in bad[:5]),
+        truncated=counts.truncated,
+        dropped=counts.dropped,
+        split=counts.split,
+        lossy=counts.lossy,
+        examples=len(examples),
+        packed_rows=len(packed),
+        tokens=len(examples.ids),
+        target_tokens=int((examples.labels != IGNORE).sum()),
+    )
+
+
+def _warnings(
+    reports: Sequence[SourceReport], packed: Packed, tokenizer: Any, config: DataConfig
+) -> list[str]:
+    said = []
+    for r in reports:
+        if r.skipped:
+            said.append(f"{r.path}: {r.skipped} bad rows left out, first {r.skipped_notes[0]}")
+        if r.truncated:
+            long = f"longer than data.max_length={config.max_length} and cut"
+            said.append(f"{r.path}: {r.truncated} of {r.rows} rows are {long}")
+        if r.dropped:
+            said.append(f"{r.path}: {r.dropped} examples dropped, as nothing in them is learned")
+        if r.lossy:
+            part = "the chat template shows only part of the replies (thinking or tool calls)"
+            said.append(f"{r.path}: {part} of {r.lossy} rows")
+    eos = tokenizer.eos_token_id
+    if eos is not None and not (packed.labels == eos).any():
+        said.append(
+            f"the end-of-sequence token {tokenizer.eos_token!r} is never learned: "
+            "a model that stops only there will not stop"
+        )
+    return said
+
+
+def _digest(packed: Packed, reports: Sequence[SourceReport]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(
+        repr([packed.input_ids.shape, *((r.packed_rows, r.weight) for r in reports)]).encode()
+    )
+    for array in _arrays(packed):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def batch_at(
+    prepared: Prepared,
+    order: Order,
+    step: int,
+    accum: int = 1,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batch:
+    """The batch of a step (0 is the first): ``order.batch`` rows as (accum, B, T).
+
+    With several processes each gets its own consecutive part of axis B.
+
+    Raises:
+      ValueError: the rows do not divide by ``accum`` and the processes.
+    """
+    if order.batch % (accum * process_count):
+        raise ValueError(f"{order.batch} rows do not divide by {accum} × {process_count}")
+    rows = order.rows_at(step).reshape(accum, process_count, -1)[:, process_index]
+    return gather(prepared.packed, rows)
+
+
+def gather(packed: Packed, rows: np.ndarray) -> Batch:
+    """The named rows as a batch; EMPTY gives a row of padding."""
+    real = (rows != EMPTY)[..., None]
+    at = np.where(rows == EMPTY, 0, rows)
+    segment_ids = np.where(real, packed.segment_ids[at], 0).astype(np.int32)
+    return {
+        "input_ids": np.where(real, packed.input_ids[at], 0).astype(np.int32),
+        "labels": np.where(real, packed.labels[at], IGNORE).astype(np.int32),
+        "positions": positions(segment_ids),
+        "segment_ids": segment_ids,
+    }
+
+
+def batches(
+    prepared: Prepared,
+    order: Order,
+    start: int,
+    stop: int,
+    accum: int = 1,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """The batches of steps [start, stop), made ahead in a thread."""
+
+    def make(step: int) -> Batch:
+        return batch_at(prepared, order, step, accum, process_index, process_count)
+
+    return prefetch(make, range(start, stop))
+
+
+def eval_batches(
+    prepared: Prepared, batch: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """Every row once, in order, as batches (1, B, T); weights do not count."""
+    order = Order(((len(prepared.packed), 1.0),), batch, shuffle=False)
+    return batches(prepared, order, 0, order.steps_per_epoch, 1, process_index, process_count)
+
+
+def prefetch(make: Callable[[int], Any], steps: Iterable[int], depth: int = 2) -> Iterator[Any]:
+    """``make(step)`` for each step, up to ``depth`` of them ahead of the consumer.
+
+    An exception of ``make`` is raised where its result would have been yielded.
+    """
+    with ThreadPoolExecutor(1, "jlora-data") as pool:
+        ahead: deque = deque()
+        try:
+            for step in steps:
+                ahead.append(pool.submit(make, step))
+                if len(ahead) > depth:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()

@@ -1,0 +1,106 @@
+"""Examples into rows of one length, several to a row, without mixing them.
+
+Each row has its documents one after another, numbered 1, 2, … in ``segment_ids``; what is left at
+the end is padding with segment 0. Attention stays within equal segments, and positions restart, so
+that a packed document is computed as if it were alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from jlora.data.examples import IGNORE, Examples
+
+
+@dataclass
+class Packed:
+    """Rows of one length; padding has id 0, label -100 and segment 0."""
+
+    input_ids: Int32[np.ndarray, "rows length"]
+    labels: Int32[np.ndarray, "rows length"]
+    segment_ids: Int32[np.ndarray, "rows length"]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def pack(examples: Examples, length: int, *, packing: bool = True, shuffle: bool = True) -> Packed:
+    """Rows of ``length`` tokens that hold every example exactly once.
+
+    With ``shuffle`` the fullest row that still has room takes the next longest example (best-fit
+    decreasing); without it, rows are filled in order (next-fit). ``packing`` off: one to a row.
+
+    Raises:
+      ValueError: an example is longer than ``length``.
+    """
+    lengths = examples.lengths
+    if len(lengths) and lengths.max() > length:
+        raise ValueError(f"an example of {lengths.max()} tokens does not fit {length}")
+    if not packing:
+        rows = np.arange(len(lengths))
+    else:
+        rows = best_fit(lengths, length) if shuffle else next_fit(lengths, length)
+    return _fill(examples, rows, length)
+
+
+def best_fit(lengths: Int64[np.ndarray, " n"], length: int) -> Int64[np.ndarray, " n"]:
+    """The row of each example by best-fit decreasing.
+
+    Bit s of ``open_`` says that some row has s tokens left, so the tightest fit is one bit scan.
+    """
+    rows = np.zeros(len(lengths), np.int64)
+    spaces: dict[int, list[int]] = {}
+    open_, used = 0, 0
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        need = int(lengths[i])
+        fitting = open_ >> need
+        if fitting:
+            space = need + (fitting & -fitting).bit_length() - 1
+            row = spaces[space].pop()
+            if not spaces[space]:
+                open_ ^= 1 << space
+        else:
+            space, row, used = length, used, used + 1
+        rows[i] = row
+        spaces.setdefault(space - need, []).append(row)
+        open_ |= 1 << (space - need)
+    return rows
+
+
+def next_fit(lengths: Int64[np.ndarray, " n"], length: int) -> Int64[np.ndarray, " n"]:
+    """The row of each example when rows are filled in order."""
+    rows = np.zeros(len(lengths), np.int64)
+    row, left = 0, length
+    for i, need in enumerate(lengths.tolist()):
+        if need > left:
+            row, left = row + 1, length
+        rows[i], left = row, left - need
+    return rows
+
+
+def _fill(examples: Examples, rows: Int64[np.ndarray, " n"], length: int) -> Packed:
+    """Writes each example into its row, after those with a smaller number."""
+    shape = (int(rows.max()) + 1 if len(rows) else 0, length)
+    packed = Packed(
+        np.zeros(shape, np.int32), np.full(shape, IGNORE, np.int32), np.zeros(shape, np.int32)
+    )
+    filled, documents = [0] * shape[0], [0] * shape[0]
+    for i, row in enumerate(rows.tolist()):
+        ids, labels = examples[i]
+        at = slice(filled[row], filled[row] + len(ids))
+        filled[row], documents[row] = at.stop, documents[row] + 1
+        packed.input_ids[row, at], packed.labels[row, at] = ids, labels
+        packed.segment_ids[row, at] = documents[row]
+    return packed
+
+
+def positions(segment_ids: Int32[np.ndarray, "*rows length"]) -> Int32[np.ndarray, "*rows length"]:
+    """The place of each token in its document: 0, 1, … from where the segment changes."""
+    at = np.arange(segment_ids.shape[-1], dtype=np.int32)
+    begins = np.ones(segment_ids.shape, bool)
+    begins[..., 1:] = segment_ids[..., 1:] != segment_ids[..., :-1]
+    starts = np.maximum.accumulate(np.where(begins, at, 0), axis=-1)
+    return np.where(segment_ids > 0, at - starts, 0).astype(np.int32)

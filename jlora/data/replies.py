@@ -1,0 +1,66 @@
+"""Prompts with the replies that should follow: for evaluation by generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jlora.config import DataConfig, SourceConfig
+from jlora.data.chat import ChatRenderer
+from jlora.data.rows import Chat, Completion, Row, learned, load_rows
+from jlora.data.tokenizer import ensure_template, opening, token_ids
+
+
+@dataclass(frozen=True)
+class ReplyRow:
+    """A prompt, opened for the assistant's reply, and the reply in the data."""
+
+    where: str
+    prompt_ids: tuple[int, ...]
+    prompt: str
+    reply: str
+
+
+def reply_rows(
+    sources: Sequence[SourceConfig],
+    tokenizer: Any,
+    config: DataConfig,
+    max_rows: int | None = None,
+) -> list[ReplyRow]:
+    """The last reply of each chat, and each completion, with what comes before it.
+
+    Texts, and chats without a reply, have none and are left out. At most ``max_rows`` rows are
+    returned, the first ones.
+    """
+    found: list[ReplyRow] = []
+    for source in sources:
+        for row in load_rows(source, config.on_bad_row).rows:
+            if max_rows is not None and len(found) >= max_rows:
+                return found
+            if (made := reply_row(row, tokenizer)) is not None:
+                found.append(made)
+    return found
+
+
+def reply_row(row: Row, tokenizer: Any) -> ReplyRow | None:
+    """The prompt and reply of one row, as training saw them; None when it has no reply."""
+    if isinstance(row, Completion):
+        return _plain(row.where, row.prompt, row.completion, tokenizer)
+    if not isinstance(row, Chat):
+        return None
+    if row.plain is not None and not tokenizer.chat_template:
+        return _plain(row.where, *row.plain, tokenizer)
+    turns = list(learned(row))
+    if not turns:
+        return None
+    ensure_template(tokenizer)
+    render = ChatRenderer(tokenizer)
+    prompt, reply = render.prompt(row, turns[-1]), render.messages(row)[0][turns[-1]]
+    ids = token_ids(prompt, tokenizer)
+    return ReplyRow(row.where, tuple(ids), prompt, reply["content"])
+
+
+def _plain(where: str, prompt: str, reply: str, tokenizer: Any) -> ReplyRow:
+    ids = opening(tokenizer) + token_ids(prompt, tokenizer)
+    return ReplyRow(where, tuple(ids), prompt, reply)

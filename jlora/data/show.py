@@ -1,0 +1,43 @@
+"""A batch as text with its targets coloured, for ``--show-batch``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from rich.text import Text
+
+from jlora.data.examples import IGNORE
+
+TARGET = "bold green"
+CONTEXT = "dim"
+
+
+def show_batch(batch: Mapping[str, np.ndarray], tokenizer: Any, max_rows: int = 8) -> Text:
+    """The documents of a batch's first rows; tokens that are learned in green, the rest dim."""
+    length = batch["input_ids"].shape[-1]
+    ids, labels, segments = (
+        np.asarray(batch[k]).reshape(-1, length) for k in ("input_ids", "labels", "segment_ids")
+    )
+    text = Text()
+    for row in range(min(len(ids), max_rows)):
+        for segment in range(1, int(segments[row].max(initial=0)) + 1):
+            at = segments[row] == segment
+            head = f"row {row + 1}, document {segment}: {at.sum()} tokens, "
+            text.append(f"── {head}{(labels[row][at] != IGNORE).sum()} targets ──\n", "bold")
+            for target, run in stream(ids[row][at], labels[row][at]):
+                text.append(tokenizer.decode(run), TARGET if target else CONTEXT)
+            text.append("\n")
+    return text
+
+
+def stream(ids: np.ndarray, labels: np.ndarray) -> list[tuple[bool, list[int]]]:
+    """Runs of (learned, token ids) of a document, its last target included."""
+    tokens, learned = ids.tolist(), [False, *(labels != IGNORE).tolist()]
+    tokens.append(int(labels[-1]))
+    if not learned[-1]:
+        tokens.pop(), learned.pop()
+    pairs = zip(learned, tokens, strict=True)
+    return [(target, [t for _, t in run]) for target, run in groupby(pairs, lambda p: p[0])]

@@ -1,0 +1,264 @@
+"""Reads data files into raw rows, each with its place, so that a fault can be named.
+
+``path`` is a file, a folder, a glob or a data set on the hub. Local files are read here, because a
+place (``file:line``) is what a user needs to mend a row; hub names go through ``datasets``. No
+format that can hold code (pickle, loading scripts) is ever opened.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jlora.errors import ConfigError, DataError, StorageError, nearest
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+"""What a data file's name may end with."""
+
+
+class Raw(NamedTuple):
+    """One row as it stands in its file; ``fault`` says why it could not be read at all."""
+
+    where: str
+    value: Any
+    fault: str | None = None
+
+
+def read(path: str, split: str | None = None, name: str | None = None) -> Iterator[Raw]:
+    """The raw rows of a source in file order.
+
+    Args:
+      path: a file, a folder (its data files, recursively, by name), a glob, or a hub name.
+      split: the split of a hub data set (default ``train``); for local files only a slice of the
+        rows, written as ``datasets`` does: ``train[:90%]``, ``[100:200]``.
+      name: the configuration ("subset") of a hub data set.
+
+    Raises:
+      ConfigError: nothing lies at ``path`` or the hub does not know it.
+      DataError: a file is empty or damaged.
+    """
+    files = find(path)
+    if files is None:
+        return hub_rows(path, split, name)
+    rows = (row for file in files for row in read_file(file))
+    return take(rows, split) if split and split != "train" else rows
+
+
+def find(path: str) -> list[Path] | None:
+    """The local files that ``path`` stands for; None when it can only be a hub name."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        files = sorted(p for p in place.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    elif any(c in path for c in "*?["):
+        files = sorted(Path(p) for p in glob.glob(str(place), recursive=True) if Path(p).is_file())
+    elif is_hub_name(path):
+        return None
+    else:
+        raise ConfigError("no such data file", where=path, fix=_siblings(place))
+    if not files:
+        raise ConfigError("no data files here", where=path, fix=f"expected {', '.join(SUFFIXES)}")
+    return files
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether ``path`` has the form ``name`` or ``owner/name`` and is not a file's name."""
+    shaped = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) is not None
+    return shaped and Path(path).suffix not in SUFFIXES
+
+
+def _siblings(place: Path) -> str:
+    folder = place.parent
+    if not folder.is_dir():
+        return f"the folder {folder} does not exist either; relative paths start where you run"
+    close = nearest(place.name, [p.name for p in folder.iterdir()])
+    return f"{folder} has {', '.join(close)}" if close else f"look into {folder}"
+
+
+def read_file(file: Path) -> Iterator[Raw]:
+    """The raw rows of one local file; at least one, or DataError."""
+    readers = {
+        ".json": _json,
+        ".csv": _csv,
+        ".tsv": _csv,
+        ".parquet": _parquet,
+        ".txt": _txt,
+        ".jsonl": _json_lines,
+        ".ndjson": _json_lines,
+    }
+    reader = readers.get(file.suffix.lower())
+    if reader is None:
+        fix = f"use one of {', '.join(SUFFIXES)}"
+        raise DataError(f"unknown kind of data file {file.suffix!r}", where=str(file), fix=fix)
+    empty = True
+    try:
+        for row in reader(file):
+            empty = False
+            yield row
+    except UnicodeDecodeError as e:
+        where = f"{file}:{_line_of_byte(file, e)}"
+        raise DataError("not valid UTF-8", where=where, fix="convert the file to UTF-8") from e
+    except OSError as e:
+        raise StorageError(f"cannot be read: {e.strerror or e}", where=str(file)) from e
+    if empty:
+        raise DataError("the file holds no rows", where=str(file), fix="remove it or fill it")
+
+
+def _line_of_byte(file: Path, error: UnicodeDecodeError) -> int:
+    """The line of the first byte that is not UTF-8 (decoders report offsets within a chunk)."""
+    del error
+    with file.open("rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 1
+
+
+def _json_lines(file: Path) -> Iterator[Raw]:
+    with file.open(encoding="utf-8-sig", newline="\n") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            where = f"{file}:{number}"
+            try:
+                yield Raw(where, json.loads(line))
+            except (json.JSONDecodeError, RecursionError) as e:
+                yield Raw(where, None, f"not valid JSON: {_reason(e)}")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "nested too deeply"
+
+
+def _json(file: Path) -> Iterator[Raw]:
+    """A JSON array of rows; a ``.json`` file that begins otherwise is read as JSON lines."""
+    text = file.read_text(encoding="utf-8-sig")
+    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+    at = space.match(text).end()
+    if text[at : at + 1] != "[":
+        yield from _one_object(file, text) if text[at : at + 1] == "{" else _json_lines(file)
+        return
+    line, counted, separator = 1, 0, "["
+    while text[at : at + 1] == separator:
+        at = space.match(text, at + 1).end()
+        if separator == "[" and text[at : at + 1] == "]":
+            return
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (json.JSONDecodeError, RecursionError) as e:
+            at_line = getattr(e, "lineno", line)
+            raise _damaged(f"{file}:{at_line}", f"not valid JSON: {_reason(e)}") from e
+        yield Raw(f"{file}:{line}", value)
+        at, separator = space.match(text, at).end(), ","
+    if text[at : at + 1] != "]":
+        line += text.count("\n", counted, at)
+        raise _damaged(f"{file}:{line}", "the JSON array is cut off: expected ',' or ']'")
+
+
+def _one_object(file: Path, text: str) -> Iterator[Raw]:
+    """JSON lines under the name ``.json``, or one object that is not a list of rows."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return _json_lines(file)
+    lists = [k for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
+    if lists and len(value) <= 2 and "messages" not in value and "conversations" not in value:
+        fix = f"write the list under {lists[0]!r} alone, or one row a line (.jsonl)"
+        raise DataError("one JSON object, not a list of rows", where=str(file), fix=fix)
+    return iter([Raw(f"{file}:1", value)])
+
+
+def _damaged(where: str, cause: str) -> DataError:
+    return DataError(cause, where=where, fix="mend the file, or write one row a line (.jsonl)")
+
+
+def _csv(file: Path) -> Iterator[Raw]:
+    csv.field_size_limit(2**31 - 1)
+    with file.open(encoding="utf-8-sig", newline="") as f:
+        reader = csv.reader(f, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+        try:
+            header = next(reader, None)
+            start = reader.line_num + 1
+            for values in reader:
+                where, start = f"{file}:{start}", reader.line_num + 1
+                if values and header and len(values) != len(header):
+                    fault = f"{len(values)} fields, but the header has {len(header)}"
+                    yield Raw(where, None, fault)
+                elif values:
+                    yield Raw(where, dict(zip(header or (), values, strict=True)))
+        except csv.Error as e:
+            raise _damaged(f"{file}:{reader.line_num}", f"not valid CSV: {e}") from e
+
+
+def _parquet(file: Path) -> Iterator[Raw]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for value in batch.to_pylist():
+                    yield Raw(f"{file}:{number + 1}", value)
+                    number += 1
+    except pyarrow.ArrowException as e:
+        fix = "write the file anew"
+        raise DataError(f"damaged parquet file: {e}", where=str(file), fix=fix) from e
+
+
+def _txt(file: Path) -> Iterator[Raw]:
+    text = file.read_text(encoding="utf-8-sig")
+    if text.strip():
+        yield Raw(f"{file}:1", {"text": text})
+
+
+def hub_rows(path: str, split: str | None, name: str | None) -> Iterator[Raw]:
+    """The rows of a data set on the hub (or in its local cache), through ``datasets``."""
+    import datasets
+
+    split = split or "train"
+    try:
+        table = datasets.load_dataset(path, name, split=split)
+    except Exception as e:  # datasets raises many kinds, and users need one message
+        cause = f"neither a file here nor a data set that can be loaded: {_first_line(e)}"
+        fix = "check the name, the split, `name` (the subset) and the network"
+        raise ConfigError(cause, where=f"{path}[{split}]", fix=fix) from e
+    if not len(table):
+        raise DataError("the data set holds no rows", where=f"{path}[{split}]")
+    return (Raw(f"{path}[{split}]:{i}", value) for i, value in enumerate(table, 1))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def take(rows: Iterable[Raw], split: str) -> Iterator[Raw]:
+    """The slice of local rows that ``name[from:to]`` names; bounds are rows or percent."""
+    match = re.fullmatch(r"\w*\[(-?\d+%?)?:(-?\d+%?)?\]", split)
+    if match is None:
+        fix = "a local file has no splits; write a slice such as train[:90%], or leave it out"
+        raise ConfigError(f"split {split!r} is not a slice", where="split", fix=fix)
+    low, high = match.groups()
+    if not any(b and (b.endswith("%") or b.startswith("-")) for b in (low, high)):
+        return islice(rows, int(low or 0), int(high) if high else None)
+    listed = list(rows)
+    return iter(listed[_bound(low, len(listed)) : _bound(high, len(listed))])
+
+
+def _bound(text: str | None, total: int) -> int | None:
+    """A bound of a slice in rows; percents round to the nearest row, as in ``datasets``."""
+    if text is None:
+        return None
+    return round(total * int(text[:-1]) / 100) if text.endswith("%") else int(text)

@@ -1,0 +1,92 @@
+"""Tokenizers and chat templates, through transformers; code in a model folder never runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jlora.errors import ConfigError, DataError
+
+PLAIN_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] }}
+{%- if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif -%}
+"""
+"""Chats as ``### User:``, ``### Assistant:`` …, each reply closed by eos; no tools."""
+
+
+def load_tokenizer(
+    path_or_hub_id: str, chat_template: str | None = None, revision: str | None = None
+) -> Any:
+    """The tokenizer of a model folder or hub name.
+
+    Args:
+      path_or_hub_id: where the model is.
+      chat_template: a jinja file that replaces the tokenizer's own template.
+      revision: a commit or branch on the hub.
+
+    Raises:
+      ConfigError: there is no tokenizer, or no template file.
+      DataError: the tokenizer's files are damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path_or_hub_id, revision=revision, trust_remote_code=False
+        )
+    except Exception as e:  # transformers raises many kinds, and users need one message
+        raise _no_tokenizer(path_or_hub_id, e) from e
+    if chat_template is not None:
+        tokenizer.chat_template = read_template(chat_template)
+    return tokenizer
+
+
+def _no_tokenizer(path: str, error: Exception) -> Exception:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if (Path(path) / "tokenizer.json").is_file():
+        fix = "copy tokenizer.json and tokenizer_config.json anew"
+        return DataError(f"the tokenizer cannot be read: {reason}", where=path, fix=fix)
+    fix = "name a folder with tokenizer.json, or a model on the hub"
+    return ConfigError(f"no tokenizer here: {reason}", where=path, fix=fix)
+
+
+def read_template(path: str) -> str:
+    """The text of a chat template file; ConfigError when it is not there."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        fix = "name a jinja file"
+        raise ConfigError(f"no chat template here: {e}", where=path, fix=fix) from e
+
+
+def opening(tokenizer: Any) -> list[int]:
+    """What the tokenizer itself puts before a text: ``[bos]`` for Llama, ``[]`` for GPT-2."""
+    bos = tokenizer.bos_token_id
+    ids = tokenizer("a")["input_ids"]
+    return [bos] if bos is not None and ids[:1] == [bos] and len(ids) > 1 else []
+
+
+def closing(tokenizer: Any) -> list[int]:
+    """``[eos]``, or ``[]`` where the tokenizer has none."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def ensure_template(tokenizer: Any) -> bool:
+    """Gives a tokenizer without a chat template the plain one, which is then saved with it.
+
+    Returns:
+      Whether it had none.
+    """
+    if tokenizer.chat_template:
+        return False
+    bos = "{{- bos_token -}}\n" if opening(tokenizer) else ""
+    tokenizer.chat_template = bos + PLAIN_TEMPLATE
+    return True
+
+
+def token_ids(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a text, with none added: rendered templates bring their own bos."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
