@@ -42,7 +42,7 @@ class MetricsLog:
         """Appends one line: ``step``, then ``values`` (numbers, 0-d arrays, strings, bools)."""
         if not self._enabled:
             return
-        line = {"step": int(step)} | {key: _plain(value) for key, value in values.items()}
+        line = {"step": step} | {key: _plain(value) for key, value in values.items()}
         with storage_errors(self.path):
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)

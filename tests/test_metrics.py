@@ -14,7 +14,7 @@ from jlora.metrics import MetricsLog
 def test_lines_are_json_objects_that_begin_with_their_step(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     with MetricsLog(path) as log:
-        log.write(np.int64(1), loss=jnp.float32(0.5), grad_norm=np.float32(2), done=False)
+        log.write(1, loss=jnp.float32(0.5), grad_norm=np.float32(2), done=False)
         assert path.read_text() == '{"step": 1, "loss": 0.5, "grad_norm": 2.0, "done": false}\n'
         log.write(2, eval_loss=0.25)
     assert metrics.read(path) == [

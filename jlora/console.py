@@ -1,0 +1,329 @@
+"""What a run shows: colours and a live bar in a terminal, plain lines anywhere else.
+
+The caller gives names and values; nothing is computed here but the time that remains. Values are
+shown as they are: text of a model or of a file cannot move the cursor or change colours.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import rich.console
+from rich import box
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+ACCENT, QUIET, GOOD, WARN = "cyan", "bright_black", "green", "yellow"
+TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+LONGEST = 400  # characters of a sample that are shown
+
+
+class Rows(NamedTuple):
+    """A table in the header: its column names and its rows; numbers are aligned to the right."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+Section = Mapping[str, Any] | Rows
+
+
+class Console:
+    """Prints to ``file`` (stdout); ``enabled=False`` (processes other than 0) prints nothing.
+
+    ``plain`` is decided by the file: whatever is not a terminal gets one line per event and no
+    control characters.
+    """
+
+    def __init__(
+        self,
+        *,
+        enabled: bool = True,
+        file: io.TextIOBase | None = None,
+        plain: bool | None = None,
+        width: int | None = None,
+    ):
+        self._file: Any = file or sys.stdout
+        self._enabled = enabled
+        self._rich = rich.console.Console(
+            file=self._file,
+            width=width,
+            highlight=False,
+            force_terminal=not plain if plain is not None else None,
+        )
+        self.plain = not self._rich.is_terminal or self._rich.is_dumb_terminal
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._clock = _Clock(0, 0)
+
+    def header(self, title: str, sections: Mapping[str, Section]) -> None:
+        """The run before it starts: each section is a mapping or a table (``Rows``)."""
+        if self.plain:
+            self._lines([title])
+            for name, section in sections.items():
+                self._lines([name, *(f"  {line}" for line in _plain_section(section))])
+            return
+        grid = Table.grid(padding=(0, 3, 0, 0))
+        grid.add_column(style="bold", no_wrap=True)
+        grid.add_column(overflow="fold")
+        mappings = [s for s in sections.values() if not isinstance(s, Rows)]
+        width = max((len(key) for section in mappings for key in section), default=0)
+        for name, section in sections.items():
+            grid.add_row(Text(name), _section(section, width))
+            grid.add_row()
+        rule = Rule(Text(title, style=f"bold {ACCENT}"), align="left", style=ACCENT)
+        self._show(rule, "", grid)
+
+    @contextmanager
+    def progress(self, total: int, start: int = 0, label: str = "training") -> Iterator[None]:
+        """A bar of ``total`` steps, ``start`` of them done before; see ``advance`` and ``log``."""
+        self._clock = _Clock(total, start)
+        if self.plain or not self._enabled:
+            yield
+            return
+        columns = (
+            TextColumn(label, style="bold", markup=False),
+            BarColumn(None, complete_style=ACCENT, finished_style=GOOD),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        with Progress(*columns, console=self._rich, expand=True) as self._bar:
+            self._task = self._bar.add_task("", total=total, completed=start, text="compiling …")
+            try:
+                yield
+            finally:
+                self._bar.refresh()
+        self._bar = None
+
+    def advance(self, step: int) -> None:
+        """``step`` steps are done; cheap enough for every step."""
+        self._clock.at(step)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """The metrics of one step, by their names in metrics.jsonl.
+
+        In a terminal training metrics go beside the bar, evaluations get a line of their own.
+        """
+        self.advance(step)
+        parts = [f"{label} {show(metrics[name])}" for name, label, show in SHOWN if name in metrics]
+        if "loss" in metrics and (remaining := self._clock.remaining()):
+            parts.append(f"eta {remaining}")
+        if self._bar is None or "loss" not in metrics:
+            total = f"/{self._clock.total}" if self._clock.total else ""
+            self._lines([f"step {step}{total}  " + "  ".join(parts)])
+        else:
+            self._bar.update(self._task, text="  ".join(p for p in parts if p.startswith(BESIDE)))
+
+    def samples(
+        self,
+        prompts: Sequence[str],
+        before: Sequence[str],
+        after: Sequence[str],
+        expected: Sequence[str] | None = None,
+    ) -> None:
+        """What the model answered before and after the run, side by side."""
+        texts = [prompts, before, after] + ([expected] if expected is not None else [])
+        names = ["prompt", "before", "after", "expected"][: len(texts)]
+        rows = [[_shorten(text) for text in row] for row in zip(*texts, strict=True)]
+        if self.plain:
+            for number, row in enumerate(rows, start=1):
+                cells = (
+                    f"  {name + ':':<10}{_one_line(t)}" for name, t in zip(names, row, strict=True)
+                )
+                self._lines([f"sample {number}", *cells])
+            return
+        table = Table(box=box.ROUNDED, border_style=QUIET, show_lines=True, expand=True)
+        for name in names:
+            table.add_column(Text(name, style="bold"), ratio=1, overflow="fold")
+        for row in rows:
+            table.add_row(*_styled_sample(row))
+        self._show(table)
+
+    def card(self, title: str, where: Mapping[str, Any], commands: Sequence[str] = ()) -> None:
+        """The end of a run: where everything lies, and what to run next."""
+        if self.plain:
+            lines = [*(f"  {line}" for line in _plain_section(where))]
+            self._lines(
+                [title, *lines, *(["next"] * bool(commands)), *(f"  {c}" for c in commands)]
+            )
+            return
+        body: list[RenderableType] = [_section(where)]
+        if commands:
+            body += [Text("\nnext", style="bold"), *(_command(c) for c in commands)]
+        heading = Text(title, style=f"bold {GOOD}")
+        panel = Panel(
+            Group(*body), title=heading, title_align="left", border_style=GOOD, padding=(1, 2)
+        )
+        self._show(panel)
+
+    def note(self, text: str) -> None:
+        """Something worth knowing."""
+        self._lines([text], style=QUIET)
+
+    def warn(self, text: str) -> None:
+        """Something that is probably not as intended."""
+        self._lines([f"warning: {text}"], style=WARN)
+
+    def _lines(self, lines: Sequence[str], style: str = "") -> None:
+        """Lines that are never wrapped when plain, so that they can be searched and copied."""
+        if not self._enabled:
+            return
+        for line in lines:
+            text = clean(line)
+            if self.plain:
+                encoding = getattr(self._file, "encoding", None) or "utf-8"
+                print(
+                    text.encode(encoding, "replace").decode(encoding), file=self._file, flush=True
+                )
+            else:
+                self._rich.print(Text(text, style=style))
+
+    def _show(self, *renderables: RenderableType) -> None:
+        if self._enabled:
+            self._rich.print(*renderables, sep="\n")
+
+
+class _Clock:
+    """Time that remains, at the pace since the first step seen (which is spent compiling)."""
+
+    def __init__(self, total: int, start: int):
+        self.total, self.step = total, start
+        self._first: tuple[int, float] | None = None
+        self._last = 0.0
+
+    def at(self, step: int) -> None:
+        self.step, self._last = step, time.monotonic()
+        if self._first is None:
+            self._first = (step, self._last)
+
+    def remaining(self) -> str | None:
+        if self._first is None or self.step <= self._first[0] or self.step >= self.total:
+            return None
+        pace = (self._last - self._first[1]) / (self.step - self._first[0])
+        return duration(pace * (self.total - self.step))
+
+
+def duration(seconds: float) -> str:
+    """``59s``, ``4m10s``, ``2h05m``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+
+
+def clean(text: str) -> str:
+    """``text`` with its control characters, other than a line's end, written out as escapes."""
+    return "".join(
+        c.encode("unicode_escape").decode() if c != "\n" and _moves(c) else c for c in text
+    )
+
+
+def _moves(c: str) -> bool:
+    """Whether ``c`` is a control character or turns the direction of the text after it."""
+    return unicodedata.category(c) == "Cc" or unicodedata.bidirectional(c) in TURNS
+
+
+def _number(form: str) -> Any:
+    return lambda value: "-" if value is None else format(value, form)
+
+
+SHOWN = (  # name in metrics.jsonl, label, how
+    ("loss", "loss", _number(".4f")),
+    ("learning_rate", "lr", _number(".2e")),
+    ("grad_norm", "grad", _number(".3g")),
+    ("epoch", "epoch", _number(".2f")),
+    ("tokens_per_second", "tok/s", _number(",.0f")),
+    ("eval_loss", "eval loss", _number(".4f")),
+    ("eval_perplexity", "perplexity", _number(".4g")),
+    ("eval_exact_match", "exact match", _number(".1%")),
+)
+
+
+BESIDE = ("loss", "tok/s", "eta")  # what has room beside the bar
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return clean(str(value))
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "\\n")
+
+
+def _section(section: Section, width: int = 0) -> Table:
+    """A mapping as two columns, the first at least ``width`` wide; or a table."""
+    if isinstance(section, Rows):
+        return _table(section)
+    grid = Table.grid(padding=(0, 3, 0, 0))
+    grid.add_column(style=QUIET, no_wrap=True, min_width=width)
+    grid.add_column(overflow="fold")
+    for key, value in section.items():
+        grid.add_row(Text(key), Text(_text(value)))
+    return grid
+
+
+def _table(rows: Rows) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        border_style=QUIET,
+        padding=(0, 3, 0, 0),
+    )
+    for name, values in zip(rows.columns, _columns(rows), strict=True):
+        right = bool(values) and all(isinstance(v, int | float) for v in values)
+        table.add_column(
+            Text(name, style=QUIET), justify="right" if right else "left", overflow="fold"
+        )
+    for row in rows.rows:
+        table.add_row(*(Text(_text(value)) for value in row))
+    return table
+
+
+def _columns(rows: Rows) -> list[list[Any]]:
+    return [[row[i] for row in rows.rows] for i in range(len(rows.columns))]
+
+
+def _plain_section(section: Section) -> list[str]:
+    if not isinstance(section, Rows):
+        width = max((len(key) for key in section), default=0)
+        return [f"{key:<{width}}  {_one_line(_text(value))}" for key, value in section.items()]
+    columns = [
+        [name, *map(_text, values)]
+        for name, values in zip(section.columns, _columns(section), strict=True)
+    ]
+    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+    return ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
+
+
+def _styled_sample(row: Sequence[str]) -> list[Text]:
+    """The answer after the run is green when it is the expected one, and else yellow."""
+    cells = [Text(clean(text)) for text in row]
+    cells[1].stylize(QUIET)
+    if len(row) == 4:
+        cells[2].stylize(GOOD if row[2].strip() == row[3].strip() else WARN)
+    return cells
+
+
+def _command(command: str) -> Text:
+    return Text.assemble(("$ ", QUIET), (clean(command), ACCENT), overflow="fold")
