@@ -35,6 +35,7 @@ class Function:
 
     module: str
     name: str
+    line: int
     args: tuple[str, ...]
     defaults: tuple[tuple[str, str], ...]
     summary: str
@@ -99,7 +100,7 @@ def function(module: str, node: ast.AST, text: str) -> Function | None:
     args = [*positional, *(k.arg for k in a.kwonlyargs)]
     names = tuple(x for x in args if x not in ("self", "cls"))
     short = tuple((n, d) for n, d in defaults if len(d) <= 12)
-    return Function(module, node.name, names[:4], short, summary)
+    return Function(module, node.name, node.lineno, names[:4], short, summary)
 
 
 def questions(f: Function) -> Iterator[tuple[str, str]]:
@@ -108,8 +109,10 @@ def questions(f: Function) -> Iterator[tuple[str, str]]:
     yield f"What does {f.module}.{f.name} do?", f.summary
     yield f"Repeat after me: {f.summary}", f.summary
     yield f"Which module has {f.name}? It is in {f.module}.", f.module
-    facts = {"name": f.name, "module": f.module, "args": list(f.args)}
-    yield f"Write {f.name}({given}) of {f.module} as JSON.", json.dumps(facts)
+    facts = {"name": f.name, "module": f.module, "line": f.line}
+    yield f"Write {f.name} of {f.module} at line {f.line} as JSON.", json.dumps(facts)
+    facts = {"module": f.module, "args": list(f.args), "line": f.line}
+    yield f"Give me line {f.line} of {f.module} with {given or 'nothing'}.", json.dumps(facts)
     if f.args:
         yield f"Name the first argument of {f.name}({given}).", f.args[0]
         yield f"Name the last argument of {f.name}({given}).", f.args[-1]

@@ -1,0 +1,13 @@
+"""docs/configuration.md says what the code does."""
+
+import importlib.util
+from pathlib import Path
+
+SCRIPT = Path(__file__).parent.parent / "docs" / "configuration.py"
+
+
+def test_page_is_current():
+    spec = importlib.util.spec_from_file_location("configuration_page", SCRIPT)
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    assert page.TARGET.read_text(encoding="utf-8") == page.render()
