@@ -25,6 +25,7 @@ from rich.text import Text
 
 ACCENT, QUIET, GOOD, WARN = "cyan", "bright_black", "green", "yellow"
 TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+SAMPLE = ("prompt", "before", "after", "expected")
 LONGEST = 400  # characters of a sample that are shown
 
 
@@ -126,17 +127,15 @@ class Console:
         else:
             self._bar.update(self._task, text="  ".join(p for p in parts if p.startswith(BESIDE)))
 
-    def samples(
-        self,
-        prompts: Sequence[str],
-        before: Sequence[str],
-        after: Sequence[str],
-        expected: Sequence[str] | None = None,
-    ) -> None:
-        """What the model answered before and after the run, side by side."""
-        texts = [prompts, before, after] + ([expected] if expected is not None else [])
-        names = ["prompt", "before", "after", "expected"][: len(texts)]
-        rows = [[_shorten(text) for text in row] for row in zip(*texts, strict=True)]
+    def samples(self, samples: Sequence[Mapping[str, str]]) -> None:
+        """What the model answered: ``prompt``, ``before``, ``after``, ``expected``, side by side.
+
+        Every sample has the same keys; those that it has not got are left out.
+        """
+        if not samples:
+            return
+        names = [name for name in SAMPLE if name in samples[0]]
+        rows = [[_shorten(sample[name]) for name in names] for sample in samples]
         if self.plain:
             for number, row in enumerate(rows, start=1):
                 cells = (
@@ -148,7 +147,7 @@ class Console:
         for name in names:
             table.add_column(Text(name, style="bold"), ratio=1, overflow="fold")
         for row in rows:
-            table.add_row(*_styled_sample(row))
+            table.add_row(*_styled_sample(dict(zip(names, row, strict=True))))
         self._show(table)
 
     def card(self, title: str, where: Mapping[str, Any], commands: Sequence[str] = ()) -> None:
@@ -167,6 +166,22 @@ class Console:
             Group(*body), title=heading, title_align="left", border_style=GOOD, padding=(1, 2)
         )
         self._show(panel)
+
+    def text(self, text: Text) -> None:
+        """A styled text; what is green in a terminal stands between « and » when plain."""
+        if self.plain:
+            marks = [
+                m
+                for s in text.spans
+                if GOOD in str(s.style)
+                for m in ((s.end, "»"), (s.start, "«"))
+            ]
+            shown = text.plain
+            for place, mark in sorted(marks, reverse=True):
+                shown = shown[:place] + mark + shown[place:]
+            self._lines(shown.splitlines())
+        else:
+            self._show(text)
 
     def note(self, text: str) -> None:
         """Something worth knowing."""
@@ -316,13 +331,15 @@ def _plain_section(section: Section) -> list[str]:
     return ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
 
 
-def _styled_sample(row: Sequence[str]) -> list[Text]:
+def _styled_sample(sample: Mapping[str, str]) -> list[Text]:
     """The answer after the run is green when it is the expected one, and else yellow."""
-    cells = [Text(clean(text)) for text in row]
-    cells[1].stylize(QUIET)
-    if len(row) == 4:
-        cells[2].stylize(GOOD if row[2].strip() == row[3].strip() else WARN)
-    return cells
+    cells = {name: Text(clean(text)) for name, text in sample.items()}
+    if "before" in cells:
+        cells["before"].stylize(QUIET)
+    if "after" in cells and "expected" in cells:
+        same = sample["after"].strip() == sample["expected"].strip()
+        cells["after"].stylize(GOOD if same else WARN)
+    return list(cells.values())
 
 
 def _command(command: str) -> Text:

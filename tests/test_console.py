@@ -5,6 +5,7 @@ import re
 import unicodedata
 
 import pytest
+from rich.text import Text
 
 from jlora import console
 from jlora.console import Console, Rows
@@ -22,7 +23,9 @@ def run(plain: bool) -> str:
     with c.progress(40, start=10):
         c.log(20, {"loss": 0.51234, "learning_rate": 2e-4, "tokens_per_second": 12345.6})
         c.log(20, {"eval_loss": None, "eval_perplexity": 1.25})
-    c.samples(["ask\nme"], ["x" * 1000], [EVIL], ["[bold]b"])
+    sample = {"prompt": "ask\nme", "before": "x" * 1000, "after": EVIL, "expected": "[bold]b"}
+    c.samples([sample])
+    c.text(Text.assemble("not learned, ", ("learned", "bold green"), ("again", "bold green")))
     c.card("done in 3s", {"adapter": "runs/a"}, ["jlora merge runs/a"])
     return file.getvalue()
 
@@ -40,6 +43,7 @@ def test_plain_output_has_no_control_characters_and_shows_every_value():
     assert "step 20/40  eval loss -  perplexity 1.25" in lines
     assert "  prompt:   ask\\nme" in lines
     assert "  expected: [bold]b" in lines
+    assert "not learned, «learned»«again»" in lines
     assert max(len(line) for line in lines) < console.LONGEST + 20
     assert lines[-1] == "  jlora merge runs/a"
 
@@ -59,7 +63,8 @@ def test_what_is_no_terminal_is_plain_and_other_processes_are_silent():
     silent.header("t", {"a": {"b": 1}})
     with silent.progress(3):
         silent.log(1, {"loss": 1.0})
-    silent.samples(["a"], ["b"], ["c"])
+    silent.samples([{"prompt": "a", "after": "b"}])
+    silent.text(Text("a"))
     silent.card("t", {})
     assert file.getvalue() == ""
 
