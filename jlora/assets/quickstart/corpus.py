@@ -59,9 +59,9 @@ def sources() -> Iterator[tuple[str, str]]:
 def documented(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
     """The module, classes and functions that have a docstring."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            if text := ast.get_docstring(node):
-                yield node, text
+        holder = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if holder and (text := ast.get_docstring(node)):
+            yield node, text
 
 
 def comments(source: str) -> Iterator[str]:
@@ -70,7 +70,9 @@ def comments(source: str) -> Iterator[str]:
         tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     except (tokenize.TokenError, SyntaxError):
         return
-    lines = [(t.start[0], t.string.lstrip("#! ").rstrip()) for t in tokens if t.type == tokenize.COMMENT]
+    lines = [
+        (t.start[0], t.string.lstrip("#! ").rstrip()) for t in tokens if t.type == tokenize.COMMENT
+    ]
     for _, block in groupby(enumerate(lines), key=lambda pair: pair[1][0] - pair[0]):
         words = [text for _, (_, text) in block if text]
         if len(words) >= 3:

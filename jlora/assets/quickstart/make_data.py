@@ -149,6 +149,7 @@ def _distinct(rng: random.Random, choices: list[tuple[str, str, str]], n: int) -
 
 
 def main() -> None:
+    """Writes train.jsonl and heldout.jsonl."""
     FOLDER.mkdir(exist_ok=True)
     for name, rows in zip(("train", "heldout"), split(), strict=True):
         lines = "".join(json.dumps(row) + "\n" for row in rows)

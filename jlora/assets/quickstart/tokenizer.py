@@ -1,4 +1,4 @@
-"""The quickstart model's tokenizer: byte-level BPE whose digits stand alone, and a chat template."""
+"""The quickstart model's tokenizer: byte-level BPE, digits on their own, and a chat template."""
 
 from __future__ import annotations
 
