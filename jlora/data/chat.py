@@ -15,17 +15,31 @@ will see it when it has to write that reply.
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jlora.data.rows import Chat, learned
 from jlora.errors import DataError
 
-TODAY = datetime.datetime(2024, 7, 26)
+TODAY = {
+    "%d": "26",
+    "%b": "Jul",
+    "%B": "July",
+    "%m": "07",
+    "%Y": "2024",
+    "%y": "24",
+    "%A": "Friday",
+}
 """The date that some templates print: fixed, so that a resumed run sees the same tokens."""
+
+FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace({k!r}, {v!r})" for k, v in TODAY.items())
+    + " }}{%- endmacro %}"
+)
+"""Goes before a template that asks for the date."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +64,13 @@ class ChatRenderer:
 
     def render(self, messages: list[dict], tools: list | None, prompt: bool = False) -> str:
         """The template's text; ``prompt`` adds the opening of the assistant's next reply."""
+        template = self.tokenizer.get_chat_template(None, tools)
         return self.tokenizer.apply_chat_template(
             messages,
             tools=tools,
+            chat_template=FIXED_DATE + template if "strftime_now" in template else template,
             tokenize=False,
             add_generation_prompt=prompt,
-            strftime_now=TODAY.strftime,
         )
 
     def __call__(self, chat: Chat) -> list[Rendered]:
@@ -73,7 +88,8 @@ class ChatRenderer:
             raise DataError(f"the chat template refuses it: {e}", where=chat.where, fix=fix) from e
 
     def _texts(self, chat: Chat) -> list[Rendered]:
-        messages, tools = self.messages(chat)
+        chat = self.adapt(chat)
+        messages, tools = chat.messages, chat.tools
         text, turns = self.render(messages, tools), list(learned(chat))
         alone = [self._last_reply(messages[: i + 1], tools, chat.where) for i in turns]
         spans = [self._span(text, *reply) for reply in alone]
@@ -82,16 +98,15 @@ class ChatRenderer:
             return [Rendered(text, tuple(self._trim(text, s) for s in spans if s), lossy)]
         return [Rendered(t, (self._trim(t, (s, len(t))),), lossy) for t, s in alone]
 
-    def messages(self, chat: Chat) -> tuple[list[dict], list | None]:
-        """The messages and tools as the template can take them."""
+    def adapt(self, chat: Chat) -> Chat:
+        """The chat as the template can take it."""
         if "tool" in str(self.tokenizer.chat_template) or not uses_tools(chat):
-            return chat.messages, chat.tools
-        return tools_as_text(chat), None
+            return chat
+        return tools_as_text(chat)
 
     def prompt(self, chat: Chat, reply: int) -> str:
-        """The text from which a model writes message ``reply``."""
-        messages, tools = self.messages(chat)
-        return self.render(messages[:reply], tools, prompt=True)
+        """The text from which a model writes message ``reply`` of an adapted chat."""
+        return self.render(chat.messages[:reply], chat.tools, prompt=True)
 
     def _last_reply(self, messages: list[dict], tools: Any, where: str) -> tuple[str, int]:
         """The rendering of a chat that ends in a reply, and where that reply starts."""
@@ -148,7 +163,7 @@ class ChatRenderer:
 
 def _empty_blocks(reply: str) -> int:
     """How many leading characters are empty tags, such as ``<think></think>``."""
-    return re.match(r"(?:<[^<>|]*>|\s)*", reply).end()
+    return len(reply) - len(re.sub(r"^(?:<[^<>|]*>|\s)*", "", reply))
 
 
 def _lost(message: dict, reply: str) -> bool:
@@ -167,8 +182,8 @@ def uses_tools(chat: Chat) -> bool:
     )
 
 
-def tools_as_text(chat: Chat) -> list[dict]:
-    """The messages with tools in the system message, calls as JSON text, results from the user."""
+def tools_as_text(chat: Chat) -> Chat:
+    """Tools in the system message, calls as JSON text, results from the user."""
     messages = []
     for message in chat.messages:
         plain = {k: v for k, v in message.items() if k != "tool_calls"}
@@ -178,11 +193,12 @@ def tools_as_text(chat: Chat) -> list[dict]:
         if message["role"] in ("tool", "function", "ipython"):
             plain["role"] = "user"
         messages.append(plain)
+    added = 0
     if chat.tools:
         listing = "Tools:\n" + json.dumps(chat.tools, ensure_ascii=False)
         if messages[0]["role"] == "system":
-            content = f"{messages[0]['content']}\n\n{listing}"
-            messages[0] = {**messages[0], "content": content}
+            messages[0]["content"] += f"\n\n{listing}"
         else:
             messages.insert(0, {"role": "system", "content": listing})
-    return messages
+            added = 1
+    return replace(chat, messages=messages, tools=None, first=chat.first + added)

@@ -51,12 +51,13 @@ def reply_row(row: Row, tokenizer: Any) -> ReplyRow | None:
         return None
     if row.plain is not None and not tokenizer.chat_template:
         return _plain(row.where, *row.plain, tokenizer)
+    ensure_template(tokenizer)
+    render = ChatRenderer(tokenizer)
+    row = render.adapt(row)
     turns = list(learned(row))
     if not turns:
         return None
-    ensure_template(tokenizer)
-    render = ChatRenderer(tokenizer)
-    prompt, reply = render.prompt(row, turns[-1]), render.messages(row)[0][turns[-1]]
+    prompt, reply = render.prompt(row, turns[-1]), row.messages[turns[-1]]
     ids = token_ids(prompt, tokenizer)
     return ReplyRow(row.where, tuple(ids), prompt, reply["content"])
 

@@ -38,6 +38,6 @@ def stream(ids: np.ndarray, labels: np.ndarray) -> list[tuple[bool, list[int]]]:
     tokens, learned = ids.tolist(), [False, *(labels != IGNORE).tolist()]
     tokens.append(int(labels[-1]))
     if not learned[-1]:
-        tokens.pop(), learned.pop()
+        tokens, learned = tokens[:-1], learned[:-1]
     pairs = zip(learned, tokens, strict=True)
     return [(target, [t for _, t in run]) for target, run in groupby(pairs, lambda p: p[0])]

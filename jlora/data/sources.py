@@ -144,14 +144,14 @@ def _reason(error: Exception) -> str:
 def _json(file: Path) -> Iterator[Raw]:
     """A JSON array of rows; a ``.json`` file that begins otherwise is read as JSON lines."""
     text = file.read_text(encoding="utf-8-sig")
-    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
-    at = space.match(text).end()
+    decoder = json.JSONDecoder()
+    at = _skip_space(text, 0)
     if text[at : at + 1] != "[":
         yield from _one_object(file, text) if text[at : at + 1] == "{" else _json_lines(file)
         return
     line, counted, separator = 1, 0, "["
     while text[at : at + 1] == separator:
-        at = space.match(text, at + 1).end()
+        at = _skip_space(text, at + 1)
         if separator == "[" and text[at : at + 1] == "]":
             return
         line, counted = line + text.count("\n", counted, at), at
@@ -161,10 +161,16 @@ def _json(file: Path) -> Iterator[Raw]:
             at_line = getattr(e, "lineno", line)
             raise _damaged(f"{file}:{at_line}", f"not valid JSON: {_reason(e)}") from e
         yield Raw(f"{file}:{line}", value)
-        at, separator = space.match(text, at).end(), ","
+        at, separator = _skip_space(text, at), ","
     if text[at : at + 1] != "]":
         line += text.count("\n", counted, at)
         raise _damaged(f"{file}:{line}", "the JSON array is cut off: expected ',' or ']'")
+
+
+def _skip_space(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\t", "\r", "\n"):
+        at += 1
+    return at
 
 
 def _one_object(file: Path, text: str) -> Iterator[Raw]:

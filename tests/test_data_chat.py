@@ -1,0 +1,165 @@
+"""Spans of replies, against transformers' own mask and by reading them."""
+
+import pytest
+import tiny_tokenizer as tt
+
+from jlora.data.chat import ChatRenderer
+from jlora.data.rows import Chat
+from jlora.errors import DataError
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+def chat(*contents, first="user", **options):
+    """Alternating messages that begin with ``first``."""
+    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+    messages = [{"role": roles[i % 2], "content": c} for i, c in enumerate(contents)]
+    return Chat("x.jsonl:7", messages, **options)
+
+
+def system(text, rest):
+    return Chat(rest.where, [{"role": "system", "content": text}, *rest.messages])
+
+
+def replies(rendered):
+    return [rendered.text[s:e] for s, e in rendered.spans]
+
+
+def render(template, row, **special):
+    return ChatRenderer(tt.tiny_tokenizer(template, **special))(row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        chat("hi", "hello"),
+        chat("a", "b", "c", "d\nd\n", "e"),
+        system("be brief", chat("a", "", "c", "<think>\nx\n</think>\n\ny")),
+    ],
+)
+def test_spans_are_those_of_generation_tags(row):
+    """Oracle: transformers' mask, which needs tags that stock templates do not have."""
+    tagged = tt.tiny_tokenizer(tt.GENERATION)
+    oracle = tagged.apply_chat_template(
+        row.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids = [t for t, m in zip(oracle["input_ids"], oracle["assistant_masks"], strict=True) if m]
+    for template in (tt.GENERATION, tt.CHATML):
+        (rendered,) = render(template, row)
+        assert rendered.text == tagged.apply_chat_template(row.messages, tokenize=False)
+        ours = [t for r in replies(rendered) for t in tagged(r)["input_ids"]]
+        assert ours == ids
+
+
+def test_llama3_trims_and_has_a_fixed_date():
+    (rendered,) = render(tt.LLAMA3, chat(" a ", " b ", "c", "d\n"))
+    assert replies(rendered) == ["b<|stop|>", "d<|stop|>"]
+    assert rendered.text.startswith("<|begin|><|start|>system<|start|>\n\nToday: 26 Jul 2024\n")
+    assert not rendered.lossy
+
+
+def test_qwen3_may_leave_out_an_empty_thinking_block():
+    (rendered,) = render(tt.QWEN3, chat("a", "b", "c", "d"))
+    assert replies(rendered) == ["b<|im_end|>", "<think>\n\n</think>\n\nd<|im_end|>"]
+
+
+def test_qwen3_chats_with_thoughts_become_one_text_per_reply():
+    first, last = render(tt.QWEN3, chat("a", "<think>\nwhy\n</think>\n\nb", "c", "d"))
+    assert replies(first) == ["<think>\nwhy\n</think>\n\nb<|im_end|>"]
+    assert first.text.endswith("b<|im_end|>\n")
+    assert replies(last) == ["<think>\n\n</think>\n\nd<|im_end|>"]
+    assert "assistant\nb<|im_end|>" in last.text and "why" not in last.text
+    assert not first.lossy
+
+
+def test_qwen3_keeps_thoughts_between_tool_calls():
+    messages = [
+        {"role": "user", "content": "1 + 1"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\n", "tool_calls": [CALL]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "two"},
+    ]
+    (rendered,) = render(tt.QWEN3, Chat("x:1", messages, TOOLS))
+    call = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>'
+    assert replies(rendered) == [
+        "<think>\nhm\n</think>\n\n" + call,
+        "<think>\n\n</think>\n\ntwo<|im_end|>",
+    ]
+    assert not rendered.lossy
+
+
+def test_deepseek_whose_prompt_is_no_prefix():
+    (rendered,) = render(tt.DEEPSEEK, chat("a", "b", "c", "d"))
+    assert replies(rendered) == ["b<|eos|>", "d<|eos|>"]
+    (rendered,) = render(tt.DEEPSEEK, chat("a", "<think>why</think>b"))
+    assert replies(rendered) == ["b<|eos|>"] and rendered.lossy
+
+
+def test_phi_puts_eos_after_the_last_message_only():
+    (rendered,) = render(tt.PHI, chat("a", "b", "c", "d"))
+    assert replies(rendered) == ["b<|stop|>", "d<|stop|>\n<|eos|>"]
+
+
+def test_harmony_ends_replies_differently_and_is_split():
+    texts = render(tt.HARMONY, chat("a", "b", "c", "d"))
+    assert [replies(t) for t in texts] == [["b<|eos|>"], ["d<|eos|>"]]
+    assert "b<|stop|>" in texts[1].text
+
+
+def test_a_chat_may_begin_with_a_reply():
+    for template in (tt.CHATML, tt.LLAMA3, tt.QWEN3):
+        rendered = render(template, chat("hello", "a", "b", first="assistant"))
+        last = replies(rendered[-1])[-1]
+        found = [r for t in rendered for r in replies(t)]
+        assert len(found) == 2 and "hello" in found[0] and "b<|" in last
+
+
+def test_first_and_weights_choose_replies():
+    row = chat("a", "b", "c", "d", first="user")
+    (rendered,) = render(tt.CHATML, Chat(row.where, row.messages, first=2))
+    assert replies(rendered) == ["d<|im_end|>"]
+    messages = [*row.messages[:3], {**row.messages[3], "weight": 0}]
+    (rendered,) = render(tt.CHATML, Chat(row.where, messages))
+    assert replies(rendered) == ["b<|im_end|>"]
+
+
+def test_replies_that_look_alike_keep_their_places():
+    (rendered,) = render(tt.CHATML, chat("yes", "yes", "yes", "yes"))
+    (a, b), (c, d) = rendered.spans
+    assert replies(rendered) == ["yes<|im_end|>"] * 2
+    assert rendered.text[:a].endswith("assistant\n") and rendered.text[b:c].count("user") == 1
+    assert rendered.text[d:] == "\n"
+
+
+def test_templates_without_tools_get_them_as_text():
+    messages = [
+        {"role": "user", "content": "1 + 1"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "two"},
+    ]
+    (rendered,) = render(tt.CHATML, Chat("x:1", messages, TOOLS))
+    call = '{"name": "add", "arguments": {"a": 1}}<|im_end|>'
+    assert replies(rendered) == [call, "two<|im_end|>"]
+    assert rendered.text.startswith("<|im_start|>system\nTools:\n[{")
+    assert "<|im_start|>user\n2<|im_end|>" in rendered.text
+
+
+def test_a_template_that_refuses_or_hides_replies_is_an_error():
+    refusing = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match="roles must alternate") as e:
+        render(refusing, chat("a", "b"))
+    assert e.value.where == "x.jsonl:7"
+    hiding = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(DataError, match="does not show the reply"):
+        render(hiding, chat("a", "b"))
+
+
+def test_a_prompt_is_what_comes_before_the_reply():
+    for template in (tt.CHATML, tt.LLAMA3, tt.PHI, tt.HARMONY):
+        renderer, row = ChatRenderer(tt.tiny_tokenizer(template)), chat("a", "b", "c", "d")
+        rendered = renderer(row)[-1]
+        assert rendered.text[: rendered.spans[-1][0]] == renderer.prompt(row, 3)

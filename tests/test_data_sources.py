@@ -1,0 +1,160 @@
+"""Raw rows and their places."""
+
+import csv
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from jlora.data.sources import read
+from jlora.errors import ConfigError, DataError
+
+ROWS = [{"text": "one"}, {"text": "two\u2028lines"}, {"text": 'a "quoted"\nthird'}]
+
+
+def write(path, kind):
+    if kind == "jsonl":
+        path.write_text("\n\n".join(json.dumps(r, ensure_ascii=False) for r in ROWS))
+    elif kind == "json":
+        path.write_text(json.dumps(ROWS, indent=2, ensure_ascii=False))
+    elif kind in ("csv", "tsv"):
+        with path.open("w", newline="") as f:
+            out = csv.DictWriter(f, ["text"], delimiter="\t" if kind == "tsv" else ",")
+            out.writeheader()
+            out.writerows(ROWS)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "lines"),
+    [
+        ("jsonl", [1, 3, 5]),
+        ("json", [2, 5, 8]),
+        ("csv", [2, 3, 4]),
+        ("tsv", [2, 3, 4]),
+        ("parquet", [1, 2, 3]),
+    ],
+)
+def test_every_kind_of_file_gives_the_same_rows_with_their_lines(tmp_path, kind, lines):
+    path = write(tmp_path / f"rows.{kind}", kind)
+    rows = list(read(str(path)))
+    assert [r.value for r in rows] == ROWS
+    assert [r.where for r in rows] == [f"{path}:{n}" for n in lines]
+
+
+def test_txt_is_one_document(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\n\ntwo")
+    assert [r.value for r in read(str(path))] == [{"text": "one\n\ntwo"}]
+
+
+def test_json_may_hold_lines_or_a_single_object_and_a_byte_order_mark(tmp_path):
+    lines = tmp_path / "lines.json"
+    lines.write_text("\ufeff" + "\n".join(map(json.dumps, ROWS)))
+    assert [r.value for r in read(str(lines))] == ROWS
+    one = tmp_path / "one.json"
+    one.write_text(json.dumps({"messages": []}, indent=1))
+    assert [r.value for r in read(str(one))] == [{"messages": []}]
+    wrapped = tmp_path / "wrapped.json"
+    wrapped.write_text(json.dumps({"data": ROWS}))
+    with pytest.raises(DataError, match="list under 'data'"):
+        list(read(str(wrapped)))
+
+
+def test_folders_and_globs_are_read_by_name(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+    (tmp_path / "README.md").write_text("not data")
+    names = [r.value["text"] for r in read(str(tmp_path))]
+    assert names == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]
+    assert [r.value["text"] for r in read(f"{tmp_path}/[ab].jsonl")] == ["a.jsonl", "b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("split", "kept"),
+    [
+        ("train[:50%]", [0, 1, 2, 3, 4]),
+        ("train[90%:]", [9]),
+        ("[2:4]", [2, 3]),
+        ("train[-1:]", [9]),
+        ("train", list(range(10))),
+    ],
+)
+def test_local_slices(tmp_path, split, kept):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(str, range(10))))
+    assert [r.value for r in read(str(path), split)] == kept
+
+
+def test_slice_errors(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("1")
+    with pytest.raises(ConfigError, match="'test' is not a slice"):
+        list(read(str(path), "test"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line", "cause"),
+    [
+        ("a.jsonl", b"", "", "holds no rows"),
+        ("a.json", b"[]", "", "holds no rows"),
+        ("a.txt", b" \n", "", "holds no rows"),
+        ("a.csv", b"text\n", "", "holds no rows"),
+        ("a.json", b'[\n{"a": 1},\n{"a": }]', ":3", "Expecting value"),
+        ("a.json", b'[\n{"a": 1}\n', ":3", "cut off"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', ":2", "not valid UTF-8"),
+        ("a.csv", b'a,b\n1,"2\n', "", "not valid CSV"),
+        ("a.parquet", b"PAR1 no", "", "damaged parquet"),
+        ("a.pkl", b"cos\nsystem\n", "", "unknown kind of data file '.pkl'"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, line, cause):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as e:
+        list(read(str(path)))
+    assert e.value.where.startswith(f"{path}{line}")
+    assert cause in e.value.cause
+
+
+def test_rows_that_cannot_be_read_carry_their_fault(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n{"a": 1,}\n')
+    good, bad = read(str(path))
+    assert good.fault is None and bad.where == f"{path}:2"
+    assert "column" in bad.fault
+    path = tmp_path / "a.csv"
+    path.write_text("a,b\n1,2\n1,2,3\n")
+    assert [r.fault for r in read(str(path))] == [None, "3 fields, but the header has 2"]
+
+
+def test_missing_files_name_their_neighbours(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match=r"has train\.jsonl"):
+        read(str(tmp_path / "trian.jsonl"))
+    with pytest.raises(ConfigError, match="no data files"):
+        read(str(tmp_path / "*.parquet"))
+
+
+def test_hub_names_go_through_datasets_without_remote_code(monkeypatch):
+    import datasets
+
+    calls = []
+
+    def load(path, name=None, **options):
+        calls.append((path, name, options))
+        if path == "no/such":
+            raise FileNotFoundError("Couldn't find 'no/such'\non the hub")
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = list(read("owner/name", "test[:2]", "main"))
+    assert [r.value for r in rows] == ROWS
+    assert rows[1].where == "owner/name[test[:2]]:2"
+    assert calls == [("owner/name", "main", {"split": "test[:2]"})]
+    with pytest.raises(ConfigError, match="Couldn't find 'no/such'"):
+        read("no/such")

@@ -1,0 +1,71 @@
+"""Loading tokenizers, and the plain template."""
+
+import pytest
+import tiny_tokenizer as tt
+
+from jlora.data.chat import ChatRenderer
+from jlora.data.rows import Chat
+from jlora.data.tokenizer import closing, ensure_template, load_tokenizer, opening, token_ids
+from jlora.errors import ConfigError, DataError
+
+MESSAGES = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "u"},
+    {"role": "assistant", "content": "a"},
+]
+
+
+def test_a_saved_tokenizer_comes_back_with_its_template_or_another(tmp_path):
+    tt.tiny_tokenizer(tt.CHATML).save_pretrained(tmp_path / "model")
+    loaded = load_tokenizer(str(tmp_path / "model"))
+    assert loaded.chat_template == tt.CHATML
+    (tmp_path / "t.jinja").write_text("{{ messages }}")
+    loaded = load_tokenizer(str(tmp_path / "model"), str(tmp_path / "t.jinja"))
+    assert loaded.chat_template == "{{ messages }}"
+
+
+def test_what_is_missing_or_damaged_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no tokenizer here") as e:
+        load_tokenizer(str(tmp_path))
+    assert e.value.where == str(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    with pytest.raises(DataError, match="cannot be read"):
+        load_tokenizer(str(tmp_path))
+    tt.tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="no chat template here"):
+        load_tokenizer(str(tmp_path), str(tmp_path / "none.jinja"))
+
+
+def test_code_in_a_model_folder_does_not_run(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"auto_map": {"AutoTokenizer": ["evil.T", null]}}'
+    )
+    (tmp_path / "config.json").write_text(
+        '{"auto_map": {"AutoConfig": "evil.C"}, "model_type": "x"}'
+    )
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ConfigError):
+        load_tokenizer(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_bos_only_where_the_tokenizer_puts_it_itself():
+    plain, llama = tt.tiny_tokenizer(), tt.tiny_tokenizer(adds_bos=True)
+    assert opening(plain) == [] and opening(llama) == [llama.bos_token_id]
+    assert closing(plain) == [plain.eos_token_id]
+    assert closing(tt.tiny_tokenizer(eos_token=None)) == []
+    assert token_ids("a", llama) == llama("a")["input_ids"][1:]
+
+
+def test_the_plain_template():
+    tokenizer = tt.tiny_tokenizer(None)
+    assert ensure_template(tokenizer)
+    (rendered,) = ChatRenderer(tokenizer)(Chat("x:1", MESSAGES))
+    assert rendered.text == "### System:\ns\n\n### User:\nu\n\n### Assistant:\na<|eos|>\n\n"
+    assert [rendered.text[s:e] for s, e in rendered.spans] == ["a<|eos|>"]
+    assert not ensure_template(tokenizer)
+    llama = tt.tiny_tokenizer(None, adds_bos=True)
+    ensure_template(llama)
+    (rendered,) = ChatRenderer(llama)(Chat("x:1", MESSAGES))
+    assert rendered.text.startswith("<|begin|>### System")
