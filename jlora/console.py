@@ -170,14 +170,10 @@ class Console:
     def text(self, text: Text) -> None:
         """A styled text; what is green in a terminal stands between « and » when plain."""
         if self.plain:
-            marks = [
-                m
-                for s in text.spans
-                if GOOD in str(s.style)
-                for m in ((s.end, "»"), (s.start, "«"))
-            ]
+            green = [span for span in text.spans if GOOD in str(span.style)]
+            marks = [(s.start, 1, "«") for s in green] + [(s.end, 0, "»") for s in green]
             shown = text.plain
-            for place, mark in sorted(marks, reverse=True):
+            for place, _, mark in sorted(marks, reverse=True):
                 shown = shown[:place] + mark + shown[place:]
             self._lines(shown.splitlines())
         else:
