@@ -1,6 +1,8 @@
 """Eight virtual CPU devices, strict promotion, and every jaxtyping annotation of jlora checked."""
 
+import importlib.util
 import os
+import pkgutil
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,11 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# Before any module of jlora is imported: pytest imports this file first.
-install_import_hook("jlora", "beartype.beartype")
+# Before any module of jlora is imported: pytest imports this file first. The tables of settings
+# convert and judge their values themselves, lists for tuples included.
+folders = importlib.util.find_spec("jlora").submodule_search_locations
+checked = [f"jlora.{m.name}" for m in pkgutil.iter_modules(folders) if m.name != "config"]
+install_import_hook(checked, "checker.check")
 
 
 @pytest.fixture(scope="session")
