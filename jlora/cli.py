@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jlora
-from jlora import config, errors, files
+from jlora import config, errors, files, runtime
 
 USAGE = "CONFIG.yaml [section.key=value …] [--debug]"
 
@@ -71,6 +71,12 @@ def main(command: str, argv: Sequence[str] | None = None, prog: str | None = Non
     """Runs a command with its arguments (``sys.argv`` when None) and returns the exit code."""
     options = _parse(command, argv, prog or f"python -m {COMMANDS[command].module}")
     return guard(lambda: _run(COMMANDS[command], options), debug=options.debug)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process; with several, one that failed alone does not wait for the others."""
+    stopped = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+    runtime.leave(code, together=code in stopped)
 
 
 def _run(command: Command, options: argparse.Namespace) -> None:

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora import paths
 from jlora.config import TrainConfig
 
 NO_DECAY = ("bias", "scale")
@@ -54,8 +53,8 @@ def decay_groups(trainable: Any) -> Any:
 
 
 def _adamw(config: TrainConfig, rate: optax.Schedule, decay: float):
-    moments = dict(b1=config.adam_beta1, b2=config.adam_beta2, eps=config.adam_epsilon)
-    return optax.adamw(rate, weight_decay=decay, **moments)
+    b1, b2 = config.adam_beta1, config.adam_beta2
+    return optax.adamw(rate, b1=b1, b2=b2, eps=config.adam_epsilon, weight_decay=decay)
 
 
 def _lion(config: TrainConfig, rate: optax.Schedule, decay: float):

@@ -17,8 +17,10 @@ GROWTH_INTERVAL = 2000
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossScale:
-    """Dynamic loss scaling for float16, as torch's GradScaler: ×2 after 2000 good steps, ÷2 on one
-    that overflows (whose update is skipped)."""
+    """Dynamic loss scaling for float16, by the rules of torch's GradScaler.
+
+    The scale doubles after 2000 good steps and halves on one that overflows, which is skipped.
+    """
 
     scale: Float[Array, ""]
     good_steps: Int[Array, ""]

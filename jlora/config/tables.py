@@ -138,7 +138,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass instead of keeping its activations."""
     bf16: bool | None = None
-    """Compute in bfloat16; null: true unless fp16. With both false, in float32."""
+    """Compute in bfloat16; null: in the type of model.dtype. With both false, in float32."""
     fp16: bool = False
     """Compute in float16 with dynamic loss scaling."""
     seed: Natural = 42
@@ -159,11 +159,6 @@ class TrainConfig(Section):
     """auto: go on from the last whole checkpoint; never; or a checkpoint's folder."""
     compilation_cache: bool = True
     """Keep compiled programs on disk for the next start."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.bf16 is None:
-            object.__setattr__(self, "bf16", not self.fp16)
 
     def check(self) -> Iterator[Fault]:
         """See Section."""
@@ -270,6 +265,15 @@ class Config(Section):
     """Generation."""
     merge: MergeConfig = MergeConfig()
     """Merging."""
+
+    @property
+    def compute_dtype(self) -> str:
+        """The type of activations: float16 or bfloat16 as ``train`` says, else model.dtype."""
+        if self.train.fp16:
+            return "float16"
+        if self.train.bf16 is None:
+            return self.model.dtype
+        return "bfloat16" if self.train.bf16 else "float32"
 
     def check(self) -> Iterator[Fault]:
         """See Section."""

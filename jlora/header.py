@@ -1,0 +1,120 @@
+"""The run header: what will happen, before anything does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from jlora import runtime
+from jlora.console import Console, Rows
+from jlora.data import Prepared
+from jlora.errors import ConfigError, DataError
+from jlora.job import Job
+from jlora.optim import warmup_steps
+from jlora.progress import Plan
+from jlora.targets import match_table
+
+
+def show_header(
+    console: Console, job: Job, plan: Plan, train: Prepared, held_out: Prepared | None
+) -> None:
+    """Prints model, matches, sizes, devices, data and how every setting was resolved."""
+    sections: dict[str, Any] = {"model": _model(job)}
+    if job.targets:
+        rows = match_table(job.targets)
+        names = list(rows[0])
+        sections["adapter"] = Rows(names, [[_text(row[n]) for n in names] for row in rows])
+    sections["data"] = _data(train, held_out)
+    sections["run"] = _run(job, plan)
+    console.header(f"jlora · {job.config.train.output_dir}", sections)
+    for text in (*train.warnings, *(held_out.warnings if held_out else ())):
+        console.warn(text)
+
+
+def check_fit(job: Job, prepared: Prepared) -> None:
+    """Raises when rows hold ids that the model has no embedding for, or are too long for it."""
+    largest, size = int(prepared.packed.input_ids.max()), job.model.config.vocab_size
+    if largest >= size:
+        raise DataError(
+            f"the tokenizer makes token {largest}, but the model has {size} embeddings",
+            where=job.config.model.name_or_path,
+            fix="use the tokenizer that belongs to the model",
+        )
+    limit = job.model.config.max_position_embeddings
+    if job.model.config.model_type == "gpt2" and prepared.length > limit:
+        raise ConfigError(
+            f"{prepared.length} tokens in a row, but the model has {limit} positions",
+            where="data.max_length",
+            fix=f"set it to {limit} or less",
+        )
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree, counted once however they are sharded."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def count(tree: Any) -> int:
+    """Elements of all leaves; an NF4 leaf counts the parameters that it stands for."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "dequantize"))
+    return sum(leaf.size for leaf in leaves)
+
+
+def _model(job: Job) -> Mapping[str, Any]:
+    config = job.config
+    trainable, frozen = count(job.trainable), count(job.frozen)
+    kind = "full fine-tuning"
+    if config.lora:
+        kind = "QLoRA" if config.quantization else "LoRA"
+    rows: dict[str, Any] = {
+        "base": config.model.name_or_path,
+        "method": kind,
+        "trainable": f"{trainable:,} of {trainable + frozen:,} parameters "
+        f"({trainable / (trainable + frozen):.2%})",
+        "memory": f"{_size(tree_bytes(job.frozen))} frozen, "
+        f"{_size(tree_bytes(job.trainable))} trainable",
+        "types": f"weights {config.model.dtype}, computation {config.compute_dtype}",
+    }
+    if q := config.quantization:
+        double = " with double quantization" if q.bnb_4bit_use_double_quant else ""
+        rows["quantization"] = f"{q.bnb_4bit_quant_type}{double}, blocks of {q.block_size}"
+    return rows
+
+
+def _data(train: Prepared, held_out: Prepared | None) -> Rows:
+    rows = []
+    for role, prepared in (("train", train), ("eval", held_out)):
+        for s in prepared.sources if prepared else ():
+            rows.append((role, s.path, s.format, s.rows, s.packed_rows, s.tokens, s.target_tokens))
+    names = ("", "source", "format", "rows", "packed", "tokens", "targets")
+    return Rows(names, rows)
+
+
+def _run(job: Job, plan: Plan) -> Mapping[str, Any]:
+    settings, mesh = job.config.train, dict(job.mesh.shape)
+    warm = warmup_steps(settings, plan.total_steps)
+    return {
+        "devices": runtime.describe_devices(),
+        "mesh": " × ".join(f"{axis} {size}" for axis, size in mesh.items()),
+        "batch": f"{plan.rows_per_step} rows a step ({settings.per_device_train_batch_size} a "
+        f"device, {plan.accumulation} accumulated)",
+        "steps": f"{plan.total_steps} ({plan.steps_per_epoch} an epoch)",
+        "optimizer": f"{settings.optim}, {settings.lr_scheduler_type} from "
+        f"{settings.learning_rate:g} after {warm} warm-up steps, "
+        f"weight decay {settings.weight_decay:g}, clip {settings.max_grad_norm}",
+        "checkpointing": "on" if settings.gradient_checkpointing else "off",
+        "seed": settings.seed,
+    }
+
+
+def _size(n: int) -> str:
+    unit, power = next(
+        u for u in (("GiB", 30), ("MiB", 20), ("KiB", 10)) if n >= 2 ** u[1] or u[1] == 10
+    )
+    return f"{n / 2**power:,.1f} {unit}"
+
+
+def _text(value: Any) -> Any:
+    return " × ".join(map(str, value)) if isinstance(value, tuple) else value

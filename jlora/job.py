@@ -1,0 +1,133 @@
+"""What a command works on: mesh, model, parameters, adapter and tokenizer, put together once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora import lora, sharding
+from jlora.adapter_io import CONFIG_FILE, load_adapter
+from jlora.config import Config
+from jlora.data import load_tokenizer
+from jlora.errors import ConfigError
+from jlora.models import Model, load_pretrained
+from jlora.targets import Target, find_targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A model with its frozen parameters, what is trained, and how the two go together.
+
+    With an adapter ``frozen`` is the base and ``trainable`` the Adapter; in full fine-tuning
+    ``frozen`` is empty and ``trainable`` the parameters in float32.
+    """
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    model: Model
+    tokenizer: Any
+    frozen: Any
+    trainable: Any
+    bind: Callable[[Any, Any, Any], Any]
+    targets: tuple[Target, ...]
+
+    @property
+    def params(self) -> Any:
+        """The parameters to evaluate or generate with."""
+        return self.bind(self.frozen, self.trainable, None)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end a reply: the model's and the tokenizer's."""
+        own = self.tokenizer.eos_token_id
+        return tuple({*self.model.config.eos_token_ids, *([] if own is None else [own])})
+
+
+def open_tokenizer(config: Config) -> Any:
+    """The base model's tokenizer, with ``data.chat_template`` if that is given."""
+    name, revision = config.model.name_or_path, config.model.revision
+    return load_tokenizer(name, chat_template=config.data.chat_template, revision=revision)
+
+
+def open_job(config: Config, tokenizer: Any, *, trained: bool) -> Job:
+    """Loads the model that the settings name, and what is trained of it.
+
+    Args:
+      config: the settings.
+      tokenizer: see ``open_tokenizer``.
+      trained: take the result of the run in ``train.output_dir``; else a fresh adapter (or
+        ``lora.init_from``), or the base model to be trained in full.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    open_ = _open_adapter if config.lora else _open_full
+    with jax.set_mesh(mesh):
+        return open_(config, mesh, tokenizer, trained)
+
+
+def _open_adapter(config: Config, mesh: jax.sharding.Mesh, tokenizer: Any, trained: bool) -> Job:
+    assert config.lora is not None
+    model, params = _load(config, mesh, config.model.name_or_path, config.model.dtype)
+    source = config.train.output_dir if trained else config.lora.init_from
+    if trained and not (Path(config.train.output_dir) / CONFIG_FILE).exists():
+        raise ConfigError(
+            "holds no trained adapter yet", where=config.train.output_dir, fix="train it first"
+        )
+    if source:
+        adapter = load_adapter(source, params)
+        kept = dataclasses.replace(adapter.config, lora_dropout=config.lora.lora_dropout)
+        adapter = lora.Adapter(adapter.weights, kept)
+    else:
+        adapter = lora.init_adapter(jax.random.key(config.train.seed), params, config.lora)
+    named = dataclasses.replace(
+        adapter.config,
+        base_model_name_or_path=config.lora.base_model_name_or_path or config.model.name_or_path,
+        revision=config.lora.revision or config.model.revision,
+    )
+    adapter = lora.Adapter(adapter.weights, named)
+    adapter = sharding.place(adapter, sharding.adapter_shardings(adapter, mesh))
+    _, targets = find_targets(params, adapter.config)
+    return Job(config, mesh, model, tokenizer, params, adapter, attach, tuple(targets))
+
+
+def _open_full(config: Config, mesh: jax.sharding.Mesh, tokenizer: Any, trained: bool) -> Job:
+    name = config.train.output_dir if trained else config.model.name_or_path
+    model, params = _load(config, mesh, name, "float32")
+    bind = _Cast(config.compute_dtype)
+    return Job(config, mesh, model, tokenizer, {}, params, bind, ())
+
+
+def attach(frozen: Any, adapter: lora.Adapter, key: Any) -> Any:
+    """The base with the adapter on it; ``key`` draws its dropout, None means none."""
+    return lora.attach(frozen, adapter, dropout_key=key)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cast:
+    """Full fine-tuning's parameters in the type that is computed in; the masters stay float32."""
+
+    dtype: str
+
+    def __call__(self, frozen: Any, params: Any, key: Any) -> Any:
+        del frozen, key
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(self.dtype)), params)
+
+
+def _load(config: Config, mesh: jax.sharding.Mesh, name: str, dtype: str) -> tuple[Model, Any]:
+    revision = config.model.revision if name == config.model.name_or_path else None
+    model, params = load_pretrained(
+        name,
+        dtype=dtype,
+        quantization=config.quantization,
+        mesh=mesh,
+        revision=revision,
+        attention=config.model.attention,
+    )
+    remat = config.train.gradient_checkpointing
+    return dataclasses.replace(
+        model, dtype=config.compute_dtype, gradient_checkpointing=remat
+    ), params

@@ -1,0 +1,209 @@
+"""What a run leaves in its output folder, and how it finds its way back from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+from jlora import checkpoint, data, evaluation, metrics, report
+from jlora.adapter_io import save_adapter
+from jlora.config import Config, to_yaml
+from jlora.console import Console
+from jlora.errors import ConfigError
+from jlora.files import storage_errors, write_atomic
+from jlora.job import Job
+from jlora.lora import Adapter
+from jlora.models import save_pretrained
+from jlora.progress import Plan, Progress, host_copy
+from jlora.state import TrainState
+
+FREE_TO_CHANGE = {
+    "model": ("attention",),
+    "train": (
+        "output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume",
+        "compilation_cache", "per_device_train_batch_size", "per_device_eval_batch_size",
+        "gradient_accumulation_steps", "gradient_checkpointing", "early_stopping_patience",
+        "early_stopping_threshold", "num_train_epochs", "max_steps",
+    ),
+}  # fmt: skip
+"""Settings that may differ between a checkpoint and the run that goes on from it."""
+
+
+def identity(config: Config, plan: Plan, data_fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint's run and the run that resumes it must have in common."""
+    settings = yaml.safe_load(to_yaml(config))
+    kept = {name: settings.get(name) for name in ("model", "quantization", "lora", "train")}
+    for section, names in FREE_TO_CHANGE.items():
+        kept[section] = {k: v for k, v in kept[section].items() if k not in names}
+    rows = {"rows_per_step": plan.rows_per_step, "total_steps": plan.total_steps}
+    shuffle = {"fingerprint": data_fingerprint, "shuffle": config.data.shuffle}
+    return {**kept, "data": shuffle, "plan": rows}
+
+
+class Checkpoints:
+    """The run's checkpoints: state, progress and, with early stopping, the best tree so far."""
+
+    def __init__(self, folder: Path, job: Job, plan: Plan, data_fingerprint: str):
+        self._folder = folder
+        self._settings = job.config.train
+        self._run = {
+            "identity": identity(job.config, plan, data_fingerprint),
+            "base_fingerprint": checkpoint.fingerprint(job.frozen),
+        }
+        self.best: Any = None
+        """The trainable tree of the lowest held-out loss; kept only with early stopping."""
+
+    def resume(
+        self, state: TrainState, progress: Progress, console: Console
+    ) -> tuple[TrainState, Progress]:
+        """The newest whole checkpoint, the one that ``train.resume`` names, or what was given."""
+        folder, step = self._folder, None
+        if self._settings.resume == "never":
+            self._discard(console)
+        elif self._settings.resume == "auto":
+            if removed := checkpoint.discard_incomplete(folder):
+                console.note(f"left out unfinished checkpoints: {', '.join(map(str, removed))}")
+            step = checkpoint.latest(folder)
+        else:
+            folder, step = _named(self._settings.resume)
+        if step is None:
+            return state, progress
+        tree, extra = checkpoint.restore(folder, step, self._tree(state), **self._run)
+        self.best = tree.get("best")
+        console.note(f"going on from step {step} ({folder / str(step)})")
+        return tree["state"], Progress(**extra)
+
+    def save(self, state: TrainState, progress: Progress) -> None:
+        """Saves the state as ``<step>``; what is there already stays whole if this fails."""
+        checkpoint.save(
+            self._folder,
+            progress.step,
+            self._tree(state),
+            dataclasses.asdict(progress),
+            keep=self._settings.save_total_limit,
+            **self._run,
+        )
+
+    def keep_best(self, trainable: Any) -> None:
+        """Remembers this tree as the best, if early stopping may go back to it."""
+        if self._settings.early_stopping_patience:
+            self.best = jax.tree.map(lambda leaf: leaf.copy(), trainable)
+
+    def _tree(self, state: TrainState) -> dict[str, Any]:
+        if not self._settings.early_stopping_patience:
+            return {"state": state}
+        return {"state": state, "best": state.trainable if self.best is None else self.best}
+
+    def _discard(self, console: Console) -> None:
+        if self._folder.exists():
+            console.note(f"resume: never, so the checkpoints in {self._folder} are removed")
+            if jax.process_index() == 0:
+                with storage_errors(self._folder):
+                    shutil.rmtree(self._folder)
+
+
+def _named(resume: str) -> tuple[Path, int]:
+    """The folder and the step of ``…/checkpoints/<step>``."""
+    folder = Path(resume)
+    if not folder.name.isdigit() or int(folder.name) not in checkpoint.steps(folder.parent):
+        raise ConfigError(
+            "is not a whole checkpoint",
+            where=f"train.resume: {resume}",
+            fix="name a folder such as outputs/run1/checkpoints/500, or use auto",
+        )
+    return folder.parent, int(folder.name)
+
+
+def write_settings(config: Config) -> None:
+    """``config.yaml``: every setting as it was resolved; the same command line runs it again."""
+    if jax.process_index() == 0:
+        write_atomic(Path(config.train.output_dir) / "config.yaml", to_yaml(config))
+
+
+def prompts(job: Job) -> list[data.ReplyRow]:
+    """The held-out rows that replies are generated for."""
+    wanted, config = job.config.evaluate, job.config
+    most = wanted.max_rows if wanted.exact_match else wanted.samples
+    return data.reply_rows(config.data.eval, job.tokenizer, config.data, most)
+
+
+def replies(job: Job, trainable: Any, rows: list[data.ReplyRow]) -> list[evaluation.Sample]:
+    """The greedy replies of the model with this adapter (or these parameters)."""
+    return evaluation.replies(
+        job.model,
+        job.bind(job.frozen, trainable, None),
+        job.tokenizer,
+        rows,
+        max_new_tokens=job.config.evaluate.max_new_tokens,
+        batch_size=job.config.evaluate.batch_size,
+        eos_ids=job.eos_ids,
+    )
+
+
+def write_model(job: Job, trainable: Any) -> str:
+    """The adapter, or the fully trained model, with its tokenizer; says what was written."""
+    out, tree = Path(job.config.train.output_dir), host_copy(trainable)
+    if jax.process_index() != 0:
+        return ""
+    if isinstance(tree, Adapter):
+        size = save_adapter(out, tree)
+        written = f"{out / 'adapter_model.safetensors'} ({size / 2**20:,.1f} MiB)"
+    else:
+        dtype = jax.numpy.dtype(job.config.model.dtype)
+        save_pretrained(out, job.model, jax.tree.map(lambda leaf: leaf.astype(dtype), tree))
+        written = str(out / "model.safetensors")
+    with storage_errors(out):
+        job.tokenizer.save_pretrained(out)
+    return written
+
+
+def finish(
+    job: Job,
+    plan: Plan,
+    trained: Any,
+    before: list[str],
+    after: list[evaluation.Sample],
+    console: Console,
+) -> None:
+    """Writes the result and the report, shows samples, and says where everything lies."""
+    written = write_model(job, trained)
+    if jax.process_index() != 0:
+        return
+    shown = [
+        {"prompt": a.prompt, "before": b, "after": a.reply, "expected": a.expected}
+        for b, a in zip(before, after, strict=False)
+    ]
+    console.samples(shown)
+    html = _write_report(job, plan, shown)
+    _final_card(console, job, written, html)
+
+
+def _write_report(job: Job, plan: Plan, samples: list[dict[str, str]]) -> Path:
+    """``report.html`` from the run's log."""
+    out = Path(job.config.train.output_dir)
+    lines = metrics.read(out / "metrics.jsonl")
+    summary = {"model": job.config.model.name_or_path, "steps": plan.total_steps}
+    for line in lines:
+        summary |= {k: line[k] for k in ("eval_loss", "eval_exact_match", "tokens") if k in line}
+    return report.write_report(out, out.name, to_yaml(job.config), lines, samples, summary)
+
+
+def _final_card(console: Console, job: Job, written: str, html: Path) -> None:
+    """Where everything lies and what to run next."""
+    out = job.config.train.output_dir
+    where = {
+        "adapter" if job.config.lora else "model": written,
+        "report": html,
+        "metrics": Path(out) / "metrics.jsonl",
+        "checkpoints": Path(out) / "checkpoints",
+        "settings": Path(out) / "config.yaml",
+    }
+    commands = [f'jlora generate {out} generate.prompt="…"', f"jlora evaluate {out}"]
+    if job.config.lora:
+        commands.append(f"jlora merge {out}")
+    console.card("done", where, commands)

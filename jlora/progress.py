@@ -1,0 +1,180 @@
+"""How far a run is: its plan, what has been counted so far, and the checks on every step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+
+from jlora.config import Config, TrainConfig
+from jlora.errors import DivergedError
+
+LEARNING_BY = 3
+"""Steps by which every leaf must have had a gradient: B moves first, then A (with a warm-up whose
+first rate is zero, one step later)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The numbers of a run that follow from its settings, its data and its devices."""
+
+    rows_per_step: int
+    eval_rows: int
+    accumulation: int
+    steps_per_epoch: int
+    total_steps: int
+    fp16: bool
+
+    @classmethod
+    def of(
+        cls, config: Config, mesh: jax.sharding.Mesh, steps_per_epoch: Callable[[int], int]
+    ) -> Plan:
+        """``steps_per_epoch(rows in a step)`` says how many steps an epoch takes."""
+        settings = config.train
+        replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+        accumulation = settings.gradient_accumulation_steps
+        rows = settings.per_device_train_batch_size * replicas * accumulation
+        steps = steps_per_epoch(rows)
+        total = settings.max_steps
+        if total < 0:
+            total = math.ceil(settings.num_train_epochs * steps)
+        per_device = settings.per_device_eval_batch_size or settings.per_device_train_batch_size
+        fp16 = config.compute_dtype == "float16"
+        return cls(rows, per_device * replicas, accumulation, steps, total, fp16)
+
+
+@dataclasses.dataclass
+class Progress:
+    """What is counted along the way; all of it goes into every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    interval_loss: float = 0.0
+    interval_targets: int = 0
+    last: dict[str, float] = dataclasses.field(default_factory=dict)
+    alive: list[bool] = dataclasses.field(default_factory=list)
+    overflows: int = 0
+    best_loss: float | None = None
+    evaluations_since_best: int = 0
+    stopped_early: bool = False
+    finished: bool = False
+    before: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """Counts one step's fetched metrics."""
+        self.step += 1
+        self.tokens += int(metrics["tokens"])
+        self.interval_loss += float(metrics["loss"]) * int(metrics["target_tokens"])
+        self.interval_targets += int(metrics["target_tokens"])
+        self.last = {"grad_norm": float(metrics["grad_norm"])}
+        if self.step <= LEARNING_BY:
+            alive = [bool(a) for a in metrics["alive"]]
+            self.alive = [a or b for a, b in zip(self.alive or alive, alive, strict=True)]
+
+    def line(self, learning_rate: float, plan: Plan) -> dict[str, float]:
+        """A training line of metrics.jsonl: means over the steps since the last one."""
+        loss = self.interval_loss / max(self.interval_targets, 1)
+        self.interval_loss, self.interval_targets = 0.0, 0
+        return {
+            "loss": loss,
+            "learning_rate": learning_rate,
+            **self.last,
+            "epoch": round(self.step / plan.steps_per_epoch, 4),
+            "tokens": self.tokens,
+        }
+
+    def note_evaluation(self, loss: float, settings: TrainConfig) -> bool:
+        """Counts an evaluation for early stopping; whether it is the best so far."""
+        better = self.best_loss is None or loss < self.best_loss - settings.early_stopping_threshold
+        if better:
+            self.best_loss, self.evaluations_since_best = loss, 0
+        else:
+            self.evaluations_since_best += 1
+            patience = settings.early_stopping_patience
+            self.stopped_early = bool(patience and self.evaluations_since_best >= patience)
+        return better
+
+
+class Meter:
+    """Tokens a second, leaving out the first step (which compiles) and what is not training."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._tokens = 0
+        self._away = 0.0
+
+    def add(self, tokens: int) -> None:
+        """Counts a step that is done."""
+        if self._since is None:
+            self._since = time.monotonic()
+        else:
+            self._tokens += tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in the block does not count."""
+        start = time.monotonic()
+        yield
+        self._away += time.monotonic() - start
+
+    def rate(self) -> dict[str, float]:
+        """``tokens_per_second`` since the last call, if a whole step was timed."""
+        if self._since is None or not self._tokens:
+            return {}
+        now = time.monotonic()
+        rate = self._tokens / max(now - self._since - self._away, 1e-9)
+        self._since, self._tokens, self._away = now, 0, 0.0
+        return {"tokens_per_second": round(rate, 1)}
+
+
+def check_finite(metrics: Mapping[str, Any], progress: Progress, plan: Plan) -> None:
+    """Raises DivergedError when the loss or the gradient is no longer a number.
+
+    With float16 a step may overflow: it is skipped and the loss scale halved; a hundred of them in
+    a row are too many.
+    """
+    if bool(metrics["finite"]):
+        progress.overflows = 0
+        return
+    progress.overflows += 1
+    if plan.fp16 and progress.overflows < 100:
+        return
+    raise DivergedError(
+        f"loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}",
+        where=f"step {progress.step + 1}",
+        fix="lower train.learning_rate, add warm-up, or use bf16; the last checkpoint is whole",
+    )
+
+
+def check_learning(progress: Progress, trainable: Any) -> None:
+    """Raises DivergedError, naming them, when some leaves never had a gradient by step 3."""
+    if progress.step != LEARNING_BY or all(progress.alive):
+        return
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, _ in jax.tree_util.tree_leaves_with_path(trainable)
+    ]
+    dead = [name for name, alive in zip(names, progress.alive, strict=True) if not alive]
+    raise DivergedError(
+        f"no gradient reaches {len(dead)} of {len(names)} trainable leaves: {', '.join(dead[:5])}",
+        where=f"step {progress.step}",
+        fix="leave these modules out of lora.target_modules or lora.modules_to_save",
+    )
+
+
+def host_copy(tree: Any) -> Any:
+    """The whole tree as NumPy on every process."""
+    from jax.experimental import multihost_utils
+
+    def fetch(leaf):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(fetch, tree)

@@ -1,0 +1,188 @@
+"""``python -m jlora.train CONFIG.yaml``: LoRA, QLoRA and full fine-tuning by one loop."""
+
+from jlora import cli
+
+if __name__ == "__main__":  # settings are checked before the imports below, which take seconds
+    cli.leave(cli.main("train"))
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jlora import data, evaluation, outputs, runtime, sharding
+from jlora.config import Config
+from jlora.console import Console
+from jlora.errors import StoppedError
+from jlora.header import check_fit, show_header
+from jlora.job import Job, open_job, open_tokenizer
+from jlora.metrics import MetricsLog
+from jlora.optim import make_optimizer, schedule
+from jlora.progress import Meter, Plan, Progress, check_finite, check_learning
+from jlora.state import TrainState, init_state
+from jlora.step import make_eval_step, make_train_step
+
+main = functools.partial(cli.main, "train")
+
+
+def run(config: Config, options: argparse.Namespace) -> None:
+    """Trains what the settings say and writes everything to ``train.output_dir``."""
+    runtime.distributed()
+    if config.train.compilation_cache:
+        runtime.compilation_cache()
+    first, out = jax.process_index() == 0, Path(config.train.output_dir)
+    console = Console(enabled=first)
+    tokenizer = open_tokenizer(config)
+    if options.show_batch:
+        console.text(_first_batch(config, tokenizer))
+        return
+    with (
+        runtime.RunLock(out, enabled=first),
+        MetricsLog(out / "metrics.jsonl", enabled=first) as log,
+        runtime.Signals() as signals,
+    ):
+        rows = data.prepare(config.data.train, tokenizer, config.data)
+        held_out = None
+        if config.data.eval:
+            held_out = data.prepare(config.data.eval, tokenizer, config.data, role="eval")
+        job = open_job(config, tokenizer, trained=False)
+        for prepared in filter(None, (rows, held_out)):
+            check_fit(job, prepared)
+        plan = Plan.of(config, job.mesh, lambda batch: rows.order(batch, 0).steps_per_epoch)
+        show_header(console, job, plan, rows, held_out)
+        with jax.set_mesh(job.mesh):
+            train(job, plan, rows, held_out, console, log, signals)
+
+
+def train(
+    job: Job,
+    plan: Plan,
+    rows: data.Prepared,
+    held_out: data.Prepared | None,
+    console: Console,
+    log: MetricsLog,
+    signals: runtime.Signals,
+) -> None:
+    """The run from its first step, or its last checkpoint, to what it leaves behind."""
+    settings, out = job.config.train, Path(job.config.train.output_dir)
+    optimizer = make_optimizer(settings, plan.total_steps, job.trainable)
+    learning_rate = schedule(settings, plan.total_steps)
+    state, shardings = _first_state(job, plan, optimizer)
+    train_step = make_train_step(
+        job.model, job.bind, optimizer, seed=settings.seed, state_shardings=shardings
+    )
+    eval_step = make_eval_step(job.model, job.bind)
+    outputs.write_settings(job.config)
+    checkpoints = outputs.Checkpoints(out / "checkpoints", job, plan, rows.fingerprint)
+    state, progress = checkpoints.resume(state, Progress(), console)
+    log.truncate_to(progress.step or -1)
+    meter, prompts = Meter(), outputs.prompts(job)
+
+    def reply(trainable: Any) -> list[evaluation.Sample]:
+        return outputs.replies(job, trainable, prompts)
+
+    def evaluate(state: TrainState, **more: float) -> None:
+        """Held-out loss into the log."""
+        if held_out is None:
+            return
+        batches = _eval_batches(job, plan, held_out)
+        result = evaluation.held_out(eval_step, state.trainable, job.frozen, batches)
+        line = {"eval_loss": result.loss, "eval_perplexity": result.perplexity, **more}
+        log.write(progress.step, **line)
+        console.log(progress.step, line)
+        if progress.note_evaluation(result.loss, settings):
+            checkpoints.keep_best(state.trainable)
+
+    def finish_step(metrics: dict[str, Any]) -> None:
+        """Fetches a step's metrics, while the next step is under way, and logs them."""
+        values = jax.device_get(metrics)
+        check_finite(values, progress, plan)
+        progress.add(values)
+        check_learning(progress, job.trainable)
+        meter.add(int(values["tokens"]))
+        console.advance(progress.step)
+        if progress.step % settings.logging_steps == 0 or progress.step == plan.total_steps:
+            rate = float(learning_rate(progress.step - 1))
+            line = progress.line(rate, plan) | meter.rate()
+            log.write(progress.step, **line)
+            console.log(progress.step, line)
+
+    if progress.step == 0:
+        before = reply(state.trainable)
+        progress.before = [s.reply for s in before[: job.config.evaluate.samples]]
+        if job.config.evaluate.exact_match:
+            evaluate(state, eval_exact_match=evaluation.exact_match(before))
+
+    steps = range(progress.step, 0 if progress.stopped_early else plan.total_steps)
+    batches = data.prefetch(_batch_at(job, plan, rows), steps)
+    pending = None
+    with console.progress(plan.total_steps, progress.step):
+        for step, batch in enumerate(batches, progress.step + 1):
+            state, metrics = train_step(state, job.frozen, batch)
+            if pending:
+                finish_step(pending)
+            pending = metrics
+            stop, last = signals.stop(step), step == plan.total_steps
+            evaluating = bool(settings.eval_steps) and step % settings.eval_steps == 0
+            saving = bool(settings.save_steps) and step % settings.save_steps == 0
+            if not (evaluating or saving or stop or last):
+                continue
+            finish_step(pending)
+            pending = None
+            with meter.paused():
+                if evaluating and not last:
+                    evaluate(state)
+                if saving or stop or progress.stopped_early:
+                    log.sync()
+                    checkpoints.save(state, progress)
+            if stop:
+                fix = "the same command goes on from here"
+                raise StoppedError(f"stopped and saved at step {step}", signum=stop, fix=fix)
+            if progress.stopped_early:
+                console.note(f"stopped early at step {step}: eval_loss no longer improves")
+                break
+
+    trained = checkpoints.best if progress.stopped_early else state.trainable
+    after = reply(trained)
+    if progress.step == plan.total_steps and not progress.finished:
+        match = {"eval_exact_match": evaluation.exact_match(after)}
+        evaluate(state, **(match if job.config.evaluate.exact_match else {}))
+        progress.finished = True
+        log.sync()
+        checkpoints.save(state, progress)
+    outputs.finish(job, plan, trained, progress.before, after, console)
+
+
+def _first_state(job: Job, plan: Plan, optimizer: Any) -> tuple[TrainState, Any]:
+    """The state before the first step, each leaf where it belongs, and those places."""
+    start = functools.partial(init_state, optimizer=optimizer, fp16=plan.fp16)
+    places = sharding.shardings(jax.eval_shape(start, job.trainable), job.mesh)
+    return jax.jit(start, out_shardings=places)(job.trainable), places
+
+
+def _batch_at(job: Job, plan: Plan, rows: data.Prepared) -> Callable[[int], dict[str, jax.Array]]:
+    """Step → its batch on the devices; every process makes all of it and keeps its part."""
+    order = rows.order(plan.rows_per_step, job.config.train.seed, job.config.data.shuffle)
+    place = functools.partial(sharding.place, shardings=sharding.batch_sharding(job.mesh))
+    return lambda step: {
+        name: place(array)
+        for name, array in data.batch_at(rows, order, step, plan.accumulation).items()
+    }
+
+
+def _eval_batches(job: Job, plan: Plan, rows: data.Prepared) -> Iterator[dict[str, jax.Array]]:
+    """All held-out rows in batches (B, T) of one shape, the last one filled up with padding."""
+    target = sharding.batch_sharding(job.mesh)
+    target = jax.sharding.NamedSharding(job.mesh, jax.sharding.PartitionSpec(*target.spec[1:]))
+    for batch in data.eval_batches(rows, plan.eval_rows):
+        yield {name: sharding.place(array[0], target) for name, array in batch.items()}
+
+
+def _first_batch(config: Config, tokenizer: Any) -> Any:
+    """The first batch as text, its targets marked."""
+    rows = data.prepare(config.data.train, tokenizer, config.data)
+    order = rows.order(config.train.per_device_train_batch_size, config.train.seed)
+    return data.show_batch(data.batch_at(rows, order, 0), tokenizer)
