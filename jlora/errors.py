@@ -74,6 +74,7 @@ def nearest(word: str, options: Iterable[str], n: int = 3) -> list[str]:
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str | None:
-    """A remedy naming the nearest options, or None when none is close."""
-    close = nearest(word, options)
+    """A remedy naming the nearest options (one, if it is nearly the word), or None."""
+    options = list(options)
+    close = difflib.get_close_matches(word, options, n=1, cutoff=0.85) or nearest(word, options)
     return f"did you mean {' or '.join(repr(c) for c in close)}?" if close else None

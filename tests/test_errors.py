@@ -49,3 +49,4 @@ def test_nearest_is_best_first_and_empty_when_nothing_is_close():
 def test_did_you_mean():
     assert errors.did_you_mean("q_prj", ["q_proj", "zzz"]) == "did you mean 'q_proj'?"
     assert errors.did_you_mean("xyz", ["q_proj"]) is None
+    assert errors.did_you_mean("a_proj", ["q_proj", "k_proj"]).count("proj") == 2

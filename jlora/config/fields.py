@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -197,7 +198,10 @@ def show(value: Any) -> str:
     """A value as YAML writes it, shortened."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
+    return reprlib.repr(value) if isinstance(value, list | dict | tuple) else _short(repr(value))
+
+
+def _short(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 

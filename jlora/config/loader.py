@@ -26,7 +26,7 @@ from jlora.config.fields import (
     show,
     split_annotated,
 )
-from jlora.config.nodes import Node, Reader, override
+from jlora.config.nodes import Node, Reader, override, put
 from jlora.config.tables import Config
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -56,8 +56,8 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     file = path / RESOLVED if run else path
     faults: list[Fault] = []
     root = Reader(str(file), faults).read(_text(file))
-    if run and isinstance(root.value, dict) and not faults:
-        root = override(root, f"train.output_dir={_quote(str(run))}", faults)
+    if run:
+        root = put(root, ("train", "output_dir"), Node(str(run), str(file)), str(file), faults)
     for text in overrides:
         root = override(root, text, faults)
     builder = _Builder(file, faults, inputs_must_exist=run is None)
@@ -72,10 +72,6 @@ def _line(fault: Fault) -> float:
     line = (fault.where or "").rpartition(":")[2]
     in_file = line.isdigit() and not (fault.where or "").startswith("override ")
     return int(line) if in_file else float("inf")
-
-
-def _quote(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _text(file: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from jlora import errors
 from jlora.config.fields import Fault
 
 CORE_TAGS = tuple(
@@ -32,13 +33,18 @@ class Node:
     empty: bool = False  # nothing is written after the key
     text: str | None = None  # as an override spells it
 
-    def plain(self) -> Any:
-        """The value without places."""
+    def plain(self, done: dict[int, Any] | None = None) -> Any:
+        """The value without places; what aliases share stays shared."""
+        done = {} if done is None else done
+        if id(self.value) in done:
+            return done[id(self.value)]
+        result = self.value
         if isinstance(self.value, dict):
-            return {key: node.plain() for key, node in self.value.items()}
-        if isinstance(self.value, list):
-            return [node.plain() for node in self.value]
-        return self.value
+            result = {key: node.plain(done) for key, node in self.value.items()}
+        elif isinstance(self.value, list):
+            result = [node.plain(done) for node in self.value]
+        done[id(self.value)] = result
+        return result
 
 
 def scalar(text: str) -> Any:
@@ -67,19 +73,21 @@ class Reader:
         return f"{self.name}:{mark.line + 1}" if self.lines else self.name
 
     def read(self, text: str) -> Node:
-        """The tree of a document; an empty one is an empty mapping."""
+        """The tree of a document; an empty one is an empty mapping.
+
+        Raises ConfigError when the text is not YAML at all: then nothing else can be judged.
+        """
         try:
             root = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as bad:
             mark = bad.problem_mark or bad.context_mark
-            self.fault(self.where(mark) if mark else self.name, f"not valid YAML: {bad.problem}")
-            return Node({}, self.name)
+            where = self.where(mark) if mark else self.name
+            raise Fault((), f"not valid YAML: {bad.problem}", None, where).error() from None
         except yaml.YAMLError as bad:  # characters that YAML forbids
-            self.fault(self.name, f"not valid YAML: {' '.join(str(bad).split())}")
-            return Node({}, self.name)
+            cause = f"not valid YAML: {' '.join(str(bad).split())}"
+            raise Fault((), cause, None, self.name).error() from None
         except RecursionError:
-            self.fault(self.name, "nested too deeply")
-            return Node({}, self.name)
+            raise Fault((), "nested too deeply", None, self.name).error() from None
         return Node({}, self.name) if root is None else self.convert(root)
 
     def fault(self, where: str, cause: str, fix: str | None = None) -> None:
@@ -133,16 +141,16 @@ def override(root: Node, text: str, faults: list[Fault]) -> Node:
     if not equals or not all(keys):
         faults.append(Fault((), "not an override", "write section.key=value", name))
         return root
-    unread: list[Fault] = []
-    new = Reader(name, unread, lines=False).read(value) if value.strip() else Node(None, name)
-    if unread:  # such as a prompt that begins with a bracket
+    try:
+        new = Reader(name, faults, lines=False).read(value) if value.strip() else Node(None, name)
+    except errors.ConfigError:  # such as a prompt that begins with a bracket
         new = Node(value, name)
     new = dataclasses.replace(new, empty=False, text=value)
-    return _put(root, keys, new, name, faults)
+    return put(root, keys, new, name, faults)
 
 
-def _put(node: Node, keys: Sequence[str], new: Node, name: str, faults: list[Fault]) -> Node:
-    """Copies along the path: an alias elsewhere keeps its value."""
+def put(node: Node, keys: Sequence[str], new: Node, name: str, faults: list[Fault]) -> Node:
+    """``node`` with ``new`` at ``keys``, copied along the path: aliases elsewhere keep theirs."""
     if not keys:
         return new
     key, rest = keys[0], keys[1:]
@@ -152,11 +160,11 @@ def _put(node: Node, keys: Sequence[str], new: Node, name: str, faults: list[Fau
             faults.append(Fault((), cause, "entries count from 0", name))
             return node
         items = list(node.value)
-        items[int(key)] = _put(items[int(key)], rest, new, name, faults)
+        items[int(key)] = put(items[int(key)], rest, new, name, faults)
         return dataclasses.replace(node, value=items)
     if not isinstance(node.value, dict) and node.value is not None:
         faults.append(Fault((), f"there is nothing below {node.value!r} to set", None, name))
         return node
     table = dict(node.value or {})
-    table[key] = _put(table.get(key, Node(None, name)), rest, new, name, faults)
+    table[key] = put(table.get(key, Node(None, name)), rest, new, name, faults)
     return dataclasses.replace(node, value=table, empty=False)

@@ -1,0 +1,459 @@
+import copy
+import dataclasses
+import math
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import jlora
+from jlora import config
+from jlora.config import LoraConfig, MeshConfig, QuantConfig, TrainConfig
+from jlora.config.elsewhere import ELSEWHERE
+from jlora.errors import ConfigError, StorageError
+
+ROOT = Path(jlora.__file__).parents[1]
+
+MINIMAL = """\
+model: {name_or_path: org/base}
+data:
+  train:
+    - {path: org/rows, format: messages}
+train:
+  output_dir: out
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a config file into a folder that is not the working directory."""
+    (tmp_path / "cwd").mkdir()
+    (tmp_path / "files").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+
+    def write(text: str, name: str = "c.yaml") -> Path:
+        path = tmp_path / "files" / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def fault(path, *overrides) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config.load(path, overrides)
+    return str(caught.value)
+
+
+# Tables
+
+
+def test_lists_and_dicts_make_equal_hashable_tables():
+    a = LoraConfig(target_modules=["q_proj", "v_proj"], rank_pattern={"b": 2, "a": 3})
+    b = LoraConfig(target_modules=("q_proj", "v_proj"), rank_pattern={"a": 3, "b": 2})
+    assert a == b and hash(a) == hash(b) and len({a, b}) == 1
+    assert a != dataclasses.replace(b, r=9)
+    assert a.target_modules == ("q_proj", "v_proj")
+    assert a.rank_pattern["a"] == 3 and list(a.rank_pattern.items()) == [("a", 3), ("b", 2)]
+    assert pickle.loads(pickle.dumps(a)) == copy.deepcopy(a) == a
+    with pytest.raises(TypeError):
+        a.rank_pattern["a"] = 4  # pyright: ignore
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        a.r = 4  # pyright: ignore
+
+
+def test_defaults_are_the_contracts():
+    lora, quant, train = LoraConfig(), QuantConfig(), TrainConfig(output_dir="o")
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.bias) == (8, 8, 0.0, "none")
+    assert (quant.bnb_4bit_quant_type, quant.bnb_4bit_use_double_quant) == ("nf4", True)
+    assert (quant.block_size, quant.bnb_4bit_compute_dtype) == (64, "bfloat16")
+    assert (train.num_train_epochs, train.max_steps, train.learning_rate) == (3, -1, 2e-4)
+    assert (train.per_device_train_batch_size, train.gradient_accumulation_steps) == (4, 4)
+    assert (train.lr_scheduler_type, train.warmup_ratio, train.max_grad_norm) == ("cosine", 0.03, 1)
+    assert (train.bf16, train.fp16, train.seed, train.resume) == (None, False, 42, "auto")
+    assert (train.logging_steps, train.eval_steps, train.save_steps) == (10, 100, 500)
+    assert train.save_total_limit == 3 and train.gradient_checkpointing
+    assert MeshConfig() == MeshConfig(data=-1, fsdp=1, tensor=1)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"r": 0}, "r: must be at least 1, got 0"),
+        ({"r": True}, "r: expected an integer at least 1, got true"),
+        ({"r": 8.0}, "r: expected an integer at least 1, got 8.0"),
+        ({"lora_alpha": 0}, "lora_alpha: must be above 0, got 0"),
+        ({"lora_alpha": -1.5}, "lora_alpha: must be above 0"),
+        ({"lora_alpha": math.nan}, "lora_alpha: expected a finite number"),
+        ({"lora_dropout": 1.0}, "lora_dropout: must be at least 0 and below 1"),
+        ({"bias": "non"}, "did you mean 'none'?"),
+        ({"target_modules": []}, "nothing would train"),
+        ({"target_modules": [""]}, "an empty name matches nothing"),
+        ({"target_modules": "(q_proj"}, "is not a regular expression"),
+        ({"rank_pattern": {"(q": 4}}, "is not a regular expression"),
+        ({"rank_pattern": {"q": 0}}, "rank_pattern: must be at least 1"),
+        ({"modules_to_save": "lm_head"}, "expected a list (a string each) or null"),
+        ({"layers_pattern": "h"}, "means nothing without layers_to_transform"),
+        ({"layers_to_transform": [-1]}, "must be at least 0"),
+        ({"init_lora_weights": "pissa"}, "expected true or false or 'gaussian', got 'pissa'"),
+    ],
+)
+def test_a_wrong_value_is_named_in_python_too(values, words):
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(**values)
+    assert words in str(caught.value) and "LoraConfig" in str(caught.value)
+
+
+def test_quantization_is_four_bits_in_power_of_two_blocks():
+    for values in ({"load_in_4bit": False}, {"block_size": 65}, {"bnb_4bit_quant_type": "fp4"}):
+        with pytest.raises(ConfigError, match=next(iter(values))):
+            QuantConfig(**values)
+
+
+def test_precision_and_aliases_resolve():
+    train = TrainConfig(output_dir="o", fp16=True, optim="adamw_torch")  # pyright: ignore
+    assert (train.fp16, train.optim) == (True, "adamw")
+    with pytest.raises(ConfigError, match="both fp16 and bf16"):
+        TrainConfig(output_dir="o", fp16=True, bf16=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"max_steps": 0}, "max_steps: must be positive or -1"),
+        ({"output_dir": ""}, "output_dir: is empty"),
+        ({"lr_scheduler_kwargs": {"min_lr": 1e-5}}, "cosine has no argument 'min_lr'"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "needs one of min_lr and min_lr_rate"),
+    ],
+)
+def test_fields_of_a_run_are_checked_together(values, words):
+    with pytest.raises(ConfigError, match=words):
+        TrainConfig(**({"output_dir": "o"} | values))
+
+
+@pytest.mark.parametrize("axes", [{"data": -1, "fsdp": -1}, {"tensor": 0}, {"fsdp": -2}])
+def test_a_mesh_has_at_most_one_free_axis(axes):
+    with pytest.raises(ConfigError):
+        MeshConfig(**axes)
+
+
+# YAML
+
+
+def test_a_minimal_file_and_what_it_resolves_to(write):
+    c = config.load(write(MINIMAL))
+    assert c.model.name_or_path == "org/base" and c.data.train[0].path == "org/rows"
+    assert c.lora is None and c.quantization is None
+    assert c.mesh == MeshConfig() and c.train == TrainConfig(output_dir="out")
+
+
+FULL = """\
+model: {name_or_path: org/base, dtype: bf16, revision: '12'}
+quantization: {}
+lora:
+  r: 16
+  target_modules: [q_proj, v_proj]
+  layers_to_transform: 3
+  rank_pattern: {q_proj: 4}
+  alpha_pattern: {"1e-5": 2.5, v_proj: 3}
+  use_dora: false
+data:
+  train: [{path: org/rows, format: text, weight: 2}, {path: org/more, format: alpaca, name: "no"}]
+  eval: [{path: org/rows, format: text, split: "null"}]
+train: {output_dir: "1e3", learning_rate: 1e-5, eval_strategy: steps, max_grad_norm: null,
+  lr_scheduler_type: polynomial, lr_scheduler_kwargs: {power: 2}, early_stopping_patience: 2}
+mesh: {data: 2, fsdp: 2, tensor: 2}
+generate: {prompt: "two\\nlines: \\u00e9 # x", top_p: 1}
+"""
+
+
+def test_resolved_yaml_loads_back_to_an_equal_config(write):
+    first = config.load(write(FULL))
+    text = config.to_yaml(first)
+    again = config.load(write(text, "again.yaml"))
+    assert again == first and hash(again) == hash(first)
+    assert config.to_yaml(again) == text
+    assert first.train.learning_rate == 1e-5 and first.train.output_dir == "1e3"
+    assert first.model.dtype == "bfloat16" and first.data.eval[0].split == "null"
+    assert first.lora and first.lora.alpha_pattern == {"1e-5": 2.5, "v_proj": 3.0}
+
+
+FAULTY = """\
+model: {name_or_path: org/base, torch_dtype: bfloat16}
+quantization:
+lora:
+  rr: 8
+  r: 8
+  r: 9
+  lora_alpha: 0
+  target_modules: [q_proj, 5]
+  use_dora: true
+  use_rslora: yes
+data:
+  train:
+    - {path: rows.jsonl, format: message}
+    - {path: org/rows}
+  lora_dropout: 0.1
+  max_length: null
+train:
+  learning_rate: fast
+  fp16: true
+  bf16: true
+  evaluation_strategy: epoch
+  early_stopping_patience: 3
+trian: {}
+"""
+
+FAULTS = {
+    1: ["model.torch_dtype: unknown key", "write model.dtype"],
+    2: ["quantization: the section is empty", "quantization: null to leave it out"],
+    4: ["lora.rr: unknown key", "did you mean 'r'?"],
+    6: ["the key 'r' is there twice (first in line 5)"],
+    7: ["lora.lora_alpha: must be above 0, got 0"],
+    8: ["lora.target_modules: expected a string, got 5", 'put it in quotes: "5"'],
+    9: ["lora.use_dora: jlora does not support this field of PEFT yet"],
+    10: ["lora.use_rslora: expected true or false, got 'yes'", "write true"],
+    13: ["data.train.0.path: no such file", "data.train.0.format:", "did you mean 'messages'?"],
+    14: ["data.train.1.format: is missing", "'sharegpt'"],
+    15: ["data.lora_dropout: unknown key", "it belongs to the section lora"],
+    16: ["data.max_length: null is not allowed", "leave the key out"],
+    17: ["train.output_dir: is missing"],
+    18: ["train.learning_rate: expected a number above 0, got 'fast'"],
+    19: ["train.fp16: both fp16 and bf16 are true"],
+    21: ["train.evaluation_strategy: unknown key", "train.eval_steps"],
+    22: ["train.early_stopping_patience: needs held-out rows"],
+    23: ["trian: unknown section", "did you mean 'train'"],
+}
+
+
+def test_all_faults_of_a_file_in_one_error_each_with_its_line(write):
+    path = write(FAULTY)
+    message = fault(path)
+    by_line: dict[int, str] = {}
+    line = 0
+    for text in message.splitlines()[1:]:
+        if text.startswith(f"{path}:"):
+            line = int(text[len(str(path)) + 1 :].partition(":")[0])
+        by_line[line] = by_line.get(line, "") + text + "\n"
+    assert set(by_line) == set(FAULTS)
+    for number, words in FAULTS.items():
+        assert all(word in by_line[number] for word in words), by_line[number]
+    assert list(by_line) == sorted(by_line)
+    assert message.startswith("20 settings are wrong") or message.startswith("19 settings"), message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["model: the section is missing", "data:", "train:"]),
+        ("- a", ["expected keys and values, got a list"]),
+        ("model: [", ["c.yaml:", "not valid YAML"]),
+        ("a: 1\n---\nb: 2", ["not valid YAML"]),
+        ("model: !!python/object/apply:os.system ['true']", ["c.yaml:1", "are not allowed"]),
+        ("model: &a [*a]", ["alias refers to itself"]),
+        ("? [a]\n: 1", ["a key must be a name"]),
+        ("a: " + "[" * 5000, ["nested too deeply"]),
+        ("a: \x07", ["not valid YAML"]),
+        ("lora: {r: 8}\nlora: {}", ["twice (first in line 1)"]),
+        ("mesh: 3", ["mesh: expected keys and values, got 3"]),
+        ("data: {train: {path: x, format: text}}", ["data.train:", "begin it with a dash"]),
+    ],
+)
+def test_whatever_is_in_a_file_is_a_config_error(write, text, words):
+    message = fault(write(text))
+    assert all(word in message for word in words), message
+
+
+def test_an_alias_bomb_is_read_at_once(write):
+    rows = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 22)]
+    start = time.monotonic()
+    rows += ["lora: {target_modules: *a21, use_dora: *a21}"]
+    assert "lora.target_modules: expected a string" in fault(write("\n".join(rows)))
+    assert time.monotonic() - start < 5
+
+
+def test_anchors_and_overrides_do_not_share(write):
+    text = MINIMAL.replace("    - {", "    - &rows {") + "\n"
+    text = text.replace("train:\n  out", "  eval: [*rows]\ntrain:\n  out")
+    c = config.load(write(text), ["data.eval.0.weight=2"])
+    assert (c.data.train[0].weight, c.data.eval[0].weight) == (1.0, 2.0)
+
+
+def test_full_fine_tuning_of_packed_weights_is_refused(write):
+    path = write(MINIMAL + "quantization: {}\n")
+    assert f"{path}:7: quantization: packed weights cannot be trained in full" in fault(path)
+    assert config.load(path, ["lora={}"]).lora == LoraConfig()
+
+
+def test_files_that_cannot_be_read(write, tmp_path):
+    path = write(MINIMAL)
+    assert "did you mean 'c.yaml'?" in fault(path.with_name("cc.yaml"))
+    assert "output folder of a run" in fault(tmp_path / "cwd")
+    path.write_bytes(b"model: 1\ntrain: \xff")
+    assert f"{path}:2: not UTF-8" in fault(path)
+    with pytest.raises(StorageError, match=r"x\.yaml"):
+        config.load(path / "x.yaml")
+
+
+# Overrides
+
+
+def test_overrides_win_in_order(write):
+    values = [
+        "lora.r=4",
+        "lora.r=32",
+        "lora.target_modules=[q_proj, o_proj]",
+        "train.learning_rate=1e-5",
+        "data.train.0.format=text",
+        "data.eval=[{path: org/held, format: text}]",
+        "quantization={}",
+        "model.revision=123",
+        "generate.prompt=Say: [hello",
+        "train.eval_steps=null",
+        "mesh.data=1",
+    ]
+    c = config.load(write(MINIMAL), values)
+    assert c.lora == LoraConfig(r=32, target_modules=["q_proj", "o_proj"])
+    assert c.quantization == QuantConfig()
+    assert c.train.learning_rate == 1e-5 and c.train.eval_steps is None
+    assert c.data.train[0].format == "text" and c.data.eval[0].path == "org/held"
+    assert c.model.revision == "123" and c.generate.prompt == "Say: [hello" and c.mesh.data == 1
+    assert config.load(write(MINIMAL), ["lora.r=4", "lora=null"]).lora is None
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.learning_rat=1", ["train.learning_rat: unknown key", "'learning_rate'"]),
+        ("learning_rate=1", ["unknown section", "it belongs to the section train"]),
+        ("train.seed", ["not an override", "write section.key=value"]),
+        ("=3", ["not an override"]),
+        ("train..seed=3", ["not an override"]),
+        ("train.seed=x", ["train.seed: expected an integer at least 0, got 'x'"]),
+        ("train.seed=", ["train.seed: null is not allowed"]),
+        ("train.seed.x=1", ["train.seed: expected an integer at least 0"]),
+        ("train.output_dir.x=1", ["nothing below 'out'"]),
+        ("data.train.1.path=x", ["the list has 1"]),
+        ("data.train.x.path=x", ["'x' is no number of an entry"]),
+        ("mesh.fsdp=-1", ["only one axis can be -1"]),
+    ],
+)
+def test_an_error_names_the_override(write, override, words):
+    message = fault(write(MINIMAL), override)
+    assert f"override {override!r}" in message
+    assert all(word in message for word in words), message
+
+
+# Paths
+
+
+def test_relative_inputs_from_the_working_directory_then_from_the_file(write, tmp_path):
+    text = MINIMAL.replace("org/rows", "rows.jsonl")
+    path = write(text)
+    assert "did you mean 'row.jsonl'?" in fault_near(path, tmp_path / "files" / "row.jsonl")
+    beside = write("", "rows.jsonl")
+    assert config.load(path).data.train[0].path == str(beside)
+    here = tmp_path / "cwd" / "rows.jsonl"
+    here.write_text("")
+    assert config.load(path).data.train[0].path == str(here)
+    pattern = config.load(path, ["data.train.0.path=r*.jsonl"]).data.train[0].path
+    assert pattern == str(tmp_path / "cwd" / "r*.jsonl")
+
+
+def fault_near(path, near) -> str:
+    near.write_text("")
+    return fault(path)
+
+
+def test_packaged_files_have_a_name_of_their_own(write):
+    path = write(MINIMAL)
+    c = config.load(path, ["data.train.0.path=jlora://quickstart/data/train.jsonl"])
+    assert Path(c.data.train[0].path).is_file()
+    assert Path(c.data.train[0].path).parts[-4:] == ("assets", "quickstart", "data", "train.jsonl")
+    message = fault(path, "data.train.0.path=jlora://quickstart/data/trian.jsonl")
+    assert "no such file" in message and "'train.jsonl'" in message
+
+
+@pytest.mark.parametrize(
+    "key", ["lora.init_from", "data.chat_template", "train.resume", "generate.file"]
+)
+def test_what_cannot_be_a_hub_name_must_be_there(write, key):
+    assert f"{key}: no such file or folder" in fault(write(MINIMAL), f"{key}=org/name")
+
+
+def test_a_run_folder_stands_for_its_resolved_config(write, tmp_path):
+    run = tmp_path / "moved"
+    run.mkdir()
+    (run / "config.yaml").write_text(MINIMAL.replace("org/rows", "gone/rows.jsonl"))
+    c = config.load(run, ["generate.prompt=hi"])
+    assert c.train.output_dir == str(run) and c.data.train[0].path == "gone/rows.jsonl"
+    assert c.generate.prompt == "hi"
+    assert config.load(run, ["train.output_dir=x"]).train.output_dir == "x"
+
+
+# Help, and the whole way
+
+
+def test_every_setting_has_help_and_a_default_that_loads(write):
+    options = list(config.options())
+    assert all(o.help and o.type for o in options)
+    assert len({(o.section, o.field) for o in options}) == len(options)
+    given = [
+        f"{o.section}.{o.field}={o.default}"
+        for o in options
+        if o.default is not None and not o.section.startswith("data.train.")
+    ]
+    c = config.load(write(MINIMAL), [v for v in given if v != "train.eval_steps=100"])
+    assert c == dataclasses.replace(
+        config.load(write(MINIMAL)), lora=LoraConfig(), quantization=QuantConfig()
+    )
+
+
+def test_foreign_settings_name_no_setting_of_ours(write):
+    known = {(o.section, o.field) for o in config.options()}
+    for section, keys in ELSEWHERE.items():
+        for key, (_, advice) in keys.items():
+            assert (section, key) not in known
+            for word in advice.replace(":", " ").replace(";", " ").split():
+                name = tuple(word.strip(",").split("."))
+                if section and len(name) == 2 and name[0] in ELSEWHERE and name[1]:
+                    assert name in known, advice
+
+
+def test_foreign_settings_that_change_nothing_pass(write):
+    text = (
+        MINIMAL + "  fp16: false\n  report_to: none\n  deepspeed: null\nlora: {peft_type: LORA}\n"
+    )
+    assert config.load(write(text)).lora == LoraConfig()
+    assert "set mesh.fsdp" in fault(write(text), "train.deepspeed=ds.json")
+
+
+SILENT = """
+import sys, time
+from jlora import cli
+code = cli.main("train", sys.argv[1:])
+heavy = {"jax", "flax", "optax", "transformers", "datasets", "torch", "orbax"} & set(sys.modules)
+print(sorted(heavy), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def test_a_fault_exits_2_in_under_two_seconds_without_jax(write):
+    path = write(MINIMAL.replace("output_dir", "outputdir"))
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", SILENT, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    seconds = time.monotonic() - start
+    assert done.returncode == 2
+    assert f"{path}:6: train.outputdir: unknown key" in done.stderr
+    assert "did you mean 'output_dir'?" in done.stderr
+    assert done.stderr.splitlines()[-1] == "[]" and seconds < 2
