@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Num, UInt8
 
 from jlora import paths
 from jlora.config import QuantConfig
@@ -172,7 +172,7 @@ class NF4Array:
 
 
 def quantize(
-    w: Float[Array, "..."],
+    w: Num[Array, "..."],
     block_size: int = 64,
     double_quant: bool = True,
     compute_dtype: Any = None,

@@ -1,0 +1,219 @@
+"""Where arrays lie: the mesh, a layout for every leaf by its name, and placement.
+
+The mesh has three axes. A batch is split over ``data`` and ``fsdp``; parameters are split over
+``fsdp`` (gathered when they are used) and ``tensor`` (used in parts)::
+
+    q_proj, gate_proj, lm_head, other kernels (…, in, out)    in: fsdp     out: tensor
+    o_proj, down_proj, c_proj (…, in, out)                    in: tensor   out: fsdp
+    embedding (vocabulary, dim)                               vocabulary: tensor, dim: fsdp
+    lora_A (…, in, r), lora_B (…, r, out)                     as the base's in, and its out
+    everything else                                           one copy on every device
+
+An axis that does not divide its dimension is dropped there; a packed kernel's dimension along its
+blocks counts in blocks, so that every shard holds whole ones. All axes are Auto: a layout changes
+where values are computed, never which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey
+
+from jlora.config import MeshConfig
+from jlora.errors import ConfigError
+from jlora.nf4 import NF4Array
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+MODULES = (
+    (r"o_proj|down_proj|c_proj|out_proj|fc2|wo", ("tensor", "fsdp")),
+    (r"[Ee]mbed.*|wte|wpe", ("tensor", "fsdp")),
+    (r".*", ("fsdp", "tensor")),
+)
+"""A module's last name → the axes of its matrix's two dimensions; the first that matches counts."""
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor) of all devices, in an order that suits their network.
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {name: getattr(config, name) for name in AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    free = [name for name, size in sizes.items() if size == -1]
+    if free and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        raise _does_not_fit(sizes, fixed, len(devices), free)
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def _does_not_fit(sizes: dict, fixed: int, count: int, free: list[str]) -> ConfigError:
+    asked = " × ".join(f"{name} {'rest' if size == -1 else size}" for name, size in sizes.items())
+    possible = [n for n in range(1, count + 1) if count % n == 0]
+    numbers = ", ".join(map(str, possible))
+    if free:
+        others = " × ".join(name for name in AXES if name not in free)
+        fix = f"choose {others} so that their product is one of {numbers}"
+    else:
+        fix = "set one axis, such as mesh.data, to -1: it takes the devices that are left"
+        if fixed > count:
+            fix = f"make the product {count}, or start more processes or devices"
+    are = "is 1 device" if count == 1 else f"are {count} devices"
+    return ConfigError(f"asks for {asked}, but there {are}", where="mesh", fix=fix)
+
+
+def spec(path: Sequence[str], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """The layout of an array of ``shape`` at ``path``; leading axes (layers) stay whole."""
+    axes = _matrix_axes(path)
+    if axes is None or len(shape) < 2:
+        return PartitionSpec()
+    kept = [_fit(axis, size, mesh) for axis, size in zip(axes, shape[-2:], strict=True)]
+    return PartitionSpec(*[None] * (len(shape) - 2), *kept)
+
+
+def packed_spec(path: Sequence[str], q: NF4Array, mesh: Mesh) -> NF4Array:
+    """The layouts of an NF4Array's children, in their places.
+
+    Codes and ``absmax`` are split alike and in whole blocks. ``nested_absmax`` and
+    ``nested_offset``, 1/256 of the blocks, lie on every device: 256 blocks need not be on one.
+    """
+    axes = _matrix_axes(path)
+    children = PartitionSpec()
+    if axes is not None and q.rowwise and len(q.matrix_shape) == 2:
+        rows, cols = q.matrix_shape
+        along_rows, along_cols = reversed(axes) if q.transposed else axes
+        kept = _fit(along_rows, rows, mesh), _fit(along_cols, cols // q.block_size, mesh)
+        children = PartitionSpec(*[None] * len(q.lead), *kept)
+    nested = None if q.nested_absmax is None else PartitionSpec()
+    return dataclasses.replace(
+        q, codes=children, absmax=children, nested_absmax=nested, nested_offset=nested
+    )
+
+
+def _matrix_axes(path: Sequence[str]) -> tuple[str | None, str | None] | None:
+    """The mesh axes of a leaf's last two dimensions; None for what lies on every device."""
+    kind, module = path[-1] if path else "", path[-2] if len(path) > 1 else ""
+    rows, cols = next(axes for names, axes in MODULES if re.fullmatch(names, module))
+    matrix = (rows, cols)
+    return {
+        "kernel": matrix,
+        "embedding": matrix,
+        "lora_A": (rows, None),
+        "lora_B": (None, cols),
+    }.get(kind)
+
+
+def _fit(axis: str | None, size: int, mesh: Mesh) -> str | None:
+    return axis if axis is not None and size % mesh.shape[axis] == 0 else None
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The same tree with a NamedSharding for every array, those inside NF4Arrays included.
+
+    Leaves go by the mapping keys on the way to them, whatever else is around: parameters,
+    adapters, a TrainState with moments that mirror the adapter. Shapes are enough.
+    """
+
+    def layout(path: tuple, leaf: Any) -> Any:
+        if not isinstance(leaf, NF4Array):
+            return NamedSharding(mesh, spec(_keys(path), np.shape(leaf), mesh))
+        specs = packed_spec(_keys(path), leaf, mesh)
+        return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=_is_spec)
+
+    return jax.tree_util.tree_map_with_path(layout, tree, is_leaf=_is_packed)
+
+
+def adapter_shardings(adapter: Any, mesh: Mesh) -> Any:
+    """``shardings`` of an adapter: A is split as its base's in, B as its base's out."""
+    return shardings(adapter, mesh)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """For arrays (accumulation, B, …): rows split over ``data`` and ``fsdp``."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """How many parts a batch's rows are split in: B must be a multiple of it."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """The tree on its devices.
+
+    With several processes every one calls this with the same values, of which each keeps what its
+    own devices hold. An array that lies across processes already is only moved.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(_place_across_processes, tree, shardings)
+
+
+def _place_across_processes(value: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    host = np.asarray(value)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+class Row(NamedTuple):
+    """Leaves of one kind and layout: their bytes in all, and on each device."""
+
+    kind: str
+    layout: str
+    leaves: int
+    total_bytes: int
+    device_bytes: int
+
+
+def describe(tree: Any, mesh: Mesh) -> list[Row]:
+    """What lies on each device, by kind of leaf and layout, largest first, for a run's header.
+
+    A layout names the axes that split the leaf's last two dimensions, as in ``fsdp × tensor``.
+    """
+    groups: dict[tuple[str, str], list[int]] = {}
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_packed)[0]
+    layouts = jax.tree.leaves(shardings(tree, mesh), is_leaf=_is_packed)
+    for (path, leaf), layout in zip(leaves, layouts, strict=True):
+        arrays, parts = jax.tree.leaves(leaf), jax.tree.leaves(layout)
+        kind = f"{_keys(path)[-1]}{' (NF4)' if _is_packed(leaf) else ''}"
+        group = groups.setdefault((kind, _name(parts[0], mesh)), [0, 0, 0])
+        group[0] += 1
+        for array, part in zip(arrays, parts, strict=True):
+            size = np.dtype(array.dtype).itemsize
+            group[1] += size * math.prod(array.shape)
+            group[2] += size * math.prod(part.shard_shape(tuple(array.shape)))
+    rows = [Row(*key, *sizes) for key, sizes in groups.items()]
+    return sorted(rows, key=lambda row: -row.total_bytes)
+
+
+def _keys(path: tuple) -> list[str]:
+    """The mapping keys of a leaf's path, whatever containers are between them."""
+    return [str(key.key) for key in path if isinstance(key, DictKey)] or ["other"]
+
+
+def _name(layout: NamedSharding, mesh: Mesh) -> str:
+    axes = [axis for axis in layout.spec if axis is not None and mesh.shape[axis] > 1]
+    return " × ".join(axes) or "whole"
+
+
+def _is_packed(x: Any) -> bool:
+    return isinstance(x, NF4Array)
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
