@@ -24,7 +24,7 @@ def streams(examples):
 
 
 def learned(examples, tokenizer):
-    """The texts that are learned, one per example."""
+    """What each example teaches, as a text."""
     return [
         tokenizer.decode([t for t, m in zip(*pair, strict=False) if m])
         for pair in streams(examples)
@@ -47,9 +47,10 @@ def test_chats_equal_transformers_masks(trim):
         tokens = np.array(oracle["input_ids"])
         wanted = np.where(oracle["assistant_masks"], tokens, IGNORE)[1:]
         ids, labels = examples[i]
-        np.testing.assert_array_equal(ids, tokens[:-1])
+        np.testing.assert_array_equal(ids, tokens[: len(ids)])
+        assert labels[-1] != IGNORE and (wanted[len(ids) :] == IGNORE).all()
         if not trim:  # under trimmed ranges transformers' mask itself loses leading spaces
-            np.testing.assert_array_equal(labels, wanted)
+            np.testing.assert_array_equal(labels, wanted[: len(ids)])
         kept = tokenizer.decode(labels[labels != IGNORE])
         if i < 2:  # in the last one a token holds line breaks of the prompt and of the reply
             assert kept == "".join(m["content"] + "<|im_end|>" for m in row.messages[1::2])
@@ -156,8 +157,9 @@ def test_segments_agree_with_ranges_where_no_token_crosses():
     (piece,) = pieces(rows, tokenizer, Counts())
     ids, mask = by_segments(piece, tokenizer)
     examples, _ = encode(rows, tokenizer, 512)
-    assert ids[:-1] == examples.ids.tolist()
-    np.testing.assert_array_equal(np.where(mask, ids, IGNORE)[1:], examples.labels)
+    n = len(examples.ids)
+    assert ids[:n] == examples.ids.tolist() and not mask[n + 1 :].any()
+    np.testing.assert_array_equal(np.where(mask, ids, IGNORE)[1 : n + 1], examples.labels)
 
 
 def test_progress_and_chunks():

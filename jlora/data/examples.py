@@ -1,7 +1,7 @@
 """Rows into token ids and labels.
 
 A row becomes one stream of tokens and a mark on each that is to be learned; an example is the
-stream without its last token, with labels shifted already::
+stream up to its last learned token, with labels shifted already::
 
     stream   <s> 5 6 | 7 8 </s>      (learned: 7 8 </s>)
     ids      <s> 5 6 7 8
@@ -214,16 +214,15 @@ def by_segments(piece: Piece, tokenizer: Any) -> tuple[list[int], np.ndarray]:
 def _windows(
     ids: np.ndarray, mask: np.ndarray, piece: Piece, length: int, counts: Counts
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Examples (ids, labels) of a stream; those without targets are dropped and counted."""
-    labels = np.where(mask, ids, IGNORE).astype(np.int32)[1:]
-    ids = ids[:-1]
-    if len(ids) > length and not piece.cut:
+    """Examples (ids, labels) of a stream, which end in a target; others are dropped and counted."""
+    learned = np.flatnonzero(mask[1:])
+    if not piece.cut and len(learned) and learned[-1] >= length:
         counts.truncated += 1
-        ids, labels = ids[:length], labels[:length]
-    if not len(ids):
+        learned = learned[learned < length]
+    if not len(learned):
         counts.dropped += 1
-    for at in range(0, len(ids), length):
-        if (labels[at : at + length] != IGNORE).any():
-            yield ids[at : at + length], labels[at : at + length]
-        else:
-            counts.dropped += 1
+        return
+    end = learned[-1] + 1
+    labels = np.where(mask, ids, IGNORE).astype(np.int32)[1 : end + 1]
+    for at in range(0, end, length):
+        yield ids[at : min(at + length, end)], labels[at : at + length]

@@ -1,0 +1,256 @@
+"""From files to batches."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+import tiny_tokenizer as tt
+
+from jlora.config import DataConfig, SourceConfig
+from jlora.data import loader
+from jlora.data.examples import IGNORE
+from jlora.data.loader import batch_at, batches, eval_batches, prefetch, prepare
+from jlora.errors import DataError
+
+
+def chats(n, words=3):
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"question {i}"},
+                {"role": "assistant", "content": f"answer {i} " + "word " * (i % words)},
+            ]
+        }
+        for i in range(n)
+    ]
+
+
+def config(tmp_path, rows, format="messages", name="train", **options):
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return DataConfig(train=[SourceConfig(path=str(path), format=format)], **options)
+
+
+def made(data, role="train", template=tt.CHATML, **special):
+    return prepare(data.train, tt.tiny_tokenizer(template, **special), data, role)
+
+
+def documents(batch):
+    """The token strings of all documents of a batch, as sorted tuples."""
+    length = batch["input_ids"].shape[-1]
+    flat = {k: v.reshape(-1, length) for k, v in batch.items()}
+    found = []
+    for ids, segments in zip(flat["input_ids"], flat["segment_ids"], strict=True):
+        found += [tuple(ids[segments == s].tolist()) for s in range(1, segments.max() + 1)]
+    return sorted(found)
+
+
+def test_the_whole_way(tmp_path):
+    """Every chat of the file comes back once an epoch, decoded from the batches."""
+    rows, tokenizer = chats(23), tt.tiny_tokenizer()
+    data = config(tmp_path, rows, max_length=64)
+    prepared = prepare(data.train, tokenizer, data)
+    order = prepared.order(4, seed=0)
+    seen, targets = [], 0
+    for batch in batches(prepared, order, 0, order.steps_per_epoch, accum=2):
+        assert {k: (v.shape, v.dtype) for k, v in batch.items()} == dict.fromkeys(
+            ("input_ids", "labels", "positions", "segment_ids"), ((2, 2, 64), np.dtype(np.int32))
+        )
+        targets += (batch["labels"] != IGNORE).sum()
+        seen += [tokenizer.decode(d) for d in documents(batch)]
+    wanted = [tokenizer.apply_chat_template(r["messages"], tokenize=False) for r in rows]
+    assert sorted(seen) == sorted(w.removesuffix("<|im_end|>\n") for w in wanted)
+    assert targets == prepared.target_tokens == sum(s.target_tokens for s in prepared.sources)
+    (report,) = prepared.sources
+    assert (report.rows, report.examples, report.skipped) == (23, 23, 0)
+    assert prepared.tokens == (prepared.packed.segment_ids > 0).sum()
+    assert prepared.fill == (prepared.packed.segment_ids > 0).mean()
+
+
+def test_the_last_batch_is_filled_up_with_nothing(tmp_path):
+    prepared = made(config(tmp_path, chats(5), max_length=64, packing=False))
+    order = prepared.order(4, seed=0)
+    assert order.steps_per_epoch == 2
+    last = batch_at(prepared, order, 1, accum=2)
+    flat = {k: v.reshape(4, -1) for k, v in last.items()}
+    assert (flat["segment_ids"].any(1)).tolist() == [True, False, False, False]
+    assert (flat["labels"][1:] == IGNORE).all() and not flat["input_ids"][1:].any()
+
+
+def test_resuming_gives_the_same_batches(tmp_path):
+    prepared = made(config(tmp_path, chats(30), max_length=64))
+    order = prepared.order(4, seed=7)
+    whole = list(batches(prepared, order, 0, 9))
+    for step, batch in enumerate(batches(prepared, order, 4, 9), 4):
+        assert all((batch[k] == whole[step][k]).all() for k in batch)
+
+
+def test_processes_get_parts_of_the_batch_axis(tmp_path):
+    prepared = made(config(tmp_path, chats(40), max_length=48))
+    order = prepared.order(8, seed=7)
+    whole = batch_at(prepared, order, 1, accum=2)
+    parts = [batch_at(prepared, order, 1, 2, i, 2) for i in range(2)]
+    for key, value in whole.items():
+        np.testing.assert_array_equal(np.concatenate([p[key] for p in parts], axis=1), value)
+    with pytest.raises(ValueError, match="do not divide"):
+        batch_at(prepared, order, 0, accum=3)
+
+
+def test_evaluation_sees_every_row_once_in_order(tmp_path):
+    data = config(tmp_path, chats(7), max_length=64, packing=True, eval_packing=False)
+    prepared = made(data, "eval")
+    assert len(prepared.packed) == 7
+    found = list(eval_batches(prepared, 4))
+    assert [b["input_ids"].shape for b in found] == [(1, 4, prepared.length)] * 2
+    ids = np.concatenate([b["input_ids"][0] for b in found])
+    np.testing.assert_array_equal(ids[:7], prepared.packed.input_ids)
+    assert not ids[7:].any()
+    assert len(made(data).packed) < 7
+
+
+@pytest.mark.parametrize(("words", "length"), [(1, 32), (30, 128), (90, 200)])
+def test_without_packing_rows_are_as_long_as_the_longest(tmp_path, words, length):
+    prepared = made(config(tmp_path, chats(words), max_length=200, packing=False))
+    if words == 1:
+        prepared = made(config(tmp_path, chats(2, 1), max_length=200, packing=False))
+    longest = int((prepared.packed.segment_ids > 0).sum(1).max())
+    assert longest <= prepared.length <= 200
+    step = 8 if prepared.length <= 64 else 64
+    assert prepared.length == 200 or (
+        prepared.length % step == 0 and prepared.length - longest < step
+    )
+    assert prepared.length <= max(length, 64) or prepared.length == 200
+
+
+def test_several_sources_and_formats(tmp_path):
+    one = config(tmp_path, chats(4), name="a").train[0]
+    two = config(tmp_path, [{"text": "Hello world " * 20}], "text", name="b").train[0]
+    two = SourceConfig(path=two.path, format="text", weight=3.0)
+    data = DataConfig(train=[one, two], max_length=32)
+    prepared = made(data)
+    assert [s.weight for s in prepared.sources] == [1.0, 3.0]
+    rows = [s.packed_rows for s in prepared.sources]
+    assert prepared.order(2, 0).rows_per_epoch == rows[0] + 3 * rows[1]
+    assert len(prepared.packed) == sum(rows)
+
+
+def test_nothing_to_learn_is_an_error(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "hi"}]}] * 3
+    data = config(tmp_path, rows)
+    with pytest.raises(DataError, match="no token is to be learned in any of its 3 rows") as e:
+        made(data)
+    assert e.value.where == data.train[0].path and "replies" in e.value.fix
+    long = [{"prompt": "Hello world " * 50, "completion": "x"}]
+    with pytest.raises(DataError, match=r"1 are longer than data\.max_length=16"):
+        made(config(tmp_path, long, "prompt_completion", max_length=16))
+
+
+def test_rows_that_the_template_refuses_are_bad_rows(tmp_path):
+    refusing = (
+        "{% if '3' in messages[0].content %}{{ raise_exception('no 3') }}{% endif %}" + tt.CHATML
+    )
+    data = config(tmp_path, chats(5))
+    with pytest.raises(DataError, match="no 3") as e:
+        made(data, template=refusing)
+    assert e.value.where == f"{data.train[0].path}:4"
+    prepared = made(config(tmp_path, chats(5), on_bad_row="skip"), template=refusing)
+    (report,) = prepared.sources
+    assert (report.rows, report.skipped) == (4, 1)
+    assert "train.jsonl:4" in report.skipped_notes[0]
+    assert any("1 bad rows left out" in w for w in prepared.warnings)
+
+
+def test_warnings(tmp_path):
+    prepared = made(config(tmp_path, chats(3), max_length=26))
+    said = "\n".join(prepared.warnings)
+    assert "2 of 3 rows are longer than data.max_length=26" in said
+    assert "'<|eos|>' is never learned" in said  # the template closes turns with another token
+    prepared = made(config(tmp_path, chats(3)), template=None)
+    (said,) = prepared.warnings
+    assert "no chat template" in said
+    assert made(config(tmp_path, chats(3)), eos_token="<|im_end|>").warnings == ()
+    thinking = [{"messages": [{"role": "user", "content": "a"}]}]
+    thinking[0]["messages"].append({"role": "assistant", "content": "<think>why</think>b"})
+    (said,) = made(config(tmp_path, thinking), template=tt.DEEPSEEK).warnings
+    assert "only part of the replies" in said
+
+
+def test_a_missing_template_is_saved_with_the_tokenizer(tmp_path):
+    tokenizer, data = tt.tiny_tokenizer(None), config(tmp_path, chats(3))
+    prepare(data.train, tokenizer, data)
+    assert "### Assistant" in tokenizer.chat_template
+    alpaca = config(tmp_path, [{"instruction": "a", "output": "b"}], "alpaca")
+    tokenizer = tt.tiny_tokenizer(None)
+    prepare(alpaca.train, tokenizer, alpaca)
+    assert tokenizer.chat_template is None
+
+
+def test_fingerprints_tell_data_apart(tmp_path):
+    base = made(config(tmp_path, chats(9))).fingerprint
+    assert base == made(config(tmp_path, chats(9))).fingerprint
+    others = {
+        made(config(tmp_path, chats(10))).fingerprint,
+        made(config(tmp_path, chats(9), max_length=512)).fingerprint,
+        made(config(tmp_path, chats(9), assistant_only_loss=False)).fingerprint,
+        base,
+    }
+    data = config(tmp_path, chats(9))
+    heavier = SourceConfig(path=data.train[0].path, format="messages", weight=2.0)
+    others.add(prepare([heavier], tt.tiny_tokenizer(), data).fingerprint)
+    assert len(others) == 5
+
+
+def test_prefetching_keeps_order_stays_shallow_and_raises():
+    made_steps = []
+
+    def make(step):
+        made_steps.append(step)
+        if step == 5:
+            raise KeyError("five")
+        return step * step
+
+    steps = prefetch(make, range(10), depth=2)
+    assert next(steps) == 0
+    assert max(made_steps) <= 2
+    assert [next(steps) for _ in range(4)] == [1, 4, 9, 16]
+    with pytest.raises(KeyError, match="five"):
+        next(steps)
+    assert len(made_steps) <= 8
+    abandoned = prefetch(make, range(10, 20))
+    next(abandoned)
+    abandoned.close()
+    assert not any(t.name.startswith("jlora-data") for t in threading.enumerate())
+
+
+def test_progress(tmp_path):
+    data, told = config(tmp_path, chats(3)), []
+    prepare(data.train, tt.tiny_tokenizer(), data, progress=lambda *a: told.append(a))
+    assert told == [(data.train[0].path, 3, 3)]
+
+
+def test_no_jax_is_needed():
+    assert "jax" not in vars(loader)
+
+
+@pytest.mark.parametrize(
+    ("file", "format"),
+    [
+        ("instruction.json", "alpaca"),
+        ("chat_messages.jsonl", "messages"),
+        ("toolcall_sharegpt.json", "sharegpt"),
+        ("gsm8k/test.jsonl", "prompt_completion"),
+    ],
+)
+def test_real_data_packs_tightly(assets, file, format):
+    from jlora.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(assets / "models" / "stories260k"))
+    source = SourceConfig(path=str(assets / "data" / file), format=format)
+    data = DataConfig(train=[source], max_length=2048)
+    prepared = prepare(data.train, tokenizer, data)
+    (report,) = prepared.sources
+    assert report.examples + report.dropped == report.rows
+    assert prepared.fill > 0.9
+    eos = (prepared.packed.labels == tokenizer.eos_token_id).sum()
+    assert eos >= report.examples - report.truncated

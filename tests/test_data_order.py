@@ -1,0 +1,83 @@
+"""Order as a function of seed and step."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from jlora.data.order import EMPTY, Order, epoch_rows
+
+
+def epoch(order, number):
+    """The rows of an epoch, read step by step, without padding."""
+    first = number * order.steps_per_epoch
+    steps = [order.rows_at(first + k) for k in range(order.steps_per_epoch)]
+    assert all(len(s) == order.batch for s in steps)
+    rows = np.concatenate(steps)
+    assert (rows[: order.rows_per_epoch] != EMPTY).all()
+    assert (rows[order.rows_per_epoch :] == EMPTY).all()
+    return rows[: order.rows_per_epoch].tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 100])
+def test_an_epoch_has_each_row_once(rows):
+    order = Order(((rows, 1.0),), batch=8, seed=3)
+    for number in range(3):
+        assert sorted(epoch(order, number)) == list(range(rows))
+
+
+def test_epochs_and_seeds_differ():
+    order = Order(((100, 1.0),), batch=10, seed=3)
+    seen = [tuple(epoch(order, e)) for e in range(4)]
+    seen.append(tuple(epoch(Order(((100, 1.0),), batch=10, seed=4), 0)))
+    assert len(set(seen)) == 5 and tuple(range(100)) not in seen
+
+
+def test_the_batch_size_does_not_change_the_order():
+    small, large = (Order(((50, 1.0), (7, 2.0)), b, seed=1) for b in (3, 16))
+    assert epoch(small, 2) == epoch(large, 2)
+
+
+def test_a_resumed_run_sees_what_an_uninterrupted_one_sees():
+    order = Order(((30, 1.0), (11, 0.5)), batch=4, seed=9)
+    whole = [order.rows_at(s).tolist() for s in range(40)]
+    epoch_rows.cache_clear()
+    resumed = Order(((30, 1.0), (11, 0.5)), batch=4, seed=9)
+    assert [resumed.rows_at(s).tolist() for s in range(17, 40)] == whole[17:]
+
+
+def test_resuming_late_is_not_slower():
+    """A step in epoch 10⁶ builds that epoch alone."""
+    order = Order(((30, 1.0), (11, 0.3)), batch=4, seed=9)
+    assert sorted(epoch(order, 10**6))[:30] == list(range(30))
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_weights_are_times_an_epoch(shuffle):
+    sources = ((10, 2.0), (10, 0.5), (9, 1.5), (4, 1.0))
+    order = Order(sources, batch=4, seed=1, shuffle=shuffle)
+    counts = [Counter(epoch(order, e)) for e in range(2)]
+    assert order.rows_per_epoch == 20 + 5 + 14 + 4
+    assert all(c[r] == 2 for c in counts for r in range(10))
+    halves = [{r for r in c if 10 <= r < 20} for c in counts]
+    assert len(halves[0]) == 5 and halves[0] | halves[1] == set(range(10, 20))
+    total = counts[0] + counts[1]
+    assert all(total[r] in (3, 4) for r in range(20, 29))  # 28 draws from 9 rows
+    assert all(c[r] == 1 for c in counts for r in range(29, 33))
+
+
+def test_a_small_weight_still_gives_a_row():
+    assert Order(((3, 0.01),), batch=2).rows_per_epoch == 1
+
+
+def test_without_shuffling_the_order_is_the_files():
+    order = Order(((3, 1.0), (2, 2.0), (4, 0.5)), batch=4, shuffle=False)
+    assert epoch(order, 0) == [0, 1, 2, 3, 4, 3, 4, 5, 6]
+    assert epoch(order, 1) == [0, 1, 2, 3, 4, 3, 4, 7, 8]
+
+
+def test_golden_order():
+    """The order is part of a run's identity: changing it breaks the resuming of old runs."""
+    passes = np.random.default_rng((5, 1, 1)).permutation(6)
+    wanted = passes[np.random.default_rng((5, 0)).permutation(6)]
+    assert epoch(Order(((6, 1.0),), batch=4, seed=5), 0) == wanted.tolist()

@@ -1,0 +1,60 @@
+"""Prompts and replies for evaluation by generation."""
+
+import json
+
+import tiny_tokenizer as tt
+
+from jlora.config import DataConfig, SourceConfig
+from jlora.data.examples import encode
+from jlora.data.replies import reply_row, reply_rows
+from jlora.data.rows import FORMATS, Chat, Completion, Text, alpaca_prompt
+
+USER = {"role": "user", "content": "hi"}
+REPLY = {"role": "assistant", "content": "hello"}
+
+
+def test_the_last_reply_of_a_chat_is_the_reference():
+    tokenizer = tt.tiny_tokenizer("{{ bos_token }}" + tt.CHATML, adds_bos=True)
+    row = Chat("x:1", [USER, REPLY, {"role": "user", "content": "more"}, {**REPLY, "content": "b"}])
+    made = reply_row(row, tokenizer)
+    assert made.reply == "b" and made.prompt.endswith("<|im_start|>assistant\n")
+    assert list(made.prompt_ids).count(tokenizer.bos_token_id) == 1
+    # Generation begins where training began to learn.
+    examples, _ = encode([row], tokenizer, 512)
+    ids, labels = examples[0]
+    n = len(made.prompt_ids)
+    assert tuple(ids[:n]) == made.prompt_ids
+    assert tokenizer.decode(labels[n - 1 :]) == "b<|im_end|>" and labels[n - 2] == -100
+
+
+def test_completions_and_alpaca_without_a_template():
+    tokenizer = tt.tiny_tokenizer(None, adds_bos=True)
+    made = reply_row(Completion("x:1", "a", "b"), tokenizer)
+    assert made.prompt_ids == tuple(tokenizer("a")["input_ids"]) and made.reply == "b"
+    row = FORMATS["alpaca"]("x:1", {"instruction": "T", "output": "O"})
+    made = reply_row(row, tokenizer)
+    assert made.prompt == alpaca_prompt("T") and made.reply == "O"
+    tokenizer.chat_template = tt.CHATML
+    assert reply_row(row, tokenizer).prompt.startswith("<|im_start|>user\nT<|im_end|>")
+
+
+def test_tool_calls_of_templates_without_tools():
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    row = Chat("x:1", [USER, message], [{"name": "f"}])
+    made = reply_row(row, tt.tiny_tokenizer(tt.CHATML))
+    assert made.reply == '{"name": "f", "arguments": {}}' and "hi<|im_end|>" in made.prompt
+
+
+def test_rows_without_replies_are_left_out(tmp_path):
+    tokenizer = tt.tiny_tokenizer()
+    assert reply_row(Text("x:1", "a"), tokenizer) is None
+    assert reply_row(Chat("x:1", [USER]), tokenizer) is None
+    path = tmp_path / "a.jsonl"
+    rows = [{"messages": [USER]}, {"messages": [USER, REPLY]}, {"messages": [USER, REPLY]}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    source = SourceConfig(path=str(path), format="messages")
+    data = DataConfig(train=[source], eval=[source])
+    found = reply_rows(data.eval, tokenizer, data)
+    assert [r.where for r in found] == [f"{path}:2", f"{path}:3"]
+    assert len(reply_rows(data.eval, tokenizer, data, max_rows=1)) == 1

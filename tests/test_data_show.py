@@ -1,0 +1,29 @@
+"""The batch that --show-batch prints."""
+
+import json
+
+import tiny_tokenizer as tt
+
+from jlora.config import DataConfig, SourceConfig
+from jlora.data.loader import batch_at, prepare
+from jlora.data.show import CONTEXT, TARGET, show_batch
+
+
+def test_targets_are_coloured_and_nothing_is_lost(tmp_path):
+    rows = [
+        [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}]
+        for i in range(3)
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": m}) for m in rows))
+    data = DataConfig(train=[SourceConfig(path=str(path), format="messages")], max_length=64)
+    tokenizer = tt.tiny_tokenizer()
+    prepared = prepare(data.train, tokenizer, data)
+    batch = batch_at(prepared, prepared.order(2, 0, shuffle=False), 0)
+    text = show_batch(batch, tokenizer)
+    spans = [(str(s.style), text.plain[s.start : s.end]) for s in text.spans]
+    assert [t for style, t in spans if style == TARGET] == [f"a{i}<|im_end|>" for i in range(3)]
+    prompt = "<|im_start|>user\nq{}<|im_end|>\n<|im_start|>assistant\n"
+    # the line break that closes a turn is not learned, and the stream's last token is no input
+    assert [t for style, t in spans if style == CONTEXT] == [prompt.format(i) for i in range(3)]
+    assert "row 1, document 1" in text.plain and "targets" in text.plain
