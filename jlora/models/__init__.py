@@ -6,6 +6,14 @@ one, ``Model`` computes; ``registry`` and ``config`` say which families there ar
 
 from jlora.models.config import DecoderConfig
 from jlora.models.hf_read import load_pretrained, read_model
+from jlora.models.hf_write import save_pretrained
 from jlora.models.model import Model, init_params
 
-__all__ = ["DecoderConfig", "Model", "init_params", "load_pretrained", "read_model"]
+__all__ = [
+    "DecoderConfig",
+    "Model",
+    "init_params",
+    "load_pretrained",
+    "read_model",
+    "save_pretrained",
+]

@@ -48,6 +48,9 @@ def attend(
     """Causal self-attention within documents, over a whole row.
 
     Args:
+      q: queries.
+      k: keys.
+      v: values.
       scale: the factor on query-key products.
       segment_ids: the document of each token, 0 for padding; None is one document a row.
       window: how many tokens back a token sees, itself included; None is all.

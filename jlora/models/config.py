@@ -108,6 +108,7 @@ class Keys:
         self.hf, self.where = hf, where
 
     def fail(self, key: str, cause: str, fix: str | None = None) -> ConfigError:
+        """The error for ``key``, to be raised."""
         return ConfigError(cause, where=f"{self.where}: {key}", fix=fix)
 
     def only(self, key: str, *values: Any, why: str | None = None) -> None:
@@ -130,6 +131,7 @@ class Keys:
         return kind(value)
 
     def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
         value = self.hf.get(key)
         value = default if value is None else value
         if not isinstance(value, bool):
@@ -137,16 +139,19 @@ class Keys:
         return value
 
     def choice(self, key: str, default: str, options: Iterable[str]) -> str:
+        """One of ``options``."""
         value = self.hf.get(key, default)
         if value not in options:
             raise self.fail(key, f"{value!r} is not supported", did_you_mean(str(value), options))
         return value
 
     def token(self, key: str) -> int | None:
+        """A token id or None."""
         value = self.hf.get(key)
         return None if value is None else int(value)
 
     def tokens(self, key: str, default: int | None = None) -> tuple[int, ...]:
+        """Token ids, written as one number, a list or null."""
         value = self.hf.get(key, default)
         if value is None:
             return ()

@@ -20,6 +20,7 @@ class Attention(nnx.Module):
         self.head_dim = c.head_dim
 
     def __call__(self, x: Array, call: Call, index: Array, kv: KV | None):
+        """(B, T, D) results of layer ``index``, and the cache with its new tokens."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (part.reshape(heads) for part in jnp.split(self.c_attn(x), 3, axis=-1))
         out, kv = call.attend(q, k, v, index, kv)
@@ -35,6 +36,7 @@ class MLP(nnx.Module):
         self.act = c.hidden_act
 
     def __call__(self, x: Array) -> Array:
+        """(…, D) to (…, D)."""
         return self.c_proj(activation(self.act)(self.c_fc(x)))
 
 
@@ -48,6 +50,7 @@ class Block(nnx.Module):
         self.mlp = MLP(c, dtype)
 
     def __call__(self, x: Array, call: Call, index: Array, kv: KV | None):
+        """The stream after layer ``index``, and the cache with its new tokens."""
         mixed, kv = self.attn(self.ln_1(x), call, index, kv)
         x = x + mixed
         return x + self.mlp(self.ln_2(x)), kv

@@ -158,10 +158,11 @@ class Shards:
                 self.problems.append((name, f"is in {self.files[name].name} but not in the index"))
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape in the file."""
         return tuple(self._handles[self.files[name]].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """The type's name in the file: ``F32``, ``BF16`` …"""
+        """The type's name in the file, such as ``F32`` or ``BF16``."""
         return self._handles[self.files[name]].get_slice(name).get_dtype()
 
     def read(self, name: str) -> np.ndarray:

@@ -41,7 +41,7 @@ def tensors(model: Model) -> list[Tensor]:
     transposed = family(model.config).transposed
     result = []
     for leaf in paths.leaves(model.shapes):
-        flip = transposed and leaf.kind == "kernel" or leaf.path[:1] == ("lm_head",)
+        flip = (transposed and leaf.kind == "kernel") or leaf.path[:1] == ("lm_head",)
         shape = leaf.shape[::-1] if flip else leaf.shape
         for layer in range(leaf.layers) if leaf.stack else [None]:
             name = f"{leaf.module(layer)}.{WEIGHT[leaf.kind]}"

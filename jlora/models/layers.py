@@ -24,6 +24,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((n_out,), dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "*B in"]) -> Float[Array, "*B out"]:
+        """The product plus the bias, in ``x.dtype``."""
         y = dot(x, self.kernel.get_value())
         return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
 
@@ -36,6 +37,7 @@ class Embedding(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B dim"]:
+        """The rows ``ids``."""
         return embed(ids, self.embedding.get_value()).astype(self.dtype)
 
     def attend(self, x: Float[Array, "*B dim"]) -> Float[Array, "*B vocabulary"]:
@@ -50,6 +52,7 @@ class Head(nnx.Module):
         self.kernel = nnx.Param(jnp.zeros((dim, n_out), dtype))
 
     def __call__(self, x: Float[Array, "*B dim"]) -> Float[Array, "*B vocabulary"]:
+        """Logits in float32."""
         return project(x, self.kernel.get_value())
 
 
@@ -68,6 +71,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*B dim"]) -> Float[Array, "*B dim"]:
+        """The normed ``x``, in its dtype."""
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return normed.astype(x.dtype) * self.scale.get_value().astype(x.dtype)
@@ -82,6 +86,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*B dim"]) -> Float[Array, "*B dim"]:
+        """The normed ``x``, in its dtype."""
         wide = x.astype(jnp.float32)
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(centred * centred, axis=-1, keepdims=True)

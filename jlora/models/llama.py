@@ -30,6 +30,7 @@ class Attention(nnx.Module):
         self.head_dim = c.head_dim
 
     def __call__(self, x: Array, call: Call, index: Array, kv: KV | None):
+        """(B, T, D) results of layer ``index``, and the cache with its new tokens."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (p(x).reshape(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
@@ -50,6 +51,7 @@ class MLP(nnx.Module):
         self.act = c.hidden_act
 
     def __call__(self, x: Array) -> Array:
+        """(…, D) to (…, D)."""
         return self.down_proj(activation(self.act)(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -63,6 +65,7 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, eps=c.norm_eps, dtype=dtype)
 
     def __call__(self, x: Array, call: Call, index: Array, kv: KV | None):
+        """The stream after layer ``index``, and the cache with its new tokens."""
         mixed, kv = self.self_attn(self.input_layernorm(x), call, index, kv)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), kv

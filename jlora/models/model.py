@@ -1,8 +1,8 @@
 """``Model``: a decoder as a pure function of its parameters.
 
 A Model holds what is static (configuration, dtype, choices of how to compute) and no array, so it
-is hashable and may be closed over by ``jax.jit``. Parameters are a nested dict whose leaves are
-arrays or stand for one (NF4 arrays, weights with an adapter)::
+is hashable and may be closed over by ``jax.jit``; its own methods are jitted. Parameters are a
+nested dict whose leaves are arrays or stand for one (NF4 arrays, weights with an adapter)::
 
     model, params = load_pretrained(folder)
     logits = model(params, input_ids)                    # (B, T) → (B, T, V) float32
@@ -65,6 +65,7 @@ class Model:
         """The parameter tree with ``jax.ShapeDtypeStruct`` leaves in the model's dtype."""
         return nnx.to_pure_dict(_structure(self.config, self.dtype)[1])
 
+    @functools.partial(jax.jit, static_argnums=0)
     def __call__(
         self,
         params: Params,
@@ -83,6 +84,7 @@ class Model:
         """
         return self.head(params, self.features(params, input_ids, positions, segment_ids))
 
+    @functools.partial(jax.jit, static_argnums=0)
     def features(
         self,
         params: Params,
@@ -101,14 +103,16 @@ class Model:
         x, _ = module.features(ids, jnp.asarray(positions), call, None, self.gradient_checkpointing)
         return x
 
+    @functools.partial(jax.jit, static_argnums=0)
     def head(self, params: Params, features: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Logits of features, in float32: ``model(…) == head(params, features(…))``."""
+        """Float32 logits: ``model(params, ids)`` is ``head(params, features(params, ids))``."""
         return self._module(params).head(features)
 
     def init_cache(self, batch: int, length: int) -> decoder.Cache:
         """An empty cache with room for ``length`` tokens in each of ``batch`` rows."""
         return decoder.init_cache(self.config, batch, length, jnp.dtype(self.dtype))
 
+    @functools.partial(jax.jit, static_argnums=0, static_argnames="last_only")
     def decode(
         self,
         params: Params,

@@ -23,7 +23,8 @@ Table = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 @dataclasses.dataclass(frozen=True)
 class Rope:
     """One rope variant: ``default``, ``linear`` (all frequencies divided by ``factor``) or
-    ``llama3`` (low frequencies divided, high ones kept, a ramp between)."""
+    ``llama3`` (low frequencies divided, high ones kept, a ramp between).
+    """
 
     head_dim: int
     theta: float = 10000.0

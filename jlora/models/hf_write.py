@@ -1,0 +1,201 @@
+"""Writes a model as a transformers folder: ``config.json`` and safetensors shards.
+
+Every file is written under another name, read back and then renamed; ``config.json`` comes last.
+transformers loads the folder with nothing missing and nothing unexpected.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from jlora import paths
+from jlora.errors import ConfigError, DataError, StorageError
+from jlora.files import storage_error, storage_errors, write_atomic
+from jlora.models.hf_folder import INDEX, SINGLE
+from jlora.models.hf_names import Tensor, tensors
+from jlora.models.model import Model
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
+"""``model_type`` → the class that transformers builds."""
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+STALE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+def save_pretrained(
+    directory: str | Path,
+    model: Model,
+    params: Mapping[str, Any],
+    max_shard_size: int | str = "5GB",
+) -> list[Path]:
+    """Writes ``model`` and ``params`` to ``directory``; returns the files, ``config.json`` last.
+
+    Quantized leaves are written dense and leaves with an adapter merged, in their own dtype; shards
+    of an earlier save there are removed. In a run of many processes all must call it; the first
+    one writes.
+
+    Args:
+      directory: made if it is not there.
+      model: what the parameters belong to.
+      params: its whole parameter tree.
+      max_shard_size: bytes, or a number with KB, MB, GB, KiB, MiB or GiB; a tensor that is larger
+        gets a shard of its own.
+
+    Raises:
+      DataError: ``params`` is not the model's tree. StorageError: the disk is full or damaged.
+    """
+    folder = Path(directory)
+    names = _check(model, params)
+    shards = _plan(names, params, _bytes(max_shard_size))
+    files = [folder / SINGLE]
+    if len(shards) > 1:
+        files = [_numbered(folder, i + 1, len(shards)) for i in range(len(shards))]
+    writes = jax.process_index() == 0
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for file, shard in zip(files, shards, strict=True):
+        arrays = {tensor.name: _value(params, tensor) for tensor in shard}
+        if writes:
+            _write_shard(file, arrays)
+    if writes:
+        if len(shards) > 1:
+            write_atomic(folder / INDEX, _index(files, shards, params))
+            files.append(folder / INDEX)
+        write_atomic(folder / "config.json", _config(model, params))
+        _remove_stale(folder, {f.name for f in files})
+    return [*files, folder / "config.json"]
+
+
+def _numbered(folder: Path, i: int, n: int) -> Path:
+    return folder / f"model-{i:05d}-of-{n:05d}.safetensors"
+
+
+def _check(model: Model, params: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors to write; DataError unless ``params`` has exactly the model's leaves."""
+    want = {path: tuple(leaf.shape) for path, leaf in paths.walk(model.shapes)}
+    have = {path: tuple(leaf.shape) for path, leaf in paths.walk(params)}
+    problems = [f"  {'.'.join(p)} is missing" for p in want if p not in have]
+    problems += [f"  {'.'.join(p)} is not part of the model" for p in have if p not in want]
+    problems += [
+        f"  {'.'.join(p)} has shape {have[p]}, expected {want[p]}"
+        for p in want
+        if p in have and have[p] != want[p]
+    ]
+    if problems:
+        raise DataError("these parameters are not the model's:\n" + "\n".join(problems))
+    return tensors(model)
+
+
+def _bytes(size: int | str) -> int:
+    if isinstance(size, int) and size > 0:
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)\s*", str(size).upper())
+    if not match:
+        raise ConfigError(f"{size!r} is not a size", where="max_shard_size", fix='such as "5GB"')
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def _plan(names: list[Tensor], params: Any, limit: int) -> list[list[Tensor]]:
+    """Tensors in order, cut into shards of at most ``limit`` bytes."""
+    shards: list[list[Tensor]] = [[]]
+    used = 0
+    for tensor in names:
+        size = _nbytes(tensor, params)
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(tensor)
+        used += size
+    return shards
+
+
+def _nbytes(tensor: Tensor, params: Any) -> int:
+    return int(np.prod(tensor.shape)) * np.dtype(paths.get(params, tensor.path).dtype).itemsize
+
+
+def _value(params: Any, tensor: Tensor) -> np.ndarray:
+    """One tensor as it lies in the file, on the host."""
+    leaf = paths.get(params, tensor.path)
+    if tensor.layer is not None:
+        leaf = jax.tree.map(lambda x: x[tensor.layer], leaf)
+    dense = leaf.dequantize() if hasattr(leaf, "dequantize") else leaf
+    value = _on_host(dense)
+    return np.ascontiguousarray(value.T if tensor.transposed else value)
+
+
+def _on_host(x: Any) -> np.ndarray:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
+
+
+def _write_shard(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes one shard, reads it back and gives it its name."""
+    temporary = file.with_name(f".{file.name}.partial")
+    try:
+        with storage_errors(file):
+            save_file(arrays, temporary, metadata={"format": "pt"})
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+        with safe_open(temporary, framework="numpy") as back:
+            for name, value in arrays.items():
+                if back.get_tensor(name).tobytes() != value.tobytes():
+                    raise StorageError(f"{name} reads back differently", where=str(file))
+        with storage_errors(file):
+            os.replace(temporary, file)
+    except StorageError:
+        raise
+    except Exception as error:  # safetensors reports a full disk as its own error
+        raise storage_error(error, file) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _index(files: list[Path], shards: list[list[Tensor]], params: Any) -> str:
+    weight_map = {
+        t.name: file.name for file, shard in zip(files, shards, strict=True) for t in shard
+    }
+    total = sum(_nbytes(t, params) for shard in shards for t in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def _config(model: Model, params: Any) -> str:
+    """The original ``config.json``; ``dtype`` is what the weights are written in."""
+    hf = model.config.hf
+    hf.pop("torch_dtype", None)
+    hf.pop("quantization_config", None)
+    hf.setdefault("architectures", [ARCHITECTURES[model.config.model_type]])
+    if sorted(model.config.eos_token_ids) != sorted(_ids(hf.get("eos_token_id"))):
+        hf["eos_token_id"] = list(model.config.eos_token_ids)  # generation_config.json's are in it
+    embedding = next(leaf for path, leaf in paths.walk(params) if path[-1] == "embedding")
+    hf["dtype"] = str(np.dtype(embedding.dtype))
+    return json.dumps(hf, indent=2, sort_keys=True) + "\n"
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _remove_stale(folder: Path, written: set[str]) -> None:
+    for file in folder.iterdir():
+        if STALE.fullmatch(file.name) and file.name not in written:
+            file.unlink()

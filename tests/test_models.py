@@ -1,0 +1,248 @@
+"""Models: packing, padding, decoding, rematerialisation and configuration."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import CONFIGS, LLAMA, LLAMA3_ROPE, build, tokens
+
+from jlora import nf4, paths
+from jlora.config import QuantConfig
+from jlora.errors import ConfigError
+from jlora.models import Model, init_params
+from jlora.models.config import parse
+from jlora.models.rope import Rope, rotate
+
+EVERY = pytest.mark.parametrize("name", CONFIGS)
+
+
+@EVERY
+def test_packed_documents_compute_what_they_compute_alone(name):
+    model, params = build(name)
+    lengths = (9, 4, 7)
+    rows = tokens(model, 3, 9)
+    ids = np.concatenate([*(row[:n] for row, n in zip(rows, lengths, strict=True)), [0, 0]])[None]
+    segments = np.repeat([1, 2, 3, 0], [*lengths, 2])[None]
+    positions = np.concatenate([np.arange(n) for n in (*lengths, 2)])[None]
+    packed = model(params, ids, positions=positions, segment_ids=segments)
+    assert np.isfinite(packed).all()
+    alone = model(params, rows)
+    for row, (n, start) in enumerate(zip(lengths, (0, 9, 13), strict=True)):
+        np.testing.assert_allclose(packed[0, start : start + n], alone[row, :n], atol=2e-5)
+
+
+def test_documents_leak_without_segment_ids():
+    model, params = build("llama")
+    ids = tokens(model, 1, 13)
+    positions = np.concatenate([np.arange(9), np.arange(4)])[None]
+    segments = np.repeat([1, 2], [9, 4])[None]
+    leaked, packed = model(params, ids, positions), model(params, ids, positions, segments)
+    assert np.abs(leaked - packed)[:, 9:].max() > 1e-2
+
+
+@EVERY
+def test_padding_on_either_side_changes_nothing(name):
+    model, params = build(name)
+    ids = tokens(model, 1, 8)
+    alone = model(params, ids)
+    for before, after in ((3, 0), (0, 3)):
+        width = ((0, 0), (before, after))
+        padded = model(
+            params,
+            np.pad(ids, width),
+            positions=np.pad(np.arange(8)[None], width),
+            segment_ids=np.pad(np.ones_like(ids), width),
+        )
+        np.testing.assert_allclose(padded[:, before : before + 8], alone, atol=2e-5)
+
+
+@EVERY
+def test_decoding_token_by_token_gives_the_whole_rows_logits(name):
+    model, params = build(name)
+    ids = tokens(model, 2, 12)
+    whole = model(params, ids)
+    step = jax.jit(model.decode)
+    cache, steps = model.init_cache(2, 12), []
+    for t in range(12):
+        logits, cache = step(params, ids[:, t : t + 1], None, cache)
+        steps.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(steps, 1), whole, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompts_of_different_lengths_share_a_batch(name, side):
+    model, params = build(name)
+    prompts = [tokens(model, 1, n, seed=n)[0] for n in (7, 3)]
+    after = tokens(model, 2, 4, seed=9)
+    ids, positions = np.zeros((2, 8), np.int32), np.full((2, 8), -1, np.int32)
+    for row, prompt in enumerate(prompts):
+        place = slice(0, len(prompt)) if side == "right" else slice(8 - len(prompt), 8)
+        ids[row, place], positions[row, place] = prompt, np.arange(len(prompt))
+    cache = model.init_cache(2, 16)
+    every, _ = model.decode(params, ids, positions, cache)
+    logits, cache = model.decode(params, ids, positions, cache, last_only=True)
+    np.testing.assert_array_equal(cache.length, [7, 3])
+    steps = [logits]
+    for t in range(4):
+        logits, cache = model.decode(params, after[:, t : t + 1], None, cache)
+        steps.append(logits[:, 0])
+    got = np.stack(steps, 1)
+    for row, prompt in enumerate(prompts):
+        whole = model(params, np.concatenate([prompt, after[row]])[None])[0]
+        np.testing.assert_allclose(got[row], whole[len(prompt) - 1 :], atol=2e-5)
+        valid = positions[row] >= 0
+        np.testing.assert_allclose(every[row][valid], whole[: len(prompt)], atol=2e-5)
+
+
+def test_tokens_beyond_the_cache_are_dropped():
+    model, params = build("llama")
+    ids = tokens(model, 1, 6)
+    _, cache = model.decode(params, ids[:, :4], None, model.init_cache(1, 4))
+    logits, after = model.decode(params, ids[:, 4:], None, cache)
+    np.testing.assert_array_equal(after.k, cache.k)
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(
+    ("policy", "packed"), [(True, True), ("dots_with_no_batch_dims_saveable", False)]
+)
+def test_rematerialised_gradients_are_the_same(policy, packed):
+    model, params = build("llama-rope")
+    if packed:
+        params = nf4.quantize_params(params, QuantConfig(bnb_4bit_compute_dtype="float32"))
+    ids = tokens(model, 2, 8)
+    x = params["model"]["embed_tokens"]["embedding"]
+
+    def loss(x, model):
+        tree = {**params, "model": {**params["model"], "embed_tokens": {"embedding": x}}}
+        return jnp.sum(jnp.sin(model(tree, ids)))
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    plain = gradient(x, model)
+    remat = dataclasses.replace(model, gradient_checkpointing=policy)
+    np.testing.assert_allclose(gradient(x, remat), plain, rtol=1e-4, atol=1e-5)
+    assert "remat" in str(jax.make_jaxpr(remat)(params, ids))
+    assert "remat" not in str(jax.make_jaxpr(model)(params, ids))
+
+
+def test_code_does_not_grow_with_depth():
+    def equations(layers):
+        model = Model.from_config({**LLAMA, "num_hidden_layers": layers}, "float32")
+        return str(jax.make_jaxpr(model)(model.shapes, np.zeros((1, 8), np.int32))).count("\n")
+
+    assert equations(2) == equations(24)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_logits_are_float32_in_every_dtype(name):
+    exact, params = build(name)
+    ids = tokens(exact, 1, 8)
+    want = np.asarray(exact(params, ids))
+    for dtype, bound in (("bfloat16", 0.1), ("float16", 0.02)):
+        model = dataclasses.replace(exact, dtype=dtype)
+        cast = jax.tree.map(lambda x, d=dtype: x.astype(d), params)
+        got = model(cast, ids)
+        assert got.dtype == jnp.float32
+        assert model.features(cast, ids).dtype == jnp.dtype(dtype)
+        assert np.abs(got - want).max() < bound * np.abs(want).max()
+
+
+def test_models_are_hashable_and_equal_by_what_they_compute():
+    a, b = (Model.from_config(LLAMA, "float32") for _ in range(2))
+    assert a == b and hash(a) == hash(b)
+    assert a != dataclasses.replace(a, gradient_checkpointing=True)
+    assert json.loads(a.config.hf_json) == LLAMA == a.config.hf
+
+
+def test_trees_are_named_as_in_transformers():
+    names = {".".join(p) for p, _ in paths.walk(build("llama")[1])}
+    assert "model.layers.self_attn.q_proj.kernel" in names and "lm_head.kernel" in names
+    names = {".".join(p) for p, _ in paths.walk(build("gpt2")[1])}
+    assert "transformer.h.attn.c_attn.kernel" in names and "lm_head.kernel" not in names
+
+
+def test_init_params_draws_the_configured_deviation():
+    model = Model.from_config({**LLAMA, "hidden_size": 128, "initializer_range": 0.05}, "float32")
+    params = init_params(jax.random.key(0), model)
+    for path, leaf in paths.walk(params):
+        if path[-1] == "scale":
+            np.testing.assert_array_equal(leaf, 1)
+        else:
+            assert np.std(leaf) == pytest.approx(0.05, rel=0.05)
+    again = init_params(jax.random.key(0), model)
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+
+
+def test_rope_turns_pairs_as_complex_numbers():
+    x = np.random.default_rng(0).standard_normal((1, 5, 2, 8)).astype(np.float32)
+    positions = np.array([[0, 1, 2, 700, 9000]])
+    got = rotate(jnp.asarray(x), Rope(8, theta=1e4).table(jnp.asarray(positions)))
+    pairs = x[..., :4] + 1j * x[..., 4:]
+    angles = positions[..., None] * 1e4 ** (-np.arange(0, 8, 2) / 8)
+    turned = pairs * np.exp(1j * angles)[:, :, None]
+    np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=2e-3)
+
+
+def test_llama3_rope_keeps_high_and_divides_low_frequencies():
+    plain = Rope(64, theta=5e5).frequencies()
+    llama3 = Rope(
+        64, theta=5e5, kind="llama3", factor=8.0, original_max_position_embeddings=8192
+    ).frequencies()
+    np.testing.assert_allclose(llama3[:10], plain[:10], rtol=1e-6)
+    np.testing.assert_allclose(llama3[-5:], plain[-5:] / 8, rtol=1e-6)
+    assert np.all((llama3 <= plain * 1.000001) & (llama3 >= plain / 8.000001))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llamma"}, r"model_type: model_type 'llamma'[\s\S]*'llama'"),
+        ({"model_type": "custom", "auto_map": {"AutoModel": "x.M"}}, "never runs"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, r"rope_scaling.rope_type: 'yarn'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters: linear needs factor"),
+        (
+            {"rope_parameters": {**LLAMA3_ROPE, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
+        ({"rope_parameters": {"full_attention": {}}}, "per layer type"),
+        ({"hidden_act": "siluu"}, r"hidden_act: 'siluu'[\s\S]*'silu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: .*already quantized"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide 4"),
+        ({"hidden_size": 33}, "hidden_size: 33"),
+        ({"hidden_size": "x"}, "hidden_size: must be int"),
+        ({"vocab_size": 0}, "vocab_size: must be positive"),
+        ({"mlp_bias": 1}, "mlp_bias: must be true or false"),
+        ({"model_type": "gpt2", "add_cross_attention": True}, "add_cross_attention"),
+        ({"model_type": "gpt2", "activation_function": "tanh"}, "activation_function"),
+        ({"model_type": "gpt2", "n_embd": 30}, "n_embd: 30"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "layer_types"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types: has 1 entries"),
+        ({"model_type": "qwen3", "layer_types": ["linear_attention"] * 2}, "'linear_attention'"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "use_sliding_window"),
+    ],
+)
+def test_unsupported_switches_are_named(change, message):
+    with pytest.raises(ConfigError, match=message):
+        parse({**LLAMA, **change})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"attention": "flsh"}, {"dtype": "int8"}, {"gradient_checkpointing": "everything"}],
+)
+def test_unknown_options_are_refused(options):
+    with pytest.raises(ConfigError):
+        Model(parse(LLAMA), **options)
+
+
+def test_layers_may_differ_in_their_window():
+    assert parse(CONFIGS["qwen2"]).windows == (None, 5)
+    assert parse({**CONFIGS["qwen2"], "use_sliding_window": False}).windows == (None, None)
+    assert parse(CONFIGS["mistral"]).windows == (5, 5)
+    assert parse({**CONFIGS["mistral"], "sliding_window": None}).windows == (None, None)
+    types = {"layer_types": ["sliding_attention", "full_attention"]}
+    assert parse({**CONFIGS["qwen3"], **types}).windows == (5, None)
