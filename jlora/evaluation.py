@@ -25,7 +25,7 @@ class HeldOut(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """e to the loss; infinite when that is too large for a float."""
+        """The exponential of the loss; infinite when that is too large for a float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 

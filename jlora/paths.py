@@ -42,7 +42,7 @@ class Leaf(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The leaf's own key: ``kernel``, ``bias``, ``embedding``, ``scale`` …"""
+        """The leaf's own key: ``kernel``, ``bias``, ``embedding`` or ``scale``."""
         return self.path[-1]
 
     @property

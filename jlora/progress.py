@@ -44,9 +44,15 @@ class Plan:
         total = settings.max_steps
         if total < 0:
             total = math.ceil(settings.num_train_epochs * steps)
-        per_device = settings.per_device_eval_batch_size or settings.per_device_train_batch_size
         fp16 = config.compute_dtype == "float16"
-        return cls(rows, per_device * replicas, accumulation, steps, total, fp16)
+        return cls(rows, eval_rows(config, mesh), accumulation, steps, total, fp16)
+
+
+def eval_rows(config: Config, mesh: jax.sharding.Mesh) -> int:
+    """Rows of an evaluation batch, over all devices."""
+    settings = config.train
+    per_device = settings.per_device_eval_batch_size or settings.per_device_train_batch_size
+    return per_device * mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 @dataclasses.dataclass

@@ -7,13 +7,13 @@ if __name__ == "__main__":  # settings are checked before the imports below, whi
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jlora import data, evaluation, outputs, runtime, sharding
+from jlora.batches import batch_at, eval_batches
 from jlora.config import Config
 from jlora.console import Console
 from jlora.errors import StoppedError
@@ -88,7 +88,7 @@ def train(
         """Held-out loss into the log."""
         if held_out is None:
             return
-        batches = _eval_batches(job, plan, held_out)
+        batches = eval_batches(job.mesh, held_out, plan.eval_rows)
         result = evaluation.held_out(eval_step, state.trainable, job.frozen, batches)
         line = {"eval_loss": result.loss, "eval_perplexity": result.perplexity, **more}
         log.write(progress.step, **line)
@@ -117,7 +117,8 @@ def train(
             evaluate(state, eval_exact_match=evaluation.exact_match(before))
 
     steps = range(progress.step, 0 if progress.stopped_early else plan.total_steps)
-    batches = data.prefetch(_batch_at(job, plan, rows), steps)
+    order = rows.order(plan.rows_per_step, settings.seed, job.config.data.shuffle)
+    batches = data.prefetch(batch_at(job.mesh, rows, order, plan.accumulation), steps)
     pending = None
     with console.progress(plan.total_steps, progress.step):
         for step, batch in enumerate(batches, progress.step + 1):
@@ -161,24 +162,6 @@ def _first_state(job: Job, plan: Plan, optimizer: Any) -> tuple[TrainState, Any]
     start = functools.partial(init_state, optimizer=optimizer, fp16=plan.fp16)
     places = sharding.shardings(jax.eval_shape(start, job.trainable), job.mesh)
     return jax.jit(start, out_shardings=places)(job.trainable), places
-
-
-def _batch_at(job: Job, plan: Plan, rows: data.Prepared) -> Callable[[int], dict[str, jax.Array]]:
-    """Step → its batch on the devices; every process makes all of it and keeps its part."""
-    order = rows.order(plan.rows_per_step, job.config.train.seed, job.config.data.shuffle)
-    place = functools.partial(sharding.place, shardings=sharding.batch_sharding(job.mesh))
-    return lambda step: {
-        name: place(array)
-        for name, array in data.batch_at(rows, order, step, plan.accumulation).items()
-    }
-
-
-def _eval_batches(job: Job, plan: Plan, rows: data.Prepared) -> Iterator[dict[str, jax.Array]]:
-    """All held-out rows in batches (B, T) of one shape, the last one filled up with padding."""
-    target = sharding.batch_sharding(job.mesh)
-    target = jax.sharding.NamedSharding(job.mesh, jax.sharding.PartitionSpec(*target.spec[1:]))
-    for batch in data.eval_batches(rows, plan.eval_rows):
-        yield {name: sharding.place(array[0], target) for name, array in batch.items()}
 
 
 def _first_batch(config: Config, tokenizer: Any) -> Any:

@@ -1,0 +1,68 @@
+"""``python -m jlora.evaluate RUN``: held-out loss, perplexity and exact match."""
+
+from jlora import cli
+
+if __name__ == "__main__":  # settings are checked before the imports below, which take seconds
+    cli.leave(cli.main("evaluate"))
+
+import argparse
+import functools
+import json
+from pathlib import Path
+
+import jax
+
+from jlora import data, evaluation, outputs, runtime
+from jlora.batches import eval_batches
+from jlora.config import Config
+from jlora.console import Console
+from jlora.errors import ConfigError
+from jlora.files import write_atomic
+from jlora.header import check_fit
+from jlora.job import open_job, open_tokenizer
+from jlora.progress import eval_rows
+from jlora.step import make_eval_step
+
+main = functools.partial(cli.main, "evaluate")
+
+
+def run(config: Config, options: argparse.Namespace) -> None:
+    """Evaluates the result in ``train.output_dir`` on ``data.eval``.
+
+    Prints the figures and writes them to ``evaluation.json`` beside it, with the replies where
+    ``evaluate.exact_match`` asks for them.
+    """
+    del options
+    if not config.data.eval:
+        raise ConfigError(
+            "there are no held-out rows", where="data.eval", fix="name a file to evaluate on"
+        )
+    runtime.distributed()
+    if config.train.compilation_cache:
+        runtime.compilation_cache()
+    console = Console(enabled=jax.process_index() == 0)
+    tokenizer = open_tokenizer(config)
+    rows = data.prepare(config.data.eval, tokenizer, config.data, role="eval")
+    job = open_job(config, tokenizer, trained=True)
+    check_fit(job, rows)
+    with jax.set_mesh(job.mesh):
+        step = make_eval_step(job.model, job.bind)
+        batches = eval_batches(job.mesh, rows, eval_rows(config, job.mesh))
+        held_out = evaluation.held_out(step, job.trainable, job.frozen, batches)
+        result = {
+            "eval_loss": held_out.loss,
+            "eval_perplexity": held_out.perplexity,
+            "eval_tokens": held_out.tokens,
+        }
+        samples = outputs.replies(job, job.trainable, outputs.prompts(job))
+    if config.evaluate.exact_match:
+        result["eval_exact_match"] = evaluation.exact_match(samples)
+        result["eval_replies"] = len(samples)
+    file = Path(config.train.output_dir) / "evaluation.json"
+    if jax.process_index() == 0:
+        lines = [{**s._asdict(), "exact": s.exact} for s in samples]
+        text = json.dumps({**result, "replies": lines}, indent=2, ensure_ascii=False)
+        write_atomic(file, text + "\n")
+    shown = samples[: config.evaluate.samples]
+    console.samples([{"prompt": s.prompt, "after": s.reply, "expected": s.expected} for s in shown])
+    console.card("evaluated", {**result, "written to": file})

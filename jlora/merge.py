@@ -1,0 +1,82 @@
+"""``python -m jlora.merge RUN``: the adapter folded into its base, as a transformers folder."""
+
+from jlora import cli
+
+if __name__ == "__main__":  # settings are checked before the imports below, which take seconds
+    cli.leave(cli.main("merge"))
+
+import argparse
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import lora, runtime
+from jlora.config import Config
+from jlora.console import Console
+from jlora.errors import ConfigError
+from jlora.files import storage_errors
+from jlora.job import Job, open_job, open_tokenizer
+from jlora.models import save_pretrained
+
+main = functools.partial(cli.main, "merge")
+
+
+def run(config: Config, options: argparse.Namespace) -> None:
+    """Writes base + adapter to ``merge.output_dir``; says how far its logits are from training's.
+
+    A quantized base is merged dense, never requantized: the dequantized weights that the adapter
+    was trained on, or the original ones (``merge.base``); the logit difference of both is printed.
+    """
+    del options
+    if config.lora is None:
+        raise ConfigError(
+            "full fine-tuning has no adapter to merge",
+            where="lora",
+            fix=f"the model is in {config.train.output_dir} already",
+        )
+    runtime.distributed()
+    console = Console(enabled=jax.process_index() == 0)
+    tokenizer = open_tokenizer(config)
+    job = open_job(config, tokenizer, trained=True)
+    out = Path(config.merge.output_dir or Path(config.train.output_dir) / "merged")
+    with jax.set_mesh(job.mesh):
+        trained = _logits(job, job.params)
+        merged = lora.merge(job.frozen, job.trainable)
+        rows = {"merged model": out, "base": "as it is"}
+        if config.quantization:
+            original = _original(config, tokenizer)
+            other = lora.merge(original.frozen, job.trainable)
+            rows["base"] = config.merge.base
+            rows["logit difference, dequantized base"] = _difference(job, trained, merged)
+            rows["logit difference, original base"] = _difference(job, trained, other)
+            merged = other if config.merge.base == "original" else merged
+        else:
+            rows["logit difference"] = _difference(job, trained, merged)
+        save_pretrained(out, job.model, merged)
+    if jax.process_index() == 0:
+        with storage_errors(out):
+            tokenizer.save_pretrained(out)
+    console.card("merged", rows)
+
+
+def _original(config: Config, tokenizer: Any) -> Job:
+    """The same run over the base as it is on disk."""
+    return open_job(dataclasses.replace(config, quantization=None), tokenizer, trained=True)
+
+
+def _logits(job: Job, params: Any) -> np.ndarray:
+    """Logits of a fixed batch of random tokens, (4, 64, V)."""
+    size = job.model.config.vocab_size
+    ids = np.random.default_rng(0).integers(0, size, (4, 64), dtype=np.int32)
+    return np.asarray(jax.jit(job.model)(params, jnp.asarray(ids)))
+
+
+def _difference(job: Job, trained: np.ndarray, merged: Any) -> str:
+    """How far the merged model's logits are from the adapted model's, for people."""
+    gap = np.abs(_logits(job, merged) - trained)
+    return f"{gap.mean():.2g} on average, {gap.max():.2g} at most"
