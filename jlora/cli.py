@@ -104,7 +104,8 @@ def report(error: Exception) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     known = readable(error)
-    print(f"error: {known}", file=sys.stderr)
+    stopped = isinstance(known, errors.StoppedError)  # as the user asked, after saving
+    print(known if stopped else f"error: {known}", file=sys.stderr)
     return known.exit_code
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jlora.decoding import generate
 
 
+@runtime_checkable
 class Prompt(Protocol):
     """A prompt's tokens and text, and the reply that the data has for it."""
 

@@ -1,0 +1,70 @@
+"""The names of the Python contract, however the package's modules were imported before."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jlora
+
+ROOT = Path(jlora.__file__).parents[1]
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_every_public_name_is_there():
+    for name in jlora.__all__:
+        assert getattr(jlora, name) is getattr(jlora, name)
+        assert name in dir(jlora)
+    assert jlora.quantize is jlora.nf4.quantize_params
+    with pytest.raises(AttributeError, match="no attribute 'mrege'"):
+        _ = jlora.mrege  # pyright: ignore
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, jlora; jlora.LoraConfig; print('jax' in sys.modules, jlora.__version__)"
+    assert python(code) == f"False {jlora.__version__}"
+
+
+MERGE = """
+{imports}
+import types
+import jax, jax.numpy as jnp
+import jlora
+params = {{"layer": {{"kernel": jnp.ones((4, 3))}}}}
+adapter = jlora.init_adapter(jax.random.key(0), params, jlora.LoraConfig(target_modules=["layer"]))
+merged = jlora.merge(params, adapter)
+assert jnp.array_equal(merged["layer"]["kernel"], params["layer"]["kernel"])
+from jlora.merge import main, run
+from jlora.dot import dot
+assert callable(main) and callable(run) and jlora.dot is dot
+assert isinstance(sys.modules["jlora.merge"], types.ModuleType)
+import importlib
+assert importlib.import_module("jlora.merge").run is run
+jlora.merge(params, adapter)
+from jlora import merge
+assert merge is jlora.merge and not isinstance(merge, types.ModuleType)
+print("fine")
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import sys",
+        "import sys, jlora.merge, jlora.train, jlora.dot",
+        "import sys; from jlora.merge import main; import jlora.dot, jlora.lora",
+        "import sys, jlora; jlora.merge; jlora.dot; import jlora.merge, jlora.dot",
+    ],
+)
+def test_a_submodule_of_the_same_name_does_not_hide_a_function(imports):
+    assert python(MERGE.format(imports=imports)) == "fine"
