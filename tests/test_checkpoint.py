@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from typing import NamedTuple
 
 import jax
@@ -272,3 +275,56 @@ def test_fingerprint_sees_a_single_bit_and_a_swap():
     swapped = codes.copy()
     swapped[[0, 1]] = swapped[[1, 0]]
     assert len({one, checkpoint.fingerprint([flipped]), checkpoint.fingerprint([swapped])}) == 3
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+from jlora import checkpoint, runtime
+runtime.distributed()
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+
+def place(value, *spec):
+    target = NamedSharding(mesh, P(*spec))
+    return jax.make_array_from_callback(value.shape, target, value.__getitem__)
+
+value = np.arange(12, dtype=np.float32).reshape(4, 3)
+tree = {"rows": place(value, "x"), "all": place(value)}
+like = {"rows": place(value * 0), "all": place(value * 0, "x")}
+run = {"identity": {}, "base_fingerprint": checkpoint.fingerprint(tree)}
+checkpoint.save(Path(sys.argv[1]), 1, tree, {}, keep=1, **run)
+checkpoint.save(Path(sys.argv[1]), 2, tree, {"n": 2}, keep=1, **run)
+tree, extra = checkpoint.restore(Path(sys.argv[1]), 2, like, **run)
+for name in like:
+    assert tree[name].sharding == like[name].sharding
+    for shard in tree[name].addressable_shards:
+        assert (np.asarray(shard.data) == value[shard.index]).all()
+print(extra, run["base_fingerprint"])
+runtime.leave(0, together=True)
+"""
+
+
+def test_two_processes_save_one_checkpoint_and_one_process_reads_it(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    environ = os.environ | {"JLORA_COORDINATOR": address, "JLORA_NUM_PROCESSES": "2"}
+    environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path)]
+    runs = [
+        subprocess.Popen(
+            command, env=environ | {"JLORA_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, text=True
+        )
+        for i in range(2)
+    ]
+    printed = [run.communicate(timeout=120)[0].splitlines()[-1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    value = np.arange(12, dtype=np.float32).reshape(4, 3)
+    tree = {"rows": jnp.asarray(value), "all": jnp.asarray(value)}
+    base = checkpoint.fingerprint(tree)
+    assert printed == [f"{{'n': 2}} {base}"] * 2
+    assert checkpoint.steps(tmp_path) == [2]
+    restored, _ = checkpoint.restore(tmp_path, 2, tree, identity={}, base_fingerprint=base)
+    assert_same(restored, tree)
