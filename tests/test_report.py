@@ -145,6 +145,11 @@ def test_texts_are_shown_as_they_are():
     assert ["20", "2.5", "12.18"] in rows  # the evaluations
 
 
+def test_free_text_is_not_marked():
+    assert "✗" in html()
+    assert "✗" not in html(samples=SAMPLES[1:])
+
+
 def test_written_in_place(tmp_path):
     path = report.write_report(tmp_path / "run", "A <run>", "train:\n  seed: 1\n", METRICS, [], {})
     assert path == tmp_path / "run" / "report.html"

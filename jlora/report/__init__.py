@@ -139,20 +139,28 @@ def _samples(samples: Sequence[Mapping[str, str]]) -> str:
     if not names:
         return ""
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    marked = any(_is_right(s, name) for s in samples for name in ("before", "after"))
     rows = "".join(
-        f"<tr>{''.join(_sample_cell(sample, name) for name in names)}</tr>" for sample in samples
+        f"<tr>{''.join(_sample_cell(sample, name, marked) for name in names)}</tr>"
+        for sample in samples
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     return f'<h2>Samples</h2><div class="card scroll">{table}</div>'
 
 
-def _sample_cell(sample: Mapping[str, str], name: str) -> str:
-    text, mark = sample.get(name, ""), ""
-    if name in ("before", "after") and "expected" in sample:
-        right = text.strip() == sample["expected"].strip()
-        words = ("right", "✓", "as expected") if right else ("wrong", "✗", "not as expected")
-        mark = f'<span class="{words[0]}" title="{words[2]}">{words[1]}</span> '
-    return f'<td class="sample {name}">{mark}{_text(text)}</td>'
+def _is_right(sample: Mapping[str, str], name: str) -> bool:
+    return name in sample and sample[name].strip() == sample.get("expected", "").strip() != ""
+
+
+def _sample_cell(sample: Mapping[str, str], name: str, marked: bool) -> str:
+    """Replies are marked right or wrong only where some are right: free text never is."""
+    mark = ""
+    if marked and name in ("before", "after"):
+        right = ("right", "as expected", "✓")
+        wrong = ("wrong", "not as expected", "✗")
+        style, title, sign = right if _is_right(sample, name) else wrong
+        mark = f'<span class="{style}" title="{title}">{sign}</span> '
+    return f'<td class="sample {name}">{mark}{_text(sample.get(name, ""))}</td>'
 
 
 def _evaluations(metrics: Sequence[Mapping[str, Any]]) -> str:
