@@ -67,7 +67,8 @@ def is_target(config: LoraConfig, name: str) -> bool:
     if config.target_modules is None or not paths.matches(name, config.target_modules):
         return False
     wanted = config.layers_to_transform
-    if isinstance(config.target_modules, str) or wanted is None or wanted == ():
+    # A name given in full is taken whatever its layer, as in PEFT.
+    if wanted is None or wanted == () or name in config.target_modules:
         return True
     number = paths.layer_number(name, config.layers_pattern)
     return number is not None and number in ((wanted,) if isinstance(wanted, int) else wanted)

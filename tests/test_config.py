@@ -98,6 +98,10 @@ def test_defaults_are_the_contracts():
         ({"rank_pattern": {"q": 0}}, "rank_pattern: must be at least 1"),
         ({"modules_to_save": "lm_head"}, "expected a list (a string each) or null"),
         ({"layers_pattern": "h"}, "means nothing without layers_to_transform"),
+        (
+            {"layers_to_transform": [1], "target_modules": ".*q_proj"},
+            "layers_to_transform: means nothing where target_modules is a regular expression",
+        ),
         ({"layers_to_transform": [-1]}, "must be at least 0"),
         ({"init_lora_weights": "pissa"}, "expected true or false or 'gaussian', got 'pissa'"),
     ],

@@ -125,6 +125,13 @@ class LoraConfig(Section):
             yield Fault(
                 ("target_modules",), "the list is empty: nothing would train", "try all-linear"
             )
+        expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if expression and self.layers_to_transform is not None:
+            yield Fault(
+                ("layers_to_transform", "target_modules"),
+                "means nothing where target_modules is a regular expression",
+                "put the layers into the expression, or list the modules' names",
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             yield Fault(
                 ("layers_pattern", "layers_to_transform"),
