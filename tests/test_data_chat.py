@@ -144,6 +144,8 @@ def test_templates_without_tools_get_them_as_text():
     assert replies(rendered) == [call, "two<|im_end|>"]
     assert rendered.text.startswith("<|im_start|>system\nTools:\n[{")
     assert "<|im_start|>user\n2<|im_end|>" in rendered.text
+    (rendered,) = render(tt.CHATML, Chat("x:1", messages, TOOLS, first=2))
+    assert replies(rendered) == ["two<|im_end|>"]
 
 
 def test_a_template_that_refuses_or_hides_replies_is_an_error():

@@ -147,6 +147,8 @@ def test_ranges_that_miss_a_span_are_refused():
     piece = Piece("x:1", "abcd", ((2, 4),))
     good = np.array([[0, 1], [1, 2], [2, 3], [3, 4]])
     assert mark(good, piece).tolist() == [False, False, True, True]
+    trimmed = np.array([[0, 1], [1, 2], [3, 3], [3, 4]])  # " " trimmed to nothing, as by Llama-3
+    assert mark(trimmed, piece).tolist() == [False, False, True, True]
     assert mark(good[:, :1].repeat(2, 1), piece) is None
     assert mark(np.zeros((0, 2), np.int64), piece) is None
 

@@ -66,6 +66,12 @@ def test_weights_are_times_an_epoch(shuffle):
     assert all(c[r] == 1 for c in counts for r in range(29, 33))
 
 
+def test_sources_are_dealt_independently():
+    order = Order(((40, 0.5), (40, 0.5)), batch=40, seed=1)
+    rows = np.array(epoch(order, 0))
+    assert set(rows[rows < 40]) != set(rows[rows >= 40] - 40)
+
+
 def test_a_small_weight_still_gives_a_row():
     assert Order(((3, 0.01),), batch=2).rows_per_epoch == 1
 

@@ -10,7 +10,7 @@ import pytest
 from jlora.data.sources import read
 from jlora.errors import ConfigError, DataError
 
-ROWS = [{"text": "one"}, {"text": "two\u2028lines"}, {"text": 'a "quoted"\nthird'}]
+ROWS = [{"text": "one"}, {"text": 'a "quoted"\nsecond'}, {"text": "three\u2028lines"}]
 
 
 def write(path, kind):
@@ -33,8 +33,8 @@ def write(path, kind):
     [
         ("jsonl", [1, 3, 5]),
         ("json", [2, 5, 8]),
-        ("csv", [2, 3, 4]),
-        ("tsv", [2, 3, 4]),
+        ("csv", [2, 3, 5]),
+        ("tsv", [2, 3, 5]),
         ("parquet", [1, 2, 3]),
     ],
 )

@@ -91,7 +91,8 @@ class ChatRenderer:
         chat = self.adapt(chat)
         messages, tools = chat.messages, chat.tools
         text, turns = self.render(messages, tools), list(learned(chat))
-        alone = [self._last_reply(messages[: i + 1], tools, chat.where) for i in turns]
+        ends = {len(messages): text}
+        alone = [self._last_reply(messages[: i + 1], tools, chat.where, ends) for i in turns]
         spans = [self._span(text, *reply) for reply in alone]
         lossy = any(_lost(messages[i], t[s:]) for i, (t, s) in zip(turns, alone, strict=True))
         if all(spans):
@@ -108,9 +109,14 @@ class ChatRenderer:
         """The text from which a model writes message ``reply`` of an adapted chat."""
         return self.render(chat.messages[:reply], chat.tools, prompt=True)
 
-    def _last_reply(self, messages: list[dict], tools: Any, where: str) -> tuple[str, int]:
-        """The rendering of a chat that ends in a reply, and where that reply starts."""
-        text = self.render(messages, tools)
+    def _last_reply(
+        self, messages: list[dict], tools: Any, where: str, known: dict[int, str]
+    ) -> tuple[str, int]:
+        """The rendering of a chat that ends in a reply, and where that reply starts.
+
+        ``known`` has the texts rendered already, by how many messages they have.
+        """
+        text = known.get(len(messages)) or self.render(messages, tools)
         try:
             prompt = self.render(messages[:-1], tools, prompt=True)
         except Exception:  # a template may refuse a chat without messages
