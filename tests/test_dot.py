@@ -138,3 +138,21 @@ def test_embed_takes_rows_of_any_weight():
     _, _, a, b = weights()
     got = embed(ids, LoraWeight(table, a, b, jnp.float32(2.0)))
     np.testing.assert_allclose(got, (table + 2 * a @ b)[ids], rtol=1e-5, atol=1e-5)
+
+
+def test_wide_results_leave_the_weight_narrow():
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((4, I), (I, O)))
+    wide_x, wide_w = (np.asarray(a, np.float64) for a in (x, w))
+    wide = dot(x, w, jnp.float32)
+    assert wide.dtype == jnp.float32
+    np.testing.assert_allclose(wide, wide_x @ wide_w, rtol=1e-5, atol=1e-5)
+
+    def loss(x, w):
+        return jnp.sum(jnp.sin(dot(x, w, jnp.float32)))
+
+    dx, dw = (np.asarray(g, np.float64) for g in jax.grad(loss, argnums=(0, 1))(x, w))
+    g = np.asarray(jnp.cos(wide).astype(jnp.bfloat16), np.float64)
+    np.testing.assert_allclose(dx, g @ wide_w.T, rtol=1e-2)
+    np.testing.assert_allclose(dw, wide_x.T @ g, rtol=1e-2)
+    assert f"f32[{I},{O}]" not in str(jax.make_jaxpr(jax.grad(loss))(x, w))

@@ -42,7 +42,7 @@ class Embedding(nnx.Module):
 
     def attend(self, x: Float[Array, "*B dim"]) -> Float[Array, "*B vocabulary"]:
         """``x`` times the transposed table, in float32: the output head of tied models."""
-        return project(x, self.embedding.get_value().mT)
+        return dot(x, self.embedding.get_value().mT, jnp.float32)
 
 
 class Head(nnx.Module):
@@ -53,14 +53,7 @@ class Head(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B dim"]) -> Float[Array, "*B vocabulary"]:
         """Logits in float32."""
-        return project(x, self.kernel.get_value())
-
-
-def project(x: Float[Array, "*B dim"], kernel) -> Float[Array, "*B out"]:
-    """``x @ kernel`` with float32 results also where ``x`` is narrower."""
-    if isinstance(kernel, jax.Array):
-        return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-    return dot(x, kernel).astype(jnp.float32)
+        return dot(x, self.kernel.get_value(), jnp.float32)
 
 
 class RMSNorm(nnx.Module):
