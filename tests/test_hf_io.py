@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny_models import CONFIGS, LLAMA, build, tokens
 
-from jlora import nf4, paths
-from jlora.config import QuantConfig
+from jlora import nf4, paths, sharding
+from jlora.config import MeshConfig, QuantConfig
 from jlora.errors import ConfigError, DataError, StorageError
 from jlora.models import hf_folder, load_pretrained, save_pretrained
 
@@ -365,3 +365,24 @@ def test_loaded_models_compute(folder):
     model, params = load_pretrained(folder, dtype="float32")
     ids = tokens(model, 1, 8)
     np.testing.assert_array_equal(model(params, ids), build("llama")[0](build("llama")[1], ids))
+
+
+@pytest.mark.parametrize("quantization", [None, QuantConfig()])
+def test_parameters_are_placed_on_a_mesh(folder, quantization):
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    model, placed = load_pretrained(folder, "float32", quantization=quantization, mesh=mesh)
+    _, whole = load_pretrained(folder, "float32", quantization=quantization)
+    same(placed, whole)
+    want = jax.tree.leaves(sharding.shardings(whole, mesh))
+    assert [leaf.sharding for leaf in jax.tree.leaves(placed)] == want
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed))
+    ids = tokens(model, 2, 8)
+    np.testing.assert_allclose(model(placed, ids), model(whole, ids), atol=1e-5)
+
+
+def test_sharded_parameters_are_written_whole(folder, tmp_path):
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    model, placed = load_pretrained(folder, "float32", mesh=mesh)
+    save_pretrained(tmp_path / "again", model, placed)
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
+    same(after, before)
