@@ -117,7 +117,16 @@ def test_no_drawers():
 def test_tests_mirror_files():
     """A test file is named for a module, or for what several do together."""
     wholes = {"layout", "public_names", "commands", "configs", "configuration_page", "quickstart"}
-    wholes |= {"hf", "main_job", "resume", "devices", "peers", "packaging"}
+    wholes |= {
+        "hf",
+        "main_job",
+        "resume",
+        "devices",
+        "peers",
+        "packaging",
+        "launchers",
+        "benchmarks",
+    }
     names = {p.relative_to(PACKAGE).with_suffix("").parts for p in files()}
     known = {"_".join(part) for part in names} | {part[-1] for part in names} | wholes
     known |= {part[0] for part in names}

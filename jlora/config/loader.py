@@ -13,19 +13,8 @@ from typing import Any
 
 from jlora import errors
 from jlora.config import elsewhere
-from jlora.config.fields import (
-    INPUT,
-    LOCAL,
-    BadValueError,
-    Fault,
-    Section,
-    alternatives,
-    as_error,
-    describe,
-    hints,
-    show,
-    split_annotated,
-)
+from jlora.config.convert import BadValueError, alternatives, describe, show, split_annotated
+from jlora.config.fields import INPUT, LOCAL, Fault, Section, as_error, hints
 from jlora.config.nodes import Node, Reader, override, put
 from jlora.config.tables import Config
 

@@ -109,10 +109,11 @@ class Reader:
             result = Node(self._mapping(node), where)
         elif isinstance(node, yaml.SequenceNode):
             result = Node([self.convert(item) for item in node.value], where)
-        elif node.style is None:
-            result = Node(scalar(node.value), where, empty=not node.value)
         else:
-            result = Node(node.value, where)
+            assert isinstance(node, yaml.ScalarNode)
+            plain = node.style is None  # neither quoted nor a block
+            value = scalar(node.value) if plain else node.value
+            result = Node(value, where, empty=plain and not node.value)
         self._open.discard(id(node))
         self._done[id(node)] = result
         return result

@@ -12,12 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+from jlora.config.convert import Bounds, FrozenMap
 from jlora.config.fields import (
-    Bounds,
     Count,
     Fault,
     Fraction,
-    FrozenMap,
     InputPath,
     LocalPath,
     Natural,

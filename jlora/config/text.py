@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from jlora.config.fields import Section, alternatives, describe, hints
+from jlora.config.convert import alternatives, describe
+from jlora.config.fields import Section, hints
 from jlora.config.nodes import scalar
 from jlora.config.tables import Config
 
