@@ -96,6 +96,13 @@ def test_deepseek_whose_prompt_is_no_prefix():
     assert replies(rendered) == ["b<|eos|>"] and rendered.lossy
 
 
+def test_a_prompt_may_open_the_thinking():
+    (rendered,) = render(tt.THINKING, chat("a", "<think>\nwhy\n</think>\n\nb"))
+    assert replies(rendered) == ["why\n</think>\n\nb<|im_end|>"] and not rendered.lossy
+    (rendered,) = render(tt.THINKING, chat("a", "b"))
+    assert replies(rendered) == ["\n</think>\n\nb<|im_end|>"] and not rendered.lossy
+
+
 def test_phi_puts_eos_after_the_last_message_only():
     (rendered,) = render(tt.PHI, chat("a", "b", "c", "d"))
     assert replies(rendered) == ["b<|stop|>", "d<|stop|>\n<|eos|>"]
@@ -156,8 +163,11 @@ def test_a_template_that_refuses_or_hides_replies_is_an_error():
     hiding = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(DataError, match="does not show the reply"):
-        render(hiding, chat("a", "b"))
+    # Templates of models that see images want lists of parts, and show strings as nothing.
+    parts = "{% for m in messages %}{{ m.role }}:{% for p in m.content %}{{ p.text }}{% endfor %}"
+    for template in (hiding, parts + "<|im_end|>{% endfor %}"):
+        with pytest.raises(DataError, match="does not show the reply"):
+            render(template, chat("a", "b"))
 
 
 def test_a_prompt_is_what_comes_before_the_reply():

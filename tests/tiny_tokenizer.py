@@ -60,6 +60,14 @@ DEEPSEEK = (
     "{% if add_generation_prompt %}{{ '<|start|><think>\n' }}{% endif %}"
 )
 
+# The prompt opens a thought that the reply has to close (Qwen3.5).
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if loop.last and m.role == 'assistant' and '<think>' not in m.content %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+
 # An eos follows the last message, and only that one.
 PHI = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|stop|>\n' }}{% endfor %}"

@@ -124,7 +124,7 @@ class ChatRenderer:
         start = len(prompt) if prompt is not None and text.startswith(prompt) else None
         if start is None:
             start = self._where_it_varies(messages, tools, text)
-        if not text[start:].strip():
+        if not _shown(messages[-1], text[start:]):
             fix = "set data.chat_template to a template that shows assistant messages"
             raise DataError("the chat template does not show the reply", where=where, fix=fix)
         return text, start
@@ -172,13 +172,29 @@ def _empty_blocks(reply: str) -> int:
     return len(reply) - len(re.sub(r"^(?:<[^<>|]*>|\s)*", "", reply))
 
 
-def _lost(message: dict, reply: str) -> bool:
-    """Whether the rendered reply lacks part of the message: its thinking, its tool calls."""
+def _said(message: dict) -> list[str]:
     calls = message.get("tool_calls", ())
-    wanted = [message["content"], message.get("reasoning_content", "")]
-    wanted += [c["function"]["name"] for c in calls]
-    shown = "".join(reply.split())
-    return any("".join(w.split()) not in shown for w in wanted)
+    said = [message["content"], message.get("reasoning_content", "")]
+    return [*said, *(c["function"]["name"] for c in calls)]
+
+
+def _shown(message: dict, reply: str) -> bool:
+    """Whether a rendered reply has text at all, and a word of the message if that has any."""
+    words = re.findall(r"\w+", " ".join(_said(message)))
+    return bool(reply.strip()) and (not words or any(w in reply for w in words))
+
+
+def _lost(message: dict, reply: str) -> bool:
+    """Whether the rendered reply lacks part of the message: its thinking, its tool calls.
+
+    White space and tags do not count: templates trim, and some prompts open the thinking.
+    """
+    shown = _words(reply)
+    return any(_words(said) not in shown for said in _said(message))
+
+
+def _words(text: str) -> str:
+    return re.sub(r"<[^<>]*>|\s", "", text)
 
 
 def uses_tools(chat: Chat) -> bool:
