@@ -103,8 +103,8 @@ SAYINGS = {
 
 MANNERS = ("{}", "{}", "Please {}", "{}, please", "Could you {}?", "Can you {}?", "Hey, {}")
 
-VALUES = {"set": range(10, 100), "timer": range(2, 60)}
-DEGREES = range(15, 28)
+VALUES = {"set": range(10, 100, 5), "timer": range(5, 65, 5)}
+DEGREES = range(16, 26)
 
 
 def combinations() -> list[tuple[str, str, str]]:
