@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jlora import runtime
+from jlora import runtime, sharding
 from jlora.console import Console, Rows
 from jlora.data import Prepared
 from jlora.errors import ConfigError, DataError
@@ -28,6 +28,8 @@ def show_header(
         sections["adapter"] = Rows(names, [[_text(row[n]) for n in names] for row in rows])
     sections["data"] = _data(train, held_out)
     sections["run"] = _run(job, plan)
+    if job.mesh.size > 1:
+        sections["layout"] = layout((job.frozen, job.trainable), job.mesh)
     console.header(f"jlora · {job.config.train.output_dir}", sections)
     for text in (*train.warnings, *(held_out.warnings if held_out else ())):
         console.warn(text)
@@ -60,6 +62,16 @@ def count(tree: Any) -> int:
     """Elements of all leaves; an NF4 leaf counts the parameters that it stands for."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "dequantize"))
     return sum(leaf.size for leaf in leaves)
+
+
+def layout(tree: Any, mesh: jax.sharding.Mesh) -> Rows:
+    """Which axes split each kind of leaf, and what of it lies on one device."""
+    names = ("leaves", "of kind", "split over", "in all", "on each device")
+    rows = sharding.describe(tree, mesh)
+    return Rows(
+        names,
+        [(r.leaves, r.kind, r.layout, _size(r.total_bytes), _size(r.device_bytes)) for r in rows],
+    )
 
 
 def _model(job: Job) -> Mapping[str, Any]:

@@ -147,11 +147,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, BATCH))
 
 
-def batch_shards(mesh: Mesh) -> int:
-    """How many parts a batch's rows are split in: B must be a multiple of it."""
-    return math.prod(mesh.shape[axis] for axis in BATCH)
-
-
 def place(tree: Any, shardings: Any) -> Any:
     """The tree on its devices.
 
@@ -208,7 +203,7 @@ def _keys(path: tuple) -> list[str]:
 
 def _name(layout: NamedSharding, mesh: Mesh) -> str:
     axes = [axis for axis in layout.spec if axis is not None and mesh.shape[axis] > 1]
-    return " × ".join(axes) or "whole"
+    return " × ".join(axes) or "nothing"
 
 
 def _is_packed(x: Any) -> bool:

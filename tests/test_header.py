@@ -1,0 +1,20 @@
+"""The run header's numbers."""
+
+import jax.numpy as jnp
+
+from jlora import header, sharding
+from jlora.config import MeshConfig
+
+
+def test_layout_says_what_lies_on_each_device():
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    frozen = {"q_proj": {"kernel": jnp.zeros((64, 64)), "bias": jnp.zeros(256)}}
+    trainable = {"q_proj": {"lora_A": jnp.zeros((64, 8)), "lora_B": jnp.zeros((8, 64))}}
+    rows = header.layout((frozen, trainable), mesh)
+    assert list(map(tuple, rows.rows)) == [
+        (1, "kernel", "fsdp × tensor", "16.0 KiB", "4.0 KiB"),
+        (1, "lora_A", "fsdp", "2.0 KiB", "1.0 KiB"),
+        (1, "lora_B", "tensor", "2.0 KiB", "1.0 KiB"),
+        (1, "bias", "nothing", "1.0 KiB", "1.0 KiB"),
+    ]
+    assert len(rows.rows[0]) == len(rows.columns)
