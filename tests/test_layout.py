@@ -125,6 +125,7 @@ def test_tests_mirror_files():
         "peers",
         "packaging",
         "launchers",
+        "readme",
         "benchmarks",
     }
     names = {p.relative_to(PACKAGE).with_suffix("").parts for p in files()}
