@@ -1,0 +1,129 @@
+"""The whole training run against a torch loop over peft, and what peft makes of the result."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+import jax  # noqa: E402
+
+import jlora  # noqa: E402
+from jlora import config as settings  # noqa: E402
+from jlora import data  # noqa: E402
+from jlora.job import open_tokenizer  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the peers warn of each other
+STEPS = 20
+
+TEXT = """
+model: {{name_or_path: {model}, dtype: float32}}
+lora: {{r: 8, lora_alpha: 16, target_modules: {targets}, init_from: {init}}}
+data:
+  train: [{{path: {rows}, format: prompt_completion}}]
+  max_length: 64
+  packing: false
+  shuffle: false
+train:
+  output_dir: {out}
+  max_steps: {steps}
+  per_device_train_batch_size: 2
+  gradient_accumulation_steps: 2
+  learning_rate: 2.0e-3
+  lr_scheduler_type: cosine
+  warmup_steps: 3
+  weight_decay: 0.01
+  max_grad_norm: 0.5
+  gradient_checkpointing: true
+  logging_steps: 1
+  save_steps: null
+"""
+
+
+def torch_losses(model, config, batches):
+    """The loop that transformers' Trainer runs: token-weighted accumulation, clip, AdamW, cosine."""
+    t = config.train
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=t.learning_rate, weight_decay=t.weight_decay)
+    scheduler = transformers.get_scheduler(
+        "cosine", optimizer, num_warmup_steps=t.warmup_steps, num_training_steps=STEPS
+    )
+    losses = []
+    for batch in batches:
+        count = int((batch["labels"] != -100).sum())
+        total = 0.0
+        for ids, labels, segments in zip(
+            batch["input_ids"], batch["labels"], batch["segment_ids"], strict=True
+        ):
+            mask = torch.tensor(segments != 0).long()
+            logits = model(input_ids=torch.tensor(ids).long(), attention_mask=mask).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits.reshape(-1, logits.shape[-1]),
+                torch.tensor(labels).long().reshape(-1),
+                reduction="sum",
+                ignore_index=-100,
+            )
+            (loss / count).backward()
+            total += float(loss) / count
+        torch.nn.utils.clip_grad_norm_(weights, t.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"), [("stories260k", "all-linear"), ("slm4096-gpt2", "[c_attn, c_proj]")]
+)
+def test_twenty_losses_and_the_adapter_agree_with_peft(tmp_path, assets, name, targets):
+    folder, out = assets / "models" / name, tmp_path / "out"
+    rows = [
+        {"prompt": f"say {w}: ", "completion": f"the word is {w} and not {w[::-1]}"}
+        for w in ("one", "two", "three", "lovely", "green", "house", "a", "boat", "stone")
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(0)
+    modules = "all-linear" if targets == "all-linear" else ["c_attn", "c_proj"]
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=8, lora_alpha=16, target_modules=modules, task_type="CAUSAL_LM")
+    )
+    model.save_pretrained(tmp_path / "init")
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        TEXT.format(
+            model=folder, targets=targets, init=tmp_path / "init", rows=tmp_path / "rows.json",
+            out=out, steps=STEPS,
+        )
+    )  # fmt: skip
+    config = settings.load(file)
+    prepared = data.prepare(config.data.train, open_tokenizer(config), config.data)
+    order = prepared.order(4, config.train.seed, shuffle=False)
+    batches = [data.batch_at(prepared, order, step, 2) for step in range(STEPS)]
+    assert any((b["segment_ids"] == 0).all(-1).any() for b in batches), "a partial last batch"
+    # In evaluation mode: the frozen base has no dropout (GPT-2 would have it), as in jlora.
+    expected = torch_losses(model.eval(), config, batches)
+
+    command = [sys.executable, "-m", "jlora.train", str(file)]
+    subprocess.run(command, check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == STEPS and losses[-1] < 0.9 * losses[0]
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loaded = peft.PeftModel.from_pretrained(fresh, out).eval()
+    ids = np.random.default_rng(0).integers(0, 50, (2, 32))
+    with torch.no_grad():
+        want = loaded(torch.tensor(ids)).logits.numpy()
+    ours, params = jlora.load_pretrained(str(folder), dtype="float32")
+    adapter = jlora.load_adapter(out, params)
+    got = np.asarray(jax.jit(ours)(jlora.attach(params, adapter), ids.astype(np.int32)))
+    np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
