@@ -26,7 +26,7 @@ CONFIGS = [
 def test_round_trip(tmp_path, config):
     params = make_params()
     adapter = lora.init_adapter(jax.random.key(0), params, config)
-    adapter = jax.tree.map(lambda a: a * 1.5 + (a != 0), adapter)
+    adapter = jax.tree.map(lambda a: a * 1.5 + (a != 0).astype(a.dtype), adapter)
     size = adapter_io.save_adapter(tmp_path, adapter)
     assert size == (tmp_path / "adapter_model.safetensors").stat().st_size
     loaded = adapter_io.load_adapter(tmp_path, params)
