@@ -78,6 +78,12 @@ def test_gradients_are_finite_where_all_is_padding():
     assert all(np.isfinite(g).all() for g in grads)
 
 
+def test_dropped_tokens_have_finite_results():
+    q, k, v = qkv()
+    slots = jnp.full((B, T), T)  # beyond the cache: with a window of 1 they see no slot at all
+    assert np.isfinite(attend_cached(q, k, v, slots=slots, scale=0.4, window=1)).all()
+
+
 def test_unknown_backend_is_named():
     with pytest.raises(ConfigError, match=r"no attention 'referense'[\s\S]*'reference'"):
         attend(*qkv(), scale=1.0, backend="referense")

@@ -202,7 +202,7 @@ def test_llama3_rope_keeps_high_and_divides_low_frequencies():
     [
         ({"model_type": "llamma"}, r"model_type: model_type 'llamma'[\s\S]*'llama'"),
         ({"model_type": "custom", "auto_map": {"AutoModel": "x.M"}}, "never runs"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, r"rope_scaling.rope_type: 'yarn'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, r"rope_scaling: rope_type: 'yarn'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters: linear needs factor"),
         (
             {"rope_parameters": {**LLAMA3_ROPE, "partial_rotary_factor": 0.5}},
@@ -228,6 +228,20 @@ def test_llama3_rope_keeps_high_and_divides_low_frequencies():
 def test_unsupported_switches_are_named(change, message):
     with pytest.raises(ConfigError, match=message):
         parse({**LLAMA, **change})
+
+
+@pytest.mark.parametrize("name", ["llama-rope", "mistral", "qwen3", "gpt2"])
+def test_malformed_values_are_config_errors(name):
+    more = {"layer_types": None, "max_window_layers": 1, "pad_token_id": 0, "rope_theta": 1e4}
+    hf, understood = {**CONFIGS[name], **more}, 0
+    for key in hf:
+        for bad in ("x", [], {}, -1, True, 1.5, ["x"], {"a": {}}, float("nan"), [[]]):
+            try:
+                parse({**hf, key: bad})
+                understood += 1
+            except ConfigError as error:
+                assert key in str(error)
+    assert understood < 8 * len(hf)
 
 
 @pytest.mark.parametrize(

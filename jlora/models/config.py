@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -87,7 +88,7 @@ def parse(hf: Mapping[str, Any], *, where: str = "config.json") -> DecoderConfig
     that is not supported; ``where`` is the place that errors name.
     """
     model_type = hf.get("model_type")
-    if model_type not in PARSERS:
+    if not isinstance(model_type, str) or model_type not in PARSERS:
         remote = " (auto_map points to code of its own, which jlora never runs)"
         raise ConfigError(
             f"model_type {model_type!r} is not supported{remote if 'auto_map' in hf else ''}",
@@ -126,7 +127,7 @@ class Keys:
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
             raise self.fail(key, f"must be {kind.__name__}, not {value!r}")
-        if value <= 0:
+        if not 0 < value < math.inf:
             raise self.fail(key, f"must be positive, not {value!r}")
         return kind(value)
 
@@ -141,21 +142,21 @@ class Keys:
     def choice(self, key: str, default: str, options: Iterable[str]) -> str:
         """One of ``options``."""
         value = self.hf.get(key, default)
-        if value not in options:
+        if not isinstance(value, str) or value not in options:
             raise self.fail(key, f"{value!r} is not supported", did_you_mean(str(value), options))
         return value
 
     def token(self, key: str) -> int | None:
         """A token id or None."""
-        value = self.hf.get(key)
-        return None if value is None else int(value)
+        return next(iter(self.tokens(key)), None)
 
     def tokens(self, key: str, default: int | None = None) -> tuple[int, ...]:
         """Token ids, written as one number, a list or null."""
         value = self.hf.get(key, default)
-        if value is None:
-            return ()
-        return tuple(value) if isinstance(value, list) else (int(value),)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(v) is int for v in values):
+            raise self.fail(key, f"must be a token id or a list of them, not {value!r}")
+        return tuple(values)
 
 
 def _common(keys: Keys) -> dict[str, Any]:
@@ -220,7 +221,7 @@ def _mistral(keys: Keys) -> LlamaConfig:
     if window is not None:
         window = keys.number("sliding_window", 4096)
     kind = "sliding_attention" if window else "full_attention"
-    if set(keys.hf.get("layer_types") or [kind]) != {kind}:
+    if set(_layer_types(keys) or [kind]) != {kind}:
         raise keys.fail("layer_types", "a pattern of layer types is not supported for mistral")
     return _llama_like(
         keys,
@@ -268,18 +269,27 @@ def _layer_windows(keys: Keys) -> tuple[int | None, ...]:
     window = None
     if keys.flag("use_sliding_window", False) and keys.hf.get("sliding_window", 4096) is not None:
         window = keys.number("sliding_window", 4096)
-    types = keys.hf.get("layer_types")
+    types = _layer_types(keys)
     if types is None:
         first = keys.hf.get("max_window_layers", 28)
+        if type(first) is not int:
+            raise keys.fail("max_window_layers", f"must be int, not {first!r}")
         return tuple(window if i >= first else None for i in range(layers))
     if len(types) != layers:
         raise keys.fail("layer_types", f"has {len(types)} entries for {layers} layers")
-    for kind in types:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise keys.fail("layer_types", f"{kind!r} is not supported")
     if window is None and "sliding_attention" in types:
         raise keys.fail("layer_types", "sliding_attention without use_sliding_window")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def _layer_types(keys: Keys) -> list[str] | None:
+    types = keys.hf.get("layer_types")
+    if types is not None and not isinstance(types, list):
+        raise keys.fail("layer_types", f"must be a list, not {types!r}")
+    for kind in types or ():
+        if kind not in ("full_attention", "sliding_attention"):
+            raise keys.fail("layer_types", f"{kind!r} is not supported")
+    return types
 
 
 def _gpt2(keys: Keys) -> GPT2Config:

@@ -51,7 +51,7 @@ class Call:
 
     config: DecoderConfig
     backend: str
-    rope_table: tuple[Array, Array] | None = None
+    rope_table: Any = None  # a rope.Table in families with rotary embeddings
     segment_ids: Array | None = None
     slots: Array | None = None
 

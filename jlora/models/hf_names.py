@@ -43,7 +43,7 @@ def tensors(model: Model) -> list[Tensor]:
     for leaf in paths.leaves(model.shapes):
         flip = (transposed and leaf.kind == "kernel") or leaf.path[:1] == ("lm_head",)
         shape = leaf.shape[::-1] if flip else leaf.shape
-        for layer in range(leaf.layers) if leaf.stack else [None]:
+        for layer in [None] if leaf.layers is None else range(leaf.layers):
             name = f"{leaf.module(layer)}.{WEIGHT[leaf.kind]}"
             result.append(Tensor(name, leaf.path, layer, flip, shape))
     return result

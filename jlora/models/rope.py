@@ -74,15 +74,17 @@ def parse_rope(keys: Keys, head_dim: int, max_positions: int) -> Rope:
     Raises ConfigError for other rope types and for partial rotation.
     """
     name = "rope_scaling" if keys.hf.get("rope_scaling") else "rope_parameters"
-    given: dict[str, Any] = keys.hf.get(name) or {}
+    given = keys.hf.get(name) or {}
+    if not isinstance(given, dict):
+        raise keys.fail(name, f"must be an object, not {given!r}")
+    rope = type(keys)(given, f"{keys.where}: {name}")
     if any(isinstance(value, dict) for value in given.values()):
         raise keys.fail(name, "rope settings per layer type are not supported")
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
-        raise keys.fail(f"{name}.rope_type", f"{kind!r} is not supported")
+        raise rope.fail("rope_type", f"{kind!r} is not supported")
     keys.only("partial_rotary_factor", 1)
-    if given.get("partial_rotary_factor", 1) != 1:
-        raise keys.fail(f"{name}.partial_rotary_factor", "partial rotation is not supported")
+    rope.only("partial_rotary_factor", 1)
     required = {
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
@@ -91,12 +93,10 @@ def parse_rope(keys: Keys, head_dim: int, max_positions: int) -> Rope:
         raise keys.fail(name, f"{kind} needs {', '.join(missing)}")
     if head_dim % 2:
         raise keys.fail("head_dim", f"{head_dim} is odd; rotary embeddings turn pairs")
-    theta = given.get("rope_theta", keys.hf.get("rope_theta") or 10000.0)
-    scaling = {key: float(given[key]) for key in required}
+    theta = rope.number("rope_theta", keys.number("rope_theta", 10000.0, float), float)
+    scaling: dict[str, Any] = {key: rope.number(key, None, float) for key in required}
     if kind == "llama3":
-        original = keys.hf.get(
-            "original_max_position_embeddings",
-            given.get("original_max_position_embeddings", max_positions),
-        )
+        original = rope.number("original_max_position_embeddings", max_positions)
+        original = keys.number("original_max_position_embeddings", original)
         scaling["original_max_position_embeddings"] = original
-    return Rope(head_dim=head_dim, theta=float(theta), kind=kind, **scaling)
+    return Rope(head_dim=head_dim, theta=theta, kind=kind, **scaling)
