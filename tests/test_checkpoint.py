@@ -162,6 +162,35 @@ def test_saving_the_same_state_again_writes_nothing(tmp_path):
     assert_same(checkpoint.restore(tmp_path, 1, like(state()), **RUN)[0], state(2))
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_same_tree_with_another_extra_is_whole_at_every_moment(tmp_path, monkeypatch, fails):
+    checkpoint.save(tmp_path, 1, state(1), {"finished": False}, **RUN)
+    data = {f: f.stat().st_mtime_ns for f in files_of(tmp_path / "1" / "state")}
+
+    def full(*_):
+        raise StorageError("the disk is full")
+
+    if fails:
+        monkeypatch.setattr(checkpoint.manifest, "write_atomic", full)
+        with pytest.raises(StorageError):
+            checkpoint.save(tmp_path, 1, state(1), {"finished": True}, keep=1, **RUN)
+        monkeypatch.undo()
+    else:
+        checkpoint.save(tmp_path, 1, state(1), {"finished": True}, keep=1, **RUN)
+    assert {f: f.stat().st_mtime_ns for f in files_of(tmp_path / "1" / "state")} == data
+    tree, extra = checkpoint.restore(tmp_path, 1, like(state()), **RUN)
+    assert_same(tree, state(1))
+    assert extra == {"finished": not fails}
+
+
+def test_later_checkpoints_are_dropped_when_a_run_goes_back(tmp_path):
+    for step in (5, 10, 100):
+        checkpoint.save(tmp_path, step, state(step), {}, **RUN)
+    assert checkpoint.discard_later(tmp_path, 10) == [tmp_path / "100"]
+    assert checkpoint.steps(tmp_path) == [5, 10]
+    assert checkpoint.discard_later(tmp_path / "none", 1) == []
+
+
 def test_another_runs_checkpoint_is_refused_with_the_settings_that_differ(tmp_path):
     checkpoint.save(tmp_path, 1, state(1), {}, **RUN)
     other = {"lora": {"r": 16, "target_modules": ("q_proj", "v_proj")}, "train": {"lr": 1.0}}

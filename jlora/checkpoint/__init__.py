@@ -12,7 +12,15 @@ With several processes all of them call ``save`` and ``restore``, on a folder th
 """
 
 from jlora.checkpoint.fingerprint import fingerprint
-from jlora.checkpoint.manifest import discard_incomplete, latest, steps
+from jlora.checkpoint.manifest import discard_incomplete, discard_later, latest, steps
 from jlora.checkpoint.store import restore, save
 
-__all__ = ["discard_incomplete", "fingerprint", "latest", "restore", "save", "steps"]
+__all__ = [
+    "discard_incomplete",
+    "discard_later",
+    "fingerprint",
+    "latest",
+    "restore",
+    "save",
+    "steps",
+]

@@ -39,6 +39,14 @@ def discard_incomplete(directory: Path) -> list[Path]:
     return found
 
 
+def discard_later(directory: Path, step: int) -> list[Path]:
+    """Removes the checkpoints after ``step`` and returns them. For process 0."""
+    found = [Path(directory) / str(later) for later in steps(directory) if later > step]
+    for folder in found:
+        remove(folder)
+    return found
+
+
 def remove(folder: Path) -> None:
     """Deletes a checkpoint, its manifest first: a removal cut short leaves one that is no more."""
     with storage_errors(folder):

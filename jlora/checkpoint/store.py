@@ -43,7 +43,7 @@ def save(
       keep: how many checkpoints stay, the new one included; None keeps all.
 
     Returns when everything is on the disk. Raises StorageError (disk full); what was saved before
-    stays whole. Saving the same state at the same step again does nothing.
+    stays whole. Saving the same tree at the same step again writes the manifest only.
     """
     folder = Path(directory).resolve() / str(step)
     leaves = _named_leaves(tree)
@@ -54,11 +54,16 @@ def save(
         "extra": manifests.as_json(extra),
         "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
     }
-    if not _is_saved(folder, content):
+    saved = _saved(folder)
+    if any(saved.get(key) != value for key, value in content.items()):
         try:
-            _write(folder, leaves, content)
+            if saved.get("leaves") == content["leaves"]:
+                _seal(folder, content)
+            else:
+                _write(folder, leaves, content)
         except Exception as error:
-            shutil.rmtree(folder, ignore_errors=True)
+            if not manifests.is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, JloraError):
                 raise
             if isinstance(error, OSError) or is_disk_full(error):
@@ -112,6 +117,10 @@ def _write(folder: Path, leaves: Mapping[str, Any], content: Mapping[str, Any]) 
     with _quiet(), ocp.Checkpointer(_handler()) as writer:
         writer.save(folder / "state", args=ocp.args.PyTreeSave(stored))
     _barrier(f"jlora checkpoint {folder.name} written")
+    _seal(folder, content)
+
+
+def _seal(folder: Path, content: Mapping[str, Any]) -> None:
     if jax.process_index() == 0:
         manifests.write(folder, content)
 
@@ -198,13 +207,12 @@ def _digest(leaf: Any) -> str:
     return hashlib.sha256(flat.data).hexdigest()
 
 
-def _is_saved(folder: Path, content: Mapping[str, Any]) -> bool:
-    """Whether the very same checkpoint is there, undamaged as far as its manifest."""
+def _saved(folder: Path) -> dict[str, Any]:
+    """The manifest that is there, undamaged; else nothing."""
     try:
-        old = manifests.read(folder)
+        return manifests.read(folder)
     except DataError:
-        return False
-    return all(old[key] == value for key, value in content.items())
+        return {}
 
 
 def _check_leaves(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
