@@ -1,8 +1,8 @@
 """The log of a run: ``metrics.jsonl``, one JSON object a line, each with its ``step``.
 
-Lines are appended in the order of events and flushed one by one. A run that resumes from step s
-first drops what was logged after s, so that the log of an interrupted run reads like that of an
-uninterrupted one. Numbers that JSON does not have (nan, inf) are written as null.
+Lines are appended in the order of events and flushed one by one. A run that resumes first drops
+the lines that its checkpoint does not count, so that the log of an interrupted run reads like that
+of an uninterrupted one. Numbers that JSON does not have (nan, inf) are written as null.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class MetricsLog:
     Example::
 
         with MetricsLog(output_dir / "metrics.jsonl") as log:
-            log.truncate_to(120)            # only when resuming from step 120
+            log.truncate_to(13)             # the lines before the checkpoint, or 0
             log.write(130, loss=1.25, learning_rate=1e-4)
     """
 
@@ -50,15 +50,15 @@ class MetricsLog:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
 
-    def truncate_to(self, step: int) -> None:
-        """Drops every line after ``step``, and a last line that was torn; -1 drops them all."""
+    def truncate_to(self, lines: int) -> None:
+        """Keeps the first ``lines`` lines; what was torn at the end is dropped."""
         self.close()
         if not self._enabled or not self.path.exists():
             return
         with storage_errors(self.path):
             text = self.path.read_bytes()
-        kept = [raw for raw, value in _lines(self.path, text) if value["step"] <= step]
-        content = b"".join(raw + b"\n" for raw in kept)
+        kept = _lines(self.path, text)[:lines]
+        content = b"".join(raw + b"\n" for raw, _ in kept)
         if content != text:
             write_atomic(self.path, content)
 

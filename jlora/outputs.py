@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import yaml
+from jax.experimental import multihost_utils
 
 from jlora import checkpoint, data, evaluation, metrics, report
 from jlora.adapter_io import save_adapter
-from jlora.config import Config, to_yaml
+from jlora.config import Config, TrainConfig, to_yaml
 from jlora.console import Console
-from jlora.errors import ConfigError
+from jlora.errors import ConfigError, StoppedError
 from jlora.files import storage_errors, write_atomic
 from jlora.job import Job
 from jlora.lora import Adapter
@@ -40,6 +43,7 @@ def identity(config: Config, plan: Plan, data_fingerprint: str) -> dict[str, Any
     kept = {name: settings.get(name) for name in ("model", "quantization", "lora", "train")}
     for section, names in FREE_TO_CHANGE.items():
         kept[section] = {k: v for k, v in kept[section].items() if k not in names}
+    kept["train"]["early_stopping"] = bool(config.train.early_stopping_patience)
     rows = {"rows_per_step": plan.rows_per_step, "total_steps": plan.total_steps}
     shuffle = {"fingerprint": data_fingerprint, "shuffle": config.data.shuffle}
     return {**kept, "data": shuffle, "plan": rows}
@@ -66,8 +70,7 @@ class Checkpoints:
         if self._settings.resume == "never":
             self._discard(console)
         elif self._settings.resume == "auto":
-            if removed := checkpoint.discard_incomplete(folder):
-                console.note(f"left out unfinished checkpoints: {', '.join(map(str, removed))}")
+            self._clear(checkpoint.discard_incomplete, "unfinished", console)
             step = checkpoint.latest(folder)
         else:
             folder, step = _named(self._settings.resume)
@@ -76,6 +79,8 @@ class Checkpoints:
         tree, extra = checkpoint.restore(folder, step, self._tree(state), **self._run)
         self.best = tree.get("best")
         console.note(f"going on from step {step} ({folder / str(step)})")
+        later = functools.partial(checkpoint.discard_later, step=step)
+        self._clear(later, "later", console)  # their part of the log is dropped, too
         return tree["state"], Progress(**extra)
 
     def save(self, state: TrainState, progress: Progress) -> None:
@@ -99,6 +104,13 @@ class Checkpoints:
             return {"state": state}
         return {"state": state, "best": state.trainable if self.best is None else self.best}
 
+    def _clear(self, discard: Callable[[Path], list[Path]], kind: str, console: Console) -> None:
+        """Process 0 removes checkpoints; the others look only after it has."""
+        if jax.process_index() == 0 and (removed := discard(self._folder)):
+            console.note(f"removed {kind} checkpoints: {', '.join(map(str, removed))}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"jlora {kind} checkpoints removed")
+
     def _discard(self, console: Console) -> None:
         if self._folder.exists():
             console.note(f"resume: never, so the checkpoints in {self._folder} are removed")
@@ -117,6 +129,14 @@ def _named(resume: str) -> tuple[Path, int]:
             fix="name a folder such as outputs/run1/checkpoints/500, or use auto",
         )
     return folder.parent, int(folder.name)
+
+
+def stopped(step: int, signum: int, settings: TrainConfig) -> StoppedError:
+    """What to raise after a signal, when the state is saved."""
+    again = "the same command" if settings.resume == "auto" else "train.resume=auto"
+    return StoppedError(
+        f"stopped and saved at step {step}", signum=signum, fix=f"{again} goes on from here"
+    )
 
 
 def write_settings(config: Config) -> None:

@@ -16,7 +16,7 @@ from jlora.config import Config, TrainConfig
 from jlora.errors import DivergedError
 
 LEARNING_BY = 3
-"""Steps by which every leaf must have had a gradient: B moves first, then A (with a warm-up whose
+"""Updates by which every leaf must have had a gradient: B moves first, then A (with a warm-up whose
 first rate is zero, one step later)."""
 
 
@@ -65,7 +65,12 @@ class Progress:
     interval_targets: int = 0
     last: dict[str, float] = dataclasses.field(default_factory=dict)
     alive: list[bool] = dataclasses.field(default_factory=list)
+    updates: int = 0
+    """Steps that did not overflow."""
     overflows: int = 0
+    """Steps in a row that did."""
+    lines: int = 0
+    """Lines in metrics.jsonl."""
     best_loss: float | None = None
     evaluations_since_best: int = 0
     stopped_early: bool = False
@@ -76,10 +81,12 @@ class Progress:
         """Counts one step's fetched metrics."""
         self.step += 1
         self.tokens += int(metrics["tokens"])
-        self.interval_loss += float(metrics["loss"]) * int(metrics["target_tokens"])
-        self.interval_targets += int(metrics["target_tokens"])
+        if math.isfinite(metrics["loss"]):
+            self.interval_loss += float(metrics["loss"]) * int(metrics["target_tokens"])
+            self.interval_targets += int(metrics["target_tokens"])
         self.last = {"grad_norm": float(metrics["grad_norm"])}
-        if self.step <= LEARNING_BY:
+        self.updates += bool(metrics["finite"])
+        if self.updates <= LEARNING_BY:
             alive = [bool(a) for a in metrics["alive"]]
             self.alive = [a or b for a, b in zip(self.alive or alive, alive, strict=True)]
 
@@ -158,9 +165,19 @@ def check_finite(metrics: Mapping[str, Any], progress: Progress, plan: Plan) -> 
     )
 
 
+def check_evaluation(loss: float, progress: Progress) -> None:
+    """Raises DivergedError when the held-out loss is no longer a number."""
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"eval_loss {loss}",
+            where=f"step {progress.step}",
+            fix="lower train.learning_rate, or use bf16",
+        )
+
+
 def check_learning(progress: Progress, trainable: Any) -> None:
-    """Raises DivergedError, naming them, when some leaves never had a gradient by step 3."""
-    if progress.step != LEARNING_BY or all(progress.alive):
+    """Raises DivergedError, naming them, when some leaves had no gradient in three updates."""
+    if progress.updates != LEARNING_BY or all(progress.alive):
         return
     names = [
         jax.tree_util.keystr(path, simple=True, separator=".")

@@ -16,12 +16,11 @@ from jlora import data, evaluation, outputs, runtime, sharding
 from jlora.batches import batch_at, eval_batches
 from jlora.config import Config
 from jlora.console import Console
-from jlora.errors import StoppedError
 from jlora.header import check_fit, show_header
 from jlora.job import Job, open_job, open_tokenizer
 from jlora.metrics import MetricsLog
 from jlora.optim import make_optimizer, schedule
-from jlora.progress import Meter, Plan, Progress, check_finite, check_learning
+from jlora.progress import Meter, Plan, Progress, check_evaluation, check_finite, check_learning
 from jlora.state import TrainState, init_state
 from jlora.step import make_eval_step, make_train_step
 
@@ -75,26 +74,31 @@ def train(
         job.model, job.bind, optimizer, seed=settings.seed, state_shardings=shardings
     )
     eval_step = make_eval_step(job.model, job.bind)
-    outputs.write_settings(job.config)
     checkpoints = outputs.Checkpoints(out / "checkpoints", job, plan, rows.fingerprint)
     state, progress = checkpoints.resume(state, Progress(), console)
-    log.truncate_to(progress.step or -1)
+    outputs.write_settings(job.config)
+    log.truncate_to(progress.lines)
     meter, prompts = Meter(), outputs.prompts(job)
 
     def reply(trainable: Any) -> list[evaluation.Sample]:
         return outputs.replies(job, trainable, prompts)
 
-    def evaluate(state: TrainState, **more: float) -> None:
-        """Held-out loss into the log."""
-        if held_out is None:
-            return
-        batches = eval_batches(job.mesh, held_out, plan.eval_rows)
-        result = evaluation.held_out(eval_step, state.trainable, job.frozen, batches)
-        line = {"eval_loss": result.loss, "eval_perplexity": result.perplexity, **more}
+    def record(line: dict[str, float]) -> None:
+        """Logs a line, and counts it: a run that resumes keeps as many as its checkpoint counts."""
+        progress.lines += 1
         log.write(progress.step, **line)
         console.log(progress.step, line)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        """The held-out loss as part of a line, noted for early stopping."""
+        if held_out is None:
+            return {}
+        batches = eval_batches(job.mesh, held_out, plan.eval_rows)
+        result = evaluation.held_out(eval_step, state.trainable, job.frozen, batches)
+        check_evaluation(result.loss, progress)
         if progress.note_evaluation(result.loss, settings):
             checkpoints.keep_best(state.trainable)
+        return {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
 
     def finish_step(metrics: dict[str, Any]) -> None:
         """Fetches a step's metrics, while the next step is under way, and logs them."""
@@ -106,15 +110,13 @@ def train(
         console.advance(progress.step)
         if progress.step % settings.logging_steps == 0 or progress.step == plan.total_steps:
             rate = float(learning_rate(progress.step - 1))
-            line = progress.line(rate, plan) | meter.rate()
-            log.write(progress.step, **line)
-            console.log(progress.step, line)
+            record(progress.line(rate, plan) | meter.rate())
 
     if progress.step == 0:
         before = reply(state.trainable)
         progress.before = [s.reply for s in before[: job.config.evaluate.samples]]
         if job.config.evaluate.exact_match:
-            evaluate(state, eval_exact_match=evaluation.exact_match(before))
+            record(evaluate(state) | {"eval_exact_match": evaluation.exact_match(before)})
 
     steps = range(progress.step, 0 if progress.stopped_early else plan.total_steps)
     order = rows.order(plan.rows_per_step, settings.seed, job.config.data.shuffle)
@@ -134,23 +136,26 @@ def train(
             finish_step(pending)
             pending = None
             with meter.paused():
-                if evaluating and not last:
-                    evaluate(state)
+                if evaluating and not last and held_out:
+                    record(evaluate(state))
                 if saving or stop or progress.stopped_early:
                     log.sync()
                     checkpoints.save(state, progress)
             if stop:
-                fix = "the same command goes on from here"
-                raise StoppedError(f"stopped and saved at step {step}", signum=stop, fix=fix)
+                raise outputs.stopped(step, stop, settings)
             if progress.stopped_early:
                 console.note(f"stopped early at step {step}: eval_loss no longer improves")
                 break
 
-    trained = checkpoints.best if progress.stopped_early else state.trainable
+    ending = not progress.finished
+    line = evaluate(state) if ending and not progress.stopped_early else {}
+    trained = state.trainable if checkpoints.best is None else checkpoints.best
     after = reply(trained)
-    if progress.step == plan.total_steps and not progress.finished:
-        match = {"eval_exact_match": evaluation.exact_match(after)}
-        evaluate(state, **(match if job.config.evaluate.exact_match else {}))
+    if ending:
+        if job.config.evaluate.exact_match:
+            line["eval_exact_match"] = evaluation.exact_match(after)
+        if line:
+            record(line)
         progress.finished = True
         log.sync()
         checkpoints.save(state, progress)

@@ -45,7 +45,16 @@ def test_resuming_drops_later_lines_and_a_torn_one(tmp_path):
     assert path.read_bytes() == whole
 
 
-def test_a_log_that_ends_at_the_step_is_left_alone(tmp_path):
+def test_of_two_lines_of_one_step_the_uncounted_one_is_dropped(tmp_path):
+    path = tmp_path / "m.jsonl"
+    with MetricsLog(path) as log:
+        log.write(3, loss=1.0)
+        log.write(3, eval_loss=2.0)
+        log.truncate_to(1)
+    assert metrics.read(path) == [{"step": 3, "loss": 1.0}]
+
+
+def test_a_log_that_ends_there_is_left_alone(tmp_path):
     path = tmp_path / "m.jsonl"
     with MetricsLog(path) as log:
         log.write(1, loss=1.0)
@@ -56,9 +65,9 @@ def test_a_log_that_ends_at_the_step_is_left_alone(tmp_path):
 
 def test_starting_over_drops_everything(tmp_path):
     with MetricsLog(tmp_path / "m.jsonl") as log:
-        log.truncate_to(-1)
+        log.truncate_to(0)
         log.write(0, eval_loss=1.0)
-        log.truncate_to(-1)
+        log.truncate_to(0)
     assert metrics.read(tmp_path / "m.jsonl") == []
 
 
