@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 
 import jlora
 from jlora import lora
@@ -279,3 +280,24 @@ def test_a_foreign_unstacked_tree():
         1 + np.asarray(pair["lora_A"]) @ np.asarray(pair["lora_B"]),
         rtol=1e-5,
     )
+
+
+@pytest.mark.parametrize(("name", "packed"), [("llama-rope", True), ("gpt2", False)])
+def test_on_a_whole_model(name, packed):
+    """A fresh adapter is the base bitwise; merging equals attaching; unmerging restores."""
+    model, params = tiny_models.build(name)
+    base = jlora.quantize(params, jlora.QuantConfig(block_size=32)) if packed else params
+    ids = tiny_models.tokens(model, 2, 24)
+    config = LoraConfig(r=4, target_modules="all-linear")
+    fresh = lora.init_adapter(jax.random.key(0), base, config)
+    plain = model(base, ids)
+    np.testing.assert_array_equal(model(lora.attach(base, fresh), ids), plain)
+
+    adapter = trained(base, config)
+    attached = model(lora.attach(base, adapter), ids)
+    size = np.abs(attached).max()
+    assert np.abs(attached - plain).max() > 0.01 * size
+    merged = lora.merge(base, adapter)
+    np.testing.assert_allclose(model(merged, ids), attached, atol=1e-5 * size)
+    restored = model(lora.unmerge(merged, adapter), ids)
+    np.testing.assert_allclose(restored, plain, atol=1e-5 * size)
