@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-if TYPE_CHECKING:
-    from jlora.models.config import Keys
+from jlora.models.keys import Keys
 
 Table = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 """Cosines and sines of the angles of each position, in float32."""
