@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool
 
 MAX_SCALE = 2.0**24
 GROWTH_INTERVAL = 2000
@@ -22,8 +22,10 @@ class LossScale:
     The scale doubles after 2000 good steps and halves on one that overflows, which is skipped.
     """
 
-    scale: Float[Array, ""]
-    good_steps: Int[Array, ""]
+    scale: Any
+    """float32 ()"""
+    good_steps: Any
+    """int32 ()"""
 
     def updated(self, finite: Bool[Array, ""]) -> LossScale:
         """The scale after a step whose gradients were finite, or not."""
@@ -37,12 +39,17 @@ class LossScale:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Optimizer steps taken, the trainable tree (an Adapter, or all parameters), optax's state."""
+    """Optimizer steps taken, the trainable tree (an Adapter, or all parameters), optax's state.
 
-    step: Int[Array, ""]
+    Fields are not typed as arrays: transforms put shapes or shardings in their places.
+    """
+
+    step: Any
+    """int32 ()"""
     trainable: Any
     opt_state: Any
-    loss_scale: LossScale | None = None
+    loss_scale: Any = None
+    """LossScale, or None when nothing is computed in float16."""
 
 
 def init_state(

@@ -97,7 +97,7 @@ def make_train_step(
         count = jnp.sum(batch["labels"] != IGNORE)
         scale = state.loss_scale.scale if state.loss_scale else jnp.float32(1.0)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        per_token = scale / jnp.maximum(count, 1)
+        per_token = scale / jnp.maximum(count, 1).astype(jnp.float32)
 
         def objective(trainable, micro, key):
             total, _ = loss_and_count(model, bind(frozen, trainable, key), micro)
@@ -106,7 +106,7 @@ def make_train_step(
         loss, grads = _accumulate(jax.value_and_grad(objective), state.trainable, batch, key)
         loss = loss / scale
         grads = jax.tree.map(lambda g: g / scale, grads) if state.loss_scale else grads
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)
         metrics = {
             "loss": loss,

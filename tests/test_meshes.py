@@ -1,0 +1,144 @@
+"""Training on data 8, fsdp 8 and 2 × 2 × 2 gives the losses and the adapter of one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jlora import lora, nf4, sharding
+from jlora.config import LoraConfig, MeshConfig, QuantConfig
+from jlora.models import Model, init_params
+from jlora.state import init_state
+from jlora.step import make_train_step
+
+MESHES = [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
+STEPS = 3
+
+# 256 inputs are eight blocks of 32: every axis of every mesh divides them.
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 64,
+    "n_embd": 256,
+    "n_head": 4,
+    "n_layer": 2,
+    "n_positions": 32,
+}
+
+
+def batches():
+    """(accumulation 2, B 8, T 16) with two documents a row, padding, and uneven target counts."""
+    rng = np.random.default_rng(0)
+    for _ in range(STEPS):
+        ids = rng.integers(1, 64, (2, 8, 16), dtype=np.int32)
+        labels = np.where(rng.random(ids.shape) < 0.4, -100, np.roll(ids, -1, -1)).astype(np.int32)
+        ends = rng.integers(9, 17, (2, 8, 1))
+        place = np.broadcast_to(np.arange(16), ids.shape)
+        segments = np.where(place < 7, 1, 2) * (place < ends)
+        labels[segments == 0] = -100
+        positions = np.where(place < 7, place, place - 7).astype(np.int32)
+        yield {
+            "input_ids": ids,
+            "labels": labels,
+            "positions": positions,
+            "segment_ids": segments.astype(np.int32),
+        }
+
+
+@functools.cache
+def start(architecture: str, quantized: bool):
+    model = Model.from_config(LLAMA if architecture == "llama" else GPT2, "float32")
+    params = init_params(jax.random.key(0), model)
+    if quantized:
+        params = nf4.quantize_params(
+            params, QuantConfig(block_size=32, bnb_4bit_compute_dtype="float32")
+        )
+    config = LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear")
+    return model, params, lora.init_adapter(jax.random.key(1), params, config)
+
+
+def adamw():
+    """optax's own arithmetic promotes int32 counters, which the tests forbid everywhere else."""
+    inner = optax.adamw(1e-3)
+
+    def update(*arguments):
+        with jax.numpy_dtype_promotion("standard"):
+            return inner.update(*arguments)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def train(architecture: str, quantized: bool, mesh: jax.sharding.Mesh):
+    """The losses, gradient norms and final adapter of a few steps on ``mesh``."""
+    model, params, adapter = start(architecture, quantized)
+    optimizer = adamw()
+    state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), adapter)
+    layouts = sharding.shardings(state, mesh)
+    with jax.set_mesh(mesh):
+        params = sharding.place(params, sharding.shardings(params, mesh))
+        state = sharding.place(init_state(jax.tree.map(jnp.copy, adapter), optimizer), layouts)
+        step = make_train_step(
+            model,
+            lambda frozen, trainable, key: lora.attach(frozen, trainable, dropout_key=key),
+            optimizer,
+            state_shardings=layouts,
+        )
+        curve = []
+        for batch in batches():
+            target = sharding.batch_sharding(mesh)
+            state, metrics = step(
+                state, params, {k: sharding.place(v, target) for k, v in batch.items()}
+            )
+            curve.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+        assert step._cache_size() == 1
+    for leaf, layout in zip(jax.tree.leaves(state), jax.tree.leaves(layouts), strict=True):
+        assert leaf.sharding.is_equivalent_to(layout, leaf.ndim)
+    return np.array(curve), jax.device_get(state.trainable)
+
+
+@functools.cache
+def alone(architecture: str, quantized: bool):
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    return train(architecture, quantized, mesh)
+
+
+CASES = [("llama", quantized, sizes) for quantized in (False, True) for sizes in MESHES]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "quantized", "sizes"), [*CASES, ("gpt2", True, MESHES[2])]
+)
+def test_training_on_a_mesh_is_training_on_one_device(architecture, quantized, sizes):
+    expected, adapter = alone(architecture, quantized)
+    got, trained = train(architecture, quantized, sharding.make_mesh(MeshConfig(**sizes)))
+    moved = jax.tree.map(
+        lambda a, b: np.abs(a - b).max(), adapter, start(architecture, quantized)[2]
+    )
+    assert min(jax.tree.leaves(moved)) > 1e-3
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-4), trained, adapter)
+
+
+@pytest.mark.parametrize("sizes", MESHES[1:], ids=["fsdp", "cube"])
+def test_no_device_holds_a_whole_packed_kernel(sizes):
+    """What the meshes of this file split: eight devices share the kernels four or eight ways."""
+    _, params, _ = start("llama", True)
+    mesh = sharding.make_mesh(MeshConfig(**sizes))
+    rows = [row for row in sharding.describe(params, mesh) if row.kind == "kernel (NF4)"]
+    shares = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    assert sum(row.leaves for row in rows) == 7
+    for row in rows:
+        assert row.total_bytes / shares <= row.device_bytes < row.total_bytes / shares * 1.1
