@@ -13,9 +13,20 @@ from jlora.decoding import generate
 class Prompt(Protocol):
     """A prompt's tokens and text, and the reply that the data has for it."""
 
-    prompt_ids: Sequence[int]
-    prompt: str
-    reply: str
+    @property
+    def prompt_ids(self) -> Sequence[int]:
+        """The tokens up to where the reply begins."""
+        ...
+
+    @property
+    def prompt(self) -> str:
+        """Their text."""
+        ...
+
+    @property
+    def reply(self) -> str:
+        """The reply in the data."""
+        ...
 
 
 class HeldOut(NamedTuple):

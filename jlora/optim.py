@@ -6,7 +6,7 @@ Names, defaults and formulas are transformers' (``TrainingArguments``, ``optimiz
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ def make_optimizer(
       trainable: the tree to be trained (or its shapes), which decides the groups.
     """
     rate = schedule(config, total_steps)
-    groups = {
+    groups: dict[Hashable, optax.GradientTransformation] = {
         "decay": OPTIMIZERS[config.optim](config, rate, config.weight_decay),
         "no_decay": OPTIMIZERS[config.optim](config, rate, 0.0),
     }
@@ -79,9 +79,9 @@ def _sum_of(first, second) -> optax.GradientTransformation:
     def init(params):
         return first.init(params), second.init(params)
 
-    def update(grads, state, params):
-        a, first_state = first.update(grads, state[0], params)
-        b, second_state = second.update(jax.tree.map(jnp.zeros_like, grads), state[1], params)
+    def update(updates, state, params=None):
+        a, first_state = first.update(updates, state[0], params)
+        b, second_state = second.update(jax.tree.map(jnp.zeros_like, updates), state[1], params)
         return jax.tree.map(jnp.add, a, b), (first_state, second_state)
 
     return optax.GradientTransformation(init, update)
@@ -100,7 +100,7 @@ def warmup_steps(config: TrainConfig, total_steps: int) -> int:
     return config.warmup_steps or math.ceil(total_steps * config.warmup_ratio)
 
 
-def schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
+def schedule(config: TrainConfig, total_steps: int) -> Callable[[Any], jax.Array]:
     """The learning rate of step 0, 1, … as a function of the step: warm-up, then decay."""
     warm = warmup_steps(config, total_steps)
     decay = SCHEDULES[config.lr_scheduler_type]
@@ -140,7 +140,7 @@ def _polynomial(config, step, progress, warm, lr_end: float = 1e-7, power: float
     return end + (1.0 - end) * (1.0 - progress) ** power
 
 
-def _inverse_sqrt(config, step, progress, warm, timescale: int | None = None):
+def _inverse_sqrt(config, step, progress, warm, timescale: float | None = None):
     timescale = timescale or warm or 10_000
     return 1.0 / jnp.sqrt((step + timescale - warm) / timescale)
 

@@ -120,7 +120,7 @@ def _package_root() -> str:
 
 def main() -> None:
     """Goes through the four steps of the module's header."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("work", type=Path, help="folder for everything, such as outputs/base")
     parser.add_argument("overrides", nargs="*", help="settings over base.yaml, section.key=value")
     args = parser.parse_args()
