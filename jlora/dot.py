@@ -84,19 +84,23 @@ def _dense(x: Array, w: Array, dtype: Any) -> Array:
 
 
 def _dense_fwd(x, w, dtype):
-    # Only what a wanted gradient needs is saved: a frozen weight asks for no activations.
-    saved = x.value if w.perturbed else None, w.value if x.perturbed else None
-    like = jnp.zeros((), x.value.dtype), jnp.zeros((), w.value.dtype)
-    return _product(x.value, w.value, 0, dtype), (saved, like)
+    # Only what a wanted gradient needs is saved: a frozen weight asks for no activations. The
+    # rest is a scalar of the same dtype, not None: JAX keeps the number of saved arrays from one
+    # differentiation of a traced program to the next, whose wanted gradients may be others.
+    def keep(value: Array, needed: bool) -> Array:
+        return value if needed else jnp.zeros((), value.dtype)
+
+    saved = keep(x.value, w.perturbed), keep(w.value, x.perturbed)
+    return _product(x.value, w.value, 0, dtype), saved
 
 
-def _dense_bwd(_, residuals, g):
-    (x, w), (like_x, like_w) = residuals
+def _dense_bwd(_, saved, g):
+    x, w = saved
     if isinstance(g, SymbolicZero):
         return None, None
-    g = g.astype(like_x.dtype)
-    dx = None if w is None else _product(g, w, 1)
-    return dx, None if x is None else _weight_gradient(x, g, like_w.dtype)
+    g = g.astype(x.dtype)
+    dx = _product(g, w, 1) if w.ndim else None
+    return dx, _weight_gradient(x, g, w.dtype) if x.ndim else None
 
 
 def _weight_gradient(x: Array, g: Array, dtype) -> Array:

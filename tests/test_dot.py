@@ -156,3 +156,21 @@ def test_wide_results_leave_the_weight_narrow():
     np.testing.assert_allclose(dx, g @ wide_w.T, rtol=1e-2)
     np.testing.assert_allclose(dw, wide_x.T @ g, rtol=1e-2)
     assert f"f32[{I},{O}]" not in str(jax.make_jaxpr(jax.grad(loss))(x, w))
+
+
+def test_one_traced_program_serves_different_gradients():
+    """JAX keeps a traced scan and differentiates it anew, with respect to other arguments."""
+    x, _, a, b = weights()
+
+    @jax.jit
+    def f(x, a, b):
+        return jax.lax.scan(lambda h, pair: (dot(dot(h, pair[0]), pair[1]), None), x, (a, b))[0]
+
+    stacked = (jnp.stack([a, a]), jnp.stack([b[:, :I], b[:, :I]]))
+    for argument in (0, 1, 2, (0, 1), (1, 2), 0):
+        got = jax.grad(lambda *args: jnp.sum(f(*args)), argument)(x, *stacked)
+        want = jax.grad(lambda x, a, b: jnp.sum(x @ a[0] @ b[0] @ a[1] @ b[1]), argument)(
+            x, *stacked
+        )
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
