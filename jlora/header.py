@@ -33,6 +33,12 @@ def show_header(
     console.header(f"jlora · {job.config.train.output_dir}", sections)
     for text in (*train.warnings, *(held_out.warnings if held_out else ())):
         console.warn(text)
+    asked, computed = job.config.quantization, job.config.compute_dtype
+    if asked and asked.bnb_4bit_compute_dtype != computed:
+        console.warn(
+            f"packed layers compute in {computed} like all others, "
+            f"not in bnb_4bit_compute_dtype={asked.bnb_4bit_compute_dtype}"
+        )
 
 
 def check_fit(job: Job, prepared: Prepared) -> None:

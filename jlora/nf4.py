@@ -119,8 +119,6 @@ class NF4Array:
     block_size: int = dataclasses.field(default=64, metadata={"static": True})
     transposed: bool = dataclasses.field(default=False, metadata={"static": True})
     """Whether the array stands for the transpose (last two axes) of what was quantized."""
-    compute_dtype: np.dtype | None = dataclasses.field(default=None, metadata={"static": True})
-    """The dtype to multiply in; None is the other operand's."""
 
     @property
     def rowwise(self) -> bool:
@@ -171,12 +169,7 @@ class NF4Array:
         return f"NF4Array({shape}, {self.dtype}, blocks of {self.block_size}, {kind} absmax)"
 
 
-def quantize(
-    w: Num[Array, "..."],
-    block_size: int = 64,
-    double_quant: bool = True,
-    compute_dtype: Any = None,
-) -> NF4Array:
+def quantize(w: Num[Array, "..."], block_size: int = 64, double_quant: bool = True) -> NF4Array:
     """Packs an array of any rank, with the nibbles that bitsandbytes' ``quantize_4bit`` gives.
 
     Blocks run over the values in row-major order, the last one may be short. A block of zeros stays
@@ -190,12 +183,11 @@ def quantize(
         raise ConfigError(f"{block_size} values a block", where="block_size", fix=f"use {sizes}")
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise ConfigError(f"cannot quantize an array of {w.dtype}", fix="give it floating point")
-    compute_dtype = None if compute_dtype is None else jnp.dtype(compute_dtype)
-    return _quantize(w, block_size, double_quant, compute_dtype)
+    return _quantize(w, block_size, double_quant)
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "double_quant", "compute_dtype"))
-def _quantize(w, block_size, double_quant, compute_dtype):
+@functools.partial(jax.jit, static_argnames=("block_size", "double_quant"))
+def _quantize(w, block_size, double_quant):
     rowwise = w.ndim > 0 and w.shape[-1] % block_size == 0
     if rowwise:
         blocks = w.reshape(-1, w.shape[-1] // block_size, block_size)
@@ -211,7 +203,7 @@ def _quantize(w, block_size, double_quant, compute_dtype):
         # subtraction, which would then not subtract the rounded mean that is stored.
         nested = quantize_absmax(absmax, jnp.maximum(jnp.mean(absmax), 0))
     shape, dtype = tuple(w.shape), jnp.dtype(w.dtype)
-    return NF4Array(codes, *nested, shape, dtype, block_size, compute_dtype=compute_dtype)
+    return NF4Array(codes, *nested, shape, dtype, block_size)
 
 
 def quantize_blocks(
@@ -335,11 +327,10 @@ def _check_skips(leaves: Sequence[paths.Leaf], names: Sequence[str]) -> None:
 
 
 def _quantize_kernel(kernel: Array, config: QuantConfig) -> NF4Array:
-    compute = jnp.dtype(config.bnb_4bit_compute_dtype)
     double = config.bnb_4bit_use_double_quant
 
     def pack(k: Array) -> NF4Array:
-        return quantize(k.mT, config.block_size, double, compute).mT
+        return quantize(k.mT, config.block_size, double).mT
 
     # Layer after layer, so that only one exists in float32 at a time.
     return pack(kernel) if kernel.ndim == 2 else jax.lax.map(pack, kernel)

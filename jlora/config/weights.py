@@ -56,7 +56,7 @@ class QuantConfig(Section):
     bnb_4bit_use_double_quant: bool = True
     """Quantize the blocks' scales too: 4.13 bits a parameter instead of 4.5."""
     bnb_4bit_compute_dtype: DType = "bfloat16"
-    """Type of the dequantized weights in a multiplication."""
+    """Type to multiply in; a run multiplies everything in one type (train.bf16), and warns."""
     block_size: Annotated[int, Bounds(32, 4096)] = 64
     """Values that share one scale; a power of two."""
     llm_int8_skip_modules: Sequence[str] = ()

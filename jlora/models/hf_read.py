@@ -187,12 +187,8 @@ def _packed(
     for tensor in group:
         value = _cast(shards.read(names[tensor.name]), np.dtype(dtype), tensor.name)
         rows = value if tensor.transposed else value.T  # bitsandbytes packs torch's [out, in]
-        packed = nf4.quantize(
-            jnp.asarray(rows),
-            config.block_size,
-            config.bnb_4bit_use_double_quant,
-            config.bnb_4bit_compute_dtype,
-        )
+        double = config.bnb_4bit_use_double_quant
+        packed = nf4.quantize(jnp.asarray(rows), config.block_size, double)
         layers.append(jax.device_get(packed.mT))
     if group[0].layer is None:
         return layers[0]
