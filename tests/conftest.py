@@ -31,3 +31,25 @@ def assets() -> Path:
     if not folder:
         pytest.skip("set JLORA_TEST_ASSETS to the folder with the public test models and data")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """A tiny model with a tokenizer and rows to train and to evaluate on, see ``tiny_runs``."""
+    from tiny_runs import make_base
+
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory) -> Path:
+    """The user's cache folder of runs in processes of their own."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def place(tmp_path, tiny_base, tiny_cache):
+    """Where a test runs the command, see ``tiny_runs.Place``."""
+    from tiny_runs import Place
+
+    return Place(tmp_path, tiny_base, tiny_cache)

@@ -1,0 +1,188 @@
+"""A tiny base model, its data and its settings, and training runs on them as a user starts them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import yaml
+from tiny_tokenizer import tiny_tokenizer
+
+from jlora import cli, config, metrics, sharding, train
+from jlora.models import Model, init_params, save_pretrained
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 336,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 5,
+    "initializer_range": 0.1,
+}
+PACKAGE = Path(train.__file__).parent
+ADAPTER = "adapter_model.safetensors"
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+THINGS = ("sun", "moon", "tree", "bird", "boat")
+
+
+class Run(NamedTuple):
+    """How a run ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Place:
+    """A folder with a model, data and one output folder; ``settings`` are the defaults here."""
+
+    def __init__(self, folder: Path, base: Path, cache: Path):
+        self.folder, self.base, self.cache = folder, base, cache
+        self.output = folder / "out"
+        self.rows, self.held_out = base / "train.jsonl", base / "eval.jsonl"
+        self.defaults: dict[str, dict[str, Any]] = {}
+
+    def settings(self, **sections: Any) -> dict[str, Any]:
+        """The settings, each section's values updated by ``sections``; None leaves one out."""
+        settings: dict[str, Any] = {
+            "model": {"name_or_path": str(self.base), "dtype": "float32"},
+            "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear"},
+            "data": {
+                "train": [{"path": str(self.rows), "format": "messages"}],
+                "eval": [{"path": str(self.held_out), "format": "messages"}],
+                "max_length": 64,
+            },
+            "train": {
+                "output_dir": str(self.output),
+                "max_steps": 8,
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 2,
+                "learning_rate": 1e-2,
+                "logging_steps": 2,
+                "eval_steps": 4,
+                "save_steps": 3,
+            },
+            "evaluate": {"max_new_tokens": 4, "samples": 1},
+        }
+        for changes in (self.defaults, sections):
+            for name, values in changes.items():
+                if values is None:
+                    settings.pop(name)
+                else:
+                    settings[name] = settings.get(name, {}) | values
+        return settings
+
+    def settings_for_loss(self) -> None:
+        """From now on the training losses only: no evaluation, no replies."""
+        self.defaults = {"data": {"eval": []}, "evaluate": {"samples": 0}}
+
+    def write(self, **sections: Any) -> Path:
+        """``settings`` as a file."""
+        file = self.folder / "config.yaml"
+        file.write_text(yaml.safe_dump(self.settings(**sections)))
+        return file
+
+    def start(self, *arguments: Any, **env: str) -> subprocess.Popen:
+        """``python -m jlora.train`` on one CPU device."""
+        command = [sys.executable, "-m", "jlora.train", *map(str, arguments)]
+        own = {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
+            "XDG_CACHE_HOME": str(self.cache),
+            "PYTHONPATH": os.pathsep.join(map(str, (self._site(), PACKAGE.parent))),
+        }
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env=os.environ | own | env, cwd=self.folder, **pipes)
+
+    def _site(self) -> Path:
+        """Hides torch, which transformers would import if it were there: half of a start."""
+        file = self.cache / "site" / "sitecustomize.py"
+        if not file.exists():
+            file.parent.mkdir()
+            file.write_text("import sys\nsys.modules['torch'] = None\n")
+        return file.parent
+
+    def command(self, *arguments: Any, **env: str) -> Run:
+        """The same, waited for."""
+        process = self.start(*arguments, **env)
+        out, err = process.communicate(timeout=300)
+        return Run(process.returncode, out, err)
+
+    def run(self, *overrides: str, devices: int = 1, **sections: Any) -> None:
+        """The same in this process, on its first devices; errors are raised."""
+        off = "train.compilation_cache=false"  # it would be turned on for all other tests, too
+        settings = config.load(self.write(**sections), [off, *overrides])
+        mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
+        standard = jax.numpy_dtype_promotion("standard")  # optax does not promote strictly
+        with mock.patch.object(sharding, "make_mesh", mesh), standard, quick_compilation():
+            train.run(settings, Namespace(show_batch=False))
+
+    def main(self, *arguments: str, **sections: Any) -> int:
+        """The command in this process, for what ends before a step: its exit code."""
+        return cli.main("train", [str(self.write(**sections)), *arguments])
+
+    def log(self) -> list[dict[str, Any]]:
+        """metrics.jsonl without what depends on the clock."""
+        lines = metrics.read(self.output / "metrics.jsonl")
+        return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+    def losses(self) -> list[float]:
+        """The training lines' losses."""
+        return [line["loss"] for line in self.log() if "loss" in line]
+
+    def checkpoints(self) -> list[int]:
+        """The steps of the complete ones."""
+        found = (self.output / "checkpoints").glob("*/manifest.json")
+        return sorted(int(file.parent.name) for file in found)
+
+    def adapter(self) -> bytes:
+        """The produced file."""
+        return (self.output / ADAPTER).read_bytes()
+
+
+@contextmanager
+def quick_compilation() -> Iterator[None]:
+    """XLA without most of its optimizations: half the time of a run that compiles once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def make_base(folder: Path) -> Path:
+    """A model folder with random weights and a tokenizer; rows to train and to evaluate on."""
+    model = Model.from_config(LLAMA, "float32")
+    save_pretrained(folder, model, init_params(jax.random.key(0), model))
+    tiny_tokenizer().save_pretrained(folder)
+    rows = [chat(f"say {a} and {b}", f"{a}, {b}") for a in NUMBERS for b in THINGS]
+    write_rows(folder / "train.jsonl", rows[:-9])
+    write_rows(folder / "eval.jsonl", rows[-9:])
+    return folder
+
+
+def chat(prompt: str, reply: str) -> dict[str, Any]:
+    """A row of the format ``messages``."""
+    turns = [("user", prompt), ("assistant", reply)]
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A jsonl file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
