@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def load_tokenizer(
       ConfigError: there is no tokenizer, or no template file.
       DataError: the tokenizer's files are damaged.
     """
+    # It would say at its import that there is no PyTorch, which is as it should be.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer
 
     try:
