@@ -113,6 +113,7 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
     folder = Path(directory)
     config, targets = find_targets(params, read_config(folder))
     tensors = _read_tensors(folder / TENSOR_FILE)
+    _drop_bases(tensors, params, targets, folder)
     slots = _slots(params, config, targets)
     _check(tensors, slots, folder)
     flat: dict[paths.Path, np.ndarray] = {}
@@ -214,6 +215,29 @@ def _slots(params: Any, config: LoraConfig, targets: list[Target]) -> dict[str, 
             shape = leaf.shape[::-1] if transposed else leaf.shape
             slots[name] = _Slot(leaf.path, i if leaf.stack else None, None, transposed, shape)
     return slots
+
+
+def _drop_bases(
+    tensors: dict[str, np.ndarray], params: Any, targets: list[Target], folder: Path
+) -> None:
+    """Takes out the base weights that PEFT adds for an adapted output head.
+
+    Raises:
+      DataError: one differs from the model's own: the adapter is for other values.
+    """
+    for target in targets:
+        name = f"{PREFIX}{target.names[0]}.base_layer.weight"
+        value = tensors.pop(name, None) if target.path[-1] in paths.OUTPUT_HEADS else None
+        kernel = paths.get(params, target.path)["kernel"] if value is not None else None
+        if value is None or not getattr(kernel, "is_fully_addressable", False):
+            continue
+        own = np.asarray(kernel).T
+        if own.shape != value.shape or not np.array_equal(value.astype(own.dtype), own):
+            raise DataError(
+                f"{name} is not the model's own weight",
+                where=str(folder / TENSOR_FILE),
+                fix="use the base model that it was trained on",
+            )
 
 
 def _view(array: np.ndarray, slot: _Slot) -> np.ndarray:

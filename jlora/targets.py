@@ -62,7 +62,7 @@ def is_target(config: LoraConfig, name: str) -> bool:
     """Whether PEFT would put LoRA on the module ``name`` (target_modules already resolved)."""
     if config.exclude_modules and paths.matches(name, config.exclude_modules):
         return False
-    if any(_saved(name, m) for m in config.modules_to_save or ()):
+    if any(is_saved(name, m) for m in config.modules_to_save or ()):
         return False
     if config.target_modules is None or not paths.matches(name, config.target_modules):
         return False
@@ -94,7 +94,7 @@ def replaced_leaves(params: Any, config: LoraConfig, targets: Sequence[Target]) 
     adapted |= {p[:-1] for p in adapted}  # a part's bias is its fused projection's
     chosen = []
     for leaf in paths.leaves(params):
-        saved = [any(_saved(n, m) for m in config.modules_to_save or ()) for n in leaf.modules()]
+        saved = [any(is_saved(n, m) for m in config.modules_to_save or ()) for n in leaf.modules()]
         if any(saved) and not all(saved):
             raise ConfigError(
                 "modules_to_save names some layers of a stack; it must name all or none",
@@ -108,8 +108,13 @@ def replaced_leaves(params: Any, config: LoraConfig, targets: Sequence[Target]) 
     return chosen
 
 
-def _saved(name: str, module: str) -> bool:
-    return re.match(rf"(^|.*\.){module}($|\..*)", name) is not None
+def is_saved(name: str, module: str) -> bool:
+    """Whether PEFT trains the module ``name`` in full for this entry of ``modules_to_save``.
+
+    As in PEFT, an entry is the end of a module's name, at a dot or not: ``norm`` is also
+    ``input_layernorm``. Everything below such a module is trained with it.
+    """
+    return f"{module}." in f"{name}."
 
 
 def _candidates(params: Any) -> list[Target]:
@@ -196,7 +201,7 @@ def _check_patterns(
             hit = any(paths.pattern_value({p: True}, n, False) for n in adapted)
             need(key, p, hit, adapted)
     for m in config.modules_to_save or ():
-        need("modules_to_save", m, any(_saved(n, m) for n in modules), sorted(modules))
+        need("modules_to_save", m, any(is_saved(n, m) for n in modules), sorted(modules))
     faults += _layer_faults(config, linear)
     if not faults and not adapted:
         faults.append("target_modules: everything it matches is excluded")

@@ -1,0 +1,143 @@
+"""LoRA against peft on tiny random models: names, logits, gradients, merged and first values."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_peers import (
+    CASES,
+    FAST,
+    IDS,
+    NUMBERS,
+    PEERS_TALK,
+    assert_close,
+    both_bases,
+    copy,
+    jlora_logits,
+    make_peft,
+    peft,
+    torch,
+    torch_logits,
+    transformers,
+)
+
+import jlora
+from jlora import adapter_io
+from jlora.targets import find_targets
+
+pytestmark = PEERS_TALK
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return both_bases(tmp_path_factory)
+
+
+@pytest.fixture
+def case(bases, name, tmp_path):
+    """(base, peft's model, the same adapter read by jlora)."""
+    base, fields = bases[CASES[name][0]], CASES[name][1]
+    theirs = make_peft(base, fields)
+    theirs.save_pretrained(tmp_path / "peft")
+    return base, theirs, jlora.load_adapter(tmp_path / "peft", base.params)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_adapted_modules_are_pefts(bases, name):
+    base, fields = bases[CASES[name][0]], CASES[name][1]
+    theirs = peft.get_peft_model(copy.deepcopy(base.module), peft.LoraConfig(**fields))
+    config, targets = find_targets(base.params, jlora.LoraConfig(**fields))
+    ours = [n for t in targets for n, r in zip(t.names, t.ranks, strict=True) if r]
+    assert sorted(ours) == sorted(theirs.targeted_module_names)
+    again, _ = find_targets(base.params, config)
+    assert again == config, "what was resolved resolves to itself"
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_logits_gradients_and_merged_weights_are_pefts(case, tmp_path):
+    base, theirs, adapter = case
+
+    def loss(adapter):
+        logits = base.model(jlora.attach(base.params, adapter), jnp.asarray(IDS))
+        return jnp.sum(jnp.sin(logits)), logits
+
+    (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)(
+        adapter
+    )
+    out = theirs(input_ids=torch.tensor(IDS).long()).logits
+    assert_close(logits, out.detach().numpy(), 1e-5)
+    moved = np.abs(torch_logits(base.module) - out.detach().numpy()).max()
+    assert moved > 1e-3 * np.abs(logits).max(), "the adapter shows"
+
+    out.sin().sum().backward()
+    trained = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    want = peft.get_peft_model_state_dict(theirs, trained, save_embedding_layers=False)
+    got = adapter_io.to_peft_tensors(grads)
+    assert set(got) == set(want)
+    for key, value in want.items():
+        assert_close(got[key], value.numpy(), 1e-5, key)
+
+    merged = theirs.merge_and_unload().state_dict()
+    jlora.save_pretrained(tmp_path / "merged", base.model, jlora.merge(base.params, adapter))
+    for key, value in load_file(tmp_path / "merged" / "model.safetensors").items():
+        assert_close(value, merged[key].numpy(), 1e-5, key)
+
+
+@pytest.mark.parametrize("kind", [True, "gaussian", False])
+def test_first_values_are_drawn_as_pefts(bases, kind):
+    base = bases["llama"]
+    fields: dict[str, Any] = {
+        "r": 32,
+        "target_modules": ["q_proj", "down_proj"],
+        "init_lora_weights": kind,
+    }
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(copy.deepcopy(base.module), peft.LoraConfig(**fields))
+    want = peft.get_peft_model_state_dict(theirs)
+    adapter = jlora.init_adapter(jax.random.key(0), base.params, jlora.LoraConfig(**fields))
+    got = adapter_io.to_peft_tensors(adapter)
+    assert set(got) == set(want)
+    for key, tensor in want.items():
+        value, size = tensor.numpy(), tensor.numel()
+        np.testing.assert_allclose(got[key].std(), value.std(), rtol=6 / np.sqrt(size))
+        assert abs(got[key].mean()) <= 4 * value.std() / np.sqrt(size)
+        if kind != "gaussian":  # the bounds of a uniform distribution are sharp
+            np.testing.assert_allclose(np.abs(got[key]).max(), np.abs(value).max(), rtol=0.02)
+
+
+def test_qlora_is_bitsandbytes_and_pefts(bases, tmp_path):
+    """Level-2 codes differ in up to 0.23 % of blocks: the rest of the difference is rounding.
+
+    Hence the measure: how far quantizing itself moves the logits; 2 % of that is allowed.
+    """
+    pytest.importorskip("bitsandbytes")
+    base = bases["llama"]
+    packing = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    }
+    packed = transformers.AutoModelForCausalLM.from_pretrained(
+        base.folder,
+        quantization_config=transformers.BitsAndBytesConfig(
+            **packing, bnb_4bit_compute_dtype=torch.float32
+        ),
+        dtype=torch.float32,
+        attn_implementation="eager",
+        device_map="cpu",
+    )
+    theirs = make_peft(base, {"target_modules": "all-linear"}, packed)
+    theirs.train()  # its forward pass without gradients repacks the weights in place
+    theirs.save_pretrained(tmp_path)
+    want = theirs(input_ids=torch.tensor(IDS).long()).logits.detach().numpy()
+
+    settings = jlora.QuantConfig(**packing, bnb_4bit_compute_dtype="float32")
+    _, params = jlora.load_pretrained(base.folder, dtype="float32", quantization=settings)
+    adapter = jlora.load_adapter(tmp_path, params)
+    got = jlora_logits(base, params, adapter)
+    moved = np.abs(jlora_logits(base, base.params, adapter) - want).max()
+    assert moved > 0.05 * np.abs(want).max()
+    assert np.abs(got - want).max() < 0.02 * moved

@@ -1,0 +1,190 @@
+"""Tiny random models of transformers, PEFT's adapters on them, and both as jlora reads them.
+
+Every case is a PEFT config. Its adapter has random A and B, is made by peft, and is read from the
+folder that peft saved, so that both sides hold the same values.
+"""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+PEERS_TALK = [
+    pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to:UserWarning"),
+]
+"""What the peers say of each other, of GPT-2 and of heads; other warnings of theirs are errors."""
+
+LLAMA = transformers.LlamaConfig(
+    vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+    attention_bias=True, tie_word_embeddings=False, initializer_range=0.06,
+)  # fmt: skip
+GPT2 = transformers.GPT2Config(
+    vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=32, initializer_range=0.06,
+    bos_token_id=0, eos_token_id=0,
+)  # fmt: skip
+BASES = {"llama": LLAMA, "gpt2": GPT2}
+FAST = {"xla_backend_optimization_level": 0}
+"""Compiles in half the time; each program runs once."""
+
+IDS = np.random.default_rng(0).integers(0, 64, (2, 12), dtype=np.int32)
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "default targets": ("llama", {}),
+    "two suffixes": ("llama", {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 16}),
+    "all-linear": ("llama", {"target_modules": "all-linear", "r": 4}),
+    "rsLoRA": ("llama", {"r": 4, "lora_alpha": 3, "use_rslora": True}),
+    "patterns": (
+        "llama",
+        {
+            "r": 4,
+            "target_modules": ["q_proj", "o_proj", "up_proj"],
+            "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 2, "up_proj": 6, "q_proj": 3},
+            "alpha_pattern": {"q_proj": 5, r"model\.layers\.[02]\.mlp\.up_proj": 2.5},
+        },
+    ),
+    "rsLoRA with patterns": (
+        "llama",
+        {"use_rslora": True, "rank_pattern": {"v_proj": 3}, "alpha_pattern": {"q_proj": 5}},
+    ),
+    "a list of layers": ("llama", {"target_modules": ["v_proj"], "layers_to_transform": [0, 2]}),
+    "one layer": (
+        "llama",
+        {"target_modules": ["v_proj", "up_proj"], "layers_to_transform": 1, "r": 2},
+    ),
+    "layers by pattern": (
+        "llama",
+        {"target_modules": ["k_proj"], "layers_to_transform": [2], "layers_pattern": "layers"},
+    ),
+    "full names": (
+        "llama",
+        {"target_modules": ["model.layers.1.mlp.up_proj", "layers.0.self_attn.o_proj"]},
+    ),
+    "excluded names": (
+        "llama",
+        {"target_modules": "all-linear", "exclude_modules": ["layers.1.mlp.up_proj", "q_proj"]},
+    ),
+    "excluded by expression": (
+        "llama",
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.0\..*q_proj"},
+    ),
+    "an expression": ("llama", {"target_modules": r".*layers\.(0|2)\..*\.(gate|k)_proj"}),
+    "all biases": ("llama", {"target_modules": ["q_proj"], "bias": "all"}),
+    "its biases": ("llama", {"target_modules": ["q_proj", "up_proj"], "bias": "lora_only"}),
+    "modules to save": (
+        "llama",
+        {"target_modules": "all-linear", "modules_to_save": ["lm_head", "norm", "embed_tokens"]},
+    ),
+    "the output head": ("llama", {"target_modules": ["lm_head", "q_proj"]}),
+    "a saved module with parts": (
+        "llama",
+        {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["mlp"]},
+    ),
+    "fan_in_fan_out said of Linear": ("llama", {"fan_in_fan_out": True}),
+    "gpt2's default targets": ("gpt2", {}),
+    "gpt2, all-linear": ("gpt2", {"target_modules": "all-linear", "r": 3}),
+    "gpt2, fan_in_fan_out": (
+        "gpt2",
+        {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True, "lora_alpha": 4},
+    ),
+    "gpt2, all biases": (
+        "gpt2",
+        {"target_modules": ["c_fc"], "layers_to_transform": [0, 1], "bias": "all"},
+    ),
+    "gpt2, modules to save": (
+        "gpt2",
+        {"target_modules": r".*attn\.c_(attn|proj)", "modules_to_save": ["ln_f", "c_fc"]},
+    ),
+}
+NUMBERS = [
+    name
+    for name in CASES
+    if name
+    not in (
+        "two suffixes",
+        "rsLoRA with patterns",
+        "one layer",
+        "layers by pattern",
+        "full names",
+        "excluded by expression",
+        "fan_in_fan_out said of Linear",
+        "gpt2, all-linear",
+    )
+]
+"""The cases whose numbers differ in kind; the others differ in names."""
+
+
+@dataclasses.dataclass
+class Base:
+    """One base model: as torch's module, as a folder, and as jlora reads that."""
+
+    module: Any
+    folder: Path
+    model: Any
+    params: dict
+
+
+def make_base(name: str, folder: Path) -> Base:
+    """A random model whose norms and biases matter too."""
+    torch.manual_seed(0)
+    module = transformers.AutoModelForCausalLM.from_config(
+        BASES[name], attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        for weight in module.parameters():
+            if weight.ndim == 1:
+                weight.add_(0.2 * torch.randn_like(weight))
+    module.save_pretrained(folder)
+    model, params = jlora.load_pretrained(folder, dtype="float32")
+    return Base(module, folder, model, params)
+
+
+def both_bases(tmp_path_factory: Any) -> dict[str, Base]:
+    return {name: make_base(name, tmp_path_factory.mktemp(name)) for name in BASES}
+
+
+def make_peft(base: Base, fields: dict, module: Any = None, seed: int = 1) -> Any:
+    """peft's model for a config, with random trainable parameters."""
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **fields)
+    model = peft.get_peft_model(copy.deepcopy(base.module) if module is None else module, config)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                size = 0.15 if "lora_" in name else 0.05
+                weight.add_(size * torch.randn_like(weight))
+    return model.eval()
+
+
+def torch_logits(model: Any, ids: np.ndarray = IDS) -> np.ndarray:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(ids).long()).logits.float().numpy()
+
+
+def jlora_logits(base: Base, params: dict, adapter: Any = None, ids: np.ndarray = IDS) -> Any:
+    if adapter is not None:
+        params = jlora.attach(params, adapter)
+    return np.asarray(jax.jit(base.model, compiler_options=FAST)(params, jnp.asarray(ids)))
+
+
+def assert_close(got: Any, want: Any, bound: float, name: str = "") -> None:
+    """Equal up to ``bound`` of the largest value wanted."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape, name
+    np.testing.assert_allclose(
+        got, want, rtol=0, atol=bound * np.abs(want).max() + 1e-12, err_msg=name
+    )
