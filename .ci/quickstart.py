@@ -29,9 +29,9 @@ def readme_commands() -> list[str]:
 
 
 def run(command: str) -> float:
-    """Seconds that a command took, or needs on one free core if that is less; fails with it.
+    """Seconds by the clock that a command took; fails when it fails.
 
-    On a machine that others use too, the clock measures them; processor time does not.
+    Processor time is printed too: it tells a slow program from a busy machine.
     """
     print(f"\n$ {command}", flush=True)
     start, used = time.monotonic(), processor_seconds()
@@ -39,7 +39,7 @@ def run(command: str) -> float:
     subprocess.run([sys.executable if program == "python" else program, *arguments], check=True)
     clock, processor = time.monotonic() - start, processor_seconds() - used
     print(f"{clock:.0f} s by the clock, {processor:.0f} s of processor time", flush=True)
-    return min(clock, processor)
+    return clock
 
 
 def processor_seconds() -> float:
