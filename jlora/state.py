@@ -19,7 +19,8 @@ GROWTH_INTERVAL = 2000
 class LossScale:
     """Dynamic loss scaling for float16, by the rules of torch's GradScaler.
 
-    The scale doubles after 2000 good steps and halves on one that overflows, which is skipped.
+    The scale doubles after 2000 good steps in a row and halves on one that overflows, which is
+    skipped. Unlike torch's it stays between 1 and 2**24.
     """
 
     scale: Any

@@ -107,13 +107,13 @@ def make_train_step(
         loss = loss / scale
         grads = jax.tree.map(lambda g: g / scale, grads) if state.loss_scale else grads
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
             "target_tokens": count,
             "tokens": jnp.sum(batch["segment_ids"] != 0),
-            "finite": finite & jnp.isfinite(loss),
+            "finite": finite,
             "alive": jnp.stack([jnp.any(g != 0) for g in jax.tree.leaves(grads)]),
         }
         return _apply(state, grads, optimizer, finite), metrics
