@@ -64,7 +64,7 @@ def build(name: str, dtype: str = "float32", **options):
     """A model and random parameters whose norms and biases differ from their initial values."""
     model = Model.from_config({**CONFIGS[name], "initializer_range": 0.15}, dtype)
     model = dataclasses.replace(model, **options)
-    params = init_params(jax.random.key(0), model)
+    params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), model)
     rng = np.random.default_rng(1)
 
     def stir(path, leaf):
