@@ -1,0 +1,132 @@
+"""What training refuses, with its exit code, its place and its remedy; what it never runs."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+
+import pytest
+from tiny_runs import chat, write_rows
+
+from jlora.errors import DivergedError
+
+STOP_THERE = {"target_modules": ["nothing"]}
+"""Ends a run after the model is loaded and before anything is compiled."""
+
+
+def test_divergence_exits_70_and_leaves_the_adapter_of_before(place, capfd):
+    place.settings_for_loss()
+    place.run(train={"max_steps": 1})
+    before = place.adapter()
+    fast = {"learning_rate": 1e30, "max_grad_norm": None, "resume": "never", "save_steps": 1}
+    with pytest.raises(DivergedError) as caught:
+        place.run(train=fast)
+    assert caught.value.exit_code == 70
+    assert "train.learning_rate" in str(caught.value) and "step" in caught.value.where
+    assert place.adapter() == before
+    assert all("loss" not in line or line["loss"] is not None for line in place.log())
+
+
+def test_bad_rows_exit_65_naming_file_and_line(place):
+    rows = place.folder / "rows.jsonl"
+    good = json.dumps(chat("hi", "there"))
+    rows.write_text(f'{good}\n{{"messages": [{{"role": "assistent", "content": ""}}]}}\n{{"mess\n')
+    source = [{"path": str(rows), "format": "messages"}]
+    run = place.command(place.write(data={"train": source}))
+    assert run.code == 65 and not run.out
+    assert f"error: {rows}:2: messages[0] has the role 'assistent'" in run.err
+    assert f"{rows}:3: " in run.err and "did you mean 'assistant'?" in run.err
+
+
+def test_nothing_to_learn_is_an_error(place, capsys):
+    rows = write_rows(place.folder / "rows.jsonl", [chat("a prompt of some length", "reply")] * 3)
+    source = [{"path": str(rows), "format": "messages"}]
+    assert place.main(data={"train": source, "max_length": 8}) == 65
+    said = capsys.readouterr().err
+    assert "no token is to be learned" in said and "data.max_length" in said
+
+
+def test_a_pattern_that_matches_nothing_exits_2_with_near_names(place, capsys):
+    assert place.main(lora={"target_modules": ["q_porj", "v_proj"]}) == 2
+    said = capsys.readouterr().err
+    assert "q_porj" in said and "q_proj" in said.replace("q_porj", "")
+
+
+def test_an_output_folder_that_cannot_be_one_exits_74(place, capsys):
+    place.output.write_text("a file")
+    assert place.main() == 74
+    assert str(place.output) in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB: room for settings and log, not for a checkpoint."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk can be mounted by root only")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_exits_74_and_says_so(place, small_disk):
+    place.output = small_disk / "out"
+    place.settings_for_loss()
+    run = place.command(place.write(train={"save_steps": 1}))
+    assert run.code == 74, run.err
+    assert "error: " in run.err and "the disk is full" in run.err
+    assert place.checkpoints() == []
+
+
+class Bomb:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (self.marker, "w")
+
+
+@pytest.fixture
+def base(place):
+    """The place's own copy of its model folder, to spoil."""
+    place.base = shutil.copytree(place.base, place.folder / "base")
+    return place.base
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_nothing_is_unpickled(place, base, name, capsys):
+    marker = place.folder / "marker"
+    (base / "model.safetensors").unlink()
+    (base / name).write_bytes(pickle.dumps(Bomb(str(marker))))
+    assert place.main() in (2, 65)
+    said = capsys.readouterr().err
+    assert not marker.exists() and "safetensors" in said and "Traceback" not in said
+
+
+def test_code_in_a_model_folder_does_not_run(place, base, capsys):
+    marker = place.folder / "marker"
+    (base / "evil.py").write_text(
+        f"open({str(marker)!r}, 'w')\nclass Config: pass\nclass Tokenizer: pass\n"
+    )
+    for name, classes in (
+        ("config.json", {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}),
+    ):
+        settings = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps({**settings, "auto_map": classes}))
+    assert place.main(lora=STOP_THERE) == 2
+    assert "nothing" in capsys.readouterr().err, "the model was loaded"
+    assert not marker.exists()
+
+
+def test_a_model_that_only_its_own_code_can_load_is_refused(place, base, capsys):
+    marker = place.folder / "marker"
+    (base / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Config: pass\n")
+    settings = json.loads((base / "config.json").read_text())
+    settings |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}
+    (base / "config.json").write_text(json.dumps(settings))
+    assert place.main() in (2, 65)
+    said = capsys.readouterr().err
+    assert "fix: " in said and "Traceback" not in said and not marker.exists()

@@ -1,0 +1,182 @@
+"""However a run is interrupted, the same command ends in what the uninterrupted run gives."""
+
+import random
+import shutil
+import signal
+import time
+
+import pytest
+from tiny_runs import Place
+
+from jlora import metrics
+from jlora.errors import ConfigError, OutputInUseError
+from jlora.outputs import Checkpoints
+from jlora.runtime import RunLock
+
+STEPS = 40
+LONG = {
+    "max_steps": STEPS,
+    "logging_steps": 1,
+    "eval_steps": 9,
+    "save_steps": 4,
+    "save_total_limit": 2,
+}
+KILLS = ["start"] * 3 + ["step"] * 3 + ["save"] * 4
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_base, tiny_cache):
+    """The uninterrupted run; it fills the cache that makes the others' starts quick."""
+    place = Place(tmp_path_factory.mktemp("whole"), tiny_base, tiny_cache)
+    run = place.command(place.write(train=LONG))
+    assert run.code == 0, run.err
+    lines = place.log()
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, STEPS + 1)]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [9, 18, 27, 36, 40]
+    return place
+
+
+def last_step(place):
+    """The step of the last line; 0 before there is one."""
+    path = place.output / "metrics.jsonl"
+    lines = metrics.read(path) if path.exists() else []
+    return lines[-1]["step"] if lines else 0
+
+
+def saving(place, after):
+    """Whether a checkpoint later than ``after`` is being written."""
+    folders = (place.output / "checkpoints").glob("*")
+    late = [f for f in folders if f.name.isdigit() and int(f.name) > after]
+    return any(not (f / "manifest.json").exists() for f in late)
+
+
+def wait(process, condition):
+    """Returns as soon as the condition holds or the process has ended."""
+    while process.poll() is None and not condition():
+        time.sleep(0.001)
+
+
+@pytest.mark.slow
+def test_ten_kills_leave_no_trace(place, whole):
+    rng = random.Random(0)
+    kinds = rng.sample(KILLS, len(KILLS))
+    config, codes = place.write(train=LONG), []
+    for number, kind in enumerate(kinds):
+        target = (STEPS - 3) * number // len(kinds) + rng.randint(0, 2)
+        pause = rng.uniform(0, 3) if kind == "start" else rng.uniform(0, 0.02)
+        began = time.monotonic()
+
+        def now(kind=kind, target=target, pause=pause, began=began):
+            step = last_step(place)
+            if kind == "start":
+                return time.monotonic() - began > pause or step > target + 3
+            return step > target + 3 or (saving(place, target) if kind == "save" else step > target)
+
+        process = place.start(config)
+        wait(process, now)
+        time.sleep(0 if kind == "start" else pause)
+        process.kill()
+        process.communicate()
+        codes.append(process.returncode)
+    assert codes.count(-signal.SIGKILL) >= 9, "at most one came after the end"
+    run = place.command(config)
+    assert run.code == 0, run.err
+    assert place.log() == whole.log()
+    assert place.adapter() == whole.adapter()
+    assert place.checkpoints() == whole.checkpoints()
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(place, whole):
+    config = place.write(train=LONG)
+    for signum, after in ((signal.SIGTERM, 3), (signal.SIGINT, 15)):
+        process = place.start(config)
+        wait(process, lambda after=after: last_step(place) > after)
+        process.send_signal(signum)
+        out, err = process.communicate()
+        assert process.returncode == 128 + signum, out + err
+        step = place.checkpoints()[-1]
+        assert err.splitlines()[-2:] == [
+            f"stopped and saved at step {step}",
+            "  fix: the same command goes on from here",
+        ]
+        assert after < step < STEPS and last_step(place) == step
+    assert place.command(config).code == 0
+    assert place.log() == whole.log() and place.adapter() == whole.adapter()
+
+
+def test_a_second_run_on_the_same_folder_is_refused(place):
+    place.defaults = {"lora": {"target_modules": ["none"]}}  # would end soon, if it began
+    with RunLock(place.output):
+        run = place.command(place.write())
+    assert run.code == OutputInUseError.exit_code == 73
+    assert "another run writes to this folder: process" in run.err and not run.out
+
+
+def test_dying_between_the_last_evaluation_and_the_last_save_repeats_no_line(place, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def save(self, state, progress, save=Checkpoints.save):
+        if progress.finished:
+            raise Killed
+        save(self, state, progress)
+
+    settings = {"train": {"max_steps": 4, "save_steps": 2}}
+    monkeypatch.setattr(Checkpoints, "save", save)
+    with pytest.raises(Killed):
+        place.run(**settings)
+    monkeypatch.undo()
+    before = place.log()
+    assert place.checkpoints() == [2, 4] and "eval_loss" in before[-1]
+    place.run(**settings)
+    assert place.log() == before
+
+
+@pytest.fixture(scope="module")
+def eight_steps(tmp_path_factory, tiny_base, tiny_cache):
+    """A finished run, with checkpoints at 3, 6 and 8."""
+    place = Place(tmp_path_factory.mktemp("eight"), tiny_base, tiny_cache)
+    place.settings_for_loss()
+    place.run()
+    return place
+
+
+@pytest.fixture
+def done(place, eight_steps):
+    """A copy of it."""
+    place.settings_for_loss()
+    shutil.copytree(eight_steps.output, place.output)
+    return place
+
+
+def test_an_earlier_checkpoint_by_its_path(done):
+    log, adapter = done.log(), done.adapter()
+    done.run(f"train.resume={done.output}/checkpoints/3", "train.save_steps=4")
+    assert done.log() == log and done.adapter() == adapter
+    assert done.checkpoints() == [3, 4, 8], "what came after it is gone"
+
+
+def test_never_starts_over(done):
+    done.run("train.resume=never", "train.max_steps=4")
+    assert [line["step"] for line in done.log()] == [2, 4]
+    assert done.checkpoints() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("train.learning_rate=0.02", "train.learning_rate: 0.01 there, 0.02 here"),
+        ("train.max_steps=9", "plan.total_steps: 8 there, 9 here"),
+        ("data.max_length=32", "data.fingerprint"),
+        ("lora.r=8", "lora.r: 4 there, 8 here"),
+    ],
+)
+def test_other_settings_are_refused_by_name_and_change_nothing(done, change, named):
+    def files():
+        every = {path: path.stat().st_mtime_ns for path in done.output.rglob("*")}
+        return {path: time for path, time in every.items() if path.name != ".lock"}
+
+    before = files()
+    with pytest.raises(ConfigError, match=named):
+        done.run(change)
+    assert files() == before
