@@ -14,6 +14,7 @@ import numpy as np
 
 from jlora.config import Config, TrainConfig
 from jlora.errors import DivergedError
+from jlora.optim import warmup_steps
 
 LEARNING_BY = 3
 """Updates by which every leaf must have had a gradient: B moves first, then A (with a warm-up whose
@@ -30,6 +31,9 @@ class Plan:
     steps_per_epoch: int
     total_steps: int
     fp16: bool
+    learning_by: int
+    """Updates by which every leaf must have had a gradient; a B that a long warm-up keeps tiny may
+    be zero in float16, and A has none until then."""
 
     @classmethod
     def of(
@@ -45,7 +49,9 @@ class Plan:
         if total < 0:
             total = math.ceil(settings.num_train_epochs * steps)
         fp16 = config.compute_dtype == "float16"
-        return cls(rows, eval_rows(config, mesh), accumulation, steps, total, fp16)
+        learning_by = LEARNING_BY + (warmup_steps(settings, total) if fp16 else 0)
+        held_out = eval_rows(config, mesh)
+        return cls(rows, held_out, accumulation, steps, total, fp16, learning_by)
 
 
 def eval_rows(config: Config, mesh: jax.sharding.Mesh) -> int:
@@ -86,7 +92,7 @@ class Progress:
             self.interval_targets += int(metrics["target_tokens"])
         self.last = {"grad_norm": float(metrics["grad_norm"])}
         self.updates += bool(metrics["finite"])
-        if self.updates <= LEARNING_BY:
+        if metrics["finite"]:
             alive = [bool(a) for a in metrics["alive"]]
             self.alive = [a or b for a, b in zip(self.alive or alive, alive, strict=True)]
 
@@ -175,9 +181,9 @@ def check_evaluation(loss: float, progress: Progress) -> None:
         )
 
 
-def check_learning(progress: Progress, trainable: Any) -> None:
-    """Raises DivergedError, naming them, when some leaves had no gradient in three updates."""
-    if progress.updates != LEARNING_BY or all(progress.alive):
+def check_learning(progress: Progress, trainable: Any, plan: Plan) -> None:
+    """Raises DivergedError, naming them, when some leaves had no gradient in the first updates."""
+    if progress.updates != plan.learning_by or all(progress.alive):
         return
     names = [
         jax.tree_util.keystr(path, simple=True, separator=".")

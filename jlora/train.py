@@ -105,11 +105,11 @@ def train(
         values = jax.device_get(metrics)
         check_finite(values, progress, plan)
         progress.add(values)
-        check_learning(progress, job.trainable)
+        check_learning(progress, job.trainable, plan)
         meter.add(int(values["tokens"]))
         console.advance(progress.step)
         if progress.step % settings.logging_steps == 0 or progress.step == plan.total_steps:
-            rate = float(learning_rate(progress.step - 1))
+            rate = float(learning_rate(max(progress.updates - 1, 0)))
             record(progress.line(rate, plan) | meter.rate())
 
     if progress.step == 0:
@@ -172,5 +172,6 @@ def _first_state(job: Job, plan: Plan, optimizer: Any) -> tuple[TrainState, Any]
 def _first_batch(config: Config, tokenizer: Any) -> Any:
     """The first batch as text, its targets marked."""
     rows = data.prepare(config.data.train, tokenizer, config.data)
-    order = rows.order(config.train.per_device_train_batch_size, config.train.seed)
+    size, shuffle = config.train.per_device_train_batch_size, config.data.shuffle
+    order = rows.order(size, config.train.seed, shuffle)
     return data.show_batch(data.batch_at(rows, order, 0), tokenizer)
