@@ -1,7 +1,8 @@
 """Generating tokens with a KV cache: greedy or sampled, many rows at once. Pure.
 
-The model is an argument: anything with ``init_cache(batch, length)`` and
-``decode(params, ids, positions, cache, last_only)`` giving (B, V) float32 logits and the cache.
+The model is an argument: anything with ``init_cache(batch, length)``,
+``decode(params, ids, positions, cache, last_only)`` giving (B, V) float32 logits and the cache, and
+``config.position_limit``, None or how many positions there are.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ def generate(
 ) -> list[list[int]]:
     """The tokens that follow each prompt, up to and without the first end-of-sequence token.
 
+    A reply also ends where the model has no more positions; after a prompt that is longer than they
+    are there is none.
+
     All batches have one shape, so that one program is compiled: prompts are padded to the longest
     (rounded up to 16), and the last batch is filled up. A row's tokens depend on its prompt and, if
     sampled, on ``seed`` and its number only.
@@ -77,7 +81,11 @@ def generate(
         numbers = np.arange(start, start + rows, dtype=np.int32)
         tokens = np.asarray(run(params, ids, positions, jax.random.key(seed), numbers))
         replies += [_until(row, eos_ids) for row in tokens[: len(part)].tolist()]
-    return replies
+    if (limit := model.config.position_limit) is None:
+        return replies
+    # The last token needs no position of its own: nothing is computed from it.
+    room = [max(0, limit - len(prompt) + 1) for prompt in prompts]
+    return [reply[:most] for reply, most in zip(replies, room, strict=True)]
 
 
 def next_token(
@@ -115,21 +123,21 @@ def _compiled(
     def run(params, ids, positions, key, numbers):
         cache = model.init_cache(rows, width + new)
         logits, cache = model.decode(params, ids, positions, cache, last_only=True)
-        tokens = jnp.full((rows, new), eos[0], jnp.int32)
+        first = pick(logits, key, numbers, 0)
+        tokens = jnp.full((rows, new), eos[0], jnp.int32).at[:, 0].set(first)
 
         def going_on(carry):
             step, done, *_ = carry
             return (step < new) & ~jnp.all(done)
 
         def one(carry):
-            step, done, logits, cache, tokens = carry
+            step, done, last, cache, tokens = carry
+            logits, cache = model.decode(params, last[:, None], None, cache, last_only=True)
             token = jnp.where(done, eos[0], pick(logits, key, numbers, step))
             tokens = tokens.at[:, step].set(token)
-            done = done | jnp.isin(token, eos)
-            logits, cache = model.decode(params, token[:, None], None, cache, last_only=True)
-            return step + 1, done, logits, cache, tokens
+            return step + 1, done | jnp.isin(token, eos), token, cache, tokens
 
-        start = (jnp.int32(0), jnp.zeros(rows, bool), logits, cache, tokens)
+        start = (jnp.int32(1), jnp.isin(first, eos), first, cache, tokens)
         return jax.lax.while_loop(going_on, one, start)[-1]
 
     return jax.jit(run)

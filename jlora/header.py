@@ -50,8 +50,8 @@ def check_fit(job: Job, prepared: Prepared) -> None:
             where=job.config.model.name_or_path,
             fix="use the tokenizer that belongs to the model",
         )
-    limit = job.model.config.max_position_embeddings
-    if job.model.config.model_type == "gpt2" and prepared.length > limit:
+    limit = job.model.config.position_limit
+    if limit is not None and prepared.length > limit:
         raise ConfigError(
             f"{prepared.length} tokens in a row, but the model has {limit} positions",
             where="data.max_length",

@@ -70,9 +70,10 @@ def _original(config: Config, tokenizer: Any) -> Job:
 
 
 def _logits(job: Job, params: Any) -> np.ndarray:
-    """Logits of a fixed batch of random tokens, (4, 64, V)."""
+    """Logits of a fixed batch of random tokens, (4, 64, V), or as long as the model can be."""
+    shape = 4, min(64, job.model.config.position_limit or 64)
     size = job.model.config.vocab_size
-    ids = np.random.default_rng(0).integers(0, size, (4, 64), dtype=np.int32)
+    ids = np.random.default_rng(0).integers(0, size, shape, dtype=np.int32)
     return np.asarray(jax.jit(job.model)(params, jnp.asarray(ids)))
 
 

@@ -63,6 +63,11 @@ class DecoderConfig:
         """The ``config.json`` this came from, as a fresh dict."""
         return json.loads(self.hf_json)
 
+    @property
+    def position_limit(self) -> int | None:
+        """Positions that exist at all; None where any may be computed (rotary embeddings)."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig(DecoderConfig):
@@ -79,6 +84,11 @@ class LlamaConfig(DecoderConfig):
 @dataclasses.dataclass(frozen=True)
 class GPT2Config(DecoderConfig):
     """gpt2: learned positions, LayerNorm, fused query-key-value projection."""
+
+    @property
+    def position_limit(self) -> int:
+        """See DecoderConfig."""
+        return self.max_position_embeddings
 
 
 def parse(hf: Mapping[str, Any], *, where: str = "config.json") -> DecoderConfig:
