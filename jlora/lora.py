@@ -19,7 +19,6 @@ gradients are exactly zero and they stay zero.
 from __future__ import annotations
 
 import dataclasses
-import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -32,7 +31,7 @@ from jaxtyping import Array, Float
 from jlora import paths
 from jlora.config import LoraConfig
 from jlora.errors import DataError
-from jlora.targets import Target, find_targets, rank_of, replaced_leaves, scaling_of
+from jlora.targets import Target, find_targets, is_replaced, replaced_leaves, scaling_of
 
 Tree = Mapping[str, Any]
 DELTA = ("lora_A", "lora_B")
@@ -106,7 +105,7 @@ def init_adapter(key: Array, params: Tree, config: LoraConfig) -> Adapter:
     for target in targets:
         a, b = _init_pair(_fold(key, target.path), target, config)
         flat[(*target.path, "lora_A")], flat[(*target.path, "lora_B")] = a, b
-    for leaf in replaced_leaves(params, config, targets):
+    for leaf in replaced_leaves(params, config):
         flat[leaf.path] = jnp.array(_dense(leaf.value), jnp.float32, copy=True)
     return Adapter(paths.nest(flat), config)
 
@@ -123,33 +122,24 @@ def attach(params: Tree, adapter: Adapter, *, dropout_key: Array | None = None) 
     Raises:
       DataError: the adapter has nodes that ``params`` lacks, or of another shape.
     """
-    stacks = paths.stacks(params)
-
-    def overlay(node: Tree, changes: Tree, path: paths.Path) -> dict:
-        unknown = [k for k in changes if k not in node and not _is_delta(node, changes, k)]
-        if unknown:
-            name = ".".join((*path, unknown[0]))
+    leaves = {leaf.path: leaf for leaf in paths.leaves(params)}
+    changes: dict[paths.Path, dict[paths.Path, Array]] = {}
+    for path, value in paths.walk(adapter.weights):
+        changed = (*paths.whole(path[:-1]), "kernel") if path[-1] in DELTA else path
+        if changed not in leaves:
+            name = ".".join(path)
             raise DataError("the adapter changes a leaf that the model does not have", where=name)
-        result = dict(node)
-        for key, change in changes.items():
-            if key in node and isinstance(change, Mapping):
-                result[key] = overlay(node[key], change, (*path, key))
-            elif key in node:
-                result[key] = change.astype(node[key].dtype)
-        if "kernel" in node and any(_is_delta(node, changes, k) for k in changes):
-            stack = paths.stack_of(path, stacks)
-            size = (node["kernel"].shape[0] if stack else None, node["kernel"].shape[-1])
-            a, b, scale = _combine(size, changes, path, stack, adapter.config)
-            _check_shapes(node["kernel"], a, b, path)
-            keys = (
-                _layer_keys(dropout_key, path, scale.shape) if adapter.config.lora_dropout else None
-            )
-            result["kernel"] = LoraWeight(
-                node["kernel"], a, b, scale, keys, float(adapter.config.lora_dropout)
-            )
-        return result
+        changes.setdefault(changed, {})[path] = value
 
-    return overlay(params, adapter.weights, ())
+    def change(path: paths.Path, value: Any) -> Any:
+        if path not in changes:
+            return value
+        leaf, own = leaves[path], dict(changes[path])
+        if path in own:
+            value = _replace(leaf, own.pop(path), adapter.config)
+        return _with_delta(leaf, value, own, adapter.config, dropout_key) if own else value
+
+    return paths.map_leaves(change, params)
 
 
 def detach(attached: Tree) -> dict:
@@ -192,85 +182,34 @@ def unmerge(merged: Tree, adapter: Adapter) -> dict:
     return paths.map_leaves(subtract, attach(merged, adapter))
 
 
-def whole_projections(adapter: Adapter) -> Adapter:
-    """The same adapter with LoRA on whole fused projections instead of on parts of them.
-
-    The parts' ranks add up; their scales go into B, and alpha is set so that the scale is one. This
-    is how formats that know no parts (PEFT's) can hold such an adapter.
-    """
-    config, stacks = adapter.config, paths.stacks(adapter.weights)
-    fused_ranks: dict[str, int] = {}
-    adapted: list[str] = []
-
-    def convert(node: Tree, path: paths.Path) -> dict:
-        result = {}
-        stack = paths.stack_of((*path, ""), stacks)
-        parts = {k: v for k, v in node.items() if path and k in paths.FUSED.get(path[-1], ())}
-        for key, child in node.items():
-            if key not in parts:
-                mapping = isinstance(child, Mapping)
-                result[key] = convert(child, (*path, key)) if mapping else child
-        if parts:
-            any_b = next(iter(parts.values()))["lora_B"]
-            width = any_b.shape[-1] * len(paths.FUSED[path[-1]])
-            layers = any_b.shape[0] if stack else None
-            a, b, _ = _combine((layers, width), node, path, stack, config)
-            result |= {"lora_A": a, "lora_B": b}
-            fused_ranks[path[-1]] = a.shape[-1]
-        if parts or "lora_A" in node:
-            layers = result["lora_A"].shape[0] if stack else 1
-            names = [paths.module_name(path, stack, i) for i in range(layers)]
-            last = path[-1]
-            probes = [[n.removesuffix(last) + p for p in parts] if parts else [n] for n in names]
-            used = zip(names, probes, strict=True)
-            adapted.extend(n for n, probe in used if any(rank_of(config, p) for p in probe))
-        return result
-
-    weights = convert(adapter.weights, ())
-    if not fused_ranks:
-        return adapter
-
-    def still_used(patterns: Mapping) -> dict:
-        hit = {p for p in patterns for n in adapted if paths.pattern_value({p: True}, n, False)}
-        return {p: v for p, v in patterns.items() if p in hit}
-
-    alphas = {k: math.sqrt(r) if config.use_rslora else r for k, r in fused_ranks.items()}
-    config = dataclasses.replace(
-        config,
-        target_modules=tuple(adapted),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-        rank_pattern={**still_used(config.rank_pattern), **fused_ranks},
-        alpha_pattern={**still_used(config.alpha_pattern), **alphas},
-    )
-    return Adapter(weights, config)
-
-
 def scaling(config: LoraConfig, path: paths.Path, stack: paths.Path | None, layers: int | None):
     """alpha/r (alpha/√r with rsLoRA) of the module at ``path``: a float32 scalar or (layers,)."""
-    names = [paths.module_name(path, stack, i) for i in range(layers or 1)]
+    names = paths.module_names(path, stack, layers)
     values = np.array([scaling_of(config, name) for name in names], np.float32)
     return values if stack else values[0]
 
 
 def _init_pair(key: Array, target: Target, config: LoraConfig) -> tuple[Array, Array]:
-    fan_in, fan_out = target.shape
-    r = max(target.ranks)
-    lead = (len(target.ranks),) if target.stack else ()
+    (fan_in, fan_out), ranks = target.shape, np.array(target.ranks, np.float32)
+    ranks = ranks[:, None, None] if target.stack else ranks[0]
+    lead, r = ranks.shape[:-2], max(target.ranks)
+    used, rank = np.arange(r) < ranks, np.maximum(ranks, 1)
     key_a, key_b = jax.random.split(key)
-    used = np.arange(r) < np.asarray(target.ranks).reshape((*lead, 1))
     if config.init_lora_weights == "gaussian":
-        width = 1 / np.maximum(np.asarray(target.ranks), 1).reshape((*lead, 1, 1))
-        a = jax.random.normal(key_a, (*lead, fan_in, r)) * width.astype(np.float32)
+        a = jax.random.normal(key_a, (*lead, fan_in, r)) / rank
     else:
-        bound = 1 / np.sqrt(fan_in)
-        a = jax.random.uniform(key_a, (*lead, fan_in, r), minval=-bound, maxval=bound)
-    b = jnp.zeros((*lead, r, fan_out))
+        a = _uniform(key_a, (*lead, fan_in, r), fan_in)
     if config.init_lora_weights is False:
-        bound = 1 / np.sqrt(r)
-        b = jax.random.uniform(key_b, b.shape, minval=-bound, maxval=bound)
-    return jnp.where(used[..., None, :], a, 0.0), jnp.where(used[..., :, None], b, 0.0)
+        b = _uniform(key_b, (*lead, r, fan_out), rank)
+    else:
+        b = jnp.zeros((*lead, r, fan_out))
+    return jnp.where(used, a, 0.0), jnp.where(used.mT if target.stack else used[:, None], b, 0.0)
+
+
+def _uniform(key: Array, shape: tuple[int, ...], fan_in: Any) -> Array:
+    """Torch's own first values of a linear layer (kaiming-uniform with a=√5)."""
+    bound = 1 / np.sqrt(np.asarray(fan_in, np.float32))
+    return jax.random.uniform(key, shape, minval=-1.0) * bound
 
 
 def _fold(key: Array, path: paths.Path) -> Array:
@@ -278,65 +217,79 @@ def _fold(key: Array, path: paths.Path) -> Array:
     return jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
 
 
-def _layer_keys(key: Array | None, path: paths.Path, lead: tuple[int, ...]) -> Array | None:
-    return (
-        None
-        if key is None
-        else jax.random.split(_fold(key, path), lead)
-        if lead
-        else _fold(key, path)
+def _replace(leaf: paths.Leaf, value: Array, config: LoraConfig) -> Array:
+    """``value`` in the base's dtype, in the layers that train; the base's own in the others.
+
+    Their gradients are then exactly zero.
+    """
+    trains = np.array([is_replaced(config, name, leaf.kind) for name in leaf.modules()])
+    if value.shape != tuple(leaf.value.shape):
+        raise _unfit(leaf, f"value {tuple(value.shape)} does")
+    value = value.astype(leaf.value.dtype)
+    if trains.all():
+        return value
+    return jnp.where(trains.reshape(-1, *(1 for _ in leaf.shape)), value, _dense(leaf.value))
+
+
+def _with_delta(
+    leaf: paths.Leaf,
+    base: Any,
+    pairs: Mapping[paths.Path, Any],
+    config: LoraConfig,
+    dropout_key: Array | None,
+) -> LoraWeight:
+    lead, (fan_in, fan_out) = tuple(base.shape[:-2]), base.shape[-2:]
+    for path, a in pairs.items():
+        if path[-1] == "lora_A":
+            b, r = pairs[(*path[:-1], "lora_B")], a.shape[-1]
+            parts = len(paths.FUSED[path[-3]]) if paths.is_part(path[:-1]) else 1
+            if a.shape != (*lead, fan_in, r) or b.shape != (*lead, r, fan_out // parts):
+                raise _unfit(leaf, f"A {a.shape} and B {b.shape} do")
+    a, b, scale = combine(leaf, pairs, config)
+    key, dropout = dropout_key, float(config.lora_dropout)
+    if key is not None and dropout:
+        key = _fold(key, leaf.path[:-1])
+        key = jax.random.split(key, leaf.layers) if leaf.layers else key
+    return LoraWeight(base, a, b, scale, key if dropout else None, dropout)
+
+
+def _unfit(leaf: paths.Leaf, what: str) -> DataError:
+    return DataError(
+        f"the adapter's {what} not fit the weight {tuple(leaf.value.shape)}",
+        where=leaf.module(),
+        fix="use the base model that the adapter was trained on",
     )
 
 
-def _is_delta(node: Tree, changes: Tree, key: str) -> bool:
-    """Whether ``key`` of an adapter node is (part of) a delta on the node's kernel."""
-    if key in DELTA:
-        return True
-    return "kernel" in node and key not in node and isinstance(changes[key], Mapping)
-
-
-def _combine(
-    size: tuple[int | None, int],
-    changes: Tree,
-    path: paths.Path,
-    stack: paths.Path | None,
-    config: LoraConfig,
-) -> tuple[Array, Array, Array]:
-    """A (…, in, r), B (…, r, out) and scale (…) of a kernel with ``size`` = (layers, out).
+def combine(
+    leaf: paths.Leaf, pairs: Mapping[paths.Path, Any], config: LoraConfig
+) -> tuple[Any, Any, Array]:
+    """A (…, in, r), B (…, r, out) and scale (…) of the kernel ``leaf``.
 
     Parts of a fused projection are set side by side: their As are concatenated, their Bs are placed
     at the part's columns with zeros elsewhere, each already scaled.
+
+    Args:
+      leaf: the kernel; only its path and its layers are used.
+      pairs: ``lora_A`` and ``lora_B`` by path, of the kernel's module or of its parts.
+      config: gives the scales.
     """
-    layers, out = size
-    if "lora_A" in changes:
-        scale = jnp.asarray(scaling(config, path, stack, layers))
-        return changes["lora_A"], changes["lora_B"], scale
-    names = paths.FUSED[path[-1]]
-    width = out // len(names)
+    module = leaf.path[:-1]
+    if (*module, "lora_A") in pairs:
+        scale = jnp.asarray(scaling(config, module, leaf.stack, leaf.layers))
+        return pairs[(*module, "lora_A")], pairs[(*module, "lora_B")], scale
     a, b = [], []
+    names = paths.FUSED[module[-1]]
     for i, name in enumerate(names):
-        if name not in changes:
+        part = (*module, name)
+        if (*part, "lora_A") not in pairs:
             continue
-        part = changes[name]
-        scale = np.asarray(scaling(config, (*path[:-1], name), stack, layers))[..., None, None]
-        after = out - (i + 1) * width
-        pad = [(0, 0)] * (part["lora_B"].ndim - 1) + [(i * width, after)]
-        a.append(part["lora_A"])
-        b.append(jnp.pad(part["lora_B"] * scale, pad))
-    one = jnp.ones(() if layers is None else (layers,), jnp.float32)
-    return jnp.concatenate(a, -1), jnp.concatenate(b, -2), one
-
-
-def _check_shapes(kernel, a, b, path: paths.Path) -> None:
-    lead, (fan_in, fan_out) = tuple(kernel.shape[:-2]), kernel.shape[-2:]
-    r = a.shape[-1]
-    if tuple(a.shape) != (*lead, fan_in, r) or tuple(b.shape) != (*lead, r, fan_out):
-        raise DataError(
-            f"the adapter's A {tuple(a.shape)} and B {tuple(b.shape)} do not fit the weight "
-            f"{tuple(kernel.shape)}",
-            where=".".join(path),
-            fix="use the base model that the adapter was trained on",
-        )
+        scale = scaling(config, part, leaf.stack, leaf.layers)
+        columns = np.asarray(scale)[..., None, None] * pairs[(*part, "lora_B")]
+        others = [jnp.zeros_like(columns)] * len(names)
+        a.append(pairs[(*part, "lora_A")])
+        b.append(jnp.concatenate([*others[:i], columns, *others[i + 1 :]], -1))
+    return jnp.concatenate(a, -1), jnp.concatenate(b, -2), jnp.ones_like(jnp.asarray(scale))
 
 
 def _dense(leaf) -> Array:

@@ -29,7 +29,14 @@ OUTPUT_HEADS = ("lm_head", "score", "classifier", "embed_out", "output")
 
 
 FUSED: dict[str, tuple[str, ...]] = {"c_attn": ("q_proj", "k_proj", "v_proj")}
-"""Fused projections and the usual names of their equal parts, in column order."""
+"""Fused projections and the usual names of their equal parts, in column order.
+
+An adapter may have nodes for parts, below the projection's: ``(…, "c_attn", "q_proj")``. The part's
+name as a module is that of an unfused model: ``….attn.q_proj``.
+"""
+
+LEAST_AXES = {"kernel": 2, "embedding": 2, "lora_A": 2, "lora_B": 2, "scale": 1, "bias": 1}
+"""How many axes a leaf has in one layer, at least."""
 
 
 class Leaf(NamedTuple):
@@ -56,15 +63,33 @@ class Leaf(NamedTuple):
 
     def modules(self) -> list[str]:
         """The names of all modules that the leaf stands for, in layer order."""
-        return [self.module(i) for i in range(self.layers)] if self.layers else [self.module()]
+        return module_names(self.path[:-1], self.stack, self.layers)
+
+
+def is_part(module: Path) -> bool:
+    """Whether a node stands for a part of a fused projection."""
+    return len(module) > 1 and module[-1] in FUSED.get(module[-2], ())
+
+
+def whole(module: Path) -> Path:
+    """The projection that a part belongs to; any other module is whole itself."""
+    return module[:-1] if is_part(module) else module
 
 
 def module_name(path: Path, stack: Path | None, layer: int | None) -> str:
     """``("model", "layers", "q")`` stacked at ``("model", "layers")`` → ``model.layers.3.q``."""
+    if is_part(path):
+        path = (*path[:-2], path[-1])
     if stack is None:
         return ".".join(path)
     number = "*" if layer is None else str(layer)
     return ".".join((*stack, number, *path[len(stack) :]))
+
+
+def module_names(path: Path, stack: Path | None, layers: int | None) -> list[str]:
+    """The names of all modules at ``path``: one a layer if it is stacked."""
+    numbers = [None] if stack is None else range(layers or 0)
+    return [module_name(path, stack, i) for i in numbers]
 
 
 def walk(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -114,8 +139,10 @@ def stacks(tree: Any) -> list[Path]:
         if not isinstance(node, Mapping):
             return
         if path and path[-1] in STACKED and not any(str(k).isdigit() for k in node):
-            shapes = [tuple(leaf.shape) for _, leaf in walk(node)]
-            if shapes and all(shapes) and len({s[0] for s in shapes}) == 1:
+            below = dict(walk(node))
+            layers = {leaf.shape[0] if leaf.shape else None for leaf in below.values()}
+            axes = (len(leaf.shape) > LEAST_AXES.get(p[-1], 0) for p, leaf in below.items())
+            if len(layers) == 1 and all(axes):
                 found.append(path)
                 return
         for key, child in node.items():

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jlora import paths
 from jlora.config import LoraConfig
 from jlora.errors import ConfigError, nearest
 
+DEFAULT_TARGETS: tuple[tuple[str, ...], ...] = (("q_proj", "v_proj"), ("c_attn",))
+"""PEFT's defaults, in order: Llama-like models, GPT-2."""
+
 
 class Target(NamedTuple):
-    """One weight to adapt: a kernel, or a part of a fused one (``path`` then ends in the part)."""
+    """One weight to adapt: a linear layer, or a part of a fused one (see ``paths.FUSED``)."""
 
-    path: paths.Path  # the module's path; its last key may be a part's name below the kernel's
+    path: paths.Path  # the module's
     stack: paths.Path | None
     names: tuple[str, ...]  # the module's name in each layer
     shape: tuple[int, int]  # (in, out) of one layer
@@ -27,18 +29,25 @@ def find_targets(params: Any, config: LoraConfig) -> tuple[LoraConfig, list[Targ
     """The config with ``target_modules`` resolved to names, and what it matches, in tree order.
 
     Raises:
-      ConfigError: listing every pattern that matches nothing, with the nearest names.
+      ConfigError: listing every pattern that matches nothing, with the nearest names, and what is
+        named twice or is not a linear layer.
     """
-    candidates = _candidates(params)
+    leaves = paths.leaves(params)
+    candidates = _candidates(leaves)
     conv1d = any(c.path[-1] in paths.FUSED for c in candidates)  # GPT-2 stores (in, out)
     config = dataclasses.replace(_resolve(config, candidates), fan_in_fan_out=conv1d)
-    targets = []
-    for c in candidates:
-        ranks = tuple(rank_of(config, name) for name in c.names)
-        if any(ranks):
-            targets.append(c._replace(ranks=ranks))
-    _check_patterns(params, config, candidates, targets)
-    return config, _without_covered_parts(targets)
+    ranked = [c._replace(ranks=tuple(rank_of(config, n) for n in c.names)) for c in candidates]
+    targets = [t for t in ranked if any(t.ranks)]
+    modules = sorted({name for leaf in leaves for name in leaf.modules()})
+    faults = [
+        *_unmatched(config, modules, candidates, targets),
+        *_not_linear(config, modules, candidates),
+    ]
+    if not faults and not targets:
+        faults.append("target_modules: everything it matches is excluded")
+    if faults:
+        raise ConfigError("; ".join(faults), where="lora", fix="every pattern must match a module")
+    return config, _without_covered_parts(config, targets)
 
 
 def match_table(targets: Sequence[Target]) -> list[dict[str, Any]]:
@@ -48,7 +57,7 @@ def match_table(targets: Sequence[Target]) -> list[dict[str, Any]]:
         used = [r for r in t.ranks if r]
         rows.append(
             {
-                "module": re.sub(r"\.\d+\.", ".*.", t.names[0]) if t.stack else t.names[0],
+                "module": paths.module_name(t.path, t.stack, None),
                 "layers": len(used),
                 "shape": t.shape,
                 "r": used[0] if len(set(used)) == 1 else f"{min(used)}–{max(used)}",
@@ -58,8 +67,11 @@ def match_table(targets: Sequence[Target]) -> list[dict[str, Any]]:
     return rows
 
 
+# What a config says of one module. These look at its name alone; target_modules is resolved.
+
+
 def is_target(config: LoraConfig, name: str) -> bool:
-    """Whether PEFT would put LoRA on the module ``name`` (target_modules already resolved)."""
+    """Whether PEFT would put LoRA on the module ``name``."""
     if config.exclude_modules and paths.matches(name, config.exclude_modules):
         return False
     if any(is_saved(name, m) for m in config.modules_to_save or ()):
@@ -74,40 +86,6 @@ def is_target(config: LoraConfig, name: str) -> bool:
     return number is not None and number in ((wanted,) if isinstance(wanted, int) else wanted)
 
 
-def rank_of(config: LoraConfig, name: str) -> int:
-    """The rank of the module ``name``; 0 if it is not adapted."""
-    return (
-        paths.pattern_value(config.rank_pattern, name, config.r) if is_target(config, name) else 0
-    )
-
-
-def scaling_of(config: LoraConfig, name: str) -> float:
-    """alpha/r of the module ``name``, or alpha/√r with rank-stabilized LoRA (arXiv 2312.03732)."""
-    r = paths.pattern_value(config.rank_pattern, name, config.r)
-    alpha = paths.pattern_value(config.alpha_pattern, name, config.lora_alpha)
-    return alpha / math.sqrt(r) if config.use_rslora else alpha / r
-
-
-def replaced_leaves(params: Any, config: LoraConfig, targets: Sequence[Target]) -> list[paths.Leaf]:
-    """The leaves that are trained as a whole: ``bias`` and ``modules_to_save``."""
-    adapted = {t.path for t in targets}
-    adapted |= {p[:-1] for p in adapted}  # a part's bias is its fused projection's
-    chosen = []
-    for leaf in paths.leaves(params):
-        saved = [any(is_saved(n, m) for m in config.modules_to_save or ()) for n in leaf.modules()]
-        if any(saved) and not all(saved):
-            raise ConfigError(
-                "modules_to_save names some layers of a stack; it must name all or none",
-                where=leaf.module(),
-            )
-        bias = leaf.kind == "bias" and (
-            config.bias == "all" or (config.bias == "lora_only" and leaf.path[:-1] in adapted)
-        )
-        if all(saved) or bias:
-            chosen.append(leaf)
-    return chosen
-
-
 def is_saved(name: str, module: str) -> bool:
     """Whether PEFT trains the module ``name`` in full for this entry of ``modules_to_save``.
 
@@ -117,44 +95,60 @@ def is_saved(name: str, module: str) -> bool:
     return f"{module}." in f"{name}."
 
 
-def _candidates(params: Any) -> list[Target]:
+def is_replaced(config: LoraConfig, name: str, kind: str) -> bool:
+    """Whether the leaf ``kind`` of the module ``name`` is trained as a whole."""
+    if any(is_saved(name, m) for m in config.modules_to_save or ()):
+        return True
+    if kind != "bias" or config.bias == "none":
+        return False
+    node, _, last = name.rpartition(".")
+    parts = [f"{node}.{part}" for part in paths.FUSED.get(last, ())]
+    return config.bias == "all" or any(is_target(config, n) for n in (name, *parts))
+
+
+def rank_of(config: LoraConfig, name: str) -> int:
+    """The rank of the module ``name``; 0 if it is not adapted."""
+    adapted = is_target(config, name)
+    return paths.pattern_value(config.rank_pattern, name, config.r) if adapted else 0
+
+
+def scaling_of(config: LoraConfig, name: str) -> float:
+    """alpha/r of the module ``name``, or alpha/√r with rank-stabilized LoRA (arXiv 2312.03732)."""
+    r = paths.pattern_value(config.rank_pattern, name, config.r)
+    alpha = paths.pattern_value(config.alpha_pattern, name, config.lora_alpha)
+    return alpha / math.sqrt(r) if config.use_rslora else alpha / r
+
+
+def replaced_leaves(params: Any, config: LoraConfig) -> list[paths.Leaf]:
+    """The leaves that are trained as a whole, in some layer at least."""
+    return [
+        leaf
+        for leaf in paths.leaves(params)
+        if any(is_replaced(config, name, leaf.kind) for name in leaf.modules())
+    ]
+
+
+def _candidates(leaves: Sequence[paths.Leaf]) -> list[Target]:
     """Every linear layer and every named part of a fused one."""
     found = []
-    for leaf in paths.leaves(params):
-        if leaf.kind != "kernel" or len(leaf.shape) != 2:
+    for leaf in leaves:
+        if leaf.kind != "kernel" or len(leaf.shape) != 2 or len(leaf.path) < 2:
             continue
         module, (fan_in, fan_out) = leaf.path[:-1], leaf.shape
-        names = tuple(leaf.modules())
-        found.append(Target(module, leaf.stack, names, (fan_in, fan_out), ()))
-        parts = paths.FUSED.get(module[-1], ()) if module else ()
-        for part in parts:
-            part_names = tuple(n.removesuffix(module[-1]) + part for n in names)
-            shape = (fan_in, fan_out // len(parts))
-            found.append(Target((*module, part), leaf.stack, part_names, shape, ()))
+        parts = paths.FUSED.get(module[-1], ())
+        for path, width in [(module, fan_out)] + [
+            ((*module, part), fan_out // len(parts)) for part in parts
+        ]:
+            names = tuple(paths.module_names(path, leaf.stack, leaf.layers))
+            found.append(Target(path, leaf.stack, names, (fan_in, width), ()))
     return found
-
-
-def _is_part(target: Target) -> bool:
-    return len(target.path) > 1 and target.path[-1] in paths.FUSED.get(target.path[-2], ())
-
-
-def _without_covered_parts(targets: list[Target]) -> list[Target]:
-    """A fused projection and its parts at once would count twice: that is refused."""
-    whole = {t.path for t in targets}
-    for t in targets:
-        if _is_part(t) and t.path[:-1] in whole:
-            raise ConfigError(
-                f"target_modules names both {t.path[-2]} and its part {t.path[-1]}",
-                where="lora.target_modules",
-                fix=f"name either {t.path[-2]}, or the parts to adapt",
-            )
-    return targets
 
 
 def _resolve(config: LoraConfig, candidates: Sequence[Target]) -> LoraConfig:
     """Names in place of "all-linear" and of the architecture's default."""
     wanted = config.target_modules
-    linear = {c.path[-1] for c in candidates if not _is_part(c)} - set(paths.OUTPUT_HEADS)
+    linear = {c.path[-1] for c in candidates if not paths.is_part(c.path)}
+    linear -= set(paths.OUTPUT_HEADS)
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         return dataclasses.replace(config, target_modules=tuple(sorted(linear)))
     if wanted is None:
@@ -169,57 +163,92 @@ def _resolve(config: LoraConfig, candidates: Sequence[Target]) -> LoraConfig:
     return config
 
 
-DEFAULT_TARGETS: tuple[tuple[str, ...], ...] = (("q_proj", "v_proj"), ("c_attn",))
-"""PEFT's defaults, in order: Llama-like models, GPT-2."""
+def _without_covered_parts(config: LoraConfig, targets: Sequence[Target]) -> list[Target]:
+    """Leaves out the parts that an expression matches along with their projection.
+
+    Raises:
+      ConfigError: a weight would be trained twice, as a part and as a whole.
+    """
+    wholes = {t.path: t for t in targets}
+    kept = []
+    for t in targets:
+        if not paths.is_part(t.path):
+            kept.append(t)
+            continue
+        cover = wholes.get(paths.whole(t.path))
+        projections = paths.module_names(paths.whole(t.path), t.stack, len(t.ranks))
+        saved = any(is_replaced(config, name, "kernel") for name in projections)
+        if cover is None and not saved:
+            kept.append(t)
+        elif cover is None or not _covers(config, cover, t):
+            raise ConfigError(
+                f"{t.path[-2]} and its part {t.path[-1]} would both be trained",
+                where="lora.target_modules",
+                fix=f"name either {t.path[-2]}, or the parts to adapt",
+            )
+    return kept
 
 
-def _check_patterns(
-    params: Any, config: LoraConfig, candidates: Sequence[Target], targets: Sequence[Target]
-) -> None:
+def _covers(config: LoraConfig, projection: Target, part: Target) -> bool:
+    """Whether an expression took the projection wherever it took the part."""
+    layers = zip(projection.ranks, part.ranks, strict=True)
+    return isinstance(config.target_modules, str) and all(whole or not r for whole, r in layers)
+
+
+def _unmatched(
+    config: LoraConfig,
+    modules: Sequence[str],
+    candidates: Sequence[Target],
+    targets: Sequence[Target],
+) -> Iterator[str]:
+    """A message for every pattern that matches nothing."""
     linear = [n for c in candidates for n in c.names]
     adapted = [n for t in targets for n, r in zip(t.names, t.ranks, strict=True) if r]
-    modules = {n for leaf in paths.leaves(params) for n in leaf.modules()}
-    faults: list[str] = []
 
-    def need(key: str, pattern: str, hits: bool, names: Sequence[str]) -> None:
-        if not hits:
-            faults.append(f"{key}: {pattern!r} matches nothing{_near(pattern, names)}")
+    def check(key: str, pattern: str, hits: Iterator[bool], names: Sequence[str]) -> Iterator[str]:
+        if not any(hits):
+            yield f"{key}: {pattern!r} matches nothing{_near(pattern, names)}"
 
-    target_patterns = config.target_modules
-    for p in [target_patterns] if isinstance(target_patterns, str) else target_patterns or ():
-        probe = p if isinstance(target_patterns, str) else (p,)
-        need("target_modules", p, any(paths.matches(n, probe) for n in linear), linear)
-    excluded = config.exclude_modules
-    for p in [excluded] if isinstance(excluded, str) else excluded or ():
-        probe = p if isinstance(excluded, str) else (p,)
-        need("exclude_modules", p, any(paths.matches(n, probe) for n in linear), linear)
-    for key, patterns in (
-        ("rank_pattern", config.rank_pattern),
-        ("alpha_pattern", config.alpha_pattern),
-    ):
-        for p in patterns:
-            hit = any(paths.pattern_value({p: True}, n, False) for n in adapted)
-            need(key, p, hit, adapted)
+    for key in ("target_modules", "exclude_modules"):
+        value = getattr(config, key) or ()
+        for p in [value] if isinstance(value, str) else value:
+            probe = p if isinstance(value, str) else (p,)
+            yield from check(key, p, (paths.matches(n, probe) for n in linear), linear)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for p in getattr(config, key):
+            hits = (paths.pattern_value({p: True}, n, False) for n in adapted)
+            yield from check(key, p, hits, adapted)
     for m in config.modules_to_save or ():
-        need("modules_to_save", m, any(is_saved(n, m) for n in modules), sorted(modules))
-    faults += _layer_faults(config, linear)
-    if not faults and not adapted:
-        faults.append("target_modules: everything it matches is excluded")
-    if faults:
-        raise ConfigError("; ".join(faults), where="lora", fix="every pattern must match a module")
+        yield from check("modules_to_save", m, (is_saved(n, m) for n in modules), modules)
+    yield from _missing_layers(config, linear)
 
 
-def _layer_faults(config: LoraConfig, linear: Sequence[str]) -> list[str]:
+def _missing_layers(config: LoraConfig, linear: Sequence[str]) -> Iterator[str]:
     wanted = config.layers_to_transform
     if wanted is None or isinstance(config.target_modules, str):
-        return []
-    there = {paths.layer_number(n, config.layers_pattern) for n in linear} - {None}
+        return
+    numbers = (paths.layer_number(n, config.layers_pattern) for n in linear)
+    there = {i for i in numbers if i is not None}
     wanted = (wanted,) if isinstance(wanted, int) else wanted
-    missing = [i for i in wanted if i not in there]
-    if not missing:
-        return []
-    last = max((i for i in there if i is not None), default=-1)
-    return [f"layers_to_transform: no layer {missing}; layers are numbered 0 to {last}"]
+    if missing := [i for i in wanted if i not in there]:
+        last = max(there, default=-1)
+        yield f"layers_to_transform: no layer {missing}; layers are numbered 0 to {last}"
+
+
+def _not_linear(
+    config: LoraConfig, modules: Sequence[str], candidates: Sequence[Target]
+) -> Iterator[str]:
+    """A message if an expression also matches what is not a linear layer; PEFT refuses that too."""
+    if not isinstance(config.target_modules, str):
+        return
+    linear = {n for c in candidates for n in c.names}
+    for name in modules:
+        parts = name.split(".")
+        nodes = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        for node in nodes:
+            if node not in linear and is_target(config, node):
+                yield f"target_modules: it also matches {node}, which is not a linear layer"
+                return
 
 
 def _near(pattern: str, names: Sequence[str]) -> str:

@@ -190,6 +190,17 @@ def test_bias_and_modules_to_save_replace_leaves():
     assert "bias" in node(everything.weights, "model.layers.self_attn.v_proj")
 
 
+def test_only_the_chosen_layers_of_a_stacked_leaf_are_replaced():
+    params = make_params()
+    config = LoraConfig(target_modules=["q_proj"], layers_to_transform=[0, 2], bias="lora_only")
+    adapter = lora.init_adapter(jax.random.key(0), params, config)
+    changed = jax.tree.map(lambda a: a + 1, adapter)
+    base, got = (node(t, Q)["bias"] for t in (params, lora.attach(params, changed)))
+    np.testing.assert_array_equal(got, np.asarray(base) + np.float32([[1], [0], [1]]))
+    grads = jax.grad(lambda a: jnp.sum(node(lora.attach(params, a), Q)["bias"]))(adapter)
+    np.testing.assert_array_equal(node(grads.weights, Q)["bias"][:, 0], [1, 0, 1])
+
+
 def test_parts_of_a_fused_projection_change_only_their_columns():
     params = make_gpt2()
     config = LoraConfig(

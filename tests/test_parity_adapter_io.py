@@ -108,13 +108,23 @@ def test_our_folder_is_what_peft_would_write(bases, name, tmp_path):
             "rank_pattern": {"v_proj": 3, r"h\.2\.mlp\.c_fc": 5},
             "alpha_pattern": {"k_proj": 2, "c_fc": 4},
             "use_rslora": True,
+            "bias": "lora_only",
+        },
+        {
+            "target_modules": ["q_proj", "k_proj", "mlp.c_proj"],
+            "rank_pattern": {r"h\.0\..*": 3, "k_proj": 1},
         },
         {
             "target_modules": r".*\.(0\.attn\.v_proj|1\.attn\.q_proj|2\.attn\.c_proj)",
             "modules_to_save": ["ln_f"],
         },
     ],
-    ids=["two parts", "ranks and layers", "other parts in other layers"],
+    ids=[
+        "two parts",
+        "ranks, layers and biases",
+        "a pattern that also names the whole",
+        "other parts in other layers",
+    ],
 )
 def test_parts_of_c_attn_have_their_logits_in_peft(bases, fields, tmp_path):
     base = bases["gpt2"]

@@ -52,6 +52,8 @@ def test_only_nodes_with_a_common_leading_axis_are_stacked(llama):
     nested = {"layers": {"block": {"layers": {"w": a(2, 3)}}}}
     assert paths.stacks(nested) == [("layers",)]
     assert paths.stacks({"h": a(2, 3)}) == []
+    square = {"layers": {"dense": {"kernel": a(4, 4), "bias": a(4)}}}
+    assert paths.stacks(square) == [], "one layer's kernel has two axes of its own"
 
 
 def test_numbered_layers_keep_their_numbers_in_their_names():

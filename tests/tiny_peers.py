@@ -85,6 +85,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "an expression": ("llama", {"target_modules": r".*layers\.(0|2)\..*\.(gate|k)_proj"}),
     "all biases": ("llama", {"target_modules": ["q_proj"], "bias": "all"}),
     "its biases": ("llama", {"target_modules": ["q_proj", "up_proj"], "bias": "lora_only"}),
+    "its biases in some layers": (
+        "llama",
+        {"target_modules": ["q_proj"], "layers_to_transform": [0, 2], "bias": "lora_only"},
+    ),
     "modules to save": (
         "llama",
         {"target_modules": "all-linear", "modules_to_save": ["lm_head", "norm", "embed_tokens"]},
@@ -93,6 +97,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "a saved module with parts": (
         "llama",
         {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["mlp"]},
+    ),
+    "modules to save in some layers": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "up_proj"],
+            "modules_to_save": ["layers.1.mlp.up_proj", "layers.2.input_layernorm"],
+        },
     ),
     "fan_in_fan_out said of Linear": ("llama", {"fan_in_fan_out": True}),
     "gpt2's default targets": ("gpt2", {}),
@@ -107,7 +118,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt2, modules to save": (
         "gpt2",
-        {"target_modules": r".*attn\.c_(attn|proj)", "modules_to_save": ["ln_f", "c_fc"]},
+        {"target_modules": r".*attn\.\w+_(attn|proj)", "modules_to_save": ["ln_f", "c_fc"]},
     ),
 }
 NUMBERS = [
@@ -116,6 +127,7 @@ NUMBERS = [
     if name
     not in (
         "two suffixes",
+        "all biases",
         "rsLoRA with patterns",
         "one layer",
         "layers by pattern",

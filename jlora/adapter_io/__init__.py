@@ -1,0 +1,94 @@
+"""Adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Checked against peft 0.21: the same names, shapes, dtypes and, for the same values, the same bytes.
+Only safetensors are read and written; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from jlora import paths
+from jlora.adapter_io.peft_config import CONFIG_FILE, read_config, write_config
+from jlora.adapter_io.tensors import TENSOR_FILE, drop_bases, mismatches, read_tensors, views
+from jlora.adapter_io.whole import whole_projections
+from jlora.errors import DataError
+from jlora.files import write_atomic
+from jlora.lora import Adapter, init_adapter
+
+__all__ = ["CONFIG_FILE", "TENSOR_FILE", "load_adapter", "save_adapter", "to_peft_tensors"]
+
+
+def save_adapter(directory: str | Path, adapter: Adapter) -> int:
+    """Writes the folder that ``PeftModel.from_pretrained`` takes, and reads it back.
+
+    Parts of a fused projection (GPT-2's ``q_proj``) are written as LoRA on the whole of it, which
+    is how PEFT can hold them. Tensors are float32.
+
+    Returns:
+      The size of the tensor file in bytes.
+
+    Raises:
+      DataError: the adapter is empty or not finite: nothing is written.
+      StorageError: the disk is full or not writable; files already there stay whole.
+    """
+    adapter = whole_projections(adapter)
+    tensors = to_peft_tensors(adapter)
+    faults = [name for name, value in tensors.items() if not np.all(np.isfinite(value))]
+    if faults or not tensors:
+        raise DataError(
+            f"not saved: {len(faults)} tensors are not finite" if faults else "nothing to save",
+            where=faults[0] if faults else str(directory),
+            fix="go back to an earlier checkpoint and lower the learning rate",
+        )
+    file = Path(directory) / TENSOR_FILE
+    data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
+    write_atomic(file, data)
+    write_config(directory, adapter.config)
+    written = read_tensors(file)
+    if any(not np.array_equal(written[name], value) for name, value in tensors.items()):
+        raise DataError("what was written does not read back", where=str(file))
+    return len(data)
+
+
+def load_adapter(directory: str | Path, params: Any) -> Adapter:
+    """Reads a PEFT adapter for the model whose parameters (or their shapes) are ``params``.
+
+    Raises:
+      DataError: the folder is not a LoRA adapter, is damaged, or does not fit: every missing,
+        unknown and misshapen tensor is listed.
+      ConfigError: it uses a feature of PEFT that jlora lacks, or its patterns match nothing.
+    """
+    file = Path(directory) / TENSOR_FILE
+    fresh = functools.partial(init_adapter, config=read_config(directory))
+    shapes = jax.eval_shape(fresh, jax.random.key(0), params)
+    arrays = {path: np.zeros(x.shape, np.float32) for path, x in paths.walk(shapes.weights)}
+    slots = views(arrays, shapes.config)
+    tensors = read_tensors(file)
+    drop_bases(tensors, params, shapes.config, file)
+    if faults := mismatches(tensors, slots):
+        more = [f"… and {len(faults) - 20} more"] if faults[20:] else []
+        listing = "\n  ".join(faults[:20] + more)
+        raise DataError(
+            f"the adapter does not fit the model:\n  {listing}",
+            where=str(file),
+            fix="use the base model that it was trained on",
+        )
+    for name, slot in slots.items():
+        slot[...] = tensors[name]
+    weights = paths.nest({path: jnp.asarray(array) for path, array in arrays.items()})
+    return Adapter(weights, shapes.config)
+
+
+def to_peft_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
+    """The tensors of ``adapter_model.safetensors``: float32, in torch's orientation."""
+    adapter = whole_projections(adapter)
+    arrays = {path: np.asarray(a, np.float32) for path, a in paths.walk(adapter.weights)}
+    return {name: np.ascontiguousarray(v) for name, v in views(arrays, adapter.config).items()}

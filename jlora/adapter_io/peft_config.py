@@ -1,0 +1,87 @@
+"""``adapter_config.json`` of PEFT: a LoraConfig and what the file holds besides."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jlora.config import LoraConfig
+from jlora.errors import ConfigError, DataError
+from jlora.files import storage_errors, write_atomic
+
+CONFIG_FILE = "adapter_config.json"
+
+OTHER_KEYS: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "auto_mapping": None,
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "inference_mode": True,
+    "kasa_config": None,
+    "layer_replication": None,
+    "loftq_config": {},
+    "lora_bias": False,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "monteclora_config": None,
+    "peft_type": "LORA",
+    "qalora_group_size": 16,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "velora_config": None,
+}
+"""PEFT's keys that jlora has no setting for, with the value that means "not used"."""
+
+IGNORED = {"auto_mapping", "inference_mode", "megatron_core", "peft_version", "runtime_config"}
+IGNORED |= {"qalora_group_size", "ensure_weight_tying", "loftq_config"}
+"""Keys that change nothing for a loaded LoRA adapter, whatever their value."""
+
+
+def read_config(directory: str | Path) -> LoraConfig:
+    """The LoraConfig in ``adapter_config.json``; see ``load_adapter`` for the errors."""
+    file = Path(directory) / CONFIG_FILE
+    if not file.is_file():
+        raise DataError(
+            f"no {CONFIG_FILE} here", where=str(directory), fix="give the folder of a PEFT adapter"
+        )
+    try:
+        with storage_errors(file):
+            raw = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"is not JSON: {error}", where=str(file)) from error
+    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+        kind = raw.get("peft_type") if isinstance(raw, dict) else None
+        raise DataError(f"is not a LoRA adapter (peft_type: {kind})", where=str(file))
+    known = {f.name for f in dataclasses.fields(LoraConfig)}
+    used = [
+        key
+        for key, value in raw.items()
+        if key not in known | IGNORED and value not in (None, False, {}, [], OTHER_KEYS.get(key))
+    ]
+    if used:
+        raise ConfigError(f"uses {', '.join(used)}, which jlora does not support", where=str(file))
+    fields = {k: v for k, v in raw.items() if k in known and v is not None}
+    return LoraConfig(**fields)
+
+
+def write_config(directory: str | Path, config: LoraConfig) -> None:
+    """Writes ``adapter_config.json`` as PEFT does; the adapter must have whole projections."""
+    ours = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    del ours["init_from"]
+    text = json.dumps({**OTHER_KEYS, **ours}, indent=2, sort_keys=True)
+    write_atomic(Path(directory) / CONFIG_FILE, text)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value
