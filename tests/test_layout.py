@@ -122,6 +122,7 @@ def test_tests_mirror_files():
         "main_job",
         "resume",
         "devices",
+        "foreign",
         "peers",
         "packaging",
         "launchers",

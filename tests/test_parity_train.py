@@ -47,7 +47,7 @@ train:
 
 
 def torch_losses(model, config, batches):
-    """The loop that transformers' Trainer runs: token-weighted accumulation, clip, AdamW, cosine."""
+    """The loop of transformers' Trainer: token-weighted accumulation, clip, AdamW, cosine."""
     t = config.train
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=t.learning_rate, weight_decay=t.weight_decay)
