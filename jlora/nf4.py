@@ -285,11 +285,11 @@ def quantize_params(params: Any, config: QuantConfig) -> dict:
     leaves = paths.leaves(params)
     skip = tuple(config.llm_int8_skip_modules)
     _check_skips(leaves, skip)
-    packed = {leaf.path: leaf.value for leaf in leaves}
+    packed: dict[paths.Path, NF4Array] = {}
     for leaf in leaves:
         if _is_matrix(leaf) and not _skipped(leaf, (*paths.OUTPUT_HEADS, *skip)):
             packed[leaf.path] = _quantize_kernel(leaf.value, config)
-    return paths.nest(packed)
+    return paths.map_leaves(lambda path, leaf: packed.get(path, leaf), params)
 
 
 def _is_matrix(leaf: paths.Leaf) -> bool:

@@ -1,7 +1,10 @@
 """Names of leaves in nested dicts of arrays, and PEFT's rules for matching them.
 
 A parameter tree is nested mappings whose leaves are arrays (or pytrees that stand for one, such as
-``NF4Array``). Leaf keys are Flax's: a linear layer is ``kernel`` (in, out) with an optional
+``NF4Array``). Lists and tuples count as mappings from numbers; an NNX ``Variable`` stands for its
+value; None is nothing.
+
+Leaf keys are Flax's: a linear layer is ``kernel`` (in, out) with an optional
 ``bias``, an embedding ``embedding`` (vocabulary, dim), a norm ``scale`` with an optional ``bias``.
 
 The layers of a scanned decoder are stacked: every leaf below a ``layers`` or ``h`` node has a
@@ -93,19 +96,33 @@ def module_names(path: Path, stack: Path | None, layers: int | None) -> list[str
 
 
 def walk(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yields (path, leaf) of nested mappings in key order of insertion."""
-    if isinstance(tree, Mapping):
-        for key, child in tree.items():
+    """Yields (path, leaf) of a tree in key order of insertion."""
+    children = _children(tree)
+    if children is not None:
+        for key, child in children:
             yield from walk(child, (*path, str(key)))
-    else:
-        yield path, tree
+    elif tree is not None:
+        yield path, _value(tree)
 
 
 def map_leaves(f: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> Any:
-    """The same nesting as plain dicts, each leaf replaced by ``f(path, leaf)``."""
-    if isinstance(tree, Mapping):
-        return {key: map_leaves(f, child, (*path, str(key))) for key, child in tree.items()}
-    return f(path, tree)
+    """The same nesting, mappings as plain dicts, with each leaf replaced by ``f(path, leaf)``."""
+    children = _children(tree)
+    if children is not None:
+        new = {key: map_leaves(f, child, (*path, str(key))) for key, child in children}
+        return new if isinstance(tree, Mapping) else type(tree)(new.values())
+    return None if tree is None else f(path, _value(tree))
+
+
+def _children(node: Any) -> list[tuple[Any, Any]] | None:
+    """The children of a node by key; None for a leaf."""
+    if isinstance(node, Mapping):
+        return list(node.items())
+    return list(enumerate(node)) if type(node) in (list, tuple) else None
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.get_value() if hasattr(leaf, "get_value") else leaf
 
 
 def get(tree: Mapping, path: Path) -> Any:
@@ -136,16 +153,15 @@ def stacks(tree: Any) -> list[Path]:
     found: list[Path] = []
 
     def visit(node: Any, path: Path) -> None:
-        if not isinstance(node, Mapping):
-            return
-        if path and path[-1] in STACKED and not any(str(k).isdigit() for k in node):
-            below = dict(walk(node))
+        children = _children(node) or []
+        if path and path[-1] in STACKED and not any(str(key).isdigit() for key, _ in children):
+            below = dict(walk(node)) if children else {}
             layers = {leaf.shape[0] if leaf.shape else None for leaf in below.values()}
             axes = (len(leaf.shape) > LEAST_AXES.get(p[-1], 0) for p, leaf in below.items())
             if len(layers) == 1 and all(axes):
                 found.append(path)
                 return
-        for key, child in node.items():
+        for key, child in children:
             visit(child, (*path, str(key)))
 
     visit(tree, ())

@@ -128,6 +128,7 @@ def test_tests_mirror_files():
         "launchers",
         "readme",
         "benchmarks",
+        "foreign_trees",
     }
     names = {p.relative_to(PACKAGE).with_suffix("").parts for p in files()}
     known = {"_".join(part) for part in names} | {part[-1] for part in names} | wholes
