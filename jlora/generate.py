@@ -6,27 +6,37 @@ if __name__ == "__main__":  # settings are checked before the imports below, whi
     cli.leave(cli.main("generate"))
 
 import argparse
+import dataclasses
 import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from jlora import decoding, runtime
 from jlora.config import Config
 from jlora.data import reply_row
-from jlora.data.rows import BadRow, Chat, Completion, from_alpaca
+from jlora.data.rows import BadRow, Chat, Completion, from_alpaca, from_messages
 from jlora.data.tokenizer import opening, token_ids
 from jlora.errors import ConfigError, DataError
 from jlora.files import storage_errors
 from jlora.job import open_job, open_tokenizer
+from jlora.models import Model
 
 main = functools.partial(cli.main, "generate")
 
 OPEN = "…"
 """Stands for the reply that is to be generated, where a row needs one."""
+
+
+class Prompt(NamedTuple):
+    """What to reply to: a text, or a chat (and the object it was read from)."""
+
+    where: str
+    text: str | Chat
+    row: dict
 
 
 def run(config: Config, options: argparse.Namespace) -> None:
@@ -40,6 +50,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
     tokenizer = open_tokenizer(config)
     ids = [_ids(p, config, tokenizer) for p in prompts]
     job = open_job(config, tokenizer, trained=True)
+    _check(prompts, ids, job.model)
     with jax.set_mesh(job.mesh):
         tokens = decoding.generate(
             job.model,
@@ -56,13 +67,25 @@ def run(config: Config, options: argparse.Namespace) -> None:
     for prompt, reply in zip(prompts, tokens, strict=True):
         text = tokenizer.decode(reply, skip_special_tokens=True)
         if settings.file:
-            line = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
-            text = json.dumps({**line, "reply": text}, ensure_ascii=False)
+            text = json.dumps({**prompt.row, "reply": text}, ensure_ascii=False)
         print(text)
 
 
-def _prompts(config: Config) -> Iterator[str | list[dict]]:
-    """The prompt of the settings, or those of the file: texts, or messages."""
+def _check(prompts: list[Prompt], ids: list[list[int]], model: Model) -> None:
+    """Raises DataError for a prompt that the model has no embeddings for."""
+    limit, size = model.config.position_limit, model.config.vocab_size
+    for prompt, row in zip(prompts, ids, strict=True):
+        if limit is not None and len(row) > limit:
+            cause = f"has {len(row)} tokens, but the model has {limit} positions"
+            raise DataError(cause, where=prompt.where, fix="shorten it")
+        if max(row) >= size:
+            cause = f"holds token {max(row)}, but the model has {size} embeddings"
+            fix = "use the tokenizer that belongs to the model"
+            raise DataError(cause, where=prompt.where, fix=fix)
+
+
+def _prompts(config: Config) -> Iterator[Prompt]:
+    """The prompt of the settings, or those of the file."""
     settings = config.generate
     if (settings.prompt is None) == (settings.file is None):
         raise ConfigError(
@@ -71,43 +94,56 @@ def _prompts(config: Config) -> Iterator[str | list[dict]]:
             fix='for example generate.prompt="What is LoRA?"',
         )
     if settings.prompt is not None:
-        yield settings.prompt
+        yield Prompt("generate.prompt", settings.prompt, {})
         return
     file = Path(str(settings.file))
     with storage_errors(file):
-        lines = file.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
+        content = file.read_bytes()
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
+        where = f"{file}:{number}"
         try:
             row = json.loads(line)
-            yield row["messages"] if "messages" in row else row["prompt"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            yield Prompt(where, _given(row), row)
+        except ValueError as error:  # BadRow, no JSON, no UTF-8
             raise DataError(
                 f"is no prompt: {error}",
-                where=f"{file}:{number}",
+                where=where,
                 fix='write {"prompt": "…"} or {"messages": […]} in each line',
             ) from error
 
 
-def _ids(prompt: str | list[dict], config: Config, tokenizer: Any) -> list[int]:
+def _given(row: Any) -> str | Chat:
+    """The ``prompt`` or the ``messages`` of an object; BadRow without either."""
+    if isinstance(row, dict) and "messages" in row:
+        return from_messages("", row)
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise BadRow("it has neither messages nor a prompt that is a text")
+    return row["prompt"]
+
+
+def _ids(prompt: Prompt, config: Config, tokenizer: Any) -> list[int]:
     """The prompt's tokens, opened for the reply as in a training row of the same format."""
-    if not config.generate.chat and isinstance(prompt, str):
-        ids = opening(tokenizer) + token_ids(prompt, tokenizer)
+    text = prompt.text
+    if isinstance(text, str) and not config.generate.chat:
+        ids = opening(tokenizer) + token_ids(text, tokenizer)
         return ids or [tokenizer.eos_token_id]
-    format = config.data.train[0].format
-    if isinstance(prompt, list):
-        row: Chat | Completion = Chat("", [*prompt, {"role": "assistant", "content": OPEN}])
-    elif format == "alpaca":
-        row = from_alpaca("", {"instruction": prompt, "output": OPEN})
-    elif format in ("prompt_completion", "text"):
-        row = Completion("", prompt, OPEN)
-    else:
-        turns = [("user", prompt), ("assistant", OPEN)]
-        row = Chat("", [{"role": role, "content": text} for role, text in turns])
     try:
-        opened = reply_row(row, tokenizer)
+        opened = reply_row(_row(text, config.data.train[0].format), tokenizer)
     except BadRow as error:
-        raise DataError(str(error), where="generate") from error
+        raise DataError(str(error), where=prompt.where) from error
     assert opened is not None
     return list(opened.prompt_ids)
+
+
+def _row(text: str | Chat, format: str) -> Chat | Completion:
+    """A row of the training data's format with an open reply."""
+    reply = {"role": "assistant", "content": OPEN}
+    if isinstance(text, Chat):
+        return dataclasses.replace(text, messages=[*text.messages, reply])
+    if format == "alpaca":
+        return from_alpaca("", {"instruction": text, "output": OPEN})
+    if format in ("prompt_completion", "text"):
+        return Completion("", text, OPEN)
+    return Chat("", [{"role": "user", "content": text}, reply])
