@@ -53,3 +53,12 @@ def place(tmp_path, tiny_base, tiny_cache):
     from tiny_runs import Place
 
     return Place(tmp_path, tiny_base, tiny_cache)
+
+
+@pytest.fixture(scope="session")
+def result(tmp_path_factory, tiny_base, tiny_cache):
+    """A run that has an adapter, see ``tiny_results``; tests write to folders of other names."""
+    from tiny_results import make_result
+    from tiny_runs import Place
+
+    return make_result(Place(tmp_path_factory.mktemp("result"), tiny_base, tiny_cache))

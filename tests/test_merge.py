@@ -1,0 +1,92 @@
+"""The merged model folder computes what base and adapter computed."""
+
+import importlib
+import re
+from argparse import Namespace
+
+import jax
+import numpy as np
+import pytest
+import tiny_results
+import transformers
+from tiny_runs import Place
+
+import jlora
+from jlora.config import load
+from jlora.errors import ConfigError
+
+command = importlib.import_module("jlora.merge")  # jlora.merge is the function
+PACKED = {"bnb_4bit_compute_dtype": "float32"}
+
+
+@pytest.fixture
+def here(result, tmp_path):
+    """The shared run, with settings and a merged model of its own."""
+    place = Place(tmp_path, result.base, result.cache)
+    place.output = result.output
+    return place
+
+
+@pytest.fixture(scope="module")
+def logits(result):
+    """Logits with the adapter on the base, and on the packed base."""
+    model, plain = tiny_results.trained(result)
+    _, packed = tiny_results.trained(result, quantized=True)
+    return [tiny_results.logits(model, params) for params in (plain, packed)]
+
+
+def merged(place, **sections):
+    """Merges, and reads the result back: its logits."""
+    out = place.folder / "merged"
+    settings = {"output_dir": str(out), **sections.pop("merge", {})}
+    tiny_results.run(place, command, merge=settings, train={"bf16": False}, **sections)
+    return tiny_results.logits(*jlora.load_pretrained(str(out), dtype="float32"))
+
+
+def differences(out):
+    """The printed differences: name → (average, most)."""
+    found = re.findall(r"logit difference(.*?)\s*[:│ ]\s*(\S+) on average, (\S+) at most", out)
+    return {name.strip(", "): (float(mean), float(most)) for name, mean, most in found}
+
+
+def close(got, expected):
+    return np.abs(got - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_a_merged_adapter_is_the_attached_one(here, logits, capsys):
+    assert close(merged(here), logits[0])
+    (shown,) = differences(capsys.readouterr().out).values()
+    assert shown[0] <= shown[1] < 1e-4
+    base = tiny_results.logits(*jlora.load_pretrained(str(here.base), dtype="float32"))
+    assert np.abs(base - logits[0]).max() > 0.5  # the adapter does something
+    folder = here.folder / "merged"
+    text = "say one"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer(text) == transformers.AutoTokenizer.from_pretrained(here.base)(text)
+
+
+@pytest.mark.parametrize(("base", "like"), [("dequantized", 1), ("original", 0)])
+def test_a_quantized_base_is_merged_as_trained_on_or_as_it_was(here, logits, base, like, capsys):
+    got = merged(here, merge={"base": base}, quantization=PACKED)
+    assert close(got, logits[like]) and not close(got, logits[1 - like])
+    shown = differences(capsys.readouterr().out)
+    assert shown["dequantized base"][1] < 1e-4
+    # Training computed with the packed base: what the other one changes, on the tokens of merge.
+    model, plain = tiny_results.trained(here)
+    _, packed = tiny_results.trained(here, quantized=True)
+    ids = np.random.default_rng(0).integers(0, 336, (4, 64), dtype=np.int32)
+    gap = np.abs(np.asarray(model(plain, ids)) - np.asarray(model(packed, ids)))
+    np.testing.assert_allclose(shown["original base"], (gap.mean(), gap.max()), rtol=0.06)
+
+
+def test_the_default_place_is_in_the_run(here):
+    tiny_results.run(here, command, model={"dtype": "bfloat16"})
+    _, params = jlora.load_pretrained(str(here.output / "merged"), dtype="bfloat16")
+    _, base = jlora.load_pretrained(str(here.base), dtype="bfloat16")
+    adapter = jlora.load_adapter(here.output, base)
+    jax.tree.map(np.testing.assert_array_equal, params, jlora.merge(base, adapter))
+
+
+def test_full_fine_tuning_has_nothing_to_merge(here):
+    with pytest.raises(ConfigError, match="no adapter to merge"):
+        command.run(load(here.write(lora=None)), Namespace())

@@ -1,0 +1,49 @@
+"""A run's folder as training leaves it, and the commands that work on it, in this process."""
+
+from __future__ import annotations
+
+import functools
+from argparse import Namespace
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+from tiny_runs import Place, quick_compilation
+
+import jlora
+from jlora import config, sharding
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+
+
+def make_result(place: Place) -> Place:
+    """Puts an adapter with random A and B, which changes the model much, into the run's folder."""
+    _, params = jlora.load_pretrained(str(place.base), dtype="float32")
+    settings = jlora.LoraConfig(**LORA, init_lora_weights=False)
+    adapter = jax.jit(jlora.init_adapter, static_argnums=2)(jax.random.key(1), params, settings)
+    jlora.save_adapter(place.output, adapter)
+    return place
+
+
+def run(place: Place, command: ModuleType, *overrides: str, **sections: Any) -> None:
+    """The command's ``run`` on one device; errors are raised."""
+    off = "train.compilation_cache=false"  # it would be turned on for all other tests, too
+    settings = config.load(place.write(lora=LORA, **sections), [off, *overrides])
+    mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    with mock.patch.object(sharding, "make_mesh", mesh), quick_compilation():
+        command.run(settings, Namespace())
+
+
+def trained(place: Place, *, quantized: bool = False) -> tuple[Any, Any]:
+    """The model and its parameters with the adapter on them, read by jlora's public functions."""
+    packed = jlora.QuantConfig(bnb_4bit_compute_dtype="float32") if quantized else None
+    model, params = jlora.load_pretrained(str(place.base), dtype="float32", quantization=packed)
+    return model, jlora.attach(params, jlora.load_adapter(place.output, params))
+
+
+def logits(model: Any, params: Any) -> np.ndarray:
+    """Logits of some tokens."""
+    ids = np.random.default_rng(1).integers(0, model.config.vocab_size, (2, 24), dtype=np.int32)
+    return np.asarray(model(params, ids))
