@@ -153,19 +153,23 @@ class Meter:
 
 
 def check_finite(metrics: Mapping[str, Any], progress: Progress, plan: Plan) -> None:
-    """Raises DivergedError when the loss or the gradient is no longer a number.
+    """Raises DivergedError when the loss, the gradient or a weight is no longer a number.
 
     With float16 a step may overflow: it is skipped and the loss scale halved; a hundred of them in
     a row are too many.
     """
-    if bool(metrics["finite"]):
+    cause = f"loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}"
+    if not bool(metrics["weights_finite"]):
+        cause += ", and weights that are not finite after the update"
+    elif bool(metrics["finite"]):
         progress.overflows = 0
         return
-    progress.overflows += 1
-    if plan.fp16 and progress.overflows < 100:
-        return
+    else:
+        progress.overflows += 1
+        if plan.fp16 and progress.overflows < 100:
+            return
     raise DivergedError(
-        f"loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}",
+        cause,
         where=f"step {progress.step + 1}",
         fix="lower train.learning_rate, add warm-up, or use bf16; the last checkpoint is whole",
     )

@@ -89,8 +89,8 @@ def make_train_step(
     that accumulation changes nothing. Dropout is a function of (seed, step, micro-batch).
 
     Metrics: ``loss``, ``grad_norm`` (before clipping), ``target_tokens``, ``tokens`` (all that are
-    not padding), ``finite``, and ``alive``: for each trainable leaf, in tree order, whether its
-    gradient is not all zero.
+    not padding), ``finite`` (loss and gradient are), ``weights_finite`` (after the update), and
+    ``alive``: for each trainable leaf, in tree order, whether its gradient is not all zero.
     """
 
     def train_step(state: TrainState, frozen: Any, batch: Batch):
@@ -108,15 +108,19 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / scale, grads) if state.loss_scale else grads
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        state = _apply(state, grads, optimizer, finite)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
             "target_tokens": count,
             "tokens": jnp.sum(batch["segment_ids"] != 0),
             "finite": finite,
+            "weights_finite": jnp.stack(
+                [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state.trainable)]
+            ).all(),
             "alive": jnp.stack([jnp.any(g != 0) for g in jax.tree.leaves(grads)]),
         }
-        return _apply(state, grads, optimizer, finite), metrics
+        return state, metrics
 
     shardings = None if state_shardings is None else (state_shardings, None)
     return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)

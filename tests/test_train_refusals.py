@@ -28,6 +28,15 @@ def test_divergence_exits_70_and_leaves_the_adapter_of_before(place, capfd):
     assert all("loss" not in line or line["loss"] is not None for line in place.log())
 
 
+def test_weights_that_overflow_are_not_saved(place):
+    place.settings_for_loss()
+    settings = {"learning_rate": 1e30, "optim": "sgd", "weight_decay": 1e30, "max_steps": 1}
+    settings["warmup_ratio"] = 0.0
+    with pytest.raises(DivergedError, match="weights that are not finite"):
+        place.run(train=settings)
+    assert not place.checkpoints() and not (place.output / "adapter_model.safetensors").exists()
+
+
 def test_bad_rows_exit_65_naming_file_and_line(place):
     rows = place.folder / "rows.jsonl"
     good = json.dumps(chat("hi", "there"))
