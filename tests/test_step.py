@@ -11,6 +11,7 @@ import optax
 import pytest
 import tiny_models
 from jax.extend.core import jaxprs_in_params
+from tiny_runs import quick_compilation
 
 from jlora import lora, nf4, step
 from jlora.config import LoraConfig, QuantConfig
@@ -20,6 +21,12 @@ from jlora.state import LossScale, init_state
 from jlora.step import IGNORE, cross_entropy, loss_and_count, make_eval_step, make_train_step
 
 B, T, V = 4, 12, 61
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    with quick_compilation():
+        yield
 
 
 def attach(frozen, adapter, key):
