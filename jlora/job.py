@@ -72,11 +72,7 @@ def open_job(config: Config, tokenizer: Any, *, trained: bool) -> Job:
 def _open_adapter(config: Config, mesh: jax.sharding.Mesh, tokenizer: Any, trained: bool) -> Job:
     assert config.lora is not None
     model, params = _load(config, mesh, config.model.name_or_path, config.model.dtype)
-    source = config.train.output_dir if trained else config.lora.init_from
-    if trained and not (Path(config.train.output_dir) / CONFIG_FILE).exists():
-        raise ConfigError(
-            "holds no trained adapter yet", where=config.train.output_dir, fix="train it first"
-        )
+    source = _result(config, "adapter", CONFIG_FILE) if trained else config.lora.init_from
     if source:
         adapter = load_adapter(source, params)
         kept = dataclasses.replace(adapter.config, lora_dropout=config.lora.lora_dropout)
@@ -95,10 +91,18 @@ def _open_adapter(config: Config, mesh: jax.sharding.Mesh, tokenizer: Any, train
 
 
 def _open_full(config: Config, mesh: jax.sharding.Mesh, tokenizer: Any, trained: bool) -> Job:
-    name = config.train.output_dir if trained else config.model.name_or_path
+    name = _result(config, "model", "config.json") if trained else config.model.name_or_path
     model, params = _load(config, mesh, name, "float32")
     bind = _Cast(config.compute_dtype)
     return Job(config, mesh, model, tokenizer, {}, params, bind, ())
+
+
+def _result(config: Config, kind: str, file: str) -> str:
+    """The run's folder; ConfigError while it does not hold ``file``."""
+    folder = config.train.output_dir
+    if not (Path(folder) / file).exists():
+        raise ConfigError(f"holds no trained {kind} yet", where=folder, fix="train it first")
+    return folder
 
 
 def attach(frozen: Any, adapter: lora.Adapter, key: Any) -> Any:
