@@ -8,6 +8,7 @@ import tiny_results
 import tiny_tokenizer as tt
 from tiny_runs import Place, chat, write_rows
 
+import jlora
 from jlora import evaluate
 from jlora.data.tokenizer import load_tokenizer
 from jlora.decoding import generate
@@ -29,10 +30,11 @@ def trained(here):
     return tiny_results.trained(here)
 
 
-def command(place, file, **settings):
+def command(place, file, lora=tiny_results.LORA, **settings):
     tiny_results.run(
         place,
         evaluate,
+        lora=lora,
         data={"eval": [{"path": str(file), "format": "messages"}]},
         evaluate={"max_new_tokens": NEW, **settings},
         train={"bf16": False, "per_device_train_batch_size": 2},
@@ -91,16 +93,27 @@ def test_without_exact_match_a_few_samples_are_shown(here):
     assert [line["expected"] for line in got["replies"]] == expected
 
 
+def test_a_fully_trained_model_is_read_from_the_run(place, here, trained):
+    model, params = jlora.load_pretrained(str(here.base), dtype="float32")
+    merged = jlora.merge(params, jlora.load_adapter(here.output, params))
+    jlora.save_pretrained(place.output, model, merged)
+    got = command(place, here.held_out, lora=None, samples=1)
+    rows = [json.loads(line) for line in here.held_out.read_text().splitlines()]
+    losses = np.concatenate([likelihoods(*trained, row) for row in rows])
+    np.testing.assert_allclose(got["eval_loss"], losses.mean(), rtol=1e-4)
+
+
 def test_held_out_rows_are_needed(here):
     with pytest.raises(ConfigError, match="no held-out rows") as caught:
         tiny_results.run(here, evaluate, data={"eval": []})
     assert caught.value.where == "data.eval"
 
 
-def test_a_folder_without_an_adapter_says_train_first(place):
-    with pytest.raises(ConfigError, match="no trained adapter yet") as caught:
-        tiny_results.run(place, evaluate)
-    assert caught.value.where == str(place.output)
+@pytest.mark.parametrize(("lora", "kind"), [({}, "adapter"), (None, "model")])
+def test_a_folder_without_a_result_says_train_first(place, lora, kind):
+    with pytest.raises(ConfigError, match=f"no trained {kind} yet") as caught:
+        tiny_results.run(place, evaluate, lora=lora)
+    assert caught.value.where == str(place.output) and caught.value.fix == "train it first"
 
 
 def test_a_bad_held_out_row_is_named(here):

@@ -2,7 +2,6 @@
 
 import importlib
 import re
-from argparse import Namespace
 
 import jax
 import numpy as np
@@ -12,7 +11,6 @@ import transformers
 from tiny_runs import Place
 
 import jlora
-from jlora.config import load
 from jlora.errors import ConfigError
 
 command = importlib.import_module("jlora.merge")  # jlora.merge is the function
@@ -89,4 +87,4 @@ def test_the_default_place_is_in_the_run(here):
 
 def test_full_fine_tuning_has_nothing_to_merge(here):
     with pytest.raises(ConfigError, match="no adapter to merge"):
-        command.run(load(here.write(lora=None)), Namespace())
+        tiny_results.run(here, command, lora=None)

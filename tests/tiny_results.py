@@ -27,10 +27,12 @@ def make_result(place: Place) -> Place:
     return place
 
 
-def run(place: Place, command: ModuleType, *overrides: str, **sections: Any) -> None:
+def run(
+    place: Place, command: ModuleType, *overrides: str, lora: Any = LORA, **sections: Any
+) -> None:
     """The command's ``run`` on one device; errors are raised."""
     off = "train.compilation_cache=false"  # it would be turned on for all other tests, too
-    settings = config.load(place.write(lora=LORA, **sections), [off, *overrides])
+    settings = config.load(place.write(lora=lora, **sections), [off, *overrides])
     mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
     with mock.patch.object(sharding, "make_mesh", mesh), quick_compilation():
         command.run(settings, Namespace())
