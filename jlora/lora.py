@@ -93,7 +93,7 @@ def init_adapter(key: Array, params: Tree, config: LoraConfig) -> Adapter:
 
     Args:
       key: a JAX random key.
-      params: nested mappings of arrays; shapes are enough (``jax.ShapeDtypeStruct``) unless
+      params: a tree of arrays (see ``paths``); shapes are enough (``jax.ShapeDtypeStruct``) unless
         ``bias`` or ``modules_to_save`` copy values.
       config: what to adapt; every pattern in it must match something.
 

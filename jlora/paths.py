@@ -2,10 +2,8 @@
 
 A parameter tree is nested mappings whose leaves are arrays (or pytrees that stand for one, such as
 ``NF4Array``). Lists and tuples count as mappings from numbers; an NNX ``Variable`` stands for its
-value; None is nothing.
-
-Leaf keys are Flax's: a linear layer is ``kernel`` (in, out) with an optional
-``bias``, an embedding ``embedding`` (vocabulary, dim), a norm ``scale`` with an optional ``bias``.
+value; None is nothing. Leaf keys are Flax's: a linear layer is ``kernel`` (in, out), perhaps with a
+``bias``, an embedding ``embedding`` (vocabulary, dim), a norm ``scale``, perhaps with a ``bias``.
 
 The layers of a scanned decoder are stacked: every leaf below a ``layers`` or ``h`` node has a
 leading axis of length L. Such a leaf stands for L modules::

@@ -16,9 +16,9 @@ import numpy as np
 import safetensors.numpy
 
 from jlora import paths
+from jlora.adapter_io.for_peft import for_peft
 from jlora.adapter_io.peft_config import CONFIG_FILE, read_config, write_config
 from jlora.adapter_io.tensors import TENSOR_FILE, drop_bases, mismatches, read_tensors, views
-from jlora.adapter_io.whole import whole_projections
 from jlora.errors import DataError
 from jlora.files import write_atomic
 from jlora.lora import Adapter, init_adapter
@@ -39,7 +39,7 @@ def save_adapter(directory: str | Path, adapter: Adapter) -> int:
       DataError: the adapter is empty or not finite: nothing is written.
       StorageError: the disk is full or not writable; files already there stay whole.
     """
-    adapter = whole_projections(adapter)
+    adapter = for_peft(adapter)
     tensors = to_peft_tensors(adapter)
     faults = [name for name, value in tensors.items() if not np.all(np.isfinite(value))]
     if faults or not tensors:
@@ -89,6 +89,6 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
 
 def to_peft_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
     """The tensors of ``adapter_model.safetensors``: float32, in torch's orientation."""
-    adapter = whole_projections(adapter)
+    adapter = for_peft(adapter)
     arrays = {path: np.asarray(a, np.float32) for path, a in paths.walk(adapter.weights)}
     return {name: np.ascontiguousarray(v) for name, v in views(arrays, adapter.config).items()}

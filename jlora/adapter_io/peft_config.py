@@ -74,7 +74,7 @@ def read_config(directory: str | Path) -> LoraConfig:
 
 
 def write_config(directory: str | Path, config: LoraConfig) -> None:
-    """Writes ``adapter_config.json`` as PEFT does; the adapter must have whole projections."""
+    """Writes ``adapter_config.json`` as PEFT does; ``config`` is one that PEFT can hold."""
     ours = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
     del ours["init_from"]
     text = json.dumps({**OTHER_KEYS, **ours}, indent=2, sort_keys=True)

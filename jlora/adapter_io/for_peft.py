@@ -1,6 +1,8 @@
-"""LoRA on parts of fused projections, written as LoRA on the whole of them.
+"""Adapters as PEFT can hold them.
 
-PEFT knows no parts: its GPT-2 has one A for the fused queries, keys and values.
+PEFT knows no parts of fused projections: its GPT-2 has one A for queries, keys and values. And an
+expression in ``target_modules`` must not match torch's modules without weights (``mlp.act_fn``),
+which jlora does not have and cannot know of.
 """
 
 from __future__ import annotations
@@ -16,14 +18,15 @@ from jlora.lora import DELTA, Adapter, combine
 from jlora.targets import rank_of
 
 
-def whole_projections(adapter: Adapter) -> Adapter:
-    """The same adapter with LoRA on whole fused projections instead of on parts of them.
+def for_peft(adapter: Adapter) -> Adapter:
+    """The same adapter, with LoRA on whole projections and its targets in a list.
 
-    The parts' ranks add up; their scales go into B, and alpha is set so that the scale is one. An
-    adapter without parts comes back as it is.
+    The ranks of a projection's parts add up; their scales go into B, and alpha is set so that the
+    scale is one. An adapter that is so already comes back as it is.
     """
     leaves = {leaf.path: leaf for leaf in paths.leaves(adapter.weights)}
-    if not any(paths.is_part(path[:-1]) for path in leaves):
+    listed = not isinstance(adapter.config.target_modules, str)
+    if listed and not any(paths.is_part(path[:-1]) for path in leaves):
         return adapter
     weights = {path: leaf.value for path, leaf in leaves.items() if path[-1] not in DELTA}
     pairs: dict[paths.Path, dict[paths.Path, Any]] = {}  # by the whole module
