@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from jlora import data, sharding
+from jlora.errors import DataError
 
 Batch = dict[str, jax.Array]
 
@@ -22,6 +25,21 @@ def batch_at(
         return {name: sharding.place(array, target) for name, array in batch.items()}
 
     return at
+
+
+def check_same(rows: data.Prepared, what: str) -> None:
+    """Raises DataError when the processes of a run have read different rows."""
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(bytes.fromhex(rows.fingerprint), np.uint8)
+    everyone = multihost_utils.process_allgather(digest)
+    others = [i for i, one in enumerate(everyone) if not np.array_equal(one, everyone[0])]
+    if others:
+        raise DataError(
+            f"processes {', '.join(map(str, others))} have read other rows than process 0",
+            where=what,
+            fix="give every host the same files and the same settings",
+        )
 
 
 def eval_batches(mesh: jax.sharding.Mesh, rows: data.Prepared, size: int) -> Iterator[Batch]:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from jlora import data, evaluation, outputs, runtime, sharding
-from jlora.batches import batch_at, eval_batches
+from jlora.batches import batch_at, check_same, eval_batches
 from jlora.config import Config
 from jlora.console import Console
 from jlora.header import check_fit, show_header
@@ -48,8 +48,10 @@ def run(config: Config, options: argparse.Namespace) -> None:
         if config.data.eval:
             held_out = data.prepare(config.data.eval, tokenizer, config.data, role="eval")
         job = open_job(config, tokenizer, trained=False)
-        for prepared in filter(None, (rows, held_out)):
-            check_fit(job, prepared)
+        for what, prepared in (("data.train", rows), ("data.eval", held_out)):
+            if prepared:
+                check_fit(job, prepared)
+                check_same(prepared, what)
         plan = Plan.of(config, job.mesh, lambda batch: rows.order(batch, 0).steps_per_epoch)
         show_header(console, job, plan, rows, held_out)
         with jax.set_mesh(job.mesh):

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from unittest import mock
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from safetensors.numpy import load
 from tiny_runs import Place
 
 import jlora
-from jlora import config, data, metrics
+from jlora import config, data, metrics, train
 from jlora.job import open_tokenizer
 
 
@@ -94,7 +95,9 @@ def float32(tmp_path_factory, tiny_base, tiny_cache):
     """The losses of a run in float32 with gradient checkpointing."""
     place = Place(tmp_path_factory.mktemp("float32"), tiny_base, tiny_cache)
     place.settings_for_loss()
-    place.run(train={"logging_steps": 1})
+    with mock.patch.object(train, "make_train_step", wraps=train.make_train_step) as made:
+        place.run(train={"logging_steps": 1})
+    assert made.call_args.args[0].gradient_checkpointing
     return place.losses()
 
 
@@ -111,7 +114,9 @@ def test_half_precision_computes_nearly_the_same_and_keeps_a_float32_adapter(
 
 def test_gradient_checkpointing_changes_nothing(place, float32):
     place.settings_for_loss()
-    place.run(train={"logging_steps": 1, "gradient_checkpointing": False})
+    with mock.patch.object(train, "make_train_step", wraps=train.make_train_step) as made:
+        place.run(train={"logging_steps": 1, "gradient_checkpointing": False})
+    assert not made.call_args.args[0].gradient_checkpointing
     np.testing.assert_allclose(place.losses(), float32, rtol=1e-5)
 
 

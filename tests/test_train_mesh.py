@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 from safetensors.numpy import load
-from tiny_runs import Place, write_rows
+from tiny_runs import Place, chat, write_rows
 
 from jlora import metrics
 
@@ -143,11 +143,21 @@ def test_a_signal_to_one_process_stops_both_and_the_same_command_goes_on(place):
 @pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_process_that_fails_takes_the_other_with_it(place, failing):
-    rows = write_rows(place.folder / "rows.jsonl", [{"messages": []}])
+    codes, said, rows = with_other_rows(place, failing, {"messages": []})
+    assert codes[failing] == 65 and f"{rows}:1" in said[failing]
+    assert codes[1 - failing] != 0
+
+
+@pytest.mark.slow
+def test_processes_that_read_different_rows_are_told(place):
+    codes, said, _ = with_other_rows(place, 1, chat("say", "nothing"))
+    assert codes[0] == 65 and codes[1] != 0
+    assert "data.train: processes 1 have read other rows than process 0" in said[0]
+
+
+def with_other_rows(place, process, row):
+    rows = write_rows(place.folder / "rows.jsonl", [row] * 3)
     place.write(**settings("lora", per_device=1))
     arguments = [(), ()]
-    arguments[failing] = (f"data.train.0.path={rows}",)
-    processes = start_two(place, *arguments)
-    codes, said = finish(processes)
-    assert codes[failing] == 65 and f"{rows}:1" in said[failing]
-    assert codes[1 - failing] not in (0, None)
+    arguments[process] = (f"data.train.0.path={rows}",)
+    return *finish(start_two(place, *arguments)), rows
