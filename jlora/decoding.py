@@ -135,7 +135,7 @@ def _compiled(
             logits, cache = model.decode(params, last[:, None], None, cache, last_only=True)
             token = jnp.where(done, eos[0], pick(logits, key, numbers, step))
             tokens = tokens.at[:, step].set(token)
-            return step + 1, done | jnp.isin(token, eos), token, cache, tokens
+            return step + 1, jnp.isin(token, eos), token, cache, tokens
 
         start = (jnp.int32(1), jnp.isin(first, eos), first, cache, tokens)
         return jax.lax.while_loop(going_on, one, start)[-1]

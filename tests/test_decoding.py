@@ -1,6 +1,7 @@
 """Generated tokens against the whole model run again for each; sampling against NumPy."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +129,7 @@ def test_draws_follow_the_distribution(setting):
 
 
 def test_rows_are_sampled_by_their_own_logits():
-    logits = jnp.log(jnp.eye(4) + 1e-30)
+    logits = jnp.log(jnp.eye(4) + 1e-30) - 100.0 * jnp.arange(4.0)[:, None]
     keys = jax.random.split(jax.random.key(0), 4)
     sampling = Sampling(do_sample=True, top_k=3, top_p=0.9)
     assert next_token(logits, keys, sampling).tolist() == [0, 1, 2, 3]
@@ -152,6 +153,28 @@ def test_a_seed_gives_the_same_again_whatever_shares_the_batch():
     assert sample(PROMPTS, batch_size=2) == once
     first, second = sample([PROMPTS[0]] * 2 + PROMPTS[2:])[:2]
     assert first != second  # the same prompt, drawn twice
+
+
+class Coin:
+    """A model for which all tokens are equally likely, always."""
+
+    config = SimpleNamespace(position_limit=None)
+
+    def init_cache(self, batch, length):
+        return jnp.int32(0)
+
+    def decode(self, params, ids, positions, cache, last_only):
+        return jnp.zeros((ids.shape[0], 16)), cache
+
+
+def test_every_row_and_every_step_draws_anew():
+    drawn = generate(
+        Coin(), None, [[1]] * 8, max_new_tokens=8, eos_ids=(), sampling=SAMPLED, batch_size=4
+    )
+    drawn = np.array(drawn)
+    for table in (drawn, drawn.T):
+        assert all(len(set(row)) > 2 for row in table.tolist())
+        assert len({tuple(row) for row in table.tolist()}) == 8
 
 
 def test_the_first_sampled_tokens_follow_the_model():
