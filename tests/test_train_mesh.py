@@ -73,16 +73,16 @@ def test_eight_devices_train_as_one(place, alone, mesh, method):
 
 
 def start_two(place, *arguments):
-    """Two processes of four devices each, on one mesh: data 2, fsdp 4."""
+    """Two processes of two devices each, on one mesh: data 2, fsdp 2."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = {
         "JLORA_COORDINATOR": f"127.0.0.1:{port}",
         "JLORA_NUM_PROCESSES": "2",
-        "JAX_NUM_CPU_DEVICES": "4",
+        "JAX_NUM_CPU_DEVICES": "2",
     }
-    mesh = ("mesh.data=2", "mesh.fsdp=4")
+    mesh = ("mesh.data=2", "mesh.fsdp=2")
     return [
         place.start(place.folder / "config.yaml", *mesh, *a, **env, JLORA_PROCESS_ID=str(i))
         for i, a in enumerate(arguments or [(), ()])
@@ -104,7 +104,7 @@ def finish(processes):
 def two(tmp_path_factory, tiny_base, tiny_cache):
     """A run of two processes."""
     place = Place(tmp_path_factory.mktemp("two"), tiny_base, tiny_cache)
-    place.write(**settings("qlora", per_device=1))
+    place.write(**settings("qlora", per_device=2))
     codes, said = finish(start_two(place))
     assert codes == [0, 0], said
     assert "2 processes" in said[0] and "jlora" not in said[1]
@@ -118,7 +118,7 @@ def test_two_processes_train_as_one(two, alone):
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_and_the_same_command_goes_on(place):
-    sections = settings("lora", steps=LONG, per_device=1)
+    sections = settings("lora", steps=LONG, per_device=2)
     place.write(**sections)
     processes = start_two(place)
     path = place.output / "metrics.jsonl"
@@ -157,7 +157,7 @@ def test_processes_that_read_different_rows_are_told(place):
 
 def with_other_rows(place, process, row):
     rows = write_rows(place.folder / "rows.jsonl", [row] * 3)
-    place.write(**settings("lora", per_device=1))
+    place.write(**settings("lora", per_device=2))
     arguments = [(), ()]
     arguments[process] = (f"data.train.0.path={rows}",)
     return *finish(start_two(place, *arguments)), rows
