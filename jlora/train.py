@@ -43,10 +43,12 @@ def run(config: Config, options: argparse.Namespace) -> None:
         MetricsLog(out / "metrics.jsonl", enabled=first) as log,
         runtime.Signals() as signals,
     ):
+        console.note("reading and tokenizing the data …")
         rows = data.prepare(config.data.train, tokenizer, config.data)
         held_out = None
         if config.data.eval:
             held_out = data.prepare(config.data.eval, tokenizer, config.data, role="eval")
+        console.note(f"loading {config.model.name_or_path} …")
         job = open_job(config, tokenizer, trained=False)
         for what, prepared in (("data.train", rows), ("data.eval", held_out)):
             if prepared:

@@ -43,7 +43,7 @@ def test_bad_rows_exit_65_naming_file_and_line(place):
     rows.write_text(f'{good}\n{{"messages": [{{"role": "assistent", "content": ""}}]}}\n{{"mess\n')
     source = [{"path": str(rows), "format": "messages"}]
     run = place.command(place.write(data={"train": source}))
-    assert run.code == 65 and not run.out
+    assert run.code == 65 and run.out == "reading and tokenizing the data …\n"
     assert f"error: {rows}:2: messages[0] has the role 'assistent'" in run.err
     assert f"{rows}:3: " in run.err and "did you mean 'assistant'?" in run.err
 
