@@ -220,25 +220,15 @@ def _digest(packed: Packed, reports: Sequence[SourceReport]) -> str:
     return digest.hexdigest()
 
 
-def batch_at(
-    prepared: Prepared,
-    order: Order,
-    step: int,
-    accum: int = 1,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Batch:
+def batch_at(prepared: Prepared, order: Order, step: int, accum: int = 1) -> Batch:
     """The batch of a step (0 is the first): ``order.batch`` rows as (accum, B, T).
 
-    With several processes each gets its own consecutive part of axis B.
-
     Raises:
-      ValueError: the rows do not divide by ``accum`` and the processes.
+      ValueError: the rows do not divide by ``accum``.
     """
-    if order.batch % (accum * process_count):
-        raise ValueError(f"{order.batch} rows do not divide by {accum} × {process_count}")
-    rows = order.rows_at(step).reshape(accum, process_count, -1)[:, process_index]
-    return gather(prepared.packed, rows)
+    if order.batch % accum:
+        raise ValueError(f"{order.batch} rows do not divide by {accum}")
+    return gather(prepared.packed, order.rows_at(step).reshape(accum, -1))
 
 
 def gather(packed: Packed, rows: np.ndarray) -> Batch:
@@ -254,29 +244,10 @@ def gather(packed: Packed, rows: np.ndarray) -> Batch:
     }
 
 
-def batches(
-    prepared: Prepared,
-    order: Order,
-    start: int,
-    stop: int,
-    accum: int = 1,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Iterator[Batch]:
-    """The batches of steps [start, stop), made ahead in a thread."""
-
-    def make(step: int) -> Batch:
-        return batch_at(prepared, order, step, accum, process_index, process_count)
-
-    return prefetch(make, range(start, stop))
-
-
-def eval_batches(
-    prepared: Prepared, batch: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
+def eval_batches(prepared: Prepared, batch: int) -> Iterator[Batch]:
     """Every row once, in order, as batches (1, B, T); weights do not count."""
     order = Order(((len(prepared.packed), 1.0),), batch, shuffle=False)
-    return batches(prepared, order, 0, order.steps_per_epoch, 1, process_index, process_count)
+    return prefetch(lambda step: batch_at(prepared, order, step), range(order.steps_per_epoch))
 
 
 def prefetch(make: Callable[[int], Any], steps: Iterable[int], depth: int = 2) -> Iterator[Any]:
