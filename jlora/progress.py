@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-import numpy as np
 
 from jlora.config import Config, TrainConfig
 from jlora.errors import DivergedError
@@ -199,15 +198,3 @@ def check_learning(progress: Progress, trainable: Any, plan: Plan) -> None:
         where=f"step {progress.step}",
         fix="leave these modules out of lora.target_modules or lora.modules_to_save",
     )
-
-
-def host_copy(tree: Any) -> Any:
-    """The whole tree as NumPy on every process."""
-    from jax.experimental import multihost_utils
-
-    def fetch(leaf):
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            return multihost_utils.process_allgather(leaf, tiled=True)
-        return np.asarray(leaf)
-
-    return jax.tree.map(fetch, tree)

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 from unittest import mock
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,7 +27,6 @@ from jlora.progress import (
     check_evaluation,
     check_finite,
     check_learning,
-    host_copy,
 )
 
 SOURCE = SourceConfig(path="rows.jsonl", format="messages")
@@ -214,11 +212,3 @@ def test_a_gradient_in_any_update_is_enough():
     counted.add(metrics(alive=(False, True)))
     with pytest.raises(DivergedError, match="lora_A"):
         check_learning(counted, TREE, plan)
-
-
-def test_a_copy_on_the_host_is_whole():
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
-    spec = jax.sharding.PartitionSpec("fsdp")
-    array = jax.device_put(np.arange(16.0), jax.sharding.NamedSharding(mesh, spec))
-    copy = host_copy({"a": array})["a"]
-    assert isinstance(copy, np.ndarray) and copy.tolist() == list(range(16))

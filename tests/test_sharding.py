@@ -233,3 +233,11 @@ def test_two_processes_share_the_arrays():
         line = next(line for line in output.splitlines() if line.startswith("SUM"))
         sharded, whole = map(float, line.split()[1:])
         assert abs(sharded - whole) <= 1e-3 * abs(whole)
+
+
+def test_a_copy_on_the_host_is_whole():
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
+    spec = jax.sharding.PartitionSpec("fsdp")
+    array = jax.device_put(np.arange(16.0), jax.sharding.NamedSharding(mesh, spec))
+    copy = sharding.gather({"a": array})["a"]
+    assert isinstance(copy, np.ndarray) and copy.tolist() == list(range(16))

@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from jlora import sharding
 from jlora.checkpoint import manifest as manifests
 from jlora.errors import DataError, JloraError, StorageError
 from jlora.files import is_disk_full, storage_error, storage_errors
@@ -201,9 +202,7 @@ def _describe(leaf: Any) -> dict[str, Any]:
 
 def _digest(leaf: Any) -> str:
     """SHA-256 of the whole leaf's bytes in C order, the same for every sharding."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    flat = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+    flat = np.ascontiguousarray(sharding.gather(leaf)).reshape(-1).view(np.uint8)
     return hashlib.sha256(flat.data).hexdigest()
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from jlora import paths
+from jlora import paths, sharding
 from jlora.errors import ConfigError, DataError, StorageError
 from jlora.files import storage_error, storage_errors, write_atomic
 from jlora.models.hf_folder import INDEX, SINGLE
@@ -135,16 +135,8 @@ def _value(params: Any, tensor: Tensor) -> np.ndarray:
     if tensor.layer is not None:
         leaf = jax.tree.map(lambda x: x[tensor.layer], leaf)
     dense = leaf.dequantize() if hasattr(leaf, "dequantize") else leaf
-    value = _on_host(dense)
+    value = sharding.gather(dense)
     return np.ascontiguousarray(value.T if tensor.transposed else value)
-
-
-def _on_host(x: Any) -> np.ndarray:
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-    return np.asarray(x)
 
 
 def _write_shard(file: Path, arrays: dict[str, np.ndarray]) -> None:
