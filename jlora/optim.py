@@ -66,25 +66,10 @@ def _sgd(config: TrainConfig, rate: optax.Schedule, decay: float):
 
 
 def _adafactor(config: TrainConfig, rate: optax.Schedule, decay: float):
-    scaled = optax.adafactor(rate, multiply_by_parameter_scale=False, clipping_threshold=1.0)
-    if not decay:
-        return scaled
-    shrink = optax.chain(optax.add_decayed_weights(decay), optax.scale_by_learning_rate(rate))
-    return _sum_of(scaled, shrink)
-
-
-def _sum_of(first, second) -> optax.GradientTransformation:
-    """Adds the updates of ``first`` to those ``second`` makes of a zero gradient."""
-
-    def init(params):
-        return first.init(params), second.init(params)
-
-    def update(updates, state, params=None):
-        a, first_state = first.update(updates, state[0], params)
-        b, second_state = second.update(jax.tree.map(jnp.zeros_like, updates), state[1], params)
-        return jax.tree.map(jnp.add, a, b), (first_state, second_state)
-
-    return optax.GradientTransformation(init, update)
+    # Without a rate of its own, so that the decay is scaled by it too, as transformers does.
+    scaled = optax.adafactor(None, multiply_by_parameter_scale=False, clipping_threshold=1.0)
+    decayed = optax.chain(optax.scale(-1.0), optax.add_decayed_weights(decay))
+    return optax.chain(scaled, decayed, optax.scale_by_learning_rate(rate))
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
