@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import jax
 import yaml
 from jax.experimental import multihost_utils
 
-from jlora import checkpoint, data, evaluation, metrics, report
+from jlora import checkpoint, data, evaluation, metrics, report, sharding
 from jlora.adapter_io import save_adapter
 from jlora.config import Config, TrainConfig, to_yaml
 from jlora.console import Console
@@ -22,7 +21,7 @@ from jlora.files import storage_errors, write_atomic
 from jlora.job import Job
 from jlora.lora import Adapter
 from jlora.models import save_pretrained
-from jlora.progress import Plan, Progress, host_copy
+from jlora.progress import Plan, Progress
 from jlora.state import TrainState
 
 FREE_TO_CHANGE = {
@@ -60,7 +59,7 @@ class Checkpoints:
             "base_fingerprint": checkpoint.fingerprint(job.frozen),
         }
         self.best: Any = None
-        """The trainable tree of the lowest held-out loss; kept only with early stopping."""
+        """The trainable tree of the last better evaluation; kept only with early stopping."""
 
     def resume(
         self, state: TrainState, progress: Progress, console: Console
@@ -68,7 +67,8 @@ class Checkpoints:
         """The newest whole checkpoint, the one that ``train.resume`` names, or what was given."""
         folder, step = self._folder, None
         if self._settings.resume == "never":
-            self._discard(console)
+            self._clear(checkpoint.discard_incomplete, "unfinished", console)
+            self._clear(functools.partial(checkpoint.discard_later, step=-1), "earlier", console)
         elif self._settings.resume == "auto":
             self._clear(checkpoint.discard_incomplete, "unfinished", console)
             step = checkpoint.latest(folder)
@@ -110,13 +110,6 @@ class Checkpoints:
             console.note(f"removed {kind} checkpoints: {', '.join(map(str, removed))}")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"jlora {kind} checkpoints removed")
-
-    def _discard(self, console: Console) -> None:
-        if self._folder.exists():
-            console.note(f"resume: never, so the checkpoints in {self._folder} are removed")
-            if jax.process_index() == 0:
-                with storage_errors(self._folder):
-                    shutil.rmtree(self._folder)
 
 
 def _named(resume: str) -> tuple[Path, int]:
@@ -167,7 +160,7 @@ def replies(job: Job, trainable: Any, rows: list[data.ReplyRow]) -> list[evaluat
 
 def write_model(job: Job, trainable: Any) -> str:
     """The adapter, or the fully trained model, with its tokenizer; says what was written."""
-    out, tree = Path(job.config.train.output_dir), host_copy(trainable)
+    out, tree = Path(job.config.train.output_dir), sharding.gather(trainable)
     if jax.process_index() != 0:
         return ""
     if isinstance(tree, Adapter):

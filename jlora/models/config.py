@@ -54,7 +54,6 @@ class DecoderConfig:
     """Per layer: the factor on query-key products."""
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
-    pad_token_id: int | None
     hf_json: str = dataclasses.field(repr=False)
     """The ``config.json`` this came from, as sorted JSON."""
 
@@ -126,7 +125,6 @@ def _common(keys: Keys) -> dict[str, Any]:
         "initializer_range": keys.number("initializer_range", 0.02, float),
         "tie_word_embeddings": keys.flag("tie_word_embeddings", False),
         "bos_token_id": keys.token("bos_token_id"),
-        "pad_token_id": keys.token("pad_token_id"),
         "hf_json": json.dumps(dict(keys.hf), sort_keys=True),
     }
 
@@ -270,7 +268,6 @@ def _gpt2(keys: Keys) -> GPT2Config:
         scales=tuple(scale / (i + 1) if inverse else scale for i in range(layers)),
         eos_token_ids=keys.tokens("eos_token_id", 50256),
         bos_token_id=keys.token("bos_token_id"),
-        pad_token_id=keys.token("pad_token_id"),
         hf_json=json.dumps(dict(keys.hf), sort_keys=True),
     )
 
