@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jlora import runtime, sharding
+from jlora.config import in_lines
 from jlora.console import Console, Rows
 from jlora.data import Prepared
 from jlora.errors import ConfigError, DataError
@@ -15,6 +16,10 @@ from jlora.job import Job
 from jlora.optim import warmup_steps
 from jlora.progress import Plan
 from jlora.targets import match_table
+
+
+SECTIONS = ("model", "quantization", "lora", "data", "train", "mesh", "evaluate")
+"""The settings that a run depends on."""
 
 
 def show_header(
@@ -28,6 +33,8 @@ def show_header(
         sections["adapter"] = Rows(names, [[_text(row[n]) for n in names] for row in rows])
     sections["data"] = _data(train, held_out)
     sections["run"] = _run(job, plan)
+    lines = in_lines(job.config)
+    sections["settings"] = {name: lines[name] for name in SECTIONS}
     if job.mesh.size > 1:
         sections["layout"] = layout((job.frozen, job.trainable), job.mesh)
     console.header(f"jlora · {job.config.train.output_dir}", sections)

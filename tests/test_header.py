@@ -1,9 +1,20 @@
 """The run header's numbers."""
 
 import jax.numpy as jnp
+import yaml
 
 from jlora import header, sharding
-from jlora.config import MeshConfig
+from jlora.config import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    SourceConfig,
+    TrainConfig,
+    in_lines,
+    to_yaml,
+)
 
 
 def test_layout_says_what_lies_on_each_device():
@@ -18,3 +29,19 @@ def test_layout_says_what_lies_on_each_device():
         (1, "bias", "nothing", "1.0 KiB", "1.0 KiB"),
     ]
     assert len(rows.rows[0]) == len(rows.columns)
+
+
+def test_every_setting_is_shown_as_it_was_resolved(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}")
+    source = SourceConfig(path=str(rows), format="messages")
+    config = Config(
+        model=ModelConfig(name_or_path="base"),
+        lora=LoraConfig(r=16),
+        data=DataConfig(train=(source,)),
+        train=TrainConfig(output_dir="out", learning_rate=1e-5),
+    )
+    lines = in_lines(config)
+    assert lines["quantization"] == "null" and all("\n" not in line for line in lines.values())
+    whole = yaml.safe_load(to_yaml(config))
+    assert {name: yaml.safe_load(line) for name, line in lines.items()} == whole

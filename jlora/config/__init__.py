@@ -15,7 +15,7 @@ from jlora.config.tables import (
     SourceConfig,
     TrainConfig,
 )
-from jlora.config.text import Option, options, to_yaml
+from jlora.config.text import Option, in_lines, options, to_yaml
 from jlora.config.weights import LoraConfig, MergeConfig, ModelConfig, QuantConfig
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "QuantConfig",
     "SourceConfig",
     "TrainConfig",
+    "in_lines",
     "load",
     "options",
     "to_yaml",

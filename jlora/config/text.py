@@ -56,6 +56,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def in_lines(config: Config) -> dict[str, str]:
+    """Each section with all its settings as one line of YAML; null for one that is left out."""
+    return {name: _one_line(section) for name, section in _plain(config).items()}
+
+
 def options() -> Iterator[Option]:
     """Every setting of every section, in order."""
     for section, hint in hints(Config).items():
@@ -82,7 +87,7 @@ def _options(section: str, table: type[Section]) -> Iterator[Option]:
 
 
 def _one_line(value: Any) -> str:
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=1000)
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=10_000)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
