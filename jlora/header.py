@@ -17,7 +17,6 @@ from jlora.optim import warmup_steps
 from jlora.progress import Plan
 from jlora.targets import match_table
 
-
 SECTIONS = ("model", "quantization", "lora", "data", "train", "mesh", "evaluate")
 """The settings that a run depends on."""
 
