@@ -1,4 +1,7 @@
-"""Batches on the devices: every process makes a whole batch and keeps the part that it owns."""
+"""Batches on the devices: every process makes a whole batch and keeps the part that it owns.
+
+Whether the rows fit the model, and are the same in all processes, is checked before the first one.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jlora import data, sharding
-from jlora.errors import DataError
+from jlora.errors import ConfigError, DataError
+from jlora.job import Job
 
 Batch = dict[str, jax.Array]
 
@@ -25,6 +29,24 @@ def batch_at(
         return {name: sharding.place(array, target) for name, array in batch.items()}
 
     return at
+
+
+def check_fit(job: Job, rows: data.Prepared) -> None:
+    """Raises when rows hold ids that the model has no embedding for, or are too long for it."""
+    largest, size = int(rows.packed.input_ids.max()), job.model.config.vocab_size
+    if largest >= size:
+        raise DataError(
+            f"the tokenizer makes token {largest}, but the model has {size} embeddings",
+            where=job.config.model.name_or_path,
+            fix="use the tokenizer that belongs to the model",
+        )
+    limit = job.model.config.position_limit
+    if limit is not None and rows.length > limit:
+        raise ConfigError(
+            f"{rows.length} tokens in a row, but the model has {limit} positions",
+            where="data.max_length",
+            fix=f"set it to {limit} or less",
+        )
 
 
 def check_same(rows: data.Prepared, what: str) -> None:

@@ -13,12 +13,11 @@ from pathlib import Path
 import jax
 
 from jlora import data, evaluation, outputs, runtime
-from jlora.batches import eval_batches
+from jlora.batches import check_fit, eval_batches
 from jlora.config import Config
 from jlora.console import Console
 from jlora.errors import ConfigError
 from jlora.files import write_atomic
-from jlora.header import check_fit
 from jlora.job import open_job, open_tokenizer
 from jlora.progress import eval_rows
 from jlora.step import make_eval_step

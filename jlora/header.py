@@ -11,7 +11,6 @@ from jlora import runtime, sharding
 from jlora.config import in_lines
 from jlora.console import Console, Rows
 from jlora.data import Prepared
-from jlora.errors import ConfigError, DataError
 from jlora.job import Job
 from jlora.optim import warmup_steps
 from jlora.progress import Plan
@@ -44,24 +43,6 @@ def show_header(
         console.warn(
             f"packed layers compute in {computed} like all others, "
             f"not in bnb_4bit_compute_dtype={asked.bnb_4bit_compute_dtype}"
-        )
-
-
-def check_fit(job: Job, prepared: Prepared) -> None:
-    """Raises when rows hold ids that the model has no embedding for, or are too long for it."""
-    largest, size = int(prepared.packed.input_ids.max()), job.model.config.vocab_size
-    if largest >= size:
-        raise DataError(
-            f"the tokenizer makes token {largest}, but the model has {size} embeddings",
-            where=job.config.model.name_or_path,
-            fix="use the tokenizer that belongs to the model",
-        )
-    limit = job.model.config.position_limit
-    if limit is not None and prepared.length > limit:
-        raise ConfigError(
-            f"{prepared.length} tokens in a row, but the model has {limit} positions",
-            where="data.max_length",
-            fix=f"set it to {limit} or less",
         )
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 
 from jlora import data, evaluation, outputs, runtime, sharding
-from jlora.batches import batch_at, check_same, eval_batches
+from jlora.batches import batch_at, check_fit, check_same, eval_batches
 from jlora.config import Config
 from jlora.console import Console
-from jlora.header import check_fit, show_header
+from jlora.header import show_header
 from jlora.job import Job, open_job, open_tokenizer
 from jlora.metrics import MetricsLog
 from jlora.optim import make_optimizer, schedule

@@ -185,5 +185,5 @@ def test_other_settings_are_refused_by_name_and_change_nothing(done, change, nam
 def test_switching_early_stopping_on_is_refused_by_name(done):
     """Its checkpoints hold the best tree besides the state, so leaves would be missing."""
     held_out = {"eval": [{"path": str(done.held_out), "format": "messages"}]}
-    with pytest.raises(ConfigError, match="train.early_stopping: False there, True here"):
+    with pytest.raises(ConfigError, match=r"train\.early_stopping: False there, True here"):
         done.run("train.early_stopping_patience=2", data=held_out)
