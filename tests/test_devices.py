@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from jlora import lora, nf4, sharding
+from jlora import lora, sharding
 from jlora.config import LoraConfig, MeshConfig, QuantConfig
 from jlora.models import Model, init_params
+from jlora.quantization import quantize_params
 from jlora.state import init_state
 from jlora.step import make_train_step
 
@@ -62,7 +63,7 @@ def start(architecture: str, quantized: bool):
     model = Model.from_config(LLAMA if architecture == "llama" else GPT2, "float32")
     params = init_params(jax.random.key(0), model)
     if quantized:
-        params = nf4.quantize_params(
+        params = quantize_params(
             params, QuantConfig(block_size=32, bnb_4bit_compute_dtype="float32")
         )
     config = LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear")

@@ -17,6 +17,7 @@ from jlora import lora, nf4, step
 from jlora.config import LoraConfig, QuantConfig
 from jlora.dot import _product as product
 from jlora.models import Model, init_params
+from jlora.quantization import quantize_params
 from jlora.state import LossScale, init_state
 from jlora.step import IGNORE, cross_entropy, loss_and_count, make_eval_step, make_train_step
 
@@ -317,7 +318,7 @@ def narrow(quantized):
 
     def init(key):
         params = init_params(key, model)
-        return nf4.quantize_params(params, config) if quantized else params
+        return quantize_params(params, config) if quantized else params
 
     return model, jax.eval_shape(init, jax.random.key(0))
 
@@ -392,8 +393,8 @@ def test_full_fine_tuning_has_what_the_qlora_step_has_not():
 def test_a_product_that_forgets_the_codes_would_be_seen():
     """Without its own rule the product keeps the dequantized weight of every layer."""
 
-    def careless(x, w):
-        return product(x, nf4.dequantize(w), 0)
+    def careless(x, w, dtype):
+        return product(x, nf4.dequantize(w), 0, dtype)
 
     with mock.patch("jlora.dot._packed", careless):
         assert kept_dense(qlora_jaxpr(13, False))
