@@ -198,7 +198,7 @@ def quantize_blocks(
     v = jnp.clip(blocks.astype(jnp.float32) * scale[..., None], -1, 1)
     # Strictly above a threshold: a tie takes the lower code. XLA fuses the 15 comparisons.
     place = jnp.sum(v[..., None] > THRESHOLDS[quant_type], axis=-1, dtype=jnp.uint8)
-    return _look_up(ASCENDING[quant_type], place), absmax
+    return look_up(ASCENDING[quant_type], place), absmax
 
 
 def quantize_absmax(
@@ -270,11 +270,11 @@ def _values(q: NF4Array, codes: Array, absmax: Any, dtype: Any) -> Array:
     """(…, 2n) from bytes (…, n) and what their high and their low halves are scaled by."""
     # Scaling and rounding each half before they are interleaved keeps float32 out of memory.
     table, halves = FOUR_BIT[q.quant_type], (codes >> 4, codes & 15)
-    parts = [(_look_up(table, c) * a).astype(dtype) for c, a in zip(halves, absmax, strict=True)]
+    parts = [(look_up(table, c) * a).astype(dtype) for c, a in zip(halves, absmax, strict=True)]
     return jnp.stack(parts, axis=-1).reshape(*codes.shape[:-1], -1)
 
 
-def _look_up(table: np.ndarray, codes: Array) -> Array:
+def look_up(table: np.ndarray, codes: Array) -> Array:
     """``table[codes]`` for 16 values: selected bit by bit, which vector units can do."""
     values = [jnp.asarray(value) for value in table]
     for bit in range(4):
