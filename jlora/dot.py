@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
+from jlora import nf4_kernel
 from jlora.lora import LoraWeight
 from jlora.quantization import is_packed
 
@@ -126,9 +128,27 @@ def _weight_gradient(x: Array, g: Array, dtype) -> Array:
 _dense.defvjp(_dense_fwd, _dense_bwd, symbolic_zeros=True)
 
 
+def _packed_product(x: Array, w: Any, transpose: bool, dtype: Any = None) -> Array:
+    """``x @ w`` or ``x @ w.mT``, by the fused kernel on platforms where that is known to win."""
+    fused = {
+        platform: functools.partial(
+            nf4_kernel.matmul, transpose=transpose, dtype=dtype, platform=platform
+        )
+        for platform in nf4_kernel.MEASURED
+        if nf4_kernel.fused_wins(platform, math.prod(x.shape[:-1]), w)
+    }
+
+    def dequantized(x, w):
+        return _product(x, w.dequantize(), int(transpose), dtype)
+
+    if not fused:
+        return dequantized(x, w)
+    return jax.lax.platform_dependent(x, w, default=dequantized, **fused)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _packed(x: Array, w: Any, dtype: Any) -> Array:
-    return _product(x, w.dequantize(), 0, dtype)
+    return _packed_product(x, w, False, dtype)
 
 
 def _packed_fwd(x, w, dtype):
@@ -137,7 +157,7 @@ def _packed_fwd(x, w, dtype):
 
 def _packed_bwd(_, saved, g):
     w, like = saved
-    return _product(g.astype(like.dtype), w.dequantize(), 1), None
+    return _packed_product(g.astype(like.dtype), w, True), None
 
 
 _packed.defvjp(_packed_fwd, _packed_bwd)

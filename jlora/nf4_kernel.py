@@ -13,12 +13,10 @@ are bit for bit those of ``nf4.dequantize``; only the order of the float32 sum d
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
@@ -46,36 +44,39 @@ class Tiles(NamedTuple):
     """Parts of the contraction that run side by side and are summed afterwards (GPU)."""
 
 
-def fused_wins(platform: str, x_rows: int, q: NF4Array) -> bool:
-    """Whether the kernel computes ``x @ q`` and is known to be faster than dequantizing first.
+def fused_wins(platform: str, x_rows: int, q: Any) -> bool:
+    """Whether the kernel is known to be faster for ``x_rows`` rows times ``q``.
 
-    Only on one device: a mesh would gather its operands, since XLA cannot split a kernel.
+    Only where tiles cover the matrix without a copy, and on one device: XLA cannot split a kernel
+    over a mesh and would gather what it reads.
     """
-    split = jax.sharding.get_abstract_mesh().size > 1
-    return not split and x_rows <= MEASURED.get(platform, 0) and supports(q)
+    if x_rows > MEASURED.get(platform, 0) or not isinstance(q, NF4Array) or not _is_matrix(q):
+        return False
+    covered = q.matrix_shape[0] % 128 == 0 and q.matrix_shape[1] % 256 == 0
+    return covered and jax.sharding.get_abstract_mesh().size <= 1
 
 
-def supports(q: NF4Array) -> bool:
-    """Whether ``q`` is one matrix of whole blocks that tiles cover without a copy."""
-    whole = len(q.matrix_shape) == 2 and q.rowwise and not q.lead
-    return whole and not any(size % 128 for size in q.matrix_shape) and q.shape[-1] >= 256
+def _is_matrix(q: NF4Array) -> bool:
+    return len(q.matrix_shape) == 2 and q.rowwise and not q.lead
 
 
 def matmul(
     x: Float[Array, "*batch k"],
     q: NF4Array,
     transpose: bool = False,
+    dtype: Any = None,
     *,
     platform: str,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Float[Array, "*batch n"]:
-    """``x @ q``, or ``x @ q.mT`` if ``transpose``: (..., n) in ``x.dtype``, summed in float32.
+    """``x @ q``, or ``x @ q.mT`` if ``transpose``, summed in float32.
 
     Args:
       x: activations, bfloat16 or float32; on a GPU float16 too.
       q: a packed matrix of whole blocks (``rowwise``), either way round. Not differentiated.
       transpose: multiply by the transpose.
+      dtype: of the result; None is ``x.dtype``.
       platform: whose kernel: "cuda" (Triton) or "tpu" (Mosaic).
       tiles: None chooses by shape. Sizes that tiles do not divide are padded, which copies.
       interpret: run on any device, step by step in JAX.
@@ -83,7 +84,7 @@ def matmul(
     Raises:
       ValueError: ``q`` is stacked, no matrix, or has blocks that straddle rows.
     """
-    if len(q.matrix_shape) != 2 or q.lead or not q.rowwise:
+    if not _is_matrix(q):
         raise ValueError(f"multiplies by one matrix of whole blocks, not by {q}")
     axis = int(q.transposed != transpose)
     flat = x.reshape(-1, x.shape[-1])
@@ -97,8 +98,9 @@ def matmul(
         _pad(absmax, *_padding(tiles, axis, block)),
     )
     call = _triton if platform == "cuda" else _mosaic
-    decode = functools.partial(_decode, table=FOUR_BIT[q.quant_type], dtype=q.dtype)
-    out = call(*operands, axis, tiles, decode, interpret)
+    values = FOUR_BIT[q.quant_type], q.dtype
+    out_dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    out = call(*operands, values, out_dtype, axis, tiles, interpret)
     out = out[: flat.shape[0], : q.matrix_shape[1 - axis]]
     return out.reshape(*x.shape[:-1], -1)
 
@@ -121,7 +123,11 @@ def choose_tiles(platform: str, x_rows: int, q: NF4Array, axis: int) -> Tiles:
     # Two programs a multiprocessor, for as many loads in flight; each keeps four steps at least.
     programs = -(-x_rows // x_tile) * -(-q.matrix_shape[1 - axis] // tiles[2 - axis])
     steps = -(-q.matrix_shape[axis] // tiles[1 + axis])
-    fits = [s for s in (8, 4, 2) if steps % s == 0 and steps // s >= 4 and programs * s <= 512]
+    fits = [
+        s
+        for s in (8, 4, 2)
+        if x_rows <= 64 and steps % s == 0 and steps // s >= 4 and programs * s <= 512
+    ]
     return tiles._replace(splits=fits[0] if fits else 1)
 
 
@@ -141,22 +147,31 @@ def _pad(x: Array, *multiples: int) -> Array:
     return jnp.pad(x, missing) if any(after for _, after in missing) else x
 
 
-def _decode(codes: Array, absmax: Array, table: np.ndarray, dtype: Any) -> Array:
-    return (look_up(table, codes) * absmax).astype(dtype)
+def _cost(x, codes, absmax, n, dtype) -> pl.CostEstimate:
+    """What XLA's scheduler and ``cost_analysis`` are told: it cannot look into a kernel."""
+    moved = (
+        sum(a.size * a.dtype.itemsize for a in (x, codes, absmax)) + x.shape[0] * n * dtype.itemsize
+    )
+    return pl.CostEstimate(
+        flops=4 * x.shape[0] * codes.size, bytes_accessed=moved, transcendentals=0
+    )
 
 
-def _triton(x, codes, absmax, axis, tiles, decode, interpret):
+def _triton(x, codes, absmax, values, dtype, axis, tiles, interpret):
     """Each program keeps one tile of the result in registers and walks along the contraction.
 
     The packed matrix is the left operand, which the matrix unit takes from registers, where it was
-    dequantized; and few rows of ``x`` fill its right side better than its left.
+    dequantized; and few rows of ``x`` fill its right side better than its left. Codes are looked up
+    in a table in memory: from the first-level cache that is one load a value, where selecting is
+    fifteen operations and would be the bottleneck.
     """
+    table, w_dtype = values
     shape, sizes = (codes.shape[0], 2 * codes.shape[1]), (tiles.rows, tiles.cols)
     free, k = sizes[1 - axis], sizes[axis]
     steps = shape[axis] // (k * tiles.splits)
     groups = tiles.cols // (shape[1] // absmax.shape[1])
 
-    def kernel(x_ref, codes_ref, absmax_ref, out_ref):
+    def kernel(x_ref, codes_ref, absmax_ref, table_ref, out_ref):
         def step(i, total):
             def part(ref, size):
                 where = pl.ds(i * size, size)
@@ -166,8 +181,8 @@ def _triton(x, codes, absmax, axis, tiles, decode, interpret):
             scale = part(absmax_ref, k if axis == 0 else groups)
             scale = jnp.broadcast_to(scale[..., None], (*scale.shape, tiles.cols // 2 // groups))
             scale = scale.reshape(code.shape)
-            w = jnp.stack([decode(code >> 4, scale), decode(code & 15, scale)], axis=-1)
-            w = w.reshape(sizes).astype(x.dtype)
+            halves = [(table_ref[c] * scale).astype(w_dtype) for c in (code >> 4, code & 15)]
+            w = jnp.stack(halves, axis=-1).reshape(sizes).astype(x.dtype)
             xs = x_ref[:, pl.ds(i * k, k)]
             dims = (((axis,), (1,)), ((), ()))
             return total + jax.lax.dot_general(w, xs, dims, preferred_element_type=jnp.float32)
@@ -189,25 +204,28 @@ def _triton(x, codes, absmax, axis, tiles, decode, interpret):
             pl.BlockSpec((tiles.x_rows, x.shape[1]), lambda i, j, s: (i, 0)),
             along(codes, tiles.cols // 2 if axis == 0 else tiles.rows),
             along(absmax, groups if axis == 0 else tiles.rows),
+            pl.BlockSpec((16,), lambda i, j, s: (0,)),
         ],
         out_specs=pl.BlockSpec((None, tiles.x_rows, free), lambda i, j, s: (s, i, j)),
         out_shape=jax.ShapeDtypeStruct(
             (tiles.splits, x.shape[0], shape[1 - axis]),
-            x.dtype if tiles.splits == 1 else jnp.float32,
+            dtype if tiles.splits == 1 else jnp.float32,
         ),
         compiler_params=plgpu.CompilerParams(num_warps=8 if tiles.rows > 64 else 4, num_stages=3),
+        cost_estimate=_cost(x, codes, absmax, shape[1 - axis], dtype),
         interpret=interpret,
         name="nf4_matmul",
-    )(x, codes, absmax)
-    return out[0] if tiles.splits == 1 else jnp.sum(out, axis=0).astype(x.dtype)
+    )(x, codes, absmax, table)
+    return out[0] if tiles.splits == 1 else jnp.sum(out, axis=0).astype(dtype)
 
 
-def _mosaic(x, codes, absmax, axis, tiles, decode, interpret):
+def _mosaic(x, codes, absmax, values, dtype, axis, tiles, interpret):
     """The grid's last axis walks along the contraction, with the sum in VMEM.
 
     The tile is turned first: blocks then run along sublanes, where a row of ``absmax`` scales 32 of
     them at once and where two bfloat16 share a 32-bit lane, so that halves interleave by a shift.
     """
+    table, w_dtype = values
     shape, sizes = (codes.shape[0], 2 * codes.shape[1]), (tiles.rows, tiles.cols)
     groups = tiles.cols // (shape[1] // absmax.shape[1])
 
@@ -218,7 +236,7 @@ def _mosaic(x, codes, absmax, axis, tiles, decode, interpret):
 
         code = codes_ref[...].T.astype(jnp.int32).reshape(groups, -1, tiles.rows)
         scale = absmax_ref[...][:, None, :]
-        halves = decode(code >> 4, scale), decode(code & 15, scale)
+        halves = [(look_up(table, c) * scale).astype(w_dtype) for c in (code >> 4, code & 15)]
         w = _interleave(*(half.reshape(-1, tiles.rows) for half in halves)).astype(x.dtype)
         dims = (((1,), (1 - axis,)), ((), ()))
         product = jax.lax.dot_general(x_ref[...], w, dims, preferred_element_type=jnp.float32)
@@ -235,16 +253,15 @@ def _mosaic(x, codes, absmax, axis, tiles, decode, interpret):
         in_specs=[
             pl.BlockSpec((tiles.x_rows, k), lambda i, j, t: (i, t)),
             packed((tiles.rows, tiles.cols // 2)),
-            pl.BlockSpec(
-                (groups, tiles.rows), lambda i, j, t: (t, j) if axis == 1 else (j, t)
-            ),
+            pl.BlockSpec((groups, tiles.rows), lambda i, j, t: (t, j) if axis == 1 else (j, t)),
         ],
         out_specs=pl.BlockSpec((tiles.x_rows, free), lambda i, j, t: (i, j)),
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], shape[1 - axis]), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], shape[1 - axis]), dtype),
         scratch_shapes=[pltpu.VMEM((tiles.x_rows, free), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
+        cost_estimate=_cost(x, codes, absmax, shape[1 - axis], dtype),
         interpret=interpret,
         name="nf4_matmul",
     )(x, codes, absmax.T)
