@@ -75,9 +75,9 @@ def cross_entropy(
 
 
 def cross_entropy_by_tokens(
-    head: Callable[[Array, int], Array], labels: Int[Array, "batch length"], vocab: int
+    head: Callable[..., Array], labels: Int[Array, "batch length"], vocab: int
 ) -> Float[Array, ""]:
-    """``cross_entropy`` of the logits that ``head(start, size)`` gives for a part of the tokens.
+    """``cross_entropy`` of the logits that ``head(start, size=n)`` gives for some of the tokens.
 
     Each part of a packed head is dequantized once here and once for the gradient, and never all of
     it; parts of the sequence would each dequantize the whole.
@@ -86,7 +86,7 @@ def cross_entropy_by_tokens(
 
     def part(first):
         start = jnp.minimum(first, vocab - size)  # the last part overlaps the one before it
-        logits, tokens = head(start, size), start + jnp.arange(size)
+        logits, tokens = head(start, size=size), start + jnp.arange(size)
         chosen = (labels[..., None] == tokens) & (tokens >= first)
         picked = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
         return jax.nn.logsumexp(jnp.where(tokens >= first, logits, -jnp.inf), axis=-1), picked

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from jlora import nf4
-from jlora.dot import dot, embed
+from jlora import int8, nf4
+from jlora.dot import columns, dot, embed
 from jlora.lora import LoraWeight
 
 I, O, R = 64, 128, 4
@@ -138,6 +138,30 @@ def test_embed_takes_rows_of_any_weight():
     _, _, a, b = weights()
     got = embed(ids, LoraWeight(table, a, b, jnp.float32(2.0)))
     np.testing.assert_allclose(got, (table + 2 * a @ b)[ids], rtol=1e-5, atol=1e-5)
+
+
+def test_columns_of_any_weight_are_those_of_the_dense_one():
+    x, w, a, b = weights()
+    from_96 = jax.jit(lambda x, w: dot(x, columns(w, jnp.int32(96), 24)))
+    for leaf in (w, nf4.quantize(w.T).mT, nf4.quantize(w.T[:, :40]).mT, int8.quantize(w.T).mT):
+        rows = leaf.shape[0]
+        for weight in (leaf, LoraWeight(leaf, a[:rows], b, jnp.float32(0.5))):
+            whole, part = dot(x[..., :rows], weight), from_96(x[..., :rows], weight)
+            np.testing.assert_allclose(part, whole[..., 96:120], rtol=1e-5, atol=1e-5)
+
+
+def test_packed_weights_give_wide_results_unrounded():
+    x, w, _, _ = weights(jnp.bfloat16)
+    q = nf4.quantize(w.T).mT
+    exact = np.asarray(x, np.float64) @ np.asarray(q.dequantize(), np.float64)
+    wide = dot(x, q, jnp.float32)
+    np.testing.assert_allclose(wide, exact, rtol=1e-5, atol=1e-5)
+    assert np.abs(np.asarray(dot(x, q), np.float64) - exact).max() > 1e-3  # bfloat16's rounding
+    gradient = jax.grad(lambda x: jnp.sum(dot(x, q, jnp.float32)))(x)
+    expected = np.ones((10, O)) @ np.asarray(q.dequantize(), np.float64).T
+    np.testing.assert_allclose(
+        np.asarray(gradient, np.float64).reshape(10, I), expected, rtol=1e-2, atol=1e-2
+    )
 
 
 def test_wide_results_leave_the_weight_narrow():
