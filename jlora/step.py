@@ -146,7 +146,7 @@ def make_train_step(
             "weights_finite": jnp.stack(
                 [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state.trainable)]
             ).all(),
-            "alive": jnp.stack([jnp.any(g != 0) for g in jax.tree.leaves(grads)]),
+            "alive": jnp.stack([jnp.max(jnp.abs(g)) != 0 for g in jax.tree.leaves(grads)]),
         }
         return state, metrics
 
