@@ -128,7 +128,7 @@ _dense.defvjp(_dense_fwd, _dense_bwd, symbolic_zeros=True)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _packed(x: Array, w: Any, dtype: Any) -> Array:
-    return _product(x, w.dequantize(), 0, dtype)
+    return _product(x, _dequantize_after(x, w), 0, dtype)
 
 
 def _packed_fwd(x, w, dtype):
@@ -137,7 +137,18 @@ def _packed_fwd(x, w, dtype):
 
 def _packed_bwd(_, saved, g):
     w, like = saved
-    return _product(g.astype(like.dtype), w.dequantize(), 1), None
+    return _product(g.astype(like.dtype), _dequantize_after(g, w), 1), None
+
+
+def _dequantize_after(x: Array, w: Any) -> Array:
+    """The dense matrix, not made before ``x`` is there.
+
+    Without this order the compiler dequantizes all weights of a layer at once, and keeps those of
+    a rematerialised forward pass for the backward pass. ``absmax`` is the smallest array that the
+    matrix depends on: the codes themselves would be copied out of their stack.
+    """
+    _, absmax = jax.lax.optimization_barrier((x, w.absmax))
+    return dataclasses.replace(w, absmax=absmax).dequantize()
 
 
 _packed.defvjp(_packed_fwd, _packed_bwd)
