@@ -1,12 +1,12 @@
 """Peak memory of the training step, by the compiler's own analysis: no weights, no accelerator.
 
-    python benchmarks/memory.py --target h200 [--models 7B,65B] [--rows r16,r64] [--length 512]
+    python benchmarks/memory.py --target h200 [--models 7B,65B] [--ranks 16,64] [--length 512]
 
-The step is the one that ``jlora train`` runs (model, quantization, adapter, optimizer), lowered from
-shapes alone and compiled for the target. Peak is arguments + temporaries + outputs - aliases, what
-the device holds while a step runs, in GB of 1e9 bytes. ``h200`` needs ``jax[cuda13]``, ``v5e`` needs
-``jax[tpu]``, neither needs the device; ``cpu`` needs nothing. Results are merged into
-``benchmarks/results/memory-TARGET.json``, from which the printed table is made.
+The step is the one that ``jlora train`` runs (model, quantization, adapter, optimizer), lowered
+from shapes alone and compiled for the target. Peak is arguments + temporaries + outputs - aliases,
+what the device holds while a step runs, in GB of 1e9 bytes. ``h200`` needs ``jax[cuda13]``,
+``v5e`` needs ``jax[tpu]``, neither needs the device; ``cpu`` needs nothing. Results are merged
+into ``benchmarks/results/memory-TARGET.json``, from which the printed table is made.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ MODELS = {
 """Llama-3.2-1B, LLaMA 7B, Llama-3.1-8B, LLaMA 13B, 33B and 65B, Llama-2-70B."""
 
 PAPER = {"7B": 6.9, "13B": 11.3, "33B": 24.7, "65B": 45.0}
-"""GB of QLoRA at batch 1 x 512 with checkpointing and paged moments (arXiv 2305.14314, figure 6)."""
+"""GB of QLoRA, batch 1 x 512, checkpointing, paged moments (arXiv 2305.14314, figure 6)."""
 
 
 @dataclasses.dataclass(frozen=True)

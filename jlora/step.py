@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from jlora.dot import after
 from jlora.state import TrainState
 
 IGNORE = -100
@@ -68,8 +69,8 @@ def cross_entropy(
     logits: Float[Array, "batch length vocab"], labels: Int[Array, "batch length"]
 ) -> Float[Array, ""]:
     """The summed negative log-likelihood of the labels that are not -100; 0 when there are none."""
-    chosen = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 2) == labels[..., None]
-    picked = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+    tokens, zero = after(logits, (jnp.arange(logits.shape[-1]), jnp.float32(0.0)))
+    picked = jnp.sum(jnp.where(labels[..., None] == tokens, logits, zero), axis=-1)
     losses = jax.nn.logsumexp(logits, axis=-1) - picked
     return jnp.sum(jnp.where(labels == IGNORE, 0.0, losses))
 
@@ -87,9 +88,10 @@ def cross_entropy_by_tokens(
     def part(first):
         start = jnp.minimum(first, vocab - size)  # the last part overlaps the one before it
         logits, tokens = head(start, size=size), start + jnp.arange(size)
+        zero, nothing = after(logits, (jnp.float32(0.0), jnp.float32(-jnp.inf)))
         chosen = (labels[..., None] == tokens) & (tokens >= first)
-        picked = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
-        return jax.nn.logsumexp(jnp.where(tokens >= first, logits, -jnp.inf), axis=-1), picked
+        picked = jnp.sum(jnp.where(chosen, logits, zero), axis=-1)
+        return jax.nn.logsumexp(jnp.where(tokens >= first, logits, nothing), axis=-1), picked
 
     sums, picked = jax.lax.map(jax.checkpoint(part), jnp.arange(0, vocab, size))
     losses = jax.nn.logsumexp(sums, axis=0) - picked.sum(axis=0)

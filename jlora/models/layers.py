@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jlora.dot import Weight, columns, dot, embed
+from jlora.dot import Weight, after, columns, dot, embed
 
 
 class Linear(nnx.Module):
@@ -46,9 +46,14 @@ Part = tuple[Int[Array, ""], int]
 
 
 def project(
-    x: Float[Array, "*B dim"], w: Weight, part: Part | None = None
+    x: Float[Array, "*B dim"], w: Weight, part: Part | None = None, *, tied: bool = False
 ) -> Float[Array, "*B vocabulary"]:
-    """Logits in float32: ``x`` times an output head's weight, or a part of its columns."""
+    """Logits in float32: ``x`` times an output head's weight, or a part of its columns.
+
+    ``w`` is a kernel (dim, vocabulary), or an embedding (vocabulary, dim) that is ``tied`` to it.
+    """
+    if tied:
+        w = after(x, w).mT  # in a loop over parts of the sequence, no transposed copy precedes it
     return dot(x, w if part is None else columns(w, *part), jnp.float32)
 
 
