@@ -126,16 +126,26 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     """The same tree with a NamedSharding for every array, those inside NF4Arrays included.
 
     Leaves go by the mapping keys on the way to them, whatever else is around: parameters,
-    adapters, a TrainState with moments that mirror the adapter. Shapes are enough.
+    adapters, a TrainState with moments that mirror the adapter. Shapes are enough, but only arrays
+    and traced types say that a leaf is in the host's memory, where it then stays.
     """
 
     def layout(path: tuple, leaf: Any) -> Any:
         if not isinstance(leaf, NF4Array):
-            return NamedSharding(mesh, spec(_keys(path), np.shape(leaf), mesh))
+            at = spec(_keys(path), np.shape(leaf), mesh)
+            return NamedSharding(mesh, at, memory_kind=_memory_kind(leaf))
         specs = packed_spec(_keys(path), leaf, mesh)
         return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=_is_spec)
 
     return jax.tree_util.tree_map_with_path(layout, tree, is_leaf=_is_packed)
+
+
+def _memory_kind(leaf: Any) -> str | None:
+    """``pinned_host`` for what lies in the host's memory; None is the device's own."""
+    if isinstance(leaf, jax.Array):
+        leaf = jax.typeof(leaf)
+    space = getattr(leaf, "memory_space", None)
+    return "pinned_host" if space == jax.memory.Space.Host else None
 
 
 def adapter_shardings(adapter: Any, mesh: Mesh) -> Any:
