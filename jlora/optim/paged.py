@@ -29,7 +29,9 @@ def paged(inner: optax.GradientTransformation) -> optax.GradientTransformation:
         return _move(inner.init(params), HOST)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = inner.update(updates, _move(state, DEVICE), params)
+        # From the host, said again: without it XLA's TPU compiler mistakes the layout of uint8.
+        state = _move(_move(state, HOST), DEVICE)
+        updates, state = inner.update(updates, state, params)
         return updates, _move(state, HOST)
 
     return optax.GradientTransformation(init, update)
