@@ -7,7 +7,14 @@ by_name      optimizers of optax by name
 chain        the optimizer of a run
 """
 
-from jlora.optim.chain import check_optimizer, decay_groups, make_optimizer
+from jlora.optim.chain import OPTIMIZERS, check_optimizer, decay_groups, make_optimizer
 from jlora.optim.schedules import schedule, warmup_steps
 
-__all__ = ["check_optimizer", "decay_groups", "make_optimizer", "schedule", "warmup_steps"]
+__all__ = [
+    "OPTIMIZERS",
+    "check_optimizer",
+    "decay_groups",
+    "make_optimizer",
+    "schedule",
+    "warmup_steps",
+]
