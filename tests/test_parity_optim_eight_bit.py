@@ -98,10 +98,9 @@ def test_twenty_steps_are_those_of_bitsandbytes(theirs, core, monkeypatch):
 def test_the_loss_of_8_bit_adamw_follows_that_of_32_bit_on_stories260k(place, assets):
     instructions = json.loads((assets / "data" / "instruction.json").read_text())
     texts = [f"{row['instruction']}\n{row['output']}\n\n" for row in instructions]
-    train = write_rows(place.folder / "train.jsonl", [{"text": text} for text in texts[:900]])
-    held_out = write_rows(
-        place.folder / "eval.jsonl", [{"text": text} for text in texts[1000:1060]]
-    )
+    rows = [{"text": text} for text in texts]
+    train = write_rows(place.folder / "train.jsonl", rows[:900])
+    held_out = write_rows(place.folder / "eval.jsonl", rows[1000:1060])
     sections = {
         "model": {"name_or_path": str(assets / "models" / "stories260k")},
         "lora": {"r": 32, "lora_alpha": 64, "lora_dropout": 0.0},

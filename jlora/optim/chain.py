@@ -58,8 +58,9 @@ def check_optimizer(config: TrainConfig) -> None:
     params = {"kernel": jnp.zeros((1, 2, 2)), "bias": jnp.zeros((1, 2))}
     optimizer = make_optimizer(config, 1, params)
     try:
-        state = jax.eval_shape(optimizer.init, params)
-        jax.eval_shape(optimizer.update, params, state, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax does not promote strictly
+            state = jax.eval_shape(optimizer.init, params)
+            jax.eval_shape(optimizer.update, params, state, params)
     except Exception as error:
         raise refused(config, error) from error
 

@@ -58,8 +58,8 @@ UNSIGNED_MAP = _unsigned_map()
 """bitsandbytes' 8-bit map of [0, 1]."""
 
 UNSIGNED_THRESHOLDS = np.concatenate([np.zeros(1, np.float32), midpoints(UNSIGNED_MAP)[1:]])
-"""Midpoints, but what is above 0 never becomes 0: beside a first moment that is not, a second moment
-of 0 would let the next step divide by almost nothing. bitsandbytes rounds it away."""
+"""Midpoints, but what is above 0 never becomes 0, as bitsandbytes lets it: beside a first moment
+that is not 0, a second moment of 0 would let the next step divide by almost nothing."""
 
 
 @jax.tree_util.register_dataclass
@@ -89,8 +89,8 @@ class Blockwise:
 def quantize(values: Float[Array, "..."], signed: bool) -> Blockwise:
     """To the nearest value of the map; a tie takes the lower code.
 
-    In the unsigned map the smallest value above 0 stands for everything between it and 0. A block of
-    zeros stays exactly zero, and one whose largest magnitude is below float32's normal numbers
+    In the unsigned map the smallest value above 0 stands for everything between it and 0. A block
+    of zeros stays exactly zero, and one whose largest magnitude is below float32's normal numbers
     becomes zero. One with a NaN or an infinity in it comes back without a finite value.
     """
     blocks = _blocks(values.astype(jnp.float32))
