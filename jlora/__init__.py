@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jlora.dot import dot, embed
     from jlora.lora import Adapter, attach, detach, init_adapter, merge, unmerge
     from jlora.models import load_pretrained, save_pretrained
-    from jlora.nf4 import quantize_params as quantize
+    from jlora.quantization import quantize_params as quantize
 
 __version__ = "0.1.0"
 
@@ -58,7 +58,7 @@ _HOME = {
     "load_adapter": "adapter_io",
     "load_pretrained": "models",
     "merge": "lora",
-    "quantize": "nf4:quantize_params",
+    "quantize": "quantization:quantize_params",
     "save_adapter": "adapter_io",
     "save_pretrained": "models",
     "unmerge": "lora",

@@ -3,16 +3,17 @@
 A model is written in terms of these two functions and never asks what a weight is. A weight may be
 
 - an array (in, out);
-- an ``NF4Array``, dequantized on the way into the product and again for the gradient, so that no
-  dequantized matrix outlives the product;
+- a packed array (``NF4Array``, ``Int8Array``), dequantized on the way into the product and again
+  for the gradient, so that no dequantized matrix outlives the product;
 - a ``LoraWeight`` over either: ``x @ W + scale * (dropout(x) @ A) @ B``, the delta kept factored.
 
 Products accumulate in float32 and come out in ``x.dtype``. Each rule saves only what its gradients
-need: nothing for a frozen dense weight but the weight itself, the packed codes for an NF4 one.
+need: nothing for a frozen dense weight but the weight itself, the codes for a packed one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -22,10 +23,10 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from jlora.lora import LoraWeight
-from jlora.nf4 import NF4Array, dequantize
+from jlora.quantization import is_packed
 
 Weight = Any
-"""An array (in, out), an NF4Array or a LoraWeight over one of them."""
+"""An array (in, out), a packed one or a LoraWeight over one of them."""
 
 
 def dot(x: Float[Array, "*batch in"], w: Weight, dtype: Any = None) -> Float[Array, "*batch out"]:
@@ -39,13 +40,13 @@ def dot(x: Float[Array, "*batch in"], w: Weight, dtype: Any = None) -> Float[Arr
 
     Returns:
       (..., out) in ``dtype``. Differentiable in ``x``, in a dense ``w`` and in a LoraWeight's
-      A and B; an NF4Array is a constant.
+      A and B; a packed array is a constant.
     """
     if isinstance(w, LoraWeight):
         base = dot(x, w.base, dtype)
         return base + _delta(x, w).astype(base.dtype)
-    if isinstance(w, NF4Array):
-        return _packed(x, w).astype(x.dtype if dtype is None else dtype)
+    if is_packed(w):
+        return _packed(x, w, jnp.dtype(x.dtype if dtype is None else dtype))
     return _dense(x, w, jnp.dtype(x.dtype if dtype is None else dtype))
 
 
@@ -55,9 +56,20 @@ def embed(ids: Int[Array, "*batch"], w: Weight) -> Float[Array, "*batch dim"]:
         rows = embed(ids, w.base)
         delta = w.scale * jnp.take(w.lora_A, ids, axis=0) @ w.lora_B
         return rows + delta.astype(rows.dtype)
-    if isinstance(w, NF4Array):
-        w = dequantize(w)
-    return jnp.take(w, ids, axis=0)
+    return w.take(ids) if is_packed(w) else jnp.take(w, ids, axis=0)
+
+
+def columns(w: Weight, start: Int[Array, ""], size: int) -> Weight:
+    """Columns start … start + size of a weight (in, out): a weight (in, size).
+
+    Of a packed weight only these are dequantized.
+    """
+    if isinstance(w, LoraWeight):
+        b = jax.lax.dynamic_slice_in_dim(w.lora_B, start, size, axis=-1)
+        return dataclasses.replace(w, base=columns(w.base, start, size), lora_B=b)
+    if is_packed(w):
+        return w.mT.take(start + jnp.arange(size)).mT
+    return jax.lax.dynamic_slice_in_dim(w, start, size, axis=-1)
 
 
 def _delta(x: Array, w: LoraWeight) -> Array:
@@ -114,17 +126,18 @@ def _weight_gradient(x: Array, g: Array, dtype) -> Array:
 _dense.defvjp(_dense_fwd, _dense_bwd, symbolic_zeros=True)
 
 
-@jax.custom_vjp
-def _packed(x: Array, w: NF4Array) -> Array:
-    return _product(x, dequantize(w), 0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _packed(x: Array, w: Any, dtype: Any) -> Array:
+    return _product(x, w.dequantize(), 0, dtype)
 
 
-def _packed_fwd(x, w):
-    return _packed(x, w), w
+def _packed_fwd(x, w, dtype):
+    return _packed(x, w, dtype), (w, jnp.zeros((), x.dtype))
 
 
-def _packed_bwd(w, g):
-    return _product(g, dequantize(w), 1), None
+def _packed_bwd(_, saved, g):
+    w, like = saved
+    return _product(g.astype(like.dtype), w.dequantize(), 1), None
 
 
 _packed.defvjp(_packed_fwd, _packed_bwd)

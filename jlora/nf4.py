@@ -1,4 +1,4 @@
-"""NF4, the 4-bit format of QLoRA (arXiv 2305.14314), as bitsandbytes stores it.
+"""NF4, the 4-bit format of QLoRA (arXiv 2305.14314), and FP4, both as bitsandbytes stores them.
 
 An array is cut into blocks of 64 consecutive values. Each value is divided by its block's largest
 magnitude (``absmax``) and becomes the nearest of 16 codes; two codes share a byte. Double
@@ -14,73 +14,18 @@ jit, vmap, scan, sharding and checkpoints like the array it stands for.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import functools
 import math
-import zlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num, UInt8
+from jaxtyping import Array, Float, Int, Num, UInt8
 
-from jlora import paths
-from jlora.config import QuantConfig
+from jlora.codebooks import ASCENDING, DYNAMIC_MAP, DYNAMIC_THRESHOLDS, FOUR_BIT, THRESHOLDS
 from jlora.errors import ConfigError, did_you_mean
-
-CODES = np.array(
-    [
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ],
-    np.float32,
-)
-"""What the 16 codes stand for; code 7 is exactly zero."""
-
-
-def midpoints(values: np.ndarray) -> np.ndarray:
-    """The float32 thresholds between neighbours of a sorted table."""
-    return ((values[1:].astype(np.float64) + values[:-1]) / 2).astype(np.float32)
-
-
-def _dynamic_map() -> np.ndarray:
-    # The published formula depends on its library's rounding, so the table itself is kept: the
-    # upper 128 of its 256 values, little-endian float32. The rest are 0 and the mirror images.
-    packed = (
-        "c-jrjUr1A77zXg;zk*p^R1*tyNrGXB;F)ea-}in8Wfubp{{%v|K|(td8B9_Tlw?u!ViglI=}fwC3q-}hdEpdOLP>"
-        "-(4MKKN5wi<L11S^@M1Ag__xHR!v+--yLpNJ%&hoNt7wQr=YtUw&*$><6E%WyL^leAp_AAHptyM=>AWQlDr&tMga"
-        "7FAqP|mzP%KQB><z)P?QjsWP?noUA`+e+Z=>Y3~^NwB4o@5_7KQZ=egMGWV#X1%a*t54eJY`(sg}DX%F|%-2M&Zk"
-        "c?c5T2$vu%6kLq(g9skPBAGdjP@)W&^d|Cm8_DU$;SwYK(cFOcRNs=1L5_(8v@{uR<g!-=cQ_6UO9HzadLEOV+N{"
-        ">)fAEk2l7$u9R$dyS@I-bPdA|2gX!R8uS<?q-!CQUPmlu;;TxlBa$Y9UEZp=r&qN3ej<^{21_VU=IQhww8Z3?l}c"
-        "KtByj!j@oPVC%3=*bmrm*e>j!sFMG~CDkx;R8706N>aWW)vu^l`Kp>S%&;4<BG@fhDXa{37gh<Yg4MtrFoM;>oT@"
-        "ClVD+#D*nL<FtQF>gwZXiwc9<U)fOWxoV7;(@<e+*E`xeI3"
-    )
-    upper = np.frombuffer(zlib.decompress(base64.b85decode(packed)), "<f4").astype(np.float32)
-    return np.concatenate([-upper[-2::-1], np.zeros(1, np.float32), upper])
-
-
-DYNAMIC_MAP = _dynamic_map()
-"""bitsandbytes' 8-bit map of [-1, 1], in which double quantization writes ``absmax``."""
-
-THRESHOLDS = midpoints(CODES)
-DYNAMIC_THRESHOLDS = midpoints(DYNAMIC_MAP)
 
 NESTED_BLOCK = 256
 """How many ``absmax`` share one ``nested_absmax``."""
@@ -91,18 +36,25 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class NF4Array:
-    """A packed array; a pytree of its children, with the rest static.
+    """An array in four bits a value; a pytree of its children, with the rest static.
 
-    Seen as a matrix of ``rows = prod(matrix_shape[:-1])`` by ``cols = matrix_shape[-1]``, its
-    blocks run along the rows. With ``cols`` divisible by ``block_size`` the children keep both
-    dimensions, so that either may be sharded in whole blocks; otherwise blocks straddle rows and
-    the children are flat. Read in order, both are bitsandbytes' bytes::
+    Seen as a matrix of ``rows = prod(matrix_shape[:-1])`` by ``cols = matrix_shape[-1]`` (one row
+    of all values where ``cols`` is odd), its blocks run along the rows, and from the end of one row
+    into the next where ``block_size`` does not divide ``cols``::
 
-        codes          uint8 (*lead, rows, cols / 2)            or  (*lead, ceil(n / 2))
+        codes          uint8 (*lead, rows, ceil(cols / 2)), the first value in a byte's high half
         absmax         float32, or uint8 with double quantization:
-                       (*lead, rows, cols / block_size)         or  (*lead, ceil(n / block_size))
+                       (*lead, rows, cols / block_size), or (*lead, blocks) for straddling blocks
         nested_absmax  float32 (*lead, ceil(blocks / 256)), or None
         nested_offset  float32 (*lead), or None
+
+    Read in order these are bitsandbytes' bytes.
+
+    Either dimension may be sharded. ``codes`` and ``absmax`` are split alike, in whole blocks, so
+    a shard holds the ``absmax`` of its own values; ``nested_absmax``, one number for 16,384 values,
+    lies on every device, and which of its numbers a block needs follows from the block's place in
+    the array. Straddling blocks have all of ``absmax`` everywhere and find theirs in the same way,
+    so rows and bytes may be split anywhere. Nothing is communicated to dequantize a shard.
 
     ``lead`` are axes that vmap, scan or stacking put in front; they belong to ``shape``.
     A transform may put anything in the children's place, such as shardings.
@@ -119,16 +71,18 @@ class NF4Array:
     block_size: int = dataclasses.field(default=64, metadata={"static": True})
     transposed: bool = dataclasses.field(default=False, metadata={"static": True})
     """Whether the array stands for the transpose (last two axes) of what was quantized."""
+    quant_type: str = dataclasses.field(default="nf4", metadata={"static": True})
+    """What the codes stand for: a key of ``codebooks.FOUR_BIT``."""
 
     @property
     def rowwise(self) -> bool:
-        """Whether the children keep rows and columns (see above) or are flat."""
-        return bool(self.matrix_shape) and self.matrix_shape[-1] % self.block_size == 0
+        """Whether rows consist of whole blocks, so that ``absmax`` has rows too."""
+        return grid(self.matrix_shape)[1] % self.block_size == 0
 
     @property
     def lead(self) -> tuple[int, ...]:
         """The axes in front of the quantized array's own."""
-        return tuple(self.codes.shape[: -2 if self.rowwise else -1])
+        return tuple(self.codes.shape[:-2])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -163,60 +117,88 @@ class NF4Array:
         """``dequantize(self, dtype)``."""
         return dequantize(self, dtype)
 
+    def take(self, ids: Int[Array, "*ids"]) -> Float[Array, "*ids cols"]:
+        """``take(self, ids)``."""
+        return take(self, ids)
+
     def __repr__(self) -> str:
         kind = "float32" if self.nested_absmax is None else "8-bit"
         shape = self.shape if hasattr(self.codes, "shape") else f"transform of {self.matrix_shape}"
-        return f"NF4Array({shape}, {self.dtype}, blocks of {self.block_size}, {kind} absmax)"
+        code = "" if self.quant_type == "nf4" else f"{self.quant_type}, "
+        blocks = f"blocks of {self.block_size}"
+        return f"NF4Array({shape}, {self.dtype}, {code}{blocks}, {kind} absmax)"
 
 
-def quantize(w: Num[Array, "..."], block_size: int = 64, double_quant: bool = True) -> NF4Array:
+def quantize(
+    w: Num[Array, "..."],
+    block_size: int = 64,
+    double_quant: bool = True,
+    quant_type: str = "nf4",
+) -> NF4Array:
     """Packs an array of any rank, with the nibbles that bitsandbytes' ``quantize_4bit`` gives.
 
     Blocks run over the values in row-major order, the last one may be short. A block of zeros stays
     exactly zero; one with a NaN or an infinity in it comes back without a finite value.
 
+    Args:
+      w: floating point, any shape.
+      block_size: values that share an ``absmax``, one of ``BLOCK_SIZES``.
+      double_quant: keep ``absmax`` in 8 bits.
+      quant_type: ``nf4`` or ``fp4``.
+
     Raises:
-      ConfigError: ``block_size`` is not one of ``BLOCK_SIZES``, or ``w`` does not hold floats.
+      ConfigError: ``block_size`` or ``quant_type`` is none of those, or ``w`` does not hold floats.
     """
     if block_size not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
         raise ConfigError(f"{block_size} values a block", where="block_size", fix=f"use {sizes}")
+    if quant_type not in FOUR_BIT:
+        fix = did_you_mean(quant_type, FOUR_BIT) or f"use {' or '.join(FOUR_BIT)}"
+        raise ConfigError(f"there is no code {quant_type!r}", where="quant_type", fix=fix)
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise ConfigError(f"cannot quantize an array of {w.dtype}", fix="give it floating point")
-    return _quantize(w, block_size, double_quant)
+    return _quantize(w, block_size, double_quant, quant_type)
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "double_quant"))
-def _quantize(w, block_size, double_quant):
-    rowwise = w.ndim > 0 and w.shape[-1] % block_size == 0
-    if rowwise:
-        blocks = w.reshape(-1, w.shape[-1] // block_size, block_size)
+@functools.partial(jax.jit, static_argnames=("block_size", "double_quant", "quant_type"))
+def _quantize(w, block_size, double_quant, quant_type):
+    rows, cols = grid(w.shape)
+    if cols % block_size == 0:
+        blocks = w.reshape(rows, cols // block_size, block_size)
     else:
         blocks = jnp.pad(w.reshape(-1), (0, -w.size % block_size)).reshape(-1, block_size)
-    codes, absmax = quantize_blocks(blocks.astype(jnp.float32))
-    codes = codes.reshape(*codes.shape[:-2], -1)
-    if not rowwise:
-        codes = codes[: (w.size + 1) // 2]
+    codes, absmax = quantize_blocks(blocks, quant_type)
+    codes = codes.reshape(-1)[: w.size].reshape(rows, cols)
+    codes = jnp.pad(codes, ((0, 0), (0, cols % 2)))  # of an odd number of values
+    codes = codes[:, 0::2] << 4 | codes[:, 1::2]
     nested = (absmax, None, None)
     if double_quant:
         # The maximum changes nothing but keeps XLA from contracting the mean's product with the
         # subtraction, which would then not subtract the rounded mean that is stored.
         nested = quantize_absmax(absmax, jnp.maximum(jnp.mean(absmax), 0))
     shape, dtype = tuple(w.shape), jnp.dtype(w.dtype)
-    return NF4Array(codes, *nested, shape, dtype, block_size)
+    return NF4Array(codes, *nested, shape, dtype, block_size, quant_type=quant_type)
+
+
+def grid(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of the codes' matrix: one row where rows would end in half a byte."""
+    size, cols = math.prod(shape), shape[-1] if shape else 1
+    return (1, size) if cols % 2 else (size // cols if cols else 0, cols)
 
 
 def quantize_blocks(
-    blocks: Float[Array, "*n block"],
-) -> tuple[UInt8[Array, "*n block/2"], Float[Array, "*n"]]:
-    """Bytes (first value in the high half) and largest magnitudes of float32 blocks."""
-    absmax = jnp.max(jnp.abs(blocks), axis=-1)
+    blocks: Float[Array, "*n block"], quant_type: str = "nf4"
+) -> tuple[UInt8[Array, "*n block"], Float[Array, "*n"]]:
+    """Codes and largest magnitudes of blocks, in float32 whatever the blocks are in."""
+    absmax = jnp.max(jnp.abs(blocks), axis=-1).astype(jnp.float32)
+    # Without the barrier XLA widens the blocks once for both uses and keeps them in memory so.
+    blocks, absmax = jax.lax.optimization_barrier((blocks, absmax))
     # The format multiplies by the reciprocal; a zero block must not become 0 · inf.
     scale = jnp.where(absmax > 0, 1 / absmax, 0)
-    v = jnp.clip(blocks * scale[..., None], -1, 1)
+    v = jnp.clip(blocks.astype(jnp.float32) * scale[..., None], -1, 1)
     # Strictly above a threshold: a tie takes the lower code. XLA fuses the 15 comparisons.
-    codes = jnp.sum(v[..., None] > THRESHOLDS, axis=-1, dtype=jnp.uint8)
-    return codes[..., 0::2] << 4 | codes[..., 1::2], absmax
+    place = jnp.sum(v[..., None] > THRESHOLDS[quant_type], axis=-1, dtype=jnp.uint8)
+    return _look_up(ASCENDING[quant_type], place), absmax
 
 
 def quantize_absmax(
@@ -241,96 +223,80 @@ def dequantize(q: NF4Array, dtype: Any = None) -> Float[Array, "..."]:
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _dequantize(q: NF4Array, dtype):
-    own, half = (*q.lead, *q.matrix_shape), q.block_size // 2
-    absmax, codes = dequantize_absmax(q), q.codes
-    if not q.rowwise:
-        missing = absmax.shape[-1] * half - codes.shape[-1]
-        codes = jnp.pad(codes, [(0, 0)] * len(q.lead) + [(0, missing)])
-    codes = codes.reshape(*absmax.shape, half)
-    # Scaling and rounding each half before they are interleaved keeps float32 out of memory.
-    halves = [
-        (jnp.asarray(CODES)[c] * absmax[..., None]).astype(dtype) for c in (codes >> 4, codes & 15)
-    ]
-    w = jnp.stack(halves, axis=-1)
-    if not q.rowwise:
-        w = w.reshape(*q.lead, -1)[..., : math.prod(q.matrix_shape)]
-    w = w.reshape(own)
+    absmax = dequantize_absmax(q)
+    if q.rowwise:
+        blocks = q.codes.reshape(*absmax.shape, q.block_size // 2)
+        w = _values(q, blocks, (absmax[..., None],) * 2, dtype)
+    else:
+        rows = functools.partial(_straddling_rows, dtype=dtype)
+        for _ in q.lead:
+            rows = jax.vmap(rows, in_axes=(0, 0, None))
+        w = rows(q, absmax, jnp.arange(q.codes.shape[-2], dtype=jnp.uint32))
+    w = w.reshape(*q.lead, *q.matrix_shape)
     return w.mT if q.transposed else w
+
+
+def take(q: NF4Array, ids: Int[Array, "*ids"]) -> Float[Array, "*ids cols"]:
+    """Rows ``ids`` of a packed matrix, in ``q.dtype``; no other row is dequantized.
+
+    Rows are those of the array that was quantized: ``q`` must not stand for a transpose.
+    """
+    if q.transposed or len(q.matrix_shape) != 2 or q.lead:
+        raise ValueError(f"takes rows of one untransposed matrix, not of {q}")
+    if grid(q.matrix_shape) != q.matrix_shape:
+        return dequantize(q)[ids]
+    rows = ids.astype(jnp.uint32)
+    if not q.rowwise:
+        codes = dataclasses.replace(q, codes=q.codes[ids])
+        return _straddling_rows(codes, dequantize_absmax(q), rows, q.dtype)
+    absmax = q.absmax[ids]
+    if q.nested_absmax is not None:
+        blocks = absmax.shape[-1]
+        index = rows[..., None] * blocks + jnp.arange(blocks, dtype=jnp.uint32)
+        absmax = _denest(absmax, q.nested_absmax[index // NESTED_BLOCK], q.nested_offset)
+    codes = q.codes[ids].reshape(*absmax.shape, q.block_size // 2)
+    return _values(q, codes, (absmax[..., None],) * 2, q.dtype).reshape(*ids.shape, -1)
+
+
+def _straddling_rows(q: NF4Array, absmax: Array, rows: Array, dtype: Any) -> Array:
+    """Values (*rows, cols); ``q.codes`` has these rows only, ``absmax`` all blocks in float32."""
+    cols = grid(q.matrix_shape)[1]
+    first = rows[..., None] * cols + 2 * jnp.arange(q.codes.shape[-1], dtype=jnp.uint32)
+    scales = [absmax.at[(first + i) // q.block_size].get(mode="clip") for i in (0, 1)]
+    return _values(q, q.codes, scales, dtype)[..., :cols]
+
+
+def _values(q: NF4Array, codes: Array, absmax: Any, dtype: Any) -> Array:
+    """(…, 2n) from bytes (…, n) and what their high and their low halves are scaled by."""
+    # Scaling and rounding each half before they are interleaved keeps float32 out of memory.
+    table, halves = FOUR_BIT[q.quant_type], (codes >> 4, codes & 15)
+    parts = [(_look_up(table, c) * a).astype(dtype) for c, a in zip(halves, absmax, strict=True)]
+    return jnp.stack(parts, axis=-1).reshape(*codes.shape[:-1], -1)
+
+
+def _look_up(table: np.ndarray, codes: Array) -> Array:
+    """``table[codes]`` for 16 values: selected bit by bit, which vector units can do."""
+    values = [jnp.asarray(value) for value in table]
+    for bit in range(4):
+        odd = (codes >> bit & 1).astype(bool)
+        values = [jnp.where(odd, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
 
 
 def dequantize_absmax(q: NF4Array) -> Float[Array, "*blocks"]:
     """The largest magnitudes of all blocks in float32, shaped as ``q.absmax``."""
     if q.nested_absmax is None:
         return q.absmax
-    lead, blocks = q.lead, q.absmax.shape[len(q.lead) :]
-    scale = jnp.repeat(q.nested_absmax, NESTED_BLOCK, axis=-1)[..., : math.prod(blocks)]
-    offset = q.nested_offset.reshape(*lead, *(1 for _ in blocks))
-    return jnp.asarray(DYNAMIC_MAP)[q.absmax] * scale.reshape(*lead, *blocks) + offset
+    shape = q.absmax.shape[len(q.lead) :]
+    # From each block's place, so that whoever has the block finds its scale without the others.
+    place = [jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(len(shape))]
+    index = place[0] if len(shape) == 1 else place[0] * shape[1] + place[1]
+    scale = jnp.take(q.nested_absmax, index // NESTED_BLOCK, axis=-1, mode="clip")
+    return _denest(q.absmax, scale, q.nested_offset.reshape(*q.lead, *(1 for _ in shape)))
 
 
-def quantize_params(params: Any, config: QuantConfig) -> dict:
-    """A tree with its linear layers packed: every floating ``kernel`` that is a matrix per layer.
-
-    Kernels (in, out) are packed as bitsandbytes packs torch's [out, in] and stand transposed.
-    Embeddings, norms, biases, output heads (``paths.OUTPUT_HEADS``) and the modules named in
-    ``llm_int8_skip_modules`` stay as they are, and so does what is packed already::
-
-        {"q_proj": {"kernel": (L, in, out)}}  →  {"q_proj": {"kernel": NF4Array (L, in, out)}}
-
-    Raises:
-      ConfigError: a module to skip matches none, or only some layers of a stacked kernel.
-    """
-    if not config.load_in_4bit:
-        return params
-    leaves = paths.leaves(params)
-    skip = tuple(config.llm_int8_skip_modules)
-    _check_skips(leaves, skip)
-    packed: dict[paths.Path, NF4Array] = {}
-    for leaf in leaves:
-        if _is_matrix(leaf) and not _skipped(leaf, (*paths.OUTPUT_HEADS, *skip)):
-            packed[leaf.path] = _quantize_kernel(leaf.value, config)
-    return paths.map_leaves(lambda path, leaf: packed.get(path, leaf), params)
-
-
-def _is_matrix(leaf: paths.Leaf) -> bool:
-    is_array = not isinstance(leaf.value, NF4Array) and hasattr(leaf.value, "dtype")
-    floating = is_array and jnp.issubdtype(leaf.value.dtype, jnp.floating)
-    return floating and leaf.kind == "kernel" and len(leaf.shape) == 2
-
-
-def _skipped(leaf: paths.Leaf, names: Sequence[str]) -> bool:
-    hit = [any(_names(name, module) for name in names) for module in leaf.modules()]
-    if any(hit) and not all(hit):
-        raise ConfigError(
-            f"only some layers of {leaf.module()} would be left out, but they are one array",
-            where="quantization.llm_int8_skip_modules",
-            fix="name the module without its layer number",
-        )
-    return any(hit)
-
-
-def _names(name: str, module: str) -> bool:
-    """Whether ``name`` is the module, a node above it, or the end of its name at a dot."""
-    return f".{module}.".startswith(f".{name}.") or f".{module}".endswith(f".{name}")
-
-
-def _check_skips(leaves: Sequence[paths.Leaf], names: Sequence[str]) -> None:
-    modules = [module for leaf in leaves for module in leaf.modules()]
-    for name in names:
-        if name not in paths.OUTPUT_HEADS and not any(_names(name, m) for m in modules):
-            last = [part for m in modules for part in (m.rsplit(".", 1)[-1], m)]
-            raise ConfigError(
-                f"no module is called {name!r}",
-                where="quantization.llm_int8_skip_modules",
-                fix=did_you_mean(name, last) or "name a module of the model",
-            )
-
-
-def _quantize_kernel(kernel: Array, config: QuantConfig) -> NF4Array:
-    double = config.bnb_4bit_use_double_quant
-
-    def pack(k: Array) -> NF4Array:
-        return quantize(k.mT, config.block_size, double).mT
-
-    # Layer after layer, so that only one exists in float32 at a time.
-    return pack(kernel) if kernel.ndim == 2 else jax.lax.map(pack, kernel)
+def _denest(codes: Array, scale: Array, offset: Array) -> Array:
+    # Both operations round, as in bitsandbytes: the maximum, which changes nothing, keeps XLA from
+    # contracting them into one that does not round the product.
+    product = jnp.asarray(DYNAMIC_MAP)[codes] * scale
+    return jnp.maximum(product, jnp.finfo(jnp.float32).min) + offset

@@ -9,8 +9,9 @@ The mesh has three axes. A batch is split over ``data`` and ``fsdp``; parameters
     lora_A (…, in, r), lora_B (…, r, out)                     as the base's in, and its out
     everything else                                           one copy on every device
 
-An axis that does not divide its dimension is dropped there; a packed kernel's dimension along its
-blocks counts in blocks, so that every shard holds whole ones. All axes are Auto: a layout changes
+An axis that does not divide its dimension is dropped there. A packed kernel's dimension along its
+blocks counts in blocks, so that every shard holds whole ones; an axis that does not divide their
+number splits the other dimension further. All axes are Auto: a layout changes
 where values are computed, never which.
 """
 
@@ -27,13 +28,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey
+from jaxtyping import Array
 
 from jlora.config import MeshConfig
 from jlora.errors import ConfigError
+from jlora.int8 import Int8Array
 from jlora.nf4 import NF4Array
+from jlora.quantization import is_packed
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
+Packed = NF4Array | Int8Array
 
 MODULES = (
     (r"o_proj|down_proj|c_proj|out_proj|fc2|wo", ("tensor", "fsdp")),
@@ -86,23 +91,86 @@ def spec(path: Sequence[str], shape: Sequence[int], mesh: Mesh) -> PartitionSpec
     return PartitionSpec(*[None] * (len(shape) - 2), *kept)
 
 
-def packed_spec(path: Sequence[str], q: NF4Array, mesh: Mesh) -> NF4Array:
-    """The layouts of an NF4Array's children, in their places.
+def packed_spec(
+    path: Sequence[str], q: Packed, mesh: Any, without: frozenset[str] = frozenset()
+) -> Packed:
+    """The layouts of a packed array's children, in their places.
 
-    Codes and ``absmax`` are split alike and in whole blocks. ``nested_absmax`` and
-    ``nested_offset``, 1/256 of the blocks, lie on every device: 256 blocks need not be on one.
+    Values and the scales they share are split alike, so that each device can dequantize what it
+    holds. What cannot be split so lies on every device: ``nested_absmax`` and ``nested_offset``
+    (256 blocks need not be on one), and the ``absmax`` of blocks that straddle rows. Nothing is
+    split over the axes in ``without``.
     """
     axes = _matrix_axes(path)
-    children = PartitionSpec()
-    if axes is not None and q.rowwise and len(q.matrix_shape) == 2:
-        rows, cols = q.matrix_shape
-        along_rows, along_cols = reversed(axes) if q.transposed else axes
-        kept = _fit(along_rows, rows, mesh), _fit(along_cols, cols // q.block_size, mesh)
-        children = PartitionSpec(*[None] * len(q.lead), *kept)
-    nested = None if q.nested_absmax is None else PartitionSpec()
+    if axes is not None:
+        axes = tuple(None if axis in without else axis for axis in axes)
+    rows, cols = q.codes.shape[-2:]
+    lead, whole = [None] * len(q.lead), PartitionSpec()
+    if isinstance(q, NF4Array) and q.rowwise:
+        cols //= q.block_size // 2
+    along = (None, None)
+    if axes is not None and len(q.shape) == len(q.lead) + 2:
+        along = _split(tuple(reversed(axes)) if q.transposed else axes, (rows, cols), mesh)
+    codes = PartitionSpec(*lead, *along)
+    if isinstance(q, Int8Array):
+        return dataclasses.replace(q, codes=codes, absmax=PartitionSpec(*lead, along[0]))
+    nested = None if q.nested_absmax is None else whole
+    absmax = codes if q.rowwise else whole
     return dataclasses.replace(
-        q, codes=children, absmax=children, nested_absmax=nested, nested_offset=nested
+        q, codes=codes, absmax=absmax, nested_absmax=nested, nested_offset=nested
     )
+
+
+def split_rows(x: Array) -> Array:
+    """The same activations (B, …) under jit, rows split over ``data`` and ``fsdp``.
+
+    Without it XLA may keep all rows on every device and split their features as the weights are.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % math.prod(mesh.shape.get(axis, 1) for axis in BATCH):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))
+
+
+def split_looked_up(x: Array) -> Array:
+    """Rows of an embedding (B, T, dim) under jit: looked up where ``fsdp`` splits the table's dim,
+    and only then sent to the devices that their batch rows belong to.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and x.ndim == 3 and x.shape[0] % mesh.shape.get("data", 1) == 0:
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec("data", None, "fsdp"))
+    return split_rows(x)
+
+
+def gather_packed(tree: Any) -> Any:
+    """The same values under jit, packed arrays no longer split over ``fsdp``: for one layer's use.
+
+    Without it XLA dequantizes the shards and gathers those, at eight times the bytes of the codes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
+        return tree
+
+    def whole(path: tuple, leaf: Any) -> Any:
+        if not is_packed(leaf):
+            return leaf
+        specs = packed_spec(_keys(path), leaf, mesh, frozenset({"fsdp"}))
+        return jax.tree.map(jax.lax.with_sharding_constraint, leaf, specs)
+
+    return jax.tree_util.tree_map_with_path(whole, tree, is_leaf=is_packed)
+
+
+def _split(axes: Sequence[str | None], sizes: Sequence[int], mesh: Any) -> tuple[Any, Any]:
+    """What splits the two dimensions of a packed matrix; see the module's header."""
+    (a, b), (rows, cols) = axes, sizes
+    first, second = _fit(a, rows, mesh), _fit(b, cols, mesh)
+    if a and b and not (first and second):
+        both = mesh.shape[a] * mesh.shape[b]
+        if first and rows % both == 0:
+            return (a, b), None
+        if second and cols % both == 0:
+            return None, (b, a)
+    return first, second
 
 
 def _matrix_axes(path: Sequence[str]) -> tuple[str | None, str | None] | None:
@@ -118,12 +186,12 @@ def _matrix_axes(path: Sequence[str]) -> tuple[str | None, str | None] | None:
     }.get(kind)
 
 
-def _fit(axis: str | None, size: int, mesh: Mesh) -> str | None:
+def _fit(axis: str | None, size: int, mesh: Any) -> str | None:
     return axis if axis is not None and size % mesh.shape[axis] == 0 else None
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The same tree with a NamedSharding for every array, those inside NF4Arrays included.
+    """The same tree with a NamedSharding for every array, those inside packed ones included.
 
     Leaves go by the mapping keys on the way to them, whatever else is around: parameters,
     adapters, a TrainState with moments that mirror the adapter. Shapes are enough, but only arrays
@@ -131,13 +199,13 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     """
 
     def layout(path: tuple, leaf: Any) -> Any:
-        if not isinstance(leaf, NF4Array):
+        if not is_packed(leaf):
             at = spec(_keys(path), np.shape(leaf), mesh)
             return NamedSharding(mesh, at, memory_kind=_memory_kind(leaf))
         specs = packed_spec(_keys(path), leaf, mesh)
         return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=_is_spec)
 
-    return jax.tree_util.tree_map_with_path(layout, tree, is_leaf=_is_packed)
+    return jax.tree_util.tree_map_with_path(layout, tree, is_leaf=is_packed)
 
 
 def _memory_kind(leaf: Any) -> str | None:
@@ -203,11 +271,11 @@ def describe(tree: Any, mesh: Mesh) -> list[Row]:
     A layout names the axes that split the leaf's last two dimensions, as in ``fsdp × tensor``.
     """
     groups: dict[tuple[str, str], list[int]] = {}
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_packed)[0]
-    layouts = jax.tree.leaves(shardings(tree, mesh), is_leaf=_is_packed)
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)[0]
+    layouts = jax.tree.leaves(shardings(tree, mesh), is_leaf=is_packed)
     for (path, leaf), layout in zip(leaves, layouts, strict=True):
         arrays, parts = jax.tree.leaves(leaf), jax.tree.leaves(layout)
-        kind = f"{_keys(path)[-1]}{' (NF4)' if _is_packed(leaf) else ''}"
+        kind = _keys(path)[-1] + (f" ({_code(leaf)})" if is_packed(leaf) else "")
         group = groups.setdefault((kind, _name(parts[0], mesh)), [0, 0, 0])
         group[0] += 1
         for array, part in zip(arrays, parts, strict=True):
@@ -224,12 +292,14 @@ def _keys(path: tuple) -> list[str]:
 
 
 def _name(layout: NamedSharding, mesh: Mesh) -> str:
-    axes = [axis for axis in layout.spec if axis is not None and mesh.shape[axis] > 1]
-    return " × ".join(axes) or "nothing"
+    axes = [
+        axis for axes in layout.spec for axis in ((axes,) if isinstance(axes, str) else axes or ())
+    ]
+    return " × ".join(axis for axis in axes if mesh.shape[axis] > 1) or "nothing"
 
 
-def _is_packed(x: Any) -> bool:
-    return isinstance(x, NF4Array)
+def _code(leaf: Packed) -> str:
+    return "int8" if isinstance(leaf, Int8Array) else leaf.quant_type.upper()
 
 
 def _is_spec(x: Any) -> bool:

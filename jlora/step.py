@@ -1,7 +1,8 @@
 """The training step: loss, accumulation, gradient of the trainable tree only, update. Pure.
 
 The model is an argument: anything with ``features(params, input_ids, positions, segment_ids)``
-giving (B, T, D) and ``head(params, features)`` giving (B, t, V) float32 logits.
+giving (B, T, D), ``head(params, features, start, size)`` giving float32 logits (B, t, V) or those
+of ``size`` tokens from ``start`` on, and ``packed_head(params)``.
 """
 
 from __future__ import annotations
@@ -44,14 +45,18 @@ def loss_and_count(
     )
     labels = batch["labels"]
     batch_size, length = labels.shape
-    size = _chunk_length(batch_size, length, model.config.vocab_size)
+    vocab = model.config.vocab_size
 
     def chunk_loss(start):
         h = jax.lax.dynamic_slice_in_dim(features, start, size, axis=1)
         y = jax.lax.dynamic_slice_in_dim(labels, start, size, axis=1)
         return cross_entropy(model.head(params, h), y)
 
-    if size == length:
+    size = _chunk_length(batch_size, length, vocab)
+    if model.packed_head(params):
+        head = functools.partial(model.head, params, features)
+        total = cross_entropy_by_tokens(head, labels, vocab)
+    elif size == length:
         total = cross_entropy(model.head(params, features), labels)
     else:
         # Checkpointed: one chunk's logits exist at a time, in the backward pass too.
@@ -66,6 +71,28 @@ def cross_entropy(
     chosen = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 2) == labels[..., None]
     picked = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
     losses = jax.nn.logsumexp(logits, axis=-1) - picked
+    return jnp.sum(jnp.where(labels == IGNORE, 0.0, losses))
+
+
+def cross_entropy_by_tokens(
+    head: Callable[..., Array], labels: Int[Array, "batch length"], vocab: int
+) -> Float[Array, ""]:
+    """``cross_entropy`` of the logits that ``head(start, size=n)`` gives for some of the tokens.
+
+    Each part of a packed head is dequantized once here and once for the gradient, and never all of
+    it; parts of the sequence would each dequantize the whole.
+    """
+    size = min(vocab, max(1, CHUNK_ELEMENTS // labels.size))
+
+    def part(first):
+        start = jnp.minimum(first, vocab - size)  # the last part overlaps the one before it
+        logits, tokens = head(start, size=size), start + jnp.arange(size)
+        chosen = (labels[..., None] == tokens) & (tokens >= first)
+        picked = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+        return jax.nn.logsumexp(jnp.where(tokens >= first, logits, -jnp.inf), axis=-1), picked
+
+    sums, picked = jax.lax.map(jax.checkpoint(part), jnp.arange(0, vocab, size))
+    losses = jax.nn.logsumexp(sums, axis=0) - picked.sum(axis=0)
     return jnp.sum(jnp.where(labels == IGNORE, 0.0, losses))
 
 

@@ -18,6 +18,7 @@ from jlora import nf4, paths, sharding
 from jlora.config import MeshConfig, QuantConfig
 from jlora.errors import ConfigError, DataError, StorageError
 from jlora.models import hf_folder, load_pretrained, save_pretrained
+from jlora.quantization import quantize_params
 
 INDEX = "model.safetensors.index.json"
 
@@ -99,7 +100,7 @@ def test_quantized_reading_is_quantize_params_of_plain_reading(tmp_path, name):
     config = QuantConfig(llm_int8_skip_modules=(skip,))
     _, plain = load_pretrained(tmp_path, dtype="bfloat16")
     _, packed = load_pretrained(tmp_path, dtype="bfloat16", quantization=config)
-    want = nf4.quantize_params(plain, config)
+    want = quantize_params(plain, config)
     assert jax.tree.structure(packed) == jax.tree.structure(want)
     same(packed, want)
     assert sum(isinstance(leaf, nf4.NF4Array) for _, leaf in paths.walk(packed)) > 2
@@ -107,7 +108,7 @@ def test_quantized_reading_is_quantize_params_of_plain_reading(tmp_path, name):
 
 def test_quantized_parameters_are_written_dense(tmp_path):
     model, params = build("llama")
-    packed = nf4.quantize_params(params, QuantConfig())
+    packed = quantize_params(params, QuantConfig())
     save_pretrained(tmp_path, model, packed)
     _, read = load_pretrained(tmp_path, dtype="float32")
     same(read, paths.map_leaves(lambda _, x: getattr(x, "dequantize", lambda: x)(), packed))

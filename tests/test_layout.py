@@ -12,8 +12,9 @@ PACKAGE = Path(jlora.__file__).parent
 ROOT = PACKAGE.parent
 
 LAYERS = [
-    {"errors", "files", "paths", "config"},
-    {"targets", "nf4"},
+    {"errors", "files", "paths", "config", "codebooks"},
+    {"targets", "nf4", "int8"},
+    {"quantization"},
     {"lora", "sharding"},
     {"dot", "models"},
     {"optim", "state", "step"},
@@ -23,10 +24,15 @@ LAYERS = [
 ]
 """Lowest first: a module imports from lower layers, or from its own where that is not closed."""
 
-CLOSED = [{"nf4", "targets"}, {"lora", "sharding"}, LAYERS[5], LAYERS[7]]
+CLOSED = [{"nf4", "int8", "targets"}, {"lora", "sharding"}, LAYERS[6], LAYERS[8]]
 """Layers whose members do not know each other."""
 
-NEVER = {"optim": {"models"}, "state": {"models"}, "step": {"models"}, "lora": {"nf4"}}
+NEVER = {
+    "optim": {"models"},
+    "state": {"models"},
+    "step": {"models"},
+    "lora": {"nf4", "int8", "quantization"},
+}
 
 WITHOUT_JAX = {"errors", "files", "paths", "config", "cli", "metrics", "console"}
 

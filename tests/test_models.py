@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from tiny_models import CONFIGS, LLAMA, LLAMA3_ROPE, build, tokens
 
-from jlora import nf4, paths
+from jlora import paths
 from jlora.config import QuantConfig
 from jlora.errors import ConfigError
 from jlora.models import Model, init_params
 from jlora.models.config import parse
 from jlora.models.rope import Rope, rotate
+from jlora.quantization import quantize_params
 
 EVERY = pytest.mark.parametrize("name", CONFIGS)
 
@@ -113,7 +114,7 @@ def test_tokens_beyond_the_cache_are_dropped():
 def test_rematerialised_gradients_are_the_same(policy, packed):
     model, params = build("llama-rope")
     if packed:
-        params = nf4.quantize_params(params, QuantConfig(bnb_4bit_compute_dtype="float32"))
+        params = quantize_params(params, QuantConfig(bnb_4bit_compute_dtype="float32"))
     ids = tokens(model, 2, 8)
     x = params["model"]["embed_tokens"]["embedding"]
 

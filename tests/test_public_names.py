@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import jlora
+from jlora import quantization
 
 ROOT = Path(jlora.__file__).parents[1]
 
@@ -25,7 +26,7 @@ def test_every_public_name_is_there():
     for name in jlora.__all__:
         assert getattr(jlora, name) is getattr(jlora, name)
         assert name in dir(jlora)
-    assert jlora.quantize is jlora.nf4.quantize_params
+    assert jlora.quantize is quantization.quantize_params
     with pytest.raises(AttributeError, match="no attribute 'mrege'"):
         _ = jlora.mrege  # pyright: ignore
 

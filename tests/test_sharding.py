@@ -1,6 +1,7 @@
 """Layouts on eight virtual devices: what each device holds, and that it changes no value."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,9 +13,11 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora import nf4, sharding
+from jlora import codebooks, int8, nf4, sharding
 from jlora.config import MeshConfig, QuantConfig
+from jlora.dot import dot
 from jlora.errors import ConfigError
+from jlora.quantization import quantize_params
 
 MESHES = [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
@@ -96,7 +99,7 @@ def test_layout_by_name(path, shape, expected):
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_placement_changes_no_value(sizes, double_quant):
     config = QuantConfig(bnb_4bit_use_double_quant=double_quant)
-    tree = nf4.quantize_params(params(), config)
+    tree = quantize_params(params(), config)
     mesh = mesh_of(**sizes)
     placed = sharding.place(tree, sharding.shardings(tree, mesh))
     assert jax.tree.structure(placed) == jax.tree.structure(tree)
@@ -112,7 +115,7 @@ def test_placement_changes_no_value(sizes, double_quant):
 @pytest.mark.parametrize("name", ["q_proj", "down_proj"])
 def test_every_shard_of_a_packed_kernel_holds_whole_blocks(sizes, name):
     """Each device's codes and absmax alone dequantize to its part of the kernel."""
-    tree = nf4.quantize_params(params(), QuantConfig(bnb_4bit_use_double_quant=False))
+    tree = quantize_params(params(), QuantConfig(bnb_4bit_use_double_quant=False))
     mesh = mesh_of(**sizes)
     dense = np.asarray(tree["layers"][name]["kernel"].dequantize())
     q = sharding.place(tree, sharding.shardings(tree, mesh))["layers"][name]["kernel"]
@@ -122,7 +125,9 @@ def test_every_shard_of_a_packed_kernel_holds_whole_blocks(sizes, name):
         _, rows, bytes_ = codes.index
         cols = slice(2 * (bytes_.start or 0), bytes_.stop and 2 * bytes_.stop)
         part = dense[:, cols, rows]  # the kernel is the stored matrix's transpose
-        values = nf4.CODES[np.stack([np.asarray(codes.data) >> 4, np.asarray(codes.data) & 15], -1)]
+        values = codebooks.NF4[
+            np.stack([np.asarray(codes.data) >> 4, np.asarray(codes.data) & 15], -1)
+        ]
         blocks = values.reshape(2, part.shape[2], -1, 64) * np.asarray(absmax.data)[..., None]
         np.testing.assert_array_equal(blocks.reshape(2, part.shape[2], -1).mT, part)
         assert part.size < dense.size
@@ -131,28 +136,79 @@ def test_every_shard_of_a_packed_kernel_holds_whole_blocks(sizes, name):
 
 
 @pytest.mark.parametrize("sizes", MESHES)
-def test_products_with_sharded_packed_kernels_equal_the_unsharded(sizes):
-    kernel = {"layers": {"q_proj": {"kernel": normal(2, 512, 256)}}}
-    tree = nf4.quantize_params(kernel, QuantConfig())
+@pytest.mark.parametrize("settings", [{}, {"load_in_8bit": True}], ids=["nf4", "int8"])
+def test_products_with_sharded_packed_kernels_and_gradients_equal_the_unsharded(settings, sizes):
+    """Against the dequantized kernels on one device, layer after layer."""
+    kernels = {"q_proj": {"kernel": normal(2, 512, 256)}, "o_proj": {"kernel": normal(2, 256, 512)}}
+    tree = quantize_params({"layers": kernels}, QuantConfig(**settings))
     mesh = mesh_of(**sizes)
     x = normal(1, 8, 512, seed=1)
-    product = jax.jit(lambda x, t: x @ t["layers"]["q_proj"]["kernel"].dequantize())
-    expected = np.asarray(product(x, tree))
+
+    def loss(x, layers, product):
+        def body(h, w):
+            inner = jnp.tanh(product(h, w["q_proj"]["kernel"]) / 30)
+            return h + product(inner, w["o_proj"]["kernel"]) / 20, None
+
+        return jnp.sum(jnp.sin(jax.lax.scan(body, x, layers)[0]))
+
+    def dense(h, w):
+        return jnp.matmul(h, w.dequantize(), precision="highest")
+
+    run = jax.jit(jax.value_and_grad(loss), static_argnums=2)
+    expected, expected_gradient = run(x, tree["layers"], dense)
     placed = sharding.place(tree, sharding.shardings(tree, mesh))
-    got = product(sharding.place(x, sharding.batch_sharding(mesh)), placed)
-    np.testing.assert_allclose(np.asarray(got), expected, rtol=1e-5, atol=1e-4)
+    rows = sharding.place(x, sharding.batch_sharding(mesh))
+    got, gradient = run(rows, placed["layers"], dot)
+    np.testing.assert_allclose(np.asarray(got), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(gradient), expected_gradient, atol=1e-5 * float(jnp.abs(expected_gradient).max())
+    )
 
 
-def test_packed_kernels_whose_blocks_do_not_divide_keep_them_whole():
+def test_an_axis_that_would_cut_blocks_splits_the_other_dimension():
     mesh = mesh_of(data=1, fsdp=8)
     in_four_blocks = nf4.quantize(normal(24, 256)).mT  # (in 256, out 24)
     got = sharding.packed_spec(("q_proj", "kernel"), in_four_blocks, mesh)
-    assert got.codes == got.absmax == PartitionSpec("tensor", None)
+    assert got.codes == got.absmax == PartitionSpec(("tensor", "fsdp"), None)
     got = sharding.packed_spec(("o_proj", "kernel"), in_four_blocks, mesh)
     assert got.codes == PartitionSpec("fsdp", "tensor")
+    got = sharding.packed_spec(("q_proj", "kernel"), nf4.quantize(normal(25, 256)).mT, mesh)
+    assert got.codes == PartitionSpec("tensor", None)  # neither 4 blocks nor 25 rows
     across_rows = nf4.quantize(normal(24, 40)).mT
+    got = sharding.packed_spec(("q_proj", "kernel"), across_rows, mesh)
+    assert got.codes == PartitionSpec(("tensor", "fsdp"), None) and got.absmax == PartitionSpec()
     got = sharding.packed_spec(("o_proj", "kernel"), across_rows, mesh)
-    assert got.codes == PartitionSpec() and got.nested_offset == PartitionSpec()
+    assert got.codes == PartitionSpec("fsdp", "tensor") and got.absmax == PartitionSpec()
+
+
+PACKINGS = {
+    "whole blocks": lambda w: nf4.quantize(w, 32),
+    "float32 absmax": lambda w: nf4.quantize(w, 64, double_quant=False),
+    "fp4": lambda w: nf4.quantize(w, 32, quant_type="fp4"),
+    "cut blocks": lambda w: nf4.quantize(w[:, :96], 32),
+    "straddling rows": lambda w: nf4.quantize(w[:, :200], 64),
+    "int8": int8.quantize,
+}
+
+
+@pytest.mark.parametrize("module", ["q_proj", "down_proj"])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 1, 8), (2, 2, 2)])
+@pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS.keys())
+def test_a_shard_is_dequantized_where_it_lies(packing, sizes, module):
+    """Every device makes its part from what it holds, and exactly what one device makes."""
+    mesh = mesh_of(**dict(zip(sharding.AXES, sizes, strict=True)))
+    kernels = [packing(normal(64, 256, seed=s)).mT for s in range(2)]
+    tree = {"layers": {module: {"kernel": jax.tree.map(lambda *x: jnp.stack(x), *kernels)}}}
+    where = sharding.shardings(tree, mesh)
+    rows, cols = where["layers"][module]["kernel"].codes.spec[-2:]
+    dense = NamedSharding(mesh, PartitionSpec(None, cols, rows))
+    q = sharding.place(tree, where)["layers"][module]["kernel"]
+    run = jax.jit(lambda q: q.dequantize(), out_shardings=dense).lower(q).compile()
+    assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", run.as_text())
+    part = q.codes.addressable_shards[0].data
+    assert part.size * sizes[1] * sizes[2] == q.codes.size
+    whole = tree["layers"][module]["kernel"].dequantize()
+    np.testing.assert_array_equal(np.asarray(run(q)), np.asarray(whole))
 
 
 def test_moments_lie_as_what_they_belong_to():
@@ -178,7 +234,7 @@ def test_rows_of_a_batch_are_split_over_data_and_fsdp():
 
 
 def test_description_counts_the_bytes_on_each_device():
-    tree = nf4.quantize_params(params(), QuantConfig())
+    tree = quantize_params(params(), QuantConfig())
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
     placed = sharding.place(tree, sharding.shardings(tree, mesh))
     rows = sharding.describe(jax.eval_shape(lambda: tree), mesh)
@@ -238,6 +294,6 @@ def test_two_processes_share_the_arrays():
 def test_a_copy_on_the_host_is_whole():
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
     spec = jax.sharding.PartitionSpec("fsdp")
-    array = jax.device_put(np.arange(16.0), jax.sharding.NamedSharding(mesh, spec))
+    array = jax.device_put(np.arange(16.0), NamedSharding(mesh, spec))
     copy = sharding.gather({"a": array})["a"]
     assert isinstance(copy, np.ndarray) and copy.tolist() == list(range(16))

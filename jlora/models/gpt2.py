@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jlora.dot import Weight
 from jlora.models.config import GPT2Config
 from jlora.models.decoder import KV, Call, scan_layers, stack
-from jlora.models.layers import Embedding, Head, LayerNorm, Linear, activation
+from jlora.models.layers import Embedding, LayerNorm, Linear, Part, activation, project
 
 
 class Attention(nnx.Module):
@@ -71,8 +74,8 @@ class GPT2(nnx.Module):
 
     def __init__(self, c: GPT2Config, dtype: jnp.dtype):
         self.transformer = Trunk(c, dtype)
-        tied = c.tie_word_embeddings
-        self.lm_head = None if tied else Head(c.hidden_size, c.vocab_size, dtype=dtype)
+        head = functools.partial(Linear, c.hidden_size, c.vocab_size, bias=False, dtype=dtype)
+        self.lm_head = None if c.tie_word_embeddings else head()
 
     def features(
         self,
@@ -87,6 +90,11 @@ class GPT2(nnx.Module):
         x, kv = scan_layers(self.transformer.h, x, call, kv, remat)
         return self.transformer.ln_f(x), kv
 
-    def head(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Logits in float32."""
-        return self.transformer.wte.attend(x) if self.lm_head is None else self.lm_head(x)
+    def head(self, x: Float[Array, "*B D"], part: Part | None = None) -> Float[Array, "*B V"]:
+        """Logits in float32, of all tokens or a part of them."""
+        return project(x, self.head_weight(), part)
+
+    def head_weight(self) -> Weight:
+        """The head's weight (dim, vocabulary): the embedding's transpose in tied models."""
+        tied = self.transformer.wte.embedding
+        return tied.get_value().mT if self.lm_head is None else self.lm_head.kernel.get_value()

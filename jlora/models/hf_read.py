@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import nf4, paths
+from jlora import paths
 from jlora.config import QuantConfig
 from jlora.errors import DataError
 from jlora.models.config import parse
@@ -24,6 +24,7 @@ from jlora.models.hf_folder import FLOATS, Shards, find_folder, open_shards, rea
 from jlora.models.hf_names import HEAD, Tensor, embedding_name, tensors
 from jlora.models.model import Model
 from jlora.models.registry import family
+from jlora.quantization import is_packed, pack, quantize_params, rows_first
 
 
 def load_pretrained(
@@ -40,7 +41,7 @@ def load_pretrained(
       path_or_hub_id: a folder with ``config.json`` and safetensors, or a hub model's name.
       dtype: ``float32``, ``bfloat16`` or ``float16``: what is computed in, and what weights that
         are not quantized are kept in, whatever the file holds.
-      quantization: packs linear layers to NF4 as they are read (see ``nf4.quantize_params``).
+      quantization: packs linear layers as they are read (see ``quantize_params``).
       mesh: places every leaf on it; None leaves that to JAX's default device.
       revision: a hub repository's branch, tag or commit.
       attention: see ``attention.BACKENDS``.
@@ -144,7 +145,7 @@ def read_params(
     """The parameter tree, read leaf by leaf; ``names`` as ``check`` returns it."""
     shapes = model.shapes
     if quantization is not None:
-        shapes = jax.eval_shape(lambda p: nf4.quantize_params(p, quantization), shapes)
+        shapes = jax.eval_shape(lambda p: quantize_params(p, quantization), shapes)
     groups: dict[paths.Path, list[Tensor]] = {}
     for tensor in tensors(model):
         groups.setdefault(tensor.path, []).append(tensor)
@@ -152,8 +153,8 @@ def read_params(
 
     def read(path: paths.Path, shape: Any) -> Any:
         group = groups[path]
-        if isinstance(shape, nf4.NF4Array):
-            return place(path, _packed(shards, names, group, shape.dtype, quantization))
+        if quantization is not None and is_packed(shape):
+            return place(path, _packed(shards, names, group, shape, quantization))
         return place(path, _dense(shards, names, group, shape))
 
     return paths.map_leaves(read, shapes)
@@ -179,20 +180,17 @@ def _dense(shards: Shards, names: Mapping, group: list[Tensor], shape: Any) -> n
 
 
 def _packed(
-    shards: Shards, names: Mapping, group: list[Tensor], dtype: Any, config: QuantConfig | None
-) -> nf4.NF4Array:
-    """A leaf's values in NF4, on the host; each layer is packed before the next one is read."""
-    assert config is not None
-    layers = []
+    shards: Shards, names: Mapping, group: list[Tensor], shape: Any, config: QuantConfig
+) -> Any:
+    """A packed leaf on the host; each layer is packed before the next one is read."""
+    out = jax.tree.map(lambda child: np.empty(child.shape, child.dtype), shape)
     for tensor in group:
-        value = _cast(shards.read(names[tensor.name]), np.dtype(dtype), tensor.name)
-        rows = value if tensor.transposed else value.T  # bitsandbytes packs torch's [out, in]
-        double = config.bnb_4bit_use_double_quant
-        packed = nf4.quantize(jnp.asarray(rows), config.block_size, double)
-        layers.append(jax.device_get(packed.mT))
-    if group[0].layer is None:
-        return layers[0]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+        value = _cast(shards.read(names[tensor.name]), np.dtype(shape.dtype), tensor.name)
+        as_torch = tensor.transposed or rows_first(tensor.path)
+        packed = pack(jnp.asarray(value if as_torch else value.T), config)
+        for child, new in zip(jax.tree.leaves(out), jax.tree.leaves(packed), strict=True):
+            child[... if tensor.layer is None else tensor.layer] = new
+    return out
 
 
 def _cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

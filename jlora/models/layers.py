@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jlora.dot import dot, embed
+from jlora.dot import Weight, columns, dot, embed
+from jlora.sharding import split_looked_up
 
 
 class Linear(nnx.Module):
@@ -38,22 +39,18 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B dim"]:
         """The rows ``ids``."""
-        return embed(ids, self.embedding.get_value()).astype(self.dtype)
-
-    def attend(self, x: Float[Array, "*B dim"]) -> Float[Array, "*B vocabulary"]:
-        """``x`` times the transposed table, in float32: the output head of tied models."""
-        return dot(x, self.embedding.get_value().mT, jnp.float32)
+        return split_looked_up(embed(ids, self.embedding.get_value()).astype(self.dtype))
 
 
-class Head(nnx.Module):
-    """The output projection, kernel (dim, vocabulary), with float32 results."""
+Part = tuple[Int[Array, ""], int]
+"""The first of some columns of a weight, and how many."""
 
-    def __init__(self, dim: int, n_out: int, *, dtype: jnp.dtype):
-        self.kernel = nnx.Param(jnp.zeros((dim, n_out), dtype))
 
-    def __call__(self, x: Float[Array, "*B dim"]) -> Float[Array, "*B vocabulary"]:
-        """Logits in float32."""
-        return dot(x, self.kernel.get_value(), jnp.float32)
+def project(
+    x: Float[Array, "*B dim"], w: Weight, part: Part | None = None
+) -> Float[Array, "*B vocabulary"]:
+    """Logits in float32: ``x`` times an output head's weight, or a part of its columns."""
+    return dot(x, w if part is None else columns(w, *part), jnp.float32)
 
 
 class RMSNorm(nnx.Module):

@@ -6,13 +6,16 @@ query-key norms, windows and rope settings, all of which the config carries.
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jlora.dot import Weight
 from jlora.models.config import LlamaConfig
 from jlora.models.decoder import KV, Call, scan_layers, stack
-from jlora.models.layers import Embedding, Head, Linear, RMSNorm, activation
+from jlora.models.layers import Embedding, Linear, Part, RMSNorm, activation, project
 from jlora.models.rope import rotate
 
 
@@ -85,8 +88,8 @@ class Llama(nnx.Module):
 
     def __init__(self, c: LlamaConfig, dtype: jnp.dtype):
         self.model = Trunk(c, dtype)
-        tied = c.tie_word_embeddings
-        self.lm_head = None if tied else Head(c.hidden_size, c.vocab_size, dtype=dtype)
+        head = functools.partial(Linear, c.hidden_size, c.vocab_size, bias=False, dtype=dtype)
+        self.lm_head = None if c.tie_word_embeddings else head()
         self.rope = c.rope
 
     def features(
@@ -102,6 +105,11 @@ class Llama(nnx.Module):
         x, kv = scan_layers(self.model.layers, self.model.embed_tokens(ids), call, kv, remat)
         return self.model.norm(x), kv
 
-    def head(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Logits in float32."""
-        return self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
+    def head(self, x: Float[Array, "*B D"], part: Part | None = None) -> Float[Array, "*B V"]:
+        """Logits in float32, of all tokens or a part of them."""
+        return project(x, self.head_weight(), part)
+
+    def head_weight(self) -> Weight:
+        """The head's weight (dim, vocabulary): the embedding's transpose in tied models."""
+        tied = self.model.embed_tokens.embedding
+        return tied.get_value().mT if self.lm_head is None else self.lm_head.kernel.get_value()

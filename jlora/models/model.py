@@ -27,10 +27,12 @@ from jaxtyping import Array, Float, Int
 
 from jlora import paths
 from jlora.errors import ConfigError
+from jlora.lora import LoraWeight
 from jlora.models import decoder
 from jlora.models.attention import check_backend
 from jlora.models.config import DecoderConfig, parse
 from jlora.models.registry import module_of
+from jlora.quantization import is_packed
 
 DTYPES = ("float32", "bfloat16", "float16")
 Params = Mapping[str, Any]
@@ -103,10 +105,26 @@ class Model:
         x, _ = module.features(ids, jnp.asarray(positions), call, None, self.gradient_checkpointing)
         return x
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def head(self, params: Params, features: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Float32 logits: ``model(params, ids)`` is ``head(params, features(params, ids))``."""
-        return self._module(params).head(features)
+    @functools.partial(jax.jit, static_argnums=0, static_argnames="size")
+    def head(
+        self,
+        params: Params,
+        features: Float[Array, "*B D"],
+        start: Int[Array, ""] | int = 0,
+        size: int | None = None,
+    ) -> Float[Array, "*B V"]:
+        """Float32 logits: ``model(params, ids)`` is ``head(params, features(params, ids))``.
+
+        With ``size`` those of the tokens start … start + size only; no more of a packed head is
+        dequantized.
+        """
+        part = None if size is None else (jnp.asarray(start), size)
+        return self._module(params).head(features, part)
+
+    def packed_head(self, params: Params) -> bool:
+        """Whether the head's weight is packed, so that to compute logits dequantizes it."""
+        weight = self._module(params).head_weight()
+        return is_packed(weight.base if isinstance(weight, LoraWeight) else weight)
 
     def init_cache(self, batch: int, length: int) -> decoder.Cache:
         """An empty cache with room for ``length`` tokens in each of ``batch`` rows."""
