@@ -97,3 +97,5 @@ UNSIGNED_MAP = _unsigned_map()
 """bitsandbytes' 8-bit map of [0, 1]."""
 
 UNSIGNED_THRESHOLDS = np.concatenate([np.zeros(1, np.float32), midpoints(UNSIGNED_MAP)[1:]])
+"""Midpoints, but what is above 0 never becomes 0, as bitsandbytes lets it: beside a first moment
+that is not 0, a second moment of 0 would let the next step divide by almost nothing."""

@@ -37,10 +37,6 @@ MOMENTS = {"mu": True, "nu": False}
 """The fields of optax's states that are moments, and whether they have a sign."""
 
 
-"""Midpoints, but what is above 0 never becomes 0, as bitsandbytes lets it: beside a first moment
-that is not 0, a second moment of 0 would let the next step divide by almost nothing."""
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Blockwise:
