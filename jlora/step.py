@@ -181,6 +181,13 @@ def _accumulate(value_and_grad, trainable, batch: Batch, key: Array):
     return jax.lax.scan(add, zero, (jnp.arange(steps), dict(batch)))[0]
 
 
+def _select(condition: Array, new: Array, old: Array) -> Array:
+    """One of two leaves, in their memory: only the device's own can be computed with."""
+    space = jax.typeof(old).memory_space
+    new, old = jax.device_put((new, old), jax.memory.Space.Device)
+    return jax.device_put(jnp.where(condition, new, old), space)
+
+
 def _apply(state: TrainState, grads: Any, optimizer, finite: Array) -> TrainState:
     """The next state; with loss scaling a step that overflowed changes only the scale."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
@@ -189,7 +196,7 @@ def _apply(state: TrainState, grads: Any, optimizer, finite: Array) -> TrainStat
         return TrainState(state.step + 1, trainable, opt_state)
 
     def keep(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        return jax.tree.map(functools.partial(_select, finite), new, old)
 
     return TrainState(
         state.step + 1,

@@ -1,5 +1,7 @@
 """The seam against NumPy in float64, and what its gradients save and compute."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,9 +63,18 @@ def test_low_precision_products_accumulate_in_float32():
     np.testing.assert_allclose(grad, want, rtol=0.02, atol=0.1)
 
 
-def test_under_jit_vmap_scan_and_remat():
+PACKINGS = {
+    "nf4": nf4.quantize,
+    "fp4": functools.partial(nf4.quantize, block_size=32, double_quant=False, quant_type="fp4"),
+    "straddling": functools.partial(nf4.quantize, block_size=128),
+    "int8": int8.quantize,
+}
+
+
+@pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS.keys())
+def test_under_jit_vmap_scan_and_remat(packing):
     x, w, a, b = weights()
-    stacked = jax.vmap(lambda s: nf4.quantize(w.T * s).mT)(jnp.arange(1.0, 4.0))
+    stacked = jax.vmap(lambda s: packing(w.T * s).mT)(jnp.arange(1.0, 4.0))
     leaf = LoraWeight(stacked, jnp.stack([a] * 3), jnp.stack([b] * 3), jnp.ones(3))
     square = jnp.asarray(np.random.default_rng(1).normal(size=(O, I)) / 16, jnp.float32)
 
@@ -86,7 +97,7 @@ def test_under_jit_vmap_scan_and_remat():
         np.testing.assert_allclose(grad, want_grad, atol=1e-4)
     mapped = jax.vmap(dot, in_axes=(None, 0))(x, stacked)
     np.testing.assert_allclose(
-        mapped[2], x @ nf4.dequantize(jax.tree.map(lambda c: c[2], stacked)), atol=1e-5
+        mapped[2], x @ jax.tree.map(lambda c: c[2], stacked).dequantize(), atol=1e-5
     )
 
 
@@ -96,11 +107,14 @@ def saved_shapes(f, *args):
     return [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(pullback)]
 
 
-def test_nf4_saves_its_codes_and_no_dequantized_matrix():
-    x, w, a, b = weights()
-    leaf, _ = wrap("nf4", w, a, b)
-    saved = saved_shapes(lambda x: dot(x, leaf.base), x)
-    assert ((O, I // 2), "uint8") in saved
+@pytest.mark.parametrize("name", PACKINGS)
+def test_packed_weights_save_their_codes_and_no_dequantized_matrix(name):
+    x, w, _, _ = weights()
+    leaf = PACKINGS[name](w.T).mT
+    saved = saved_shapes(lambda x: dot(x, leaf), x)
+    codes = ((O, I), "int8") if name == "int8" else ((O, I // 2), "uint8")
+    assert codes in saved
+    saved.remove(codes)
     assert not {(I, O), (O, I)} & {shape for shape, _ in saved}
 
 

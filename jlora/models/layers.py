@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jlora.dot import Weight, after, columns, dot, embed
+from jlora.sharding import split_looked_up
 
 
 class Linear(nnx.Module):
@@ -38,7 +39,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B dim"]:
         """The rows ``ids``."""
-        return embed(ids, self.embedding.get_value()).astype(self.dtype)
+        return split_looked_up(embed(ids, self.embedding.get_value()).astype(self.dtype))
 
 
 Part = tuple[Int[Array, ""], int]
