@@ -99,10 +99,15 @@ def compile_step(hf: dict, row: Row, batch: int, length: int, device: Any) -> An
     state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), adapter)
     tokens = jax.ShapeDtypeStruct((1, batch, length), jnp.int32)
     rows = dict.fromkeys(("input_ids", "labels", "positions", "segment_ids"), tokens)
-    place = jax.sharding.SingleDeviceSharding(device)
-    state, frozen, rows = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (state, frozen, rows)
-    )
+
+    def place(tree: Any, kind: str | None = None) -> Any:
+        where = jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+    state, frozen, rows = place((state, frozen, rows))
+    if row.optim.startswith("paged"):
+        moments = jax.tree.map(lambda x: place(x, "pinned_host") if x.ndim else x, state.opt_state)
+        state = dataclasses.replace(state, opt_state=moments)
     step = make_train_step(model, attach, optimizer)
     sizes = {"base": frozen, "adapter": state.trainable, "optimizer": state.opt_state}
     return step.lower(state, frozen, rows).compile(), {k: n_bytes(v) for k, v in sizes.items()}
