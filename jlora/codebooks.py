@@ -73,3 +73,29 @@ DYNAMIC_MAP = _dynamic_map()
 """bitsandbytes' signed 8-bit map of [-1, 1] (dynamic tree quantization, arXiv 1511.04561)."""
 
 DYNAMIC_THRESHOLDS = midpoints(DYNAMIC_MAP)
+
+
+def _unsigned_map() -> np.ndarray:
+    # A table for the same reason: the values above 0, as four planes of little-endian bytes.
+    packed = (
+        "c-mVv!{S@u)w~5646|mY7<!-be6lE6sW8Am;QfX5eR*uADP9jN1eQBoH*Y#GmA2`x*VKo46-W8kh5TIL`g)SNR{G"
+        "*c{p-)Z=GJsiZ(n@4fT3T0z3thU*VSCJG<LXOPygO7y4d)UR^bi?j|tc1)7O8qYdtF(v*fjL^<nOyS&uXs(#{&6V"
+        "K7OXg-pyeKAXlc%lHf)V&<$gV}>)c(o7i6;w8=yAQ-ASXP@zTDpdGF!hLt}>&TFRrOFHC&-MCnpX_jFJK7j$%~SO"
+        "<;+W~;&I8}|)8<~`ajx3*QX#_qah=q*z_*<-X$4h>+|LAFk9nB(y5OrV!=YApt~33CBG+fe$UR(~rtx}RfpJxgts"
+        "KL{LyKF}+%>pfpIO&m5NIs&_4<yPRWS@{XMo-}PMe8L%mjN7KOy;SbAu1%1jD)jzDf5)njgyh*G*e@l+Ceb_Recx"
+        "IK<UVor4k!>Zb0x&m^K|=^a<l*fn|Xvh_O-oxXDS*@vHutX%xU5;BVVZm}h;6X&ehy#Lg-hi`u{aqtRD%ByG@m{~"
+        "iz`vyhCrDW!pRyQ=ab@ud4oHBjZ+y#r5u2{Wp<Cg8a_Uu1&^u*~ak3Rfo;}exp)-tkmaQ6#~P022*YG`Ti?w>Sm="
+        "G=u#R;*sXdE2hN2aldObN=%6TlXG5efj3Y=kLG&F*32Rad2_-@(T)!h)GDv$jU1!tEy>e>FDVj8k?G1SlQS)I6Aw"
+        "!dwTi!1q20$hDS!n#3dx9q^4(P=jIg@m6VlNR@c@yn3$TGnVFlLTY!Nj1Xv*fYiz&<JFq1O*pUP5sRRHRo|K6"
+    )
+    planes = np.frombuffer(zlib.decompress(base64.b85decode(packed)), np.uint8).reshape(4, -1)
+    above = np.ascontiguousarray(planes.T).view("<f4").reshape(-1).astype(np.float32)
+    return np.concatenate([np.zeros(1, np.float32), above])
+
+
+UNSIGNED_MAP = _unsigned_map()
+"""bitsandbytes' 8-bit map of [0, 1]."""
+
+UNSIGNED_THRESHOLDS = np.concatenate([np.zeros(1, np.float32), midpoints(UNSIGNED_MAP)[1:]])
+"""Midpoints, but what is above 0 never becomes 0, as bitsandbytes lets it: beside a first moment
+that is not 0, a second moment of 0 would let the next step divide by almost nothing."""

@@ -74,11 +74,21 @@ def columns(w: Weight, start: Int[Array, ""], size: int) -> Weight:
     return jax.lax.dynamic_slice_in_dim(w, start, size, axis=-1)
 
 
+def after(x: Array, value: Any) -> Any:
+    """``value`` itself, a tree of arrays, but not before ``x`` is there.
+
+    JAX computes what does not depend on a scan's carry once, before the scan, and keeps it for all
+    its steps: scalars and masks spread to the shape of activations, transposes of weights, whole
+    dequantized matrices. What comes after the carry's own values exists in its step only.
+    """
+    return jax.lax.optimization_barrier((jax.lax.stop_gradient(x), value))[1]
+
+
 def _delta(x: Array, w: LoraWeight) -> Array:
     """``scale * (dropout(x) @ A) @ B`` (LoRA, arXiv 2106.09685)."""
     if w.dropout_key is not None and w.dropout:
         keep = jax.random.bernoulli(w.dropout_key, 1 - w.dropout, x.shape)
-        x = jnp.where(keep, x / (1 - w.dropout), 0).astype(x.dtype)
+        x = jnp.where(keep, x / (1 - w.dropout), after(x, jnp.zeros((), x.dtype)))
     return dot(dot(x, w.lora_A), w.lora_B) * w.scale.astype(x.dtype)
 
 
@@ -139,11 +149,21 @@ def _packed_product(x: Array, w: Any, transpose: bool, dtype: Any = None) -> Arr
     }
 
     def dequantized(x, w):
-        return _product(x, w.dequantize(), int(transpose), dtype)
+        return _product(x, _dequantize_after(x, w), int(transpose), dtype)
 
     if not fused:
         return dequantized(x, w)
     return jax.lax.platform_dependent(x, w, default=dequantized, **fused)
+
+
+def _dequantize_after(x: Array, w: Any) -> Array:
+    """The dense matrix, not made before ``x`` is there.
+
+    Without this order the compiler dequantizes all weights of a layer at once, and keeps those of
+    a rematerialised forward pass for the backward pass. ``absmax`` is the smallest array that the
+    matrix depends on: the codes themselves would be copied out of their stack.
+    """
+    return dataclasses.replace(w, absmax=after(x, w.absmax)).dequantize()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -269,14 +269,17 @@ def _straddling_rows(q: NF4Array, absmax: Array, rows: Array, dtype: Any) -> Arr
 def _values(q: NF4Array, codes: Array, absmax: Any, dtype: Any) -> Array:
     """(…, 2n) from bytes (…, n) and what their high and their low halves are scaled by."""
     # Scaling and rounding each half before they are interleaved keeps float32 out of memory.
-    table, halves = FOUR_BIT[q.quant_type], (codes >> 4, codes & 15)
+    # The table comes after the scales: a loop over layers would else keep each of its values, as
+    # large as the matrix, for all its steps.
+    table = jax.lax.optimization_barrier((absmax, jnp.asarray(FOUR_BIT[q.quant_type])))[1]
+    halves = codes >> 4, codes & 15
     parts = [(look_up(table, c) * a).astype(dtype) for c, a in zip(halves, absmax, strict=True)]
     return jnp.stack(parts, axis=-1).reshape(*codes.shape[:-1], -1)
 
 
-def look_up(table: np.ndarray, codes: Array) -> Array:
+def look_up(table: Array | np.ndarray, codes: Array) -> Array:
     """``table[codes]`` for 16 values: selected bit by bit, which vector units can do."""
-    values = [jnp.asarray(value) for value in table]
+    values = list(table)
     for bit in range(4):
         odd = (codes >> bit & 1).astype(bool)
         values = [jnp.where(odd, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]

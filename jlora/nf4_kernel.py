@@ -9,6 +9,8 @@ of activations that meets it: it gains with few rows, and with many a GPU's ALUs
 Both kernels see the packed matrix as it was quantized, [rows, cols] with blocks along the rows, and
 contract either axis: ``x @ W`` and the gradient ``g @ W.T`` are the same kernel. The tile's values
 are bit for bit those of ``nf4.dequantize``; only the order of the float32 sum differs.
+
+Pallas takes a third of a second to import and is not needed before a kernel is, so each does.
 """
 
 from __future__ import annotations
@@ -17,9 +19,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from jlora.codebooks import FOUR_BIT
@@ -147,14 +146,12 @@ def _pad(x: Array, *multiples: int) -> Array:
     return jnp.pad(x, missing) if any(after for _, after in missing) else x
 
 
-def _cost(x, codes, absmax, n, dtype) -> pl.CostEstimate:
+def _cost(x, codes, absmax, n, dtype) -> dict[str, int]:
     """What XLA's scheduler and ``cost_analysis`` are told: it cannot look into a kernel."""
-    moved = (
-        sum(a.size * a.dtype.itemsize for a in (x, codes, absmax)) + x.shape[0] * n * dtype.itemsize
-    )
-    return pl.CostEstimate(
-        flops=4 * x.shape[0] * codes.size, bytes_accessed=moved, transcendentals=0
-    )
+    moved = sum(a.size * a.dtype.itemsize for a in (x, codes, absmax))
+    moved += x.shape[0] * n * dtype.itemsize
+    flops = 4 * x.shape[0] * codes.size
+    return {"flops": flops, "bytes_accessed": moved, "transcendentals": 0}
 
 
 def _triton(x, codes, absmax, values, dtype, axis, tiles, interpret):
@@ -165,6 +162,9 @@ def _triton(x, codes, absmax, values, dtype, axis, tiles, interpret):
     in a table in memory: from the first-level cache that is one load a value, where selecting is
     fifteen operations and would be the bottleneck.
     """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
     table, w_dtype = values
     shape, sizes = (codes.shape[0], 2 * codes.shape[1]), (tiles.rows, tiles.cols)
     free, k = sizes[1 - axis], sizes[axis]
@@ -212,7 +212,7 @@ def _triton(x, codes, absmax, values, dtype, axis, tiles, interpret):
             dtype if tiles.splits == 1 else jnp.float32,
         ),
         compiler_params=plgpu.CompilerParams(num_warps=8 if tiles.rows > 64 else 4, num_stages=3),
-        cost_estimate=_cost(x, codes, absmax, shape[1 - axis], dtype),
+        cost_estimate=pl.CostEstimate(**_cost(x, codes, absmax, shape[1 - axis], dtype)),
         interpret=interpret,
         name="nf4_matmul",
     )(x, codes, absmax, table)
@@ -225,6 +225,9 @@ def _mosaic(x, codes, absmax, values, dtype, axis, tiles, interpret):
     The tile is turned first: blocks then run along sublanes, where a row of ``absmax`` scales 32 of
     them at once and where two bfloat16 share a 32-bit lane, so that halves interleave by a shift.
     """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
     table, w_dtype = values
     shape, sizes = (codes.shape[0], 2 * codes.shape[1]), (tiles.rows, tiles.cols)
     groups = tiles.cols // (shape[1] // absmax.shape[1])
@@ -261,7 +264,7 @@ def _mosaic(x, codes, absmax, values, dtype, axis, tiles, interpret):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
-        cost_estimate=_cost(x, codes, absmax, shape[1 - axis], dtype),
+        cost_estimate=pl.CostEstimate(**_cost(x, codes, absmax, shape[1 - axis], dtype)),
         interpret=interpret,
         name="nf4_matmul",
     )(x, codes, absmax.T)

@@ -28,6 +28,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey
+from jaxtyping import Array
 
 from jlora.config import MeshConfig
 from jlora.errors import ConfigError
@@ -90,14 +91,19 @@ def spec(path: Sequence[str], shape: Sequence[int], mesh: Mesh) -> PartitionSpec
     return PartitionSpec(*[None] * (len(shape) - 2), *kept)
 
 
-def packed_spec(path: Sequence[str], q: Packed, mesh: Mesh) -> Packed:
+def packed_spec(
+    path: Sequence[str], q: Packed, mesh: Any, without: frozenset[str] = frozenset()
+) -> Packed:
     """The layouts of a packed array's children, in their places.
 
     Values and the scales they share are split alike, so that each device can dequantize what it
     holds. What cannot be split so lies on every device: ``nested_absmax`` and ``nested_offset``
-    (256 blocks need not be on one), and the ``absmax`` of blocks that straddle rows.
+    (256 blocks need not be on one), and the ``absmax`` of blocks that straddle rows. Nothing is
+    split over the axes in ``without``.
     """
     axes = _matrix_axes(path)
+    if axes is not None:
+        axes = tuple(None if axis in without else axis for axis in axes)
     rows, cols = q.codes.shape[-2:]
     lead, whole = [None] * len(q.lead), PartitionSpec()
     if isinstance(q, NF4Array) and q.rowwise:
@@ -115,7 +121,46 @@ def packed_spec(path: Sequence[str], q: Packed, mesh: Mesh) -> Packed:
     )
 
 
-def _split(axes: Sequence[str | None], sizes: Sequence[int], mesh: Mesh) -> tuple[Any, Any]:
+def split_rows(x: Array) -> Array:
+    """The same activations (B, …) under jit, rows split over ``data`` and ``fsdp``.
+
+    Without it XLA may keep all rows on every device and split their features as the weights are.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % math.prod(mesh.shape.get(axis, 1) for axis in BATCH):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))
+
+
+def split_looked_up(x: Array) -> Array:
+    """Rows of an embedding (B, T, dim) under jit: looked up where ``fsdp`` splits the table's dim,
+    and only then sent to the devices that their batch rows belong to.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and x.ndim == 3 and x.shape[0] % mesh.shape.get("data", 1) == 0:
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec("data", None, "fsdp"))
+    return split_rows(x)
+
+
+def gather_packed(tree: Any) -> Any:
+    """The same values under jit, packed arrays no longer split over ``fsdp``: for one layer's use.
+
+    Without it XLA dequantizes the shards and gathers those, at eight times the bytes of the codes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
+        return tree
+
+    def whole(path: tuple, leaf: Any) -> Any:
+        if not is_packed(leaf):
+            return leaf
+        specs = packed_spec(_keys(path), leaf, mesh, frozenset({"fsdp"}))
+        return jax.tree.map(jax.lax.with_sharding_constraint, leaf, specs)
+
+    return jax.tree_util.tree_map_with_path(whole, tree, is_leaf=is_packed)
+
+
+def _split(axes: Sequence[str | None], sizes: Sequence[int], mesh: Any) -> tuple[Any, Any]:
     """What splits the two dimensions of a packed matrix; see the module's header."""
     (a, b), (rows, cols) = axes, sizes
     first, second = _fit(a, rows, mesh), _fit(b, cols, mesh)
@@ -141,7 +186,7 @@ def _matrix_axes(path: Sequence[str]) -> tuple[str | None, str | None] | None:
     }.get(kind)
 
 
-def _fit(axis: str | None, size: int, mesh: Mesh) -> str | None:
+def _fit(axis: str | None, size: int, mesh: Any) -> str | None:
     return axis if axis is not None and size % mesh.shape[axis] == 0 else None
 
 
@@ -149,16 +194,26 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     """The same tree with a NamedSharding for every array, those inside packed ones included.
 
     Leaves go by the mapping keys on the way to them, whatever else is around: parameters,
-    adapters, a TrainState with moments that mirror the adapter. Shapes are enough.
+    adapters, a TrainState with moments that mirror the adapter. Shapes are enough, but only arrays
+    and traced types say that a leaf is in the host's memory, where it then stays.
     """
 
     def layout(path: tuple, leaf: Any) -> Any:
         if not is_packed(leaf):
-            return NamedSharding(mesh, spec(_keys(path), np.shape(leaf), mesh))
+            at = spec(_keys(path), np.shape(leaf), mesh)
+            return NamedSharding(mesh, at, memory_kind=_memory_kind(leaf))
         specs = packed_spec(_keys(path), leaf, mesh)
         return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=_is_spec)
 
     return jax.tree_util.tree_map_with_path(layout, tree, is_leaf=is_packed)
+
+
+def _memory_kind(leaf: Any) -> str | None:
+    """``pinned_host`` for what lies in the host's memory; None is the device's own."""
+    if isinstance(leaf, jax.Array):
+        leaf = jax.typeof(leaf)
+    space = getattr(leaf, "memory_space", None)
+    return "pinned_host" if space == jax.memory.Space.Host else None
 
 
 def adapter_shardings(adapter: Any, mesh: Mesh) -> Any:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from jlora.dot import after
 from jlora.state import TrainState
 
 IGNORE = -100
@@ -68,16 +69,16 @@ def cross_entropy(
     logits: Float[Array, "batch length vocab"], labels: Int[Array, "batch length"]
 ) -> Float[Array, ""]:
     """The summed negative log-likelihood of the labels that are not -100; 0 when there are none."""
-    chosen = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 2) == labels[..., None]
-    picked = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+    tokens, zero = after(logits, (jnp.arange(logits.shape[-1]), jnp.float32(0.0)))
+    picked = jnp.sum(jnp.where(labels[..., None] == tokens, logits, zero), axis=-1)
     losses = jax.nn.logsumexp(logits, axis=-1) - picked
     return jnp.sum(jnp.where(labels == IGNORE, 0.0, losses))
 
 
 def cross_entropy_by_tokens(
-    head: Callable[[Array, int], Array], labels: Int[Array, "batch length"], vocab: int
+    head: Callable[..., Array], labels: Int[Array, "batch length"], vocab: int
 ) -> Float[Array, ""]:
-    """``cross_entropy`` of the logits that ``head(start, size)`` gives for a part of the tokens.
+    """``cross_entropy`` of the logits that ``head(start, size=n)`` gives for some of the tokens.
 
     Each part of a packed head is dequantized once here and once for the gradient, and never all of
     it; parts of the sequence would each dequantize the whole.
@@ -86,10 +87,11 @@ def cross_entropy_by_tokens(
 
     def part(first):
         start = jnp.minimum(first, vocab - size)  # the last part overlaps the one before it
-        logits, tokens = head(start, size), start + jnp.arange(size)
+        logits, tokens = head(start, size=size), start + jnp.arange(size)
+        zero, nothing = after(logits, (jnp.float32(0.0), jnp.float32(-jnp.inf)))
         chosen = (labels[..., None] == tokens) & (tokens >= first)
-        picked = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
-        return jax.nn.logsumexp(jnp.where(tokens >= first, logits, -jnp.inf), axis=-1), picked
+        picked = jnp.sum(jnp.where(chosen, logits, zero), axis=-1)
+        return jax.nn.logsumexp(jnp.where(tokens >= first, logits, nothing), axis=-1), picked
 
     sums, picked = jax.lax.map(jax.checkpoint(part), jnp.arange(0, vocab, size))
     losses = jax.nn.logsumexp(sums, axis=0) - picked.sum(axis=0)
@@ -146,7 +148,7 @@ def make_train_step(
             "weights_finite": jnp.stack(
                 [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state.trainable)]
             ).all(),
-            "alive": jnp.stack([jnp.any(g != 0) for g in jax.tree.leaves(grads)]),
+            "alive": jnp.stack([jnp.max(jnp.abs(g)) != 0 for g in jax.tree.leaves(grads)]),
         }
         return state, metrics
 
@@ -179,6 +181,13 @@ def _accumulate(value_and_grad, trainable, batch: Batch, key: Array):
     return jax.lax.scan(add, zero, (jnp.arange(steps), dict(batch)))[0]
 
 
+def _select(condition: Array, new: Array, old: Array) -> Array:
+    """One of two leaves, in their memory: only the device's own can be computed with."""
+    space = jax.typeof(old).memory_space
+    new, old = jax.device_put((new, old), jax.memory.Space.Device)
+    return jax.device_put(jnp.where(condition, new, old), space)
+
+
 def _apply(state: TrainState, grads: Any, optimizer, finite: Array) -> TrainState:
     """The next state; with loss scaling a step that overflowed changes only the scale."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
@@ -187,7 +196,7 @@ def _apply(state: TrainState, grads: Any, optimizer, finite: Array) -> TrainStat
         return TrainState(state.step + 1, trainable, opt_state)
 
     def keep(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        return jax.tree.map(functools.partial(_select, finite), new, old)
 
     return TrainState(
         state.step + 1,

@@ -19,7 +19,7 @@ from jlora.console import Console
 from jlora.header import show_header
 from jlora.job import Job, open_job, open_tokenizer
 from jlora.metrics import MetricsLog
-from jlora.optim import make_optimizer, schedule
+from jlora.optim import check_optimizer, make_optimizer, schedule
 from jlora.progress import Meter, Plan, Progress, check_evaluation, check_finite, check_learning
 from jlora.state import TrainState, init_state
 from jlora.step import make_eval_step, make_train_step
@@ -34,6 +34,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
         runtime.compilation_cache()
     first, out = jax.process_index() == 0, Path(config.train.output_dir)
     console = Console(enabled=first)
+    check_optimizer(config.train)
     tokenizer = open_tokenizer(config)
     if options.show_batch:
         console.text(_first_batch(config, tokenizer))
@@ -169,8 +170,14 @@ def train(
 def _first_state(job: Job, plan: Plan, optimizer: Any) -> tuple[TrainState, Any]:
     """The state before the first step, each leaf where it belongs, and those places."""
     start = functools.partial(init_state, optimizer=optimizer, fp16=plan.fp16)
-    places = sharding.shardings(jax.eval_shape(start, job.trainable), job.mesh)
+    places = sharding.shardings(typed(start, job.trainable), job.mesh)
     return jax.jit(start, out_shardings=places)(job.trainable), places
+
+
+def typed(function: Any, *arguments: Any) -> Any:
+    """What a function would return, as types: eval_shape, and which memory a leaf is in."""
+    traced = jax.jit(function).trace(*arguments)
+    return jax.tree.unflatten(jax.tree.structure(traced.out_info), traced.jaxpr.out_avals)
 
 
 def _first_batch(config: Config, tokenizer: Any) -> Any:

@@ -112,10 +112,26 @@ def test_a_wrong_value_is_named_in_python_too(values, words):
     assert words in str(caught.value) and "LoraConfig" in str(caught.value)
 
 
-def test_quantization_is_four_bits_in_power_of_two_blocks():
-    for values in ({"load_in_4bit": False}, {"block_size": 65}, {"bnb_4bit_quant_type": "fp4"}):
-        with pytest.raises(ConfigError, match=next(iter(values))):
-            QuantConfig(**values)
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"load_in_4bit": False},
+        {"load_in_8bit": True, "load_in_4bit": True},
+        {"block_size": 65},
+        {"bnb_4bit_quant_type": "nf5"},
+        {"include_modules": ["lm_head"], "llm_int8_skip_modules": ["lm_head"]},
+    ],
+)
+def test_settings_of_quantization_that_cannot_be(values):
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        QuantConfig(**values)
+
+
+def test_quantization_is_in_four_bits_unless_in_eight():
+    four, eight = QuantConfig(), QuantConfig(load_in_8bit=True)
+    assert (four.load_in_4bit, four.load_in_8bit) == (True, False)
+    assert (eight.load_in_4bit, eight.load_in_8bit) == (False, True)
+    assert four == QuantConfig(load_in_4bit=True) and hash(four) != hash(eight)
 
 
 def test_precision_and_aliases_resolve():

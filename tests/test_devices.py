@@ -1,6 +1,7 @@
 """Training on data 8, fsdp 8 and 2 × 2 × 2 gives the losses and the adapter of one device."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +110,18 @@ def train(architecture: str, quantized: bool, mesh: jax.sharding.Mesh):
     return np.array(curve), jax.device_get(state.trainable)
 
 
+def layer_collectives(text):
+    """(kind, type, number of values) of what one layer sends, forwards and backwards."""
+    found = set()
+    for line in text.splitlines():
+        kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+        match = re.search(rf"= \(?(\w+)\[([\d,]*)\].* ({kinds})\(", line)
+        if match and "/while/body/" in line:
+            sizes = [int(size) for size in match[2].split(",") if size]
+            found.add((match[3], match[1], int(np.prod(sizes))))
+    return found
+
+
 @functools.cache
 def alone(architecture: str, quantized: bool):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -131,6 +144,32 @@ def test_training_on_a_mesh_is_training_on_one_device(architecture, quantized, s
     assert min(jax.tree.leaves(moved)) > 1e-3
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-4), trained, adapter)
+
+
+@pytest.mark.parametrize(
+    ("quantized", "sizes"), [(True, MESHES[1]), (True, MESHES[2]), (False, MESHES[1])]
+)
+def test_a_layer_gathers_its_codes_and_no_activations(quantized, sizes):
+    """What FSDP is: rows of the batch stay where they are, a layer's weights come to them."""
+    model, params, adapter = start("llama", quantized)
+    mesh, tensor = sharding.make_mesh(MeshConfig(**sizes)), sizes.get("tensor", 1)
+
+    def loss(adapter, params, ids):
+        return jnp.sum(jnp.sin(model.features(lora.attach(params, adapter), ids)))
+
+    with jax.set_mesh(mesh):
+        placed = [sharding.place(t, sharding.shardings(t, mesh)) for t in (adapter, params)]
+        ids = sharding.place(jnp.ones((1, 8, 24), jnp.int32), sharding.batch_sharding(mesh))[0]
+        sent = layer_collectives(jax.jit(jax.grad(loss)).lower(*placed, ids).compile().as_text())
+    gathered = {(dtype, size) for kind, dtype, size in sent if kind == "all-gather"}
+    if quantized:
+        assert ("u8", 256 * 256 // 2 // tensor) in gathered
+        assert all(dtype == "u8" or size < 256 * 256 // tensor for dtype, size in gathered)
+    else:
+        assert ("f32", 256 * 256) in gathered
+    if tensor == 1:
+        assert all(kind == "all-gather" or size <= 4 * 256 for kind, _, size in sent)
+        assert 8 * 24 * 256 not in {size for _, _, size in sent}
 
 
 @pytest.mark.parametrize("sizes", MESHES[1:], ids=["fsdp", "cube"])

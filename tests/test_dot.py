@@ -1,13 +1,15 @@
 """The seam against NumPy in float64, and what its gradients save and compute."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from jlora import nf4
-from jlora.dot import dot, embed
+from jlora import int8, nf4
+from jlora.dot import columns, dot, embed
 from jlora.lora import LoraWeight
 
 I, O, R = 64, 128, 4
@@ -61,9 +63,18 @@ def test_low_precision_products_accumulate_in_float32():
     np.testing.assert_allclose(grad, want, rtol=0.02, atol=0.1)
 
 
-def test_under_jit_vmap_scan_and_remat():
+PACKINGS = {
+    "nf4": nf4.quantize,
+    "fp4": functools.partial(nf4.quantize, block_size=32, double_quant=False, quant_type="fp4"),
+    "straddling": functools.partial(nf4.quantize, block_size=128),
+    "int8": int8.quantize,
+}
+
+
+@pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS.keys())
+def test_under_jit_vmap_scan_and_remat(packing):
     x, w, a, b = weights()
-    stacked = jax.vmap(lambda s: nf4.quantize(w.T * s).mT)(jnp.arange(1.0, 4.0))
+    stacked = jax.vmap(lambda s: packing(w.T * s).mT)(jnp.arange(1.0, 4.0))
     leaf = LoraWeight(stacked, jnp.stack([a] * 3), jnp.stack([b] * 3), jnp.ones(3))
     square = jnp.asarray(np.random.default_rng(1).normal(size=(O, I)) / 16, jnp.float32)
 
@@ -86,7 +97,7 @@ def test_under_jit_vmap_scan_and_remat():
         np.testing.assert_allclose(grad, want_grad, atol=1e-4)
     mapped = jax.vmap(dot, in_axes=(None, 0))(x, stacked)
     np.testing.assert_allclose(
-        mapped[2], x @ nf4.dequantize(jax.tree.map(lambda c: c[2], stacked)), atol=1e-5
+        mapped[2], x @ jax.tree.map(lambda c: c[2], stacked).dequantize(), atol=1e-5
     )
 
 
@@ -96,11 +107,14 @@ def saved_shapes(f, *args):
     return [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(pullback)]
 
 
-def test_nf4_saves_its_codes_and_no_dequantized_matrix():
-    x, w, a, b = weights()
-    leaf, _ = wrap("nf4", w, a, b)
-    saved = saved_shapes(lambda x: dot(x, leaf.base), x)
-    assert ((O, I // 2), "uint8") in saved
+@pytest.mark.parametrize("name", PACKINGS)
+def test_packed_weights_save_their_codes_and_no_dequantized_matrix(name):
+    x, w, _, _ = weights()
+    leaf = PACKINGS[name](w.T).mT
+    saved = saved_shapes(lambda x: dot(x, leaf), x)
+    codes = ((O, I), "int8") if name == "int8" else ((O, I // 2), "uint8")
+    assert codes in saved
+    saved.remove(codes)
     assert not {(I, O), (O, I)} & {shape for shape, _ in saved}
 
 
@@ -138,6 +152,30 @@ def test_embed_takes_rows_of_any_weight():
     _, _, a, b = weights()
     got = embed(ids, LoraWeight(table, a, b, jnp.float32(2.0)))
     np.testing.assert_allclose(got, (table + 2 * a @ b)[ids], rtol=1e-5, atol=1e-5)
+
+
+def test_columns_of_any_weight_are_those_of_the_dense_one():
+    x, w, a, b = weights()
+    from_96 = jax.jit(lambda x, w: dot(x, columns(w, jnp.int32(96), 24)))
+    for leaf in (w, nf4.quantize(w.T).mT, nf4.quantize(w.T[:, :40]).mT, int8.quantize(w.T).mT):
+        rows = leaf.shape[0]
+        for weight in (leaf, LoraWeight(leaf, a[:rows], b, jnp.float32(0.5))):
+            whole, part = dot(x[..., :rows], weight), from_96(x[..., :rows], weight)
+            np.testing.assert_allclose(part, whole[..., 96:120], rtol=1e-5, atol=1e-5)
+
+
+def test_packed_weights_give_wide_results_unrounded():
+    x, w, _, _ = weights(jnp.bfloat16)
+    q = nf4.quantize(w.T).mT
+    exact = np.asarray(x, np.float64) @ np.asarray(q.dequantize(), np.float64)
+    wide = dot(x, q, jnp.float32)
+    np.testing.assert_allclose(wide, exact, rtol=1e-5, atol=1e-5)
+    assert np.abs(np.asarray(dot(x, q), np.float64) - exact).max() > 1e-3  # bfloat16's rounding
+    gradient = jax.grad(lambda x: jnp.sum(dot(x, q, jnp.float32)))(x)
+    expected = np.ones((10, O)) @ np.asarray(q.dequantize(), np.float64).T
+    np.testing.assert_allclose(
+        np.asarray(gradient, np.float64).reshape(10, I), expected, rtol=1e-2, atol=1e-2
+    )
 
 
 def test_wide_results_leave_the_weight_narrow():

@@ -1,11 +1,12 @@
 """Which leaves of a tree are packed, and as what."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora import nf4
+from jlora import int8, nf4
 from jlora.config import QuantConfig
 from jlora.errors import ConfigError
 from jlora.quantization import quantize_params
@@ -49,6 +50,36 @@ def test_quantize_params_packs_kernels_as_bitsandbytes_does():
     assert again["model"]["layers"]["q_proj"]["kernel"] is q
 
 
+def test_embeddings_and_the_head_are_packed_when_asked():
+    params = small_tree()
+    packed = quantize_params(params, QuantConfig(include_modules=["embed_tokens", "lm_head"]))
+    table, head = packed["model"]["embed_tokens"]["embedding"], packed["lm_head"]["kernel"]
+    plain = params["model"]["embed_tokens"]["embedding"], params["lm_head"]["kernel"]
+    assert not table.transposed and head.transposed  # both as torch has them, [vocabulary, dim]
+    chex.assert_trees_all_equal(table, nf4.quantize(plain[0]))
+    chex.assert_trees_all_equal(head, nf4.quantize(plain[1].T).mT)
+    assert isinstance(packed["model"]["layers"]["norm"]["scale"], jax.Array)
+
+
+@pytest.mark.parametrize(
+    ("settings", "oracle"),
+    [
+        ({"load_in_8bit": True}, int8.quantize),
+        ({"bnb_4bit_quant_type": "fp4"}, lambda w: nf4.quantize(w, quant_type="fp4")),
+        (
+            {"block_size": 32, "bnb_4bit_use_double_quant": False},
+            lambda w: nf4.quantize(w, 32, double_quant=False),
+        ),
+    ],
+)
+def test_the_settings_choose_the_packing(settings, oracle):
+    kernel = small_tree()["model"]["layers"]["q_proj"]["kernel"]
+    tree = {"layers": {"q_proj": {"kernel": kernel}}}
+    got = quantize_params(tree, QuantConfig(**settings))["layers"]["q_proj"]["kernel"]
+    layers = [oracle(layer.T).mT for layer in kernel]
+    chex.assert_trees_all_equal(got, jax.tree.map(lambda *x: jnp.stack(x), *layers))
+
+
 def test_quantize_params_leaves_out_what_it_is_told_to():
     skip = QuantConfig(llm_int8_skip_modules=["out", "lm_head"])
     packed = quantize_params(small_tree(), skip)
@@ -59,9 +90,11 @@ def test_quantize_params_leaves_out_what_it_is_told_to():
     assert isinstance(packed["model"]["layers"]["q_proj"]["kernel"], jax.Array)
 
 
+@pytest.mark.parametrize("key", ["llm_int8_skip_modules", "include_modules"])
 @pytest.mark.parametrize(
     ("name", "message"), [("q_porj", "q_proj"), ("model.layers.1.q_proj", "layer number")]
 )
-def test_quantize_params_explains_a_bad_skip(name, message):
-    with pytest.raises(ConfigError, match=message):
-        quantize_params(small_tree(), QuantConfig(llm_int8_skip_modules=[name]))
+def test_quantize_params_explains_a_bad_name(name, message, key):
+    with pytest.raises(ConfigError, match=message) as caught:
+        quantize_params(small_tree(), QuantConfig(**{key: [name]}))
+    assert key in str(caught.value)

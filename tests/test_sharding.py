@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import codebooks, int8, nf4, sharding
 from jlora.config import MeshConfig, QuantConfig
+from jlora.dot import dot
 from jlora.errors import ConfigError
 from jlora.quantization import quantize_params
 
@@ -135,16 +136,33 @@ def test_every_shard_of_a_packed_kernel_holds_whole_blocks(sizes, name):
 
 
 @pytest.mark.parametrize("sizes", MESHES)
-def test_products_with_sharded_packed_kernels_equal_the_unsharded(sizes):
-    kernel = {"layers": {"q_proj": {"kernel": normal(2, 512, 256)}}}
-    tree = quantize_params(kernel, QuantConfig())
+@pytest.mark.parametrize("settings", [{}, {"load_in_8bit": True}], ids=["nf4", "int8"])
+def test_products_with_sharded_packed_kernels_and_gradients_equal_the_unsharded(settings, sizes):
+    """Against the dequantized kernels on one device, layer after layer."""
+    kernels = {"q_proj": {"kernel": normal(2, 512, 256)}, "o_proj": {"kernel": normal(2, 256, 512)}}
+    tree = quantize_params({"layers": kernels}, QuantConfig(**settings))
     mesh = mesh_of(**sizes)
     x = normal(1, 8, 512, seed=1)
-    product = jax.jit(lambda x, t: x @ t["layers"]["q_proj"]["kernel"].dequantize())
-    expected = np.asarray(product(x, tree))
+
+    def loss(x, layers, product):
+        def body(h, w):
+            inner = jnp.tanh(product(h, w["q_proj"]["kernel"]) / 30)
+            return h + product(inner, w["o_proj"]["kernel"]) / 20, None
+
+        return jnp.sum(jnp.sin(jax.lax.scan(body, x, layers)[0]))
+
+    def dense(h, w):
+        return jnp.matmul(h, w.dequantize(), precision="highest")
+
+    run = jax.jit(jax.value_and_grad(loss), static_argnums=2)
+    expected, expected_gradient = run(x, tree["layers"], dense)
     placed = sharding.place(tree, sharding.shardings(tree, mesh))
-    got = product(sharding.place(x, sharding.batch_sharding(mesh)), placed)
-    np.testing.assert_allclose(np.asarray(got), expected, rtol=1e-5, atol=1e-4)
+    rows = sharding.place(x, sharding.batch_sharding(mesh))
+    got, gradient = run(rows, placed["layers"], dot)
+    np.testing.assert_allclose(np.asarray(got), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(gradient), expected_gradient, atol=1e-5 * float(jnp.abs(expected_gradient).max())
+    )
 
 
 def test_an_axis_that_would_cut_blocks_splits_the_other_dimension():

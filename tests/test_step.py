@@ -17,7 +17,7 @@ from jlora import lora, nf4, step
 from jlora.config import LoraConfig, QuantConfig
 from jlora.dot import _product as product
 from jlora.models import Model, init_params
-from jlora.quantization import quantize_params
+from jlora.quantization import is_packed, quantize_params
 from jlora.state import LossScale, init_state
 from jlora.step import IGNORE, cross_entropy, loss_and_count, make_eval_step, make_train_step
 
@@ -292,6 +292,67 @@ def test_many_steps_compile_once_and_donate_their_state():
         state, metrics = run(given, params, stacked(batch(seed), 2))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given.trainable))
     assert run._cache_size() == 1 and int(state.step) == 3 and metrics["finite"]
+
+
+def packed_parts(name):
+    """A tiny model whose embedding and head are packed too, and an adapter on it."""
+    model, params = tiny_models.build(name)
+    heads = ["lm_head"] if "lm_head" in params else []
+    table = {"llama": "embed_tokens", "gpt2": "wte"}[name]
+    config = QuantConfig(block_size=32, include_modules=[table, *heads])
+    packed = quantize_params(params, config)
+    assert model.packed_head(packed) and not model.packed_head(params)
+    adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    return model, packed, lora.init_adapter(jax.random.key(3), packed, adapter)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("elements", [2**24, B * T * 17])
+def test_a_packed_head_is_taken_in_parts_and_changes_nothing(name, elements):
+    """61 tokens in parts of 17 that overlap at the end, against the dequantized tree's loss."""
+    model, packed, adapter = packed_parts(name)
+    dense = jax.tree.map(
+        lambda leaf: leaf.dequantize() if is_packed(leaf) else leaf, packed, is_leaf=is_packed
+    )
+    rows = jax.tree.map(jnp.asarray, batch())
+
+    def loss(params, adapter):
+        return loss_and_count(model, attach(params, adapter, None), rows)[0]
+
+    run = jax.value_and_grad(loss, argnums=1)
+    expected, gradient = jax.jit(run)(dense, adapter)
+    with mock.patch.object(step, "CHUNK_ELEMENTS", elements):
+        got, packed_gradient = jax.jit(run)(packed, adapter)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert_close(packed_gradient, gradient, atol=2e-4 * _largest(gradient))
+    logits = model(attach(packed, adapter, None), rows["input_ids"])
+    plain = model(attach(dense, adapter, None), rows["input_ids"])
+    np.testing.assert_allclose(logits, plain, rtol=1e-5, atol=1e-5)
+
+
+def _largest(tree):
+    return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+
+
+def test_the_loss_of_a_packed_head_never_dequantizes_all_of_it():
+    vocab, width = 32768, 64
+    model = Model.from_config(NARROW | {"vocab_size": vocab}, "float32")
+    config = QuantConfig(block_size=32, include_modules=["embed_tokens", "lm_head"])
+
+    def init(key):
+        return quantize_params(init_params(key, model), config)
+
+    params = jax.eval_shape(init, jax.random.key(0))
+    rows = jax.tree.map(jnp.asarray, batch(rows=2, length=9))
+
+    def loss(features, params):
+        with mock.patch.object(Model, "features", lambda *_, **__: features):
+            return loss_and_count(model, params, rows)[0]
+
+    features = jax.ShapeDtypeStruct((2, 9, width), jnp.float32)
+    with mock.patch.object(step, "CHUNK_ELEMENTS", 2 * 9 * 512):
+        compiled = jax.jit(jax.grad(loss)).lower(features, params).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < vocab * width * 4 / 4
 
 
 # What the compiled step never computes or keeps. Every size below stands for one thing only.

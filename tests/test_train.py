@@ -80,12 +80,27 @@ def test_training_and_evaluation_are_compiled_once_each(epochs):
 
 
 @pytest.mark.parametrize(
-    ("optim", "rate"), [("sgd", 1.0), ("lion", 1e-2), ("adafactor", 3e-2), ("adamw", 3e-2)]
+    ("optim", "rate"),
+    [
+        ("sgd", 1.0),
+        ("lion", 1e-2),
+        ("lion_8bit", 1e-2),
+        ("paged_lion_32bit", 1e-2),
+        ("paged_lion_8bit", 1e-2),
+        ("adafactor", 3e-2),
+        ("adamw", 3e-2),
+        ("adamw_8bit", 3e-2),
+        ("paged_adamw_32bit", 3e-2),
+        ("optax.adan", 3e-2),
+    ],
 )
 def test_every_optimizer_learns(place, optim, rate):
     steps = {"max_steps": 12, "logging_steps": 1, "save_steps": None}
     place.settings_for_loss()
-    place.run(train={"optim": optim, "learning_rate": rate, "weight_decay": 0.01, **steps})
+    lora = {"r": 64, "lora_alpha": 128} if "8bit" in optim else {}  # 4096 values and more
+    place.run(
+        train={"optim": optim, "learning_rate": rate, "weight_decay": 0.01, **steps}, lora=lora
+    )
     losses = place.losses()
     assert np.mean(losses[-3:]) < 0.93 * losses[0]
 

@@ -37,6 +37,21 @@ def test_weights_that_overflow_are_not_saved(place):
     assert not place.checkpoints() and not (place.output / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"optim": "adamw_8bits"}, "did you mean 'adamw_8bit'"),
+        ({"optim": "adabelief"}, "or optax.NAME"),
+        ({"optim": "adamw", "optim_args": {"b1": 0.8}}, "adamw takes none"),
+        ({"optim": "optax.adabeleif"}, "did you mean 'optax.adabelief'?"),
+        ({"optim": "optax.adam", "optim_args": {"beta1": 0.8}}, "has no argument 'beta1'"),
+    ],
+)
+def test_an_unknown_optimizer_exits_2_before_anything_is_read(place, capsys, train, said):
+    assert place.main(train=train, model={"name_or_path": str(place.folder)}) == 2
+    assert said in capsys.readouterr().err and not place.output.exists()
+
+
 def test_bad_rows_exit_65_naming_file_and_line(place):
     rows = place.folder / "rows.jsonl"
     good = json.dumps(chat("hi", "there"))

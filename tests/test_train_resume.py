@@ -104,6 +104,19 @@ def test_a_signal_saves_and_the_same_command_goes_on(place, whole):
     assert place.log() == whole.log() and place.adapter() == whole.adapter()
 
 
+def test_8_bit_moments_in_host_memory_resume_to_the_last_bit(place):
+    place.settings_for_loss()
+    train = {"optim": "paged_adamw_8bit", "max_steps": 5, "save_steps": 2, "logging_steps": 1}
+    settings = {"lora": {"r": 64}, "train": train}  # leaves of 4096 values and more
+    place.run(**settings)
+    adapter, log = place.adapter(), place.log()
+    for step in (4, 5):
+        shutil.rmtree(place.output / "checkpoints" / str(step))
+    (place.output / "adapter_model.safetensors").unlink()
+    place.run(**settings)
+    assert place.adapter() == adapter and place.log() == log
+
+
 def test_a_second_run_on_the_same_folder_is_refused(place):
     place.defaults = {"lora": {"target_modules": ["none"]}}  # would end soon, if it began
     with RunLock(place.output):

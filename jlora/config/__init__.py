@@ -5,6 +5,7 @@ config.lora.r                                               # 32
 to_yaml(config)                                             # resolved; loads back equal
 """
 
+from jlora.config.fields import OPTAX
 from jlora.config.loader import load
 from jlora.config.tables import (
     Config,
@@ -19,6 +20,7 @@ from jlora.config.text import Option, in_lines, options, to_yaml
 from jlora.config.weights import LoraConfig, MergeConfig, ModelConfig, QuantConfig
 
 __all__ = [
+    "OPTAX",
     "Config",
     "DataConfig",
     "EvaluateConfig",

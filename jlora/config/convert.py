@@ -61,6 +61,13 @@ class Bounds:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """What a string begins with, attached to its type by ``Annotated``."""
+
+    text: str
+
+
 class BadValueError(Exception):
     """A value does not fit its field's type; ``cause`` says how, ``fix`` what to write."""
 
@@ -101,6 +108,8 @@ def describe(hint: Any) -> str:
         return f"a list ({describe(args[0])} each)"
     if origin is Mapping:
         return f"names and values ({describe(args[1])} each)"
+    if prefixes := [p.text for p in extra if isinstance(p, Prefix)]:
+        return f"{prefixes[0]}NAME"
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     name = "null" if base is type(None) else names.get(base, f"a {base.__name__} section")
     return name + "".join(bounds)
@@ -130,8 +139,10 @@ def convert(value: Any, hint: Any) -> Any:
 
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value has the outer type ``hint``; elements and bounds are judged later."""
-    base, _ = split_annotated(hint)
+    base, extra = split_annotated(hint)
     origin = typing.get_origin(base)
+    if any(isinstance(p, Prefix) for p in extra):
+        return isinstance(value, str) and all(value.startswith(p.text) for p in extra)
     if origin is Literal:
         # 1 == True: compare types too.
         return any(type(a) is type(value) and a == value for a in typing.get_args(base))

@@ -14,13 +14,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from jlora import errors
-from jlora.config.convert import BadValueError, Bounds, convert
+from jlora.config.convert import BadValueError, Bounds, Prefix, convert
 
 Count = Annotated[int, Bounds(1)]
 Natural = Annotated[int, Bounds(0)]
 Positive = Annotated[float, Bounds(0, open_low=True)]
 NonNegative = Annotated[float, Bounds(0)]
 Fraction = Annotated[float, Bounds(0, 1, open_high=True)]
+
+OPTAX = "optax."
+
+OptaxName = Annotated[str, Prefix(OPTAX)]
+"""An optimizer of optax by its name there."""
 
 INPUT, LOCAL = "input path", "local input path"
 

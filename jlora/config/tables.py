@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Literal
 
 from jlora.config.convert import Bounds, FrozenMap
 from jlora.config.fields import (
+    OPTAX,
     Count,
     Fault,
     Fraction,
@@ -21,6 +22,7 @@ from jlora.config.fields import (
     LocalPath,
     Natural,
     NonNegative,
+    OptaxName,
     Positive,
     Section,
 )
@@ -90,6 +92,12 @@ class TrainConfig(Section):
 
     ALIASES: ClassVar = {
         "optim": dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw")
+        | {
+            "adamw_bnb_8bit": "adamw_8bit",
+            "paged_adamw": "paged_adamw_32bit",
+            "lion_32bit": "lion",
+            "paged_lion": "paged_lion_32bit",
+        }
     }
 
     output_dir: str
@@ -132,8 +140,24 @@ class TrainConfig(Section):
     """Added to the root of the second moment."""
     max_grad_norm: NonNegative | None = 1.0
     """Clip the gradient's global norm to this; 0 or null: never."""
-    optim: Literal["adamw", "sgd", "lion", "adafactor"] = "adamw"
-    """Optimizer."""
+    optim: (
+        Literal[
+            "adamw",
+            "adamw_8bit",
+            "paged_adamw_32bit",
+            "paged_adamw_8bit",
+            "lion",
+            "lion_8bit",
+            "paged_lion_32bit",
+            "paged_lion_8bit",
+            "adafactor",
+            "sgd",
+        ]
+        | OptaxName
+    ) = "adamw"
+    """Optimizer. 8bit: moments in 8 bits; paged: in host memory; or one of optax by its name."""
+    optim_args: Mapping[str, int | float | bool | str | None] = FrozenMap()
+    """Arguments of an optax.NAME, such as {b1: 0.95}."""
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass instead of keeping its activations."""
     bf16: bool | None = None
@@ -173,6 +197,9 @@ class TrainConfig(Section):
             if name not in takes:
                 known = f"it takes {', '.join(takes)}" if takes else "it takes none"
                 yield Fault(keys, f"{self.lr_scheduler_type} has no argument {name!r}", known)
+        if self.optim_args and not self.optim.startswith(OPTAX):
+            fix = "set adam_beta1, adam_beta2 or adam_epsilon, or choose one of optax by its name"
+            yield Fault(("optim_args", "optim"), f"{self.optim} takes none", fix)
         minima = {"min_lr", "min_lr_rate"} & set(self.lr_scheduler_kwargs)
         if self.lr_scheduler_type == "cosine_with_min_lr" and len(minima) != 1:
             yield Fault(keys, "cosine_with_min_lr needs one of min_lr and min_lr_rate")

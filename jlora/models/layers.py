@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jlora.dot import Weight, columns, dot, embed
+from jlora.dot import Weight, after, columns, dot, embed
+from jlora.sharding import split_looked_up
 
 
 class Linear(nnx.Module):
@@ -38,7 +39,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B dim"]:
         """The rows ``ids``."""
-        return embed(ids, self.embedding.get_value()).astype(self.dtype)
+        return split_looked_up(embed(ids, self.embedding.get_value()).astype(self.dtype))
 
 
 Part = tuple[Int[Array, ""], int]
@@ -46,9 +47,14 @@ Part = tuple[Int[Array, ""], int]
 
 
 def project(
-    x: Float[Array, "*B dim"], w: Weight, part: Part | None = None
+    x: Float[Array, "*B dim"], w: Weight, part: Part | None = None, *, tied: bool = False
 ) -> Float[Array, "*B vocabulary"]:
-    """Logits in float32: ``x`` times an output head's weight, or a part of its columns."""
+    """Logits in float32: ``x`` times an output head's weight, or a part of its columns.
+
+    ``w`` is a kernel (dim, vocabulary), or an embedding (vocabulary, dim) that is ``tied`` to it.
+    """
+    if tied:
+        w = after(x, w).mT  # in a loop over parts of the sequence, no transposed copy precedes it
     return dot(x, w if part is None else columns(w, *part), jnp.float32)
 
 

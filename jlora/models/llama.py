@@ -107,9 +107,9 @@ class Llama(nnx.Module):
 
     def head(self, x: Float[Array, "*B D"], part: Part | None = None) -> Float[Array, "*B V"]:
         """Logits in float32, of all tokens or a part of them."""
-        return project(x, self.head_weight(), part)
+        return project(x, self.head_weight(), part, tied=self.lm_head is None)
 
     def head_weight(self) -> Weight:
-        """The head's weight (dim, vocabulary): the embedding's transpose in tied models."""
+        """The head's kernel (dim, vocabulary); in tied models the embedding (vocabulary, dim)."""
         tied = self.model.embed_tokens.embedding
-        return tied.get_value().mT if self.lm_head is None else self.lm_head.kernel.get_value()
+        return tied.get_value() if self.lm_head is None else self.lm_head.kernel.get_value()

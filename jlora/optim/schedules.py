@@ -1,0 +1,76 @@
+"""The learning rate over the run, from the settings.
+
+Names, defaults and formulas are transformers' (``TrainingArguments``, ``optimization.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.config import TrainConfig
+
+
+def warmup_steps(config: TrainConfig, total_steps: int) -> int:
+    """``warmup_steps`` when it is given, else ``warmup_ratio`` of the run, rounded up."""
+    return config.warmup_steps or math.ceil(total_steps * config.warmup_ratio)
+
+
+def schedule(config: TrainConfig, total_steps: int) -> Callable[[Any], jax.Array]:
+    """The learning rate of step 0, 1, … as a function of the step: warm-up, then decay."""
+    warm = warmup_steps(config, total_steps)
+    decay = SCHEDULES[config.lr_scheduler_type]
+    kwargs = dict(config.lr_scheduler_kwargs)
+
+    def rate(step):
+        step = jnp.asarray(step, jnp.float32)
+        progress = jnp.clip((step - warm) / max(1, total_steps - warm), 0.0, 1.0)
+        rising = step / max(1, warm)
+        factor = decay(config, step, progress, warm, **kwargs)
+        if config.lr_scheduler_type == "constant":
+            return jnp.asarray(config.learning_rate, jnp.float32)
+        return config.learning_rate * jnp.where(step < warm, rising, factor)
+
+    return rate
+
+
+def _constant(config, step, progress, warm):
+    return jnp.ones_like(progress)
+
+
+def _linear(config, step, progress, warm):
+    return 1.0 - progress
+
+
+def _cosine(config, step, progress, warm, num_cycles: float = 0.5):
+    return jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(2 * math.pi * num_cycles * progress)))
+
+
+def _cosine_with_min_lr(config, step, progress, warm, min_lr=None, min_lr_rate=0.0, num_cycles=0.5):
+    floor = min_lr_rate if min_lr is None else min_lr / config.learning_rate
+    return floor + (1.0 - floor) * _cosine(config, step, progress, warm, num_cycles)
+
+
+def _polynomial(config, step, progress, warm, lr_end: float = 1e-7, power: float = 1.0):
+    end = lr_end / config.learning_rate
+    return end + (1.0 - end) * (1.0 - progress) ** power
+
+
+def _inverse_sqrt(config, step, progress, warm, timescale: float | None = None):
+    timescale = timescale or warm or 10_000
+    return 1.0 / jnp.sqrt((step + timescale - warm) / timescale)
+
+
+SCHEDULES: dict[str, Callable[..., jax.Array]] = {
+    "linear": _linear,
+    "cosine": _cosine,
+    "cosine_with_min_lr": _cosine_with_min_lr,
+    "constant": _constant,
+    "constant_with_warmup": _constant,
+    "polynomial": _polynomial,
+    "inverse_sqrt": _inverse_sqrt,
+}

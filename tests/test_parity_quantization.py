@@ -1,0 +1,42 @@
+"""What packing costs on real weights, by the script that makes the documentation's table."""
+
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The benchmark; strict promotion is for the package."""
+    sys.path.insert(0, str(FOLDER))
+    spec = importlib.util.spec_from_file_location("quality", FOLDER / "quantization_quality.py")
+    module = importlib.util.module_from_spec(spec)
+    with jax.numpy_dtype_promotion("standard"):
+        spec.loader.exec_module(module)
+        yield module
+    sys.path.remove(str(FOLDER))
+
+
+def test_codes_cost_what_the_paper_found_them_to(script, assets):
+    """QLoRA, table 2: NF4, then FP4, then int4; double quantization costs nothing."""
+    rows = script.perplexities(assets / "models/stories260k", script.stories)
+    order = ["float32", "int8", "NF4", "FP4 (E2M1)", "int4"]
+    for measure in ("perplexity", "kl"):
+        values = [rows[name][measure] for name in order]
+        assert values == sorted(values) and values[0] < values[1] < values[2]
+    assert abs(rows["NF4+DQ"]["perplexity"] / rows["NF4"]["perplexity"] - 1) < 0.005
+    assert rows["NF4"]["kl"] < rows["FP4 (bitsandbytes)"]["kl"]
+
+
+@pytest.mark.slow
+def test_qlora_learns_what_lora_learns(script, assets, tmp_path):
+    """Held-out loss after the same steps: within 2 %, of a loss that starts at 5.8 nats."""
+    run = functools.partial(script.held_out, "instruction", assets, tmp_path, steps=60)
+    lora, qlora = run(quantized=False), run(quantized=True)
+    assert lora < 3 and abs(qlora / lora - 1) < 0.02
