@@ -25,6 +25,7 @@ from jlora.codebooks import (
     UNSIGNED_MAP,
     UNSIGNED_THRESHOLDS,
 )
+from jlora.nf4 import place_among
 
 BLOCK = 256
 
@@ -72,9 +73,8 @@ def quantize(values: Float[Array, "..."], signed: bool) -> Blockwise:
     absmax = jnp.max(jnp.abs(blocks), axis=-1)
     scale = jnp.where(absmax >= jnp.finfo(jnp.float32).tiny, 1 / absmax, 0)
     thresholds = DYNAMIC_THRESHOLDS if signed else UNSIGNED_THRESHOLDS
-    # Unrolled: a loop would write the array to memory after each of its eight rounds.
-    codes = jnp.searchsorted(thresholds, blocks * scale[..., None], method="scan_unrolled")
-    codes = codes.astype(jnp.uint8).reshape(-1)[: values.size].reshape(values.shape)
+    codes = place_among(thresholds, blocks * scale[..., None])
+    codes = codes.reshape(-1)[: values.size].reshape(values.shape)
     return Blockwise(codes, absmax, signed)
 
 
