@@ -1,10 +1,24 @@
 """Every file in configs/ loads, says what it is for, and holds what its name promises."""
 
+import argparse
+import functools
 from pathlib import Path
+from unittest import mock
 
+import chex
+import jax
+import jax.numpy as jnp
 import pytest
+from tiny_runs import quick_compilation
 
-from jlora import config
+from jlora import config, sharding, train
+from jlora.job import attach
+from jlora.lora import init_adapter
+from jlora.models import Model, init_params
+from jlora.optim import make_optimizer
+from jlora.quantization import is_packed, quantize_params
+from jlora.state import init_state
+from jlora.step import make_train_step
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -69,3 +83,92 @@ def test_base_of_the_quickstart_loads(tmp_path, monkeypatch):
     settings = config.load(assets / "base.yaml")
     assert settings.model.name_or_path == str(tmp_path / "init")
     assert (settings.lora, settings.quantization) == (None, None)
+
+
+LLAMA_3_1_8B = {
+    "model_type": "llama",
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "rope_theta": 500_000.0,
+}
+QWEN3_8B = LLAMA_3_1_8B | {
+    "model_type": "qwen3",
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+    "rope_theta": 1_000_000.0,
+}
+SHAPES = {"llama-3.1-8b-qlora": LLAMA_3_1_8B, "qwen3-8b-qlora": QWEN3_8B}
+"""What the models that the files name have in their config.json, but for the depth."""
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_qlora_compiles_as_written_on_the_shapes_it_names(name):
+    """The whole step of two layers, from shapes: what it computes, and what it needs."""
+    settings = load(name)
+    hf = SHAPES[name] | {"num_hidden_layers": 2, "tie_word_embeddings": False}
+    remat, dtype = settings.train.gradient_checkpointing, settings.compute_dtype
+    model = Model.from_config(hf, dtype, gradient_checkpointing=remat)
+
+    def base(key):
+        return quantize_params(init_params(key, model), settings.quantization)
+
+    frozen = jax.eval_shape(base, jax.random.key(0))
+    kernels = [leaf for leaf in jax.tree.leaves(frozen, is_leaf=is_packed) if is_packed(leaf)]
+    assert len(kernels) == 7
+    assert 8 * sum(q.nbytes for q in kernels) <= 4.13 * sum(q.size for q in kernels)
+    adapter = jax.eval_shape(
+        functools.partial(init_adapter, config=settings.lora), jax.random.key(1), frozen
+    )
+    chex.assert_tree_shape_suffix(
+        [leaf for leaf in jax.tree.leaves(adapter) if leaf.shape[-1] == settings.lora.r],
+        (settings.lora.r,),
+    )
+    optimizer = make_optimizer(settings.train, 1000, adapter)
+    state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), adapter)
+    shape = (
+        settings.train.gradient_accumulation_steps,
+        settings.train.per_device_train_batch_size,
+        settings.data.max_length,
+    )
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    rows = dict.fromkeys(("input_ids", "labels", "positions", "segment_ids"), tokens)
+    with jax.numpy_dtype_promotion("standard"):  # as optax needs it
+        compiled = make_train_step(model, attach, optimizer).lower(state, frozen, rows).compile()
+    memory = compiled.memory_analysis()
+    tables = 2 * 2 * hf["vocab_size"] * hf["hidden_size"]  # embedding and head, in bfloat16
+    packed, trained = sum(q.nbytes for q in kernels), 4 * 3 * _size(adapter)
+    assert memory.argument_size_in_bytes < 1.01 * (tables + packed + trained)
+
+
+def _size(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_qlora_trains_as_written(name, place, monkeypatch):
+    """The file itself, on a base with eight tokens' width: one step of 16 micro-batches."""
+    monkeypatch.chdir(place.folder)
+    settings = config.load(
+        FOLDER / f"{name}.yaml",
+        [
+            f"model.name_or_path={place.base}",
+            "train.max_steps=1",
+            "train.compilation_cache=false",
+            "data.max_length=64",
+            "evaluate.samples=0",
+        ],
+    )
+    one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    standard = jax.numpy_dtype_promotion("standard")
+    with mock.patch.object(sharding, "make_mesh", one), standard, quick_compilation():
+        train.run(settings, argparse.Namespace(show_batch=False))
+    out = place.folder / settings.train.output_dir
+    assert (out / "adapter_model.safetensors").stat().st_size > 1000
+    assert '"loss"' in (out / "metrics.jsonl").read_text()
