@@ -1,5 +1,6 @@
 """The packed folder, key by key, against what the format says; transformers is not needed."""
 
+import functools
 import json
 
 import jax
@@ -15,16 +16,24 @@ from jlora.codebooks import DYNAMIC_MAP, FP4, NF4
 from jlora.config import MeshConfig, QuantConfig
 from jlora.errors import ConfigError
 from jlora.models import save_pretrained
-from jlora.models.hf_packed_write import entries
+from jlora.models.hf_packed_write import entries, quantization_config
 
 PLAIN = {"bnb_4bit_use_double_quant": False}
 Q = "model.layers.1.self_attn.q_proj"
 
 
+@functools.cache
 def packed(name="llama", **fields):
     """A tiny model and its parameters, packed."""
     model, params = build(name)
     return model, quantization.quantize_params(params, QuantConfig(**fields))
+
+
+def shapes(name="llama", dtype="float32", **fields):
+    """The same without arrays."""
+    model, params = build(name, dtype)
+    config = QuantConfig(**fields)
+    return model, jax.eval_shape(lambda p: quantization.quantize_params(p, config), params)
 
 
 def written(folder, model, params, **options):
@@ -118,7 +127,7 @@ def test_the_rest_of_the_folder_is_as_without_packing(tmp_path):
     dense = load_file(tmp_path / "dense" / "model.safetensors")
     kept = {name: value for name, value in dense.items() if "_proj" not in name}
     assert_tensors({k: v for k, v in tensors.items() if "_proj" not in k}, kept)
-    config.pop("quantization_config")
+    assert config.pop("quantization_config") == quantization_config(model, params)
     assert config == json.loads((tmp_path / "dense" / "config.json").read_text())
 
 
@@ -166,20 +175,15 @@ DOWN = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
         ("gpt2", {}, {}),
     ],
 )
-def test_config_json_says_what_is_packed_and_how(tmp_path, name, fields, want):
-    _, config = written(tmp_path, *packed(name, **fields))
-    got = config["quantization_config"]
+def test_config_json_says_what_is_packed_and_how(name, fields, want):
+    got = quantization_config(*shapes(name, **fields))
     got["llm_int8_skip_modules"].sort(key=lambda module: (module == "lm_head", module))
     assert got == BITSANDBYTES | want
 
 
-def test_products_are_in_the_models_type(tmp_path):
-    model, params = build("llama", "bfloat16")
-    params = quantization.quantize_params(params, QuantConfig())
-    tensors, config = written(tmp_path, model, params)
-    assert config["quantization_config"]["bnb_4bit_compute_dtype"] == config["dtype"] == "bfloat16"
-    text = bytes(tensors[f"{Q}.weight.quant_state.bitsandbytes__nf4"])
-    assert json.loads(text)["dtype"] == "bfloat16"
+def test_products_are_in_the_models_type():
+    config = quantization_config(*shapes(dtype="bfloat16"))
+    assert config["bnb_4bit_compute_dtype"] == "bfloat16"
 
 
 def test_shards_keep_a_matrix_together_and_their_size(tmp_path):
@@ -220,11 +224,12 @@ def kernel(params):
 
 
 def along_the_inputs(params):
-    return replaced(params, jax.vmap(nf4.quantize)(kernel(build("llama")[1])))
+    leaf = jax.eval_shape(jax.vmap(nf4.quantize), kernel(build("llama")[1]))
+    return replaced(params, leaf)
 
 
 def in_two_formats(params):
-    return replaced(params, kernel(packed(load_in_8bit=True)[1]))
+    return replaced(params, kernel(shapes(load_in_8bit=True)[1]))
 
 
 def adapted(params):
@@ -240,13 +245,13 @@ def adapted(params):
         (adapted, r"self_attn\.q_proj: layers with an adapter"),
         (lambda _: build("llama")[1], "no parameter is packed"),
         (
-            lambda _: packed(include_modules=["embed_tokens"])[1],
+            lambda _: shapes(include_modules=["embed_tokens"])[1],
             r"model\.embed_tokens: transformers cannot load a packed embedding",
         ),
     ],
 )
 def test_what_transformers_cannot_load_is_refused(tmp_path, change, message):
-    model, params = packed()
+    model, params = shapes()
     with pytest.raises(ConfigError, match=message):
         save_pretrained(tmp_path, model, change(params), packed=True)
     assert not list(tmp_path.iterdir())

@@ -50,8 +50,8 @@ def save_pretrained(
     """Writes ``model`` and ``params`` to ``directory``; returns the files, ``config.json`` last.
 
     Quantized leaves are written dense, unless ``packed``, and leaves with an adapter merged, in
-    their own dtype; shards of an earlier save there are removed. In a run of many processes all must call it; the first
-    one writes.
+    their own dtype; shards of an earlier save there are removed. In a run of many processes all
+    must call it; the first one writes.
 
     Args:
       directory: made if it is not there.
