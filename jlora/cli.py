@@ -41,6 +41,7 @@ COMMANDS = {
     "evaluate": Command("jlora.evaluate", "loss, perplexity and exact match on held-out rows"),
     "generate": Command("jlora.generate", "generate replies with a base model and its adapter"),
     "merge": Command("jlora.merge", "fold an adapter into its base: a transformers folder"),
+    "quantize": Command("jlora.quantize", "pack a base model's weights: a transformers folder"),
 }
 
 

@@ -32,7 +32,7 @@ NF4 = np.array(
 
 _FP4_HALF = np.array([0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4], np.float32)
 
-FP4 = np.concatenate([_FP4_HALF, -_FP4_HALF])
+FP4 = np.concatenate([_FP4_HALF, 0 - _FP4_HALF])  # both zeros are +0
 """A sign, two bits of exponent and one of mantissa, over the largest: codes 0 and 8 are zero."""
 
 FOUR_BIT = {"nf4": NF4, "fp4": FP4}

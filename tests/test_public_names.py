@@ -54,6 +54,10 @@ assert importlib.import_module("jlora.merge").run is run
 jlora.merge(params, adapter)
 from jlora import merge
 assert merge is jlora.merge and not isinstance(merge, types.ModuleType)
+from jlora.quantize import run
+assert isinstance(sys.modules["jlora.quantize"], types.ModuleType) and callable(run)
+packed = jlora.quantize(params, jlora.QuantConfig())
+assert jlora.quantize.__name__ == "quantize_params" and packed["layer"]["kernel"].nbytes < 48
 print("fine")
 """
 
@@ -65,6 +69,7 @@ print("fine")
         "import sys, jlora.merge, jlora.train, jlora.dot",
         "import sys; from jlora.merge import main; import jlora.dot, jlora.lora",
         "import sys, jlora; jlora.merge; jlora.dot; import jlora.merge, jlora.dot",
+        "import sys, jlora.quantize; jlora.quantize; from jlora.quantize import main",
     ],
 )
 def test_a_submodule_of_the_same_name_does_not_hide_a_function(imports):

@@ -26,7 +26,13 @@ from jlora.config.fields import (
     Positive,
     Section,
 )
-from jlora.config.weights import LoraConfig, MergeConfig, ModelConfig, QuantConfig
+from jlora.config.weights import (
+    LoraConfig,
+    MergeConfig,
+    ModelConfig,
+    QuantConfig,
+    QuantizeConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +297,8 @@ class Config(Section):
     """Generation."""
     merge: MergeConfig = MergeConfig()
     """Merging."""
+    quantize: QuantizeConfig = QuantizeConfig()
+    """Packing the base on disk."""
 
     @property
     def compute_dtype(self) -> str:

@@ -1,4 +1,4 @@
-"""What the weights are: the base model, its packing, the adapter, and how they are merged.
+"""What the weights are: the base model, its packing, the adapter, and where results go.
 
 ``LoraConfig`` and ``QuantConfig`` are also the ones of jlora's Python interface.
 """
@@ -167,3 +167,11 @@ class MergeConfig(Section):
     """For QLoRA: fold into the dequantized 4-bit weights it trained on, or the original ones."""
     output_dir: str | None = None
     """Folder for the merged model; null: merged, below train.output_dir."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig(Section):
+    """Where ``quantize`` writes; how it packs is in ``quantization``."""
+
+    output_dir: str | None = None
+    """Folder for the packed model; null: quantized, below train.output_dir."""

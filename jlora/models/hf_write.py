@@ -21,9 +21,11 @@ from safetensors.numpy import save_file
 from jlora import paths, sharding
 from jlora.errors import ConfigError, DataError, StorageError
 from jlora.files import storage_error, storage_errors, write_atomic
+from jlora.models import hf_packed_write
 from jlora.models.hf_folder import INDEX, SINGLE
 from jlora.models.hf_names import Tensor, tensors
 from jlora.models.model import Model
+from jlora.quantization import is_packed
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -43,12 +45,13 @@ def save_pretrained(
     model: Model,
     params: Mapping[str, Any],
     max_shard_size: int | str = "5GB",
+    packed: bool = False,
 ) -> list[Path]:
     """Writes ``model`` and ``params`` to ``directory``; returns the files, ``config.json`` last.
 
-    Quantized leaves are written dense and leaves with an adapter merged, in their own dtype; shards
-    of an earlier save there are removed. In a run of many processes all must call it; the first
-    one writes.
+    Quantized leaves are written dense, unless ``packed``, and leaves with an adapter merged, in
+    their own dtype; shards of an earlier save there are removed. In a run of many processes all
+    must call it; the first one writes.
 
     Args:
       directory: made if it is not there.
@@ -56,28 +59,38 @@ def save_pretrained(
       params: its whole parameter tree.
       max_shard_size: bytes, or a number with KB, MB, GB, KiB, MiB or GiB; a tensor that is larger
         gets a shard of its own.
+      packed: write quantized leaves as they are, in bitsandbytes' format (``hf_packed_write``).
 
     Raises:
       DataError: ``params`` is not the model's tree. StorageError: the disk is full or damaged.
+      ConfigError: transformers could not load the packed leaves, or the size is none.
     """
     folder = Path(directory)
     names = _check(model, params)
-    shards = _plan(names, params, _bytes(max_shard_size))
+    if packed:
+        hf_packed_write.check(params)
+    shards = _plan(names, params, _bytes(max_shard_size), packed)
     files = [folder / SINGLE]
     if len(shards) > 1:
         files = [_numbered(folder, i + 1, len(shards)) for i in range(len(shards))]
     writes = jax.process_index() == 0
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    weight_map, total = {}, 0
     for file, shard in zip(files, shards, strict=True):
-        arrays = {tensor.name: _value(params, tensor) for tensor in shard}
+        arrays = {}
+        for tensor in shard:
+            arrays |= _arrays(params, tensor, packed)
+        weight_map |= dict.fromkeys(arrays, file.name)
+        total += sum(value.nbytes for value in arrays.values())
         if writes:
             _write_shard(file, arrays)
     if writes:
         if len(shards) > 1:
-            write_atomic(folder / INDEX, _index(files, shards, params))
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_atomic(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
             files.append(folder / INDEX)
-        write_atomic(folder / "config.json", _config(model, params))
+        write_atomic(folder / "config.json", _config(model, params, packed))
         _remove_stale(folder, {f.name for f in files})
     return [*files, folder / "config.json"]
 
@@ -111,12 +124,12 @@ def _bytes(size: int | str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def _plan(names: list[Tensor], params: Any, limit: int) -> list[list[Tensor]]:
+def _plan(names: list[Tensor], params: Any, limit: int, packed: bool) -> list[list[Tensor]]:
     """Tensors in order, cut into shards of at most ``limit`` bytes."""
     shards: list[list[Tensor]] = [[]]
     used = 0
     for tensor in names:
-        size = _nbytes(tensor, params)
+        size = _nbytes(tensor, params, packed)
         if shards[-1] and used + size > limit:
             shards.append([])
             used = 0
@@ -125,18 +138,24 @@ def _plan(names: list[Tensor], params: Any, limit: int) -> list[list[Tensor]]:
     return shards
 
 
-def _nbytes(tensor: Tensor, params: Any) -> int:
-    return int(np.prod(tensor.shape)) * np.dtype(paths.get(params, tensor.path).dtype).itemsize
+def _nbytes(tensor: Tensor, params: Any, packed: bool) -> int:
+    leaf = paths.get(params, tensor.path)
+    if packed and is_packed(leaf):
+        return hf_packed_write.nbytes(leaf, 1 if tensor.layer is None else leaf.shape[0])
+    return int(np.prod(tensor.shape)) * np.dtype(leaf.dtype).itemsize
 
 
-def _value(params: Any, tensor: Tensor) -> np.ndarray:
-    """One tensor as it lies in the file, on the host."""
+def _arrays(params: Any, tensor: Tensor, packed: bool) -> dict[str, np.ndarray]:
+    """What the files hold of one tensor, on the host: itself, or its packed parts."""
     leaf = paths.get(params, tensor.path)
     if tensor.layer is not None:
         leaf = jax.tree.map(lambda x: x[tensor.layer], leaf)
+    if packed and is_packed(leaf):
+        module = tensor.name.removesuffix(".weight")
+        return hf_packed_write.entries(module, jax.tree.map(sharding.gather, leaf))
     dense = leaf.dequantize() if hasattr(leaf, "dequantize") else leaf
     value = sharding.gather(dense)
-    return np.ascontiguousarray(value.T if tensor.transposed else value)
+    return {tensor.name: np.ascontiguousarray(value.T if tensor.transposed else value)}
 
 
 def _write_shard(file: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -161,20 +180,13 @@ def _write_shard(file: Path, arrays: dict[str, np.ndarray]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _index(files: list[Path], shards: list[list[Tensor]], params: Any) -> str:
-    weight_map = {
-        t.name: file.name for file, shard in zip(files, shards, strict=True) for t in shard
-    }
-    total = sum(_nbytes(t, params) for shard in shards for t in shard)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-
-def _config(model: Model, params: Any) -> str:
+def _config(model: Model, params: Any, packed: bool) -> str:
     """The original ``config.json``; ``dtype`` is what the weights are written in."""
     hf = model.config.hf
     hf.pop("torch_dtype", None)
     hf.pop("quantization_config", None)
+    if packed:
+        hf["quantization_config"] = hf_packed_write.quantization_config(model, params)
     hf.setdefault("architectures", [ARCHITECTURES[model.config.model_type]])
     if sorted(model.config.eos_token_ids) != sorted(_ids(hf.get("eos_token_id"))):
         hf["eos_token_id"] = list(model.config.eos_token_ids)  # generation_config.json's are in it
