@@ -232,23 +232,32 @@ def _dense(shards: Shards, names: Mapping, group: list[Tensor], shape: Any) -> n
     """A leaf's values, stacked over layers, in ``shape.dtype``."""
     out = np.empty(shape.shape, shape.dtype)
     for tensor in group:
-        value = _cast(shards.read(names[tensor.name]), out.dtype, tensor.name)
-        out[... if tensor.layer is None else tensor.layer] = value.T if tensor.transposed else value
+        at = ... if tensor.layer is None else tensor.layer
+        out[at] = _value(shards, names, tensor, out.dtype)
     return out
 
 
 def _packed(
     shards: Shards, names: Mapping, group: list[Tensor], shape: Any, config: QuantConfig
 ) -> Any:
-    """A packed leaf on the host; each layer is packed before the next one is read."""
+    """A packed leaf on the host; each layer is packed, and let go, before the next one is read."""
     out = jax.tree.map(lambda child: np.empty(child.shape, child.dtype), shape)
-    for tensor in group:
-        value = _cast(shards.read(names[tensor.name]), np.dtype(shape.dtype), tensor.name)
-        as_torch = tensor.transposed or rows_first(tensor.path)
-        packed = pack(jnp.asarray(value if as_torch else value.T), config)
+
+    def fill(tensor: Tensor) -> None:
+        value = _value(shards, names, tensor, np.dtype(shape.dtype))
+        packed = pack(jnp.asarray(value if rows_first(tensor.path) else value.T), config)
         for child, new in zip(jax.tree.leaves(out), jax.tree.leaves(packed), strict=True):
             child[... if tensor.layer is None else tensor.layer] = new
+
+    for tensor in group:
+        fill(tensor)
     return out
+
+
+def _value(shards: Shards, names: Mapping, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
+    """A tensor in ``dtype``, turned as in the tree."""
+    value = _cast(shards.read(names[tensor.name]), dtype, tensor.name)
+    return value.T if tensor.transposed else value
 
 
 def _cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
