@@ -14,6 +14,7 @@ from jlora.data import Prepared
 from jlora.job import Job
 from jlora.optim import warmup_steps
 from jlora.progress import Plan
+from jlora.quantization import describe, is_packed, settings_of
 from jlora.targets import match_table
 
 SECTIONS = ("model", "quantization", "lora", "data", "train", "mesh", "evaluate")
@@ -70,9 +71,10 @@ def layout(tree: Any, mesh: jax.sharding.Mesh) -> Rows:
 def _model(job: Job) -> Mapping[str, Any]:
     config = job.config
     trainable, frozen = count(job.trainable), count(job.frozen)
+    packed = [x for x in jax.tree.leaves(job.frozen, is_leaf=is_packed) if is_packed(x)]
     kind = "full fine-tuning"
     if config.lora:
-        kind = "QLoRA" if config.quantization else "LoRA"
+        kind = "QLoRA" if packed else "LoRA"
     rows: dict[str, Any] = {
         "base": config.model.name_or_path,
         "method": kind,
@@ -82,9 +84,10 @@ def _model(job: Job) -> Mapping[str, Any]:
         f"{_size(tree_bytes(job.trainable))} trainable",
         "types": f"weights {config.model.dtype}, computation {config.compute_dtype}",
     }
-    if q := config.quantization:
-        double = " with double quantization" if q.bnb_4bit_use_double_quant else ""
-        rows["quantization"] = f"{q.bnb_4bit_quant_type}{double}, blocks of {q.block_size}"
+    if packed:
+        came = " (the base came packed)" if job.model.config.prequantized else ""
+        kinds = dict.fromkeys(describe(settings_of(leaf)) for leaf in packed)
+        rows["quantization"] = "; ".join(kinds) + came
     return rows
 
 

@@ -93,6 +93,12 @@ def _open_adapter(config: Config, mesh: jax.sharding.Mesh, tokenizer: Any, train
 def _open_full(config: Config, mesh: jax.sharding.Mesh, tokenizer: Any, trained: bool) -> Job:
     name = _result(config, "model", "config.json") if trained else config.model.name_or_path
     model, params = _load(config, mesh, name, "float32")
+    if model.config.prequantized:
+        raise ConfigError(
+            "the base model came packed, and packed weights cannot be trained in full",
+            where=f"model.name_or_path: {name}",
+            fix="add a lora section, or name the model that it was packed from",
+        )
     bind = _Cast(config.compute_dtype)
     return Job(config, mesh, model, tokenizer, {}, params, bind, ())
 

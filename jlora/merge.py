@@ -31,6 +31,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
 
     A quantized base is merged dense, never requantized: the dequantized weights that the adapter
     was trained on, or the original ones (``merge.base``); the logit difference of both is printed.
+    A base that came packed has no original ones.
     """
     del options
     if config.lora is None:
@@ -43,12 +44,20 @@ def run(config: Config, options: argparse.Namespace) -> None:
     console = Console(enabled=jax.process_index() == 0)
     tokenizer = open_tokenizer(config)
     job = open_job(config, tokenizer, trained=True)
+    packed = job.model.config.prequantized
+    if packed and config.merge.base == "original":
+        raise ConfigError(
+            "the base model came packed: there are no original weights to merge into",
+            where="merge.base",
+            fix="use dequantized, or name the model that it was packed from",
+        )
     out = Path(config.merge.output_dir or Path(config.train.output_dir) / "merged")
     with jax.set_mesh(job.mesh):
         trained = _logits(job, job.params)
         merged = lora.merge(job.frozen, job.trainable)
-        rows = {"merged model": out, "base": "as it is"}
-        if config.quantization:
+        base = "dequantized (it came packed, without the original)" if packed else "as it is"
+        rows = {"merged model": out, "base": base}
+        if config.quantization and not packed:
             original = _original(config, tokenizer)
             other = lora.merge(original.frozen, job.trainable)
             rows["base"] = config.merge.base

@@ -20,6 +20,7 @@ from jlora.int8 import Int8Array
 from jlora.nf4 import NF4Array
 
 PACKED = (NF4Array, Int8Array)
+Packed = NF4Array | Int8Array
 
 
 def is_packed(leaf: Any) -> bool:
@@ -33,6 +34,25 @@ def pack(w: Float[Array, "rows cols"], config: QuantConfig) -> NF4Array | Int8Ar
         return int8.quantize(w)
     double, kind = config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type
     return nf4.quantize(w, config.block_size, double, kind)
+
+
+def settings_of(leaf: Packed) -> QuantConfig:
+    """The settings that pack as a leaf is packed."""
+    if isinstance(leaf, Int8Array):
+        return QuantConfig(load_in_8bit=True)
+    return QuantConfig(
+        bnb_4bit_quant_type=leaf.quant_type,  # pyright: ignore[reportArgumentType]
+        bnb_4bit_use_double_quant=leaf.nested_absmax is not None,
+        block_size=leaf.block_size,
+    )
+
+
+def describe(config: QuantConfig) -> str:
+    """How ``config`` packs, for people; equal texts pack alike."""
+    if config.load_in_8bit:
+        return "int8"
+    double = " with double quantization" if config.bnb_4bit_use_double_quant else ""
+    return f"{config.bnb_4bit_quant_type}{double}, blocks of {config.block_size}"
 
 
 def quantize_params(params: Any, config: QuantConfig) -> dict:

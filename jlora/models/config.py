@@ -63,6 +63,11 @@ class DecoderConfig:
         return json.loads(self.hf_json)
 
     @property
+    def prequantized(self) -> bool:
+        """Whether the folder's weights are packed (``quantization_config``)."""
+        return self.hf.get("quantization_config") is not None
+
+    @property
     def position_limit(self) -> int | None:
         """Positions that exist at all; None where any may be computed (rotary embeddings)."""
         return None
@@ -105,10 +110,26 @@ def parse(hf: Mapping[str, Any], *, where: str = "config.json") -> DecoderConfig
             fix=did_you_mean(str(model_type), PARSERS) or f"supported: {', '.join(PARSERS)}",
         )
     keys = Keys(hf, where)
-    keys.only("quantization_config", None, why="the weights are already quantized")
+    _check_quantized(keys)
     keys.only("is_encoder_decoder", False)
     keys.only("add_cross_attention", False)
     return PARSERS[model_type](keys)
+
+
+def _check_quantized(keys: Keys) -> None:
+    """ConfigError for weights that another library than bitsandbytes has quantized."""
+    how = keys.hf.get("quantization_config")
+    if how is None:
+        return
+    how = how if isinstance(how, dict) else {}
+    old = how.get("load_in_4bit") or how.get("load_in_8bit")  # from before the key below
+    method = how.get("quant_method", "bitsandbytes" if old else None)
+    if method != "bitsandbytes":
+        raise keys.fail(
+            "quantization_config",
+            f"the weights are already quantized, by {method!r}; only bitsandbytes is supported",
+            "name the model in 16 bits, and quantize it here with the section quantization",
+        )
 
 
 def _common(keys: Keys) -> dict[str, Any]:
