@@ -278,7 +278,7 @@ def test_other_ways_to_quantize_are_refused(folder):
     hf = json.loads((folder / "config.json").read_text())
     hf["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(hf))
-    with pytest.raises(ConfigError, match="quantization_config: .*already quantized, by 'gptq'"):
+    with pytest.raises(ConfigError, match=r"quantization_config: .*already quantized, by 'gptq'"):
         load_pretrained(folder)
 
 
