@@ -12,9 +12,10 @@ from tiny_runs import quick_compilation
 
 import jlora
 from jlora import lora, quantization, step
-from jlora.config import LoraConfig, QuantConfig
+from jlora.config import LoraConfig, QuantConfig, TrainConfig
 from jlora.dot import dot
 from jlora.models import Model, init_params
+from jlora.quantization import is_packed
 from jlora.state import init_state
 from jlora.step import make_train_step
 
@@ -25,9 +26,8 @@ def quickly():
         yield
 
 
-def shapes_of(layers, quantized, tied=False, dropout=0.1):
-    """A llama's step, its state, its base and a batch (1, 1, 40), as shapes."""
-    config = {
+def llama(layers, tied=False):
+    return {
         "model_type": "llama",
         "vocab_size": 61,
         "hidden_size": 128,
@@ -37,7 +37,15 @@ def shapes_of(layers, quantized, tied=False, dropout=0.1):
         "num_key_value_heads": 2,
         "tie_word_embeddings": tied,
     }
-    model = Model.from_config(config, "bfloat16", gradient_checkpointing=True)
+
+
+def attach(frozen, adapter, key):
+    return lora.attach(frozen, adapter, dropout_key=key)
+
+
+def shapes_of(layers, quantized, tied=False, dropout=0.1):
+    """A llama's step, its state, its base and a batch (1, 1, 40), as shapes."""
+    model = Model.from_config(llama(layers, tied), "bfloat16", gradient_checkpointing=True)
 
     def init(key):
         params = init_params(key, model)
@@ -52,9 +60,6 @@ def shapes_of(layers, quantized, tied=False, dropout=0.1):
     state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), adapter)
     tokens = jax.ShapeDtypeStruct((1, 1, 40), jnp.int32)
     names = "input_ids", "labels", "positions", "segment_ids"
-
-    def attach(frozen, adapter, key):
-        return lora.attach(frozen, adapter, dropout_key=key)
 
     run = make_train_step(model, attach, optimizer)
     return run, (state, frozen, dict.fromkeys(names, tokens))
@@ -145,3 +150,51 @@ def test_a_weight_is_dequantized_when_its_input_is_there():
         matrix = {(128, 64), (64, 128)}
         assert matrix & made_before(jaxpr, ()), "the search itself finds a dequantized matrix"
         assert not matrix & made_before(jaxpr, range(len(inputs)))
+
+
+# What ``prepare_model_for_kbit_training`` is for, without its float32 copies.
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def test_norms_and_softmax_are_float32_over_weights_that_stay_narrow():
+    run, arguments = shapes_of(2, True)
+    frozen = arguments[1]
+    dense = [x for x in jax.tree.leaves(frozen, is_leaf=is_packed) if not is_packed(x)]
+    packed = [x for x in jax.tree.leaves(frozen, is_leaf=is_packed) if is_packed(x)]
+    assert {str(x.dtype) for x in dense} == {str(x.dtype) for x in packed} == {"bfloat16"}
+    assert {x.shape for x in dense} == {(61, 128), (128, 61), (2, 128), (128,)}
+    found = list(equations(jax.make_jaxpr(run)(*arguments).jaxpr))
+    for name in ("rsqrt", "exp", "reduce_max"):
+        inputs = {str(e.invars[0].aval.dtype) for e in found if e.primitive.name == name}
+        assert inputs == {"float32"}, name
+    widened = {
+        e.invars[0].aval.shape
+        for e in found
+        if e.primitive.name == "convert_element_type" and e.outvars[0].aval.dtype == jnp.float32
+    }
+    assert not {x.shape for x in dense} & widened
+
+
+def test_checkpointing_is_on_and_every_part_of_the_adapter_learns():
+    remat = TrainConfig(output_dir="unused").gradient_checkpointing
+    model = Model.from_config(llama(2), "bfloat16", gradient_checkpointing=remat)
+    params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), model)
+    params = quantization.quantize_params(params, QuantConfig())
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    adapter = lora.init_adapter(jax.random.key(1), params, config)
+    optimizer = optax.sgd(0.1)
+    run = make_train_step(model, attach, optimizer)
+    ids = np.random.default_rng(0).integers(0, 61, (1, 2, 16), dtype=np.int32)
+    places = np.broadcast_to(np.arange(16, dtype=np.int32), ids.shape)
+    rows = {"input_ids": ids, "labels": ids, "positions": places, "segment_ids": 0 * ids + 1}
+    arguments = init_state(adapter, optimizer), params, rows
+    names = {e.primitive.name for e in equations(jax.make_jaxpr(run)(*arguments).jaxpr)}
+    assert {"checkpoint", "remat2", "remat"} & names
+    metrics = run(*arguments)[1]
+    assert metrics["finite"] and metrics["alive"].all() and len(metrics["alive"]) == 14
