@@ -72,45 +72,52 @@ class Row:
 
 
 def compile_step(hf: dict, row: Row, batch: int, length: int, device: Any) -> Any:
-    """The compiled train step of one device, from shapes alone."""
+    """The compiled train step of one device, from shapes alone, and bytes of what it is given."""
     import jax
     import jax.numpy as jnp
 
     import jlora
-    from jlora.config import TrainConfig
+    from jlora import sharding
+    from jlora.config import MeshConfig, TrainConfig
     from jlora.job import attach
     from jlora.models import Model, init_params
     from jlora.optim import make_optimizer
     from jlora.state import init_state
     from jlora.step import make_train_step
+    from jlora.train import typed
 
     model = Model.from_config(hf, "bfloat16", gradient_checkpointing=True)
     lora = jlora.LoraConfig(r=row.r, lora_dropout=0.05, target_modules="all-linear")
+    mesh = sharding.make_mesh(MeshConfig(), [device])
 
     def base(key):
         params = init_params(key, model)
         return jlora.quantize(params, jlora.QuantConfig()) if row.quantized else params
+
+    def placed(tree, places):
+        return jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places
+        )
 
     frozen = jax.eval_shape(base, jax.random.key(0))
     adapter = jax.eval_shape(
         functools.partial(jlora.init_adapter, config=lora), jax.random.key(1), frozen
     )
     optimizer = make_optimizer(TrainConfig(output_dir="unused", optim=row.optim), 1000, adapter)
-    state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), adapter)
+    state = typed(functools.partial(init_state, optimizer=optimizer), adapter)
     tokens = jax.ShapeDtypeStruct((1, batch, length), jnp.int32)
     rows = dict.fromkeys(("input_ids", "labels", "positions", "segment_ids"), tokens)
-
-    def place(tree: Any, kind: str | None = None) -> Any:
-        where = jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
-
-    state, frozen, rows = place((state, frozen, rows))
-    if row.optim.startswith("paged"):
-        moments = jax.tree.map(lambda x: place(x, "pinned_host") if x.ndim else x, state.opt_state)
-        state = dataclasses.replace(state, opt_state=moments)
-    step = make_train_step(model, attach, optimizer)
+    places = sharding.shardings(state, mesh)
+    step = make_train_step(model, attach, optimizer, state_shardings=places)
+    given = (
+        placed(state, places),
+        placed(frozen, sharding.shardings(frozen, mesh)),
+        placed(rows, dict.fromkeys(rows, sharding.batch_sharding(mesh))),
+    )
     sizes = {"base": frozen, "adapter": state.trainable, "optimizer": state.opt_state}
-    return step.lower(state, frozen, rows).compile(), {k: n_bytes(v) for k, v in sizes.items()}
+    with jax.set_mesh(mesh):
+        compiled = step.lower(*given).compile()
+    return compiled, {k: n_bytes(v) for k, v in sizes.items()}
 
 
 def n_bytes(tree: Any) -> int:
@@ -165,15 +172,25 @@ def device_of(target: str) -> Any:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown: a line for each model and row, in GB."""
-    titles = ["model", "step", "peak", "paper", "base", "adapter", "moments", "temporaries"]
+    titles = [
+        "model",
+        "step",
+        "peak",
+        "paper",
+        "base",
+        "adapter",
+        "moments",
+        "temporaries",
+        "on the host",
+    ]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for name in MODELS:
         for row, got in results.get(name, {}).items():
             if "refused" in got:
-                lines.append(f"| {name} | {row} | refused: {got['refused'][:80]} |" + " |" * 5)
+                lines.append(f"| {name} | {row} | refused: {got['refused'][:80]} |" + " |" * 6)
                 continue
             paper = PAPER.get(name, "") if row.startswith("QLoRA") else ""
-            keys = "base", "adapter", "optimizer", "temporaries"
+            keys = "base", "adapter", "optimizer", "temporaries", "host"
             cells = [f"{got['peak'] / 1e9:.2f}", paper, *(f"{got[k] / 1e9:.2f}" for k in keys)]
             lines.append(f"| {name} | {row} | " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
@@ -199,7 +216,7 @@ def main() -> None:
         rows = whole["results"].setdefault(name, {})
         for r in asked.ranks.split(","):
             for optim in asked.optim.split(","):
-                for quantized in (False, True):
+                for quantized in (False, True) if optim == "adamw" else (True,):
                     row = Row(int(r), optim, quantized)
                     got = measure(MODELS[name], row, asked.batch, asked.length, device)
                     rows[str(row)] = got

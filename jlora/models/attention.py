@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jlora.dot import after
 from jlora.errors import ConfigError, did_you_mean
 
 BACKENDS = ("auto", "reference")
@@ -97,8 +96,8 @@ def _reference(q: Array, k: Array, v: Array, mask: Array, scale: float | Array) 
     B, T, heads, dim = q.shape
     grouped = q.reshape(B, T, k.shape[2], heads // k.shape[2], dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    # (B, T, S) and the same in all layers, which share it; spread over the heads in each.
-    bias = after(q, jnp.where(mask, 0.0, MASKED))
+    # Of the shape (B, T, S) before it meets the heads: all layers share it, and keep no more.
+    bias = jnp.where(mask, 0.0, MASKED)
     weights = jax.nn.softmax(scores * scale + bias[:, None, None], axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgts,bskd->btkgd", weights, v, preferred_element_type=jnp.float32)
     return out.astype(q.dtype).reshape(B, T, heads, dim)
