@@ -2,10 +2,12 @@
 
 import importlib
 import json
+import re
 import shutil
 import weakref
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_results
@@ -202,7 +204,7 @@ def test_faults_in_eight_bits(tmp_path, part, value, message):
     name = UP.replace("weight", part)
     edit(tmp_path, lambda t: t.pop(name) if value is None else t.update({name: np.asarray(value)}))
     assert f"\n  {name} " in (text := fault(tmp_path))
-    assert __import__("re").search(message, text)
+    assert re.search(message, text)
 
 
 @pytest.mark.parametrize("nested_block", [256, 20])
@@ -238,12 +240,12 @@ def remove(t, weight):
 
 @pytest.mark.parametrize("other", ["not packed", "fp4 with double quantization, blocks of 32"])
 def test_layers_packed_in_different_ways_are_refused(folder, other):
-    w = np.ones((48, 32), np.float32)
+    w = jnp.ones((48, 32))
     packed = parts(UP, jax.tree.map(np.array, quantize(w, 32, quant_type="fp4")))
 
     def change(t):
         remove(t, UP)
-        t.update({UP: w} if other == "not packed" else packed)
+        t.update({UP: np.array(w)} if other == "not packed" else packed)
 
     edit(folder, change)
     text = fault(folder)

@@ -111,12 +111,13 @@ def check(shards: Shards, model: Model, folder: Path) -> Source:
         problems += _use_tied_head(shards, names, embedding_name(model))
     packed, packs = {}, model.config.prequantized
     for name, tensor in expected.items():
-        own = parts.pop(names[name], {}) if name in names else {}
+        own = parts.get(names.get(name, ""), {})
         if name not in names:
             problems.append((name, "is missing"))
         elif packs and hf_packed.is_packed(shards, names[name], own, tensor):
             packed[name], faults = hf_packed.inspect(shards, names[name], own, tensor)
             problems += faults
+            parts.pop(names[name], None)
         elif shards.shape(names[name]) != tensor.shape:
             shape = size_text(shards.shape(names[name]))
             problems.append((name, f"has shape {shape}, expected {size_text(tensor.shape)}"))
