@@ -75,13 +75,26 @@ def compiled(layers, quantized):
     return peak, memory.temp_size_in_bytes
 
 
+def constants(scan):
+    """Those inputs of a scan that are neither carried nor sliced, in any version of JAX.
+
+    Inputs are constants, carries, stacks, in that order; a stack has an axis more than its slice,
+    and a carry comes out as it is, where results are stacked.
+    """
+    body = scan.params["jaxpr"].jaxpr
+    stacked = [o.aval.shape != i.aval.shape for o, i in zip(scan.invars, body.invars, strict=True)]
+    carried = [
+        o.aval.shape == i.aval.shape for o, i in zip(scan.outvars, body.outvars, strict=True)
+    ]
+    return scan.invars[: len(scan.invars) - sum(stacked) - sum(carried)]
+
+
 def kept(jaxpr):
     """(shape, dtype) of what a scan is given once for all its steps, in all scans."""
     found = set()
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
-            constants = equation.invars[: equation.params["num_consts"]]
-            found |= {(v.aval.shape, str(v.aval.dtype)) for v in constants}
+            found |= {(v.aval.shape, str(v.aval.dtype)) for v in constants(equation)}
         for inner in jaxprs_in_params(equation.params):
             found |= kept(inner)
     return found
