@@ -23,7 +23,7 @@ from jlora.job import open_tokenizer
 from jlora.models import hf_packed_write, load_pretrained, save_pretrained
 from jlora.models.hf_folder import find_folder, shard_files
 from jlora.models.hf_read import read_model
-from jlora.quantization import is_packed, quantize_params
+from jlora.quantization import describe, is_packed, quantize_params
 
 main = functools.partial(cli.main, "quantize")
 
@@ -48,7 +48,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
     out = Path(config.quantize.output_dir or Path(config.train.output_dir) / "quantized")
     _check(source, out, asked)
     tokenizer = open_tokenizer(config)
-    console.note(f"reading {config.model.name_or_path}, packing as {_describe(asked)}")
+    console.note(f"reading {config.model.name_or_path}, packing as {describe(asked)}")
     with jax.set_mesh(sharding.make_mesh(config.mesh)) as mesh:
         model, params = load_pretrained(source, config.model.dtype, asked, mesh)
         console.note(f"writing {out}")
@@ -57,7 +57,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
     if jax.process_index() == 0:
         with storage_errors(out):
             tokenizer.save_pretrained(out)
-            rows = {"quantized model": out, "format": _describe(asked), **_packed(params)}
+            rows = {"quantized model": out, "format": describe(asked), **_packed(params)}
             rows["weights before"] = _size(shard_files(source)[0])
             rows["weights after"] = _size(file for file in files if file.suffix == ".safetensors")
         console.card("quantized", rows)
@@ -73,13 +73,6 @@ def _check(source: Path, out: Path, asked: QuantConfig) -> None:
         )
     shapes = read_model(source).shapes
     hf_packed_write.check(jax.eval_shape(lambda p: quantize_params(p, asked), shapes))
-
-
-def _describe(asked: QuantConfig) -> str:
-    if asked.load_in_8bit:
-        return "int8"
-    double = " with double quantization" if asked.bnb_4bit_use_double_quant else ""
-    return f"{asked.bnb_4bit_quant_type}{double}, blocks of {asked.block_size}"
 
 
 def _packed(params: Any) -> dict[str, str]:
