@@ -72,7 +72,7 @@ def matmul(
     """``x @ q``, or ``x @ q.mT`` if ``transpose``, summed in float32.
 
     Args:
-      x: activations, bfloat16 or float32; on a GPU float16 too.
+      x: activations, bfloat16 or float32.
       q: a packed matrix of whole blocks (``rowwise``), either way round. Not differentiated.
       transpose: multiply by the transpose.
       dtype: of the result; None is ``x.dtype``.
