@@ -208,6 +208,12 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(layout, tree, is_leaf=is_packed)
 
 
+def typed(function: Any, *arguments: Any) -> Any:
+    """What a function would return, as types: eval_shape, and which memory a leaf is in."""
+    traced = jax.jit(function).trace(*arguments)
+    return jax.tree.unflatten(jax.tree.structure(traced.out_info), traced.jaxpr.out_avals)
+
+
 def _memory_kind(leaf: Any) -> str | None:
     """``pinned_host`` for what lies in the host's memory; None is the device's own."""
     if isinstance(leaf, jax.Array):

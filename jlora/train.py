@@ -170,14 +170,8 @@ def train(
 def _first_state(job: Job, plan: Plan, optimizer: Any) -> tuple[TrainState, Any]:
     """The state before the first step, each leaf where it belongs, and those places."""
     start = functools.partial(init_state, optimizer=optimizer, fp16=plan.fp16)
-    places = sharding.shardings(typed(start, job.trainable), job.mesh)
+    places = sharding.shardings(sharding.typed(start, job.trainable), job.mesh)
     return jax.jit(start, out_shardings=places)(job.trainable), places
-
-
-def typed(function: Any, *arguments: Any) -> Any:
-    """What a function would return, as types: eval_shape, and which memory a leaf is in."""
-    traced = jax.jit(function).trace(*arguments)
-    return jax.tree.unflatten(jax.tree.structure(traced.out_info), traced.jaxpr.out_avals)
 
 
 def _first_batch(config: Config, tokenizer: Any) -> Any:

@@ -11,7 +11,6 @@ import pytest
 from jlora import checkpoint, optim, sharding, step
 from jlora.config import MeshConfig, TrainConfig
 from jlora.state import init_state
-from jlora.train import typed
 
 MESHES = {"one": ({}, 1), "data": ({"data": 2, "fsdp": 4}, 8)}
 PAIRS = [
@@ -41,7 +40,7 @@ def run(name, mesh, fp16=False, state=None, steps=(1, 2, 3)):
     optimizer = optim.make_optimizer(settings, 10, params)
     start = functools.partial(init_state, optimizer=optimizer, fp16=fp16)
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
-        places = sharding.shardings(typed(start, params), mesh)
+        places = sharding.shardings(sharding.typed(start, params), mesh)
         if state is None:
             state = jax.jit(start, out_shardings=places)(params)
         moments = kinds(state)
