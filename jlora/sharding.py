@@ -28,7 +28,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jlora.config import MeshConfig
 from jlora.errors import ConfigError
@@ -121,25 +121,18 @@ def packed_spec(
     )
 
 
-def split_rows(x: Array) -> Array:
-    """The same activations (B, …) under jit, rows split over ``data`` and ``fsdp``.
+def split_rows(x: Float[Array, "B T dim"]) -> Float[Array, "B T dim"]:
+    """What was looked up in an embedding, under jit: rows split over ``data`` and ``fsdp``.
 
-    Without it XLA may keep all rows on every device and split their features as the weights are.
+    All that follows keeps this; without it XLA may keep all rows on every device and split their
+    features as the weights are. The look-up is where ``fsdp`` splits the table's dim, and then the
+    rows move: asked for both at once, XLA makes the whole on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or x.shape[0] % math.prod(mesh.shape.get(axis, 1) for axis in BATCH):
         return x
+    x = jax.lax.with_sharding_constraint(x, PartitionSpec("data", None, "fsdp"))
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))
-
-
-def split_looked_up(x: Array) -> Array:
-    """Rows of an embedding (B, T, dim) under jit: looked up where ``fsdp`` splits the table's dim,
-    and only then sent to the devices that their batch rows belong to.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and x.ndim == 3 and x.shape[0] % mesh.shape.get("data", 1) == 0:
-        x = jax.lax.with_sharding_constraint(x, PartitionSpec("data", None, "fsdp"))
-    return split_rows(x)
 
 
 def gather_packed(tree: Any) -> Any:

@@ -147,11 +147,17 @@ def test_training_on_a_mesh_is_training_on_one_device(architecture, quantized, s
 
 
 @pytest.mark.parametrize(
-    ("quantized", "sizes"), [(True, MESHES[1]), (True, MESHES[2]), (False, MESHES[1])]
+    ("architecture", "quantized", "sizes"),
+    [
+        ("llama", True, MESHES[1]),
+        ("llama", True, MESHES[2]),
+        ("llama", False, MESHES[1]),
+        ("gpt2", True, MESHES[1]),
+    ],
 )
-def test_a_layer_gathers_its_codes_and_no_activations(quantized, sizes):
+def test_a_layer_gathers_its_codes_and_no_activations(architecture, quantized, sizes, capfd):
     """What FSDP is: rows of the batch stay where they are, a layer's weights come to them."""
-    model, params, adapter = start("llama", quantized)
+    model, params, adapter = start(architecture, quantized)
     mesh, tensor = sharding.make_mesh(MeshConfig(**sizes)), sizes.get("tensor", 1)
 
     def loss(adapter, params, ids):
@@ -161,6 +167,7 @@ def test_a_layer_gathers_its_codes_and_no_activations(quantized, sizes):
         placed = [sharding.place(t, sharding.shardings(t, mesh)) for t in (adapter, params)]
         ids = sharding.place(jnp.ones((1, 8, 24), jnp.int32), sharding.batch_sharding(mesh))[0]
         sent = layer_collectives(jax.jit(jax.grad(loss)).lower(*placed, ids).compile().as_text())
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
     gathered = {(dtype, size) for kind, dtype, size in sent if kind == "all-gather"}
     if quantized:
         assert ("u8", 256 * 256 // 2 // tensor) in gathered

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from jlora.errors import ConfigError, did_you_mean
 from jlora.models.attention import attend, attend_cached
 from jlora.models.config import DecoderConfig
-from jlora.sharding import gather_packed, split_rows
+from jlora.sharding import gather_packed
 
 REMAT = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
 """Names of ``jax.checkpoint_policies`` that ``gradient_checkpointing`` may be, besides a bool."""
@@ -109,7 +109,7 @@ def scan_layers(
     def body(carry, layer):
         index, weights = layer
         block = nnx.merge(graph, gather_packed(weights))
-        x, kv = block(split_rows(carry[0]), call, index, carry[1])
+        x, kv = block(carry[0], call, index, carry[1])
         return (x, kv), None
 
     if remat:

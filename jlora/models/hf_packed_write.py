@@ -1,16 +1,6 @@
-"""Packed matrices as transformers' folders with bitsandbytes weights hold them.
+"""Packed matrices written as bitsandbytes has them; ``hf_packed`` describes the format.
 
-::
-
-    4 bits   P.weight              uint8 (ceil(out · in / 2), 1)
-             P.weight.absmax       float32 (blocks,), or uint8 with double quantization
-             P.weight.quant_map    float32 (16,), the code's values
-             P.weight.nested_absmax, P.weight.nested_quant_map       with double quantization
-             P.weight.quant_state.bitsandbytes__nf4 (or __fp4)       uint8, a JSON text's ASCII
-    8 bits   P.weight int8 (out, in), P.SCB float32 (out,), P.weight_format uint8 ()
-
-P is a linear layer, its matrix [out, in] even where transformers keeps a dense one transposed
-(GPT-2). ``config.json`` says how they are packed and which linear layers are not.
+``config.json`` says how they are packed and which linear layers are not.
 """
 
 from __future__ import annotations
@@ -25,6 +15,7 @@ from jlora import paths
 from jlora.codebooks import DYNAMIC_MAP, FOUR_BIT
 from jlora.errors import ConfigError
 from jlora.int8 import Int8Array
+from jlora.models.hf_packed import STATE
 from jlora.models.model import Model
 from jlora.nf4 import NESTED_BLOCK, NF4Array
 from jlora.quantization import is_packed
@@ -105,7 +96,7 @@ def entries(module: str, leaf: NF4Array | Int8Array) -> dict[str, np.ndarray]:
         tensors[f"{weight}.nested_absmax"] = leaf.nested_absmax
         tensors[f"{weight}.nested_quant_map"] = DYNAMIC_MAP
     text = np.frombuffer(json.dumps(state).encode("ascii"), np.uint8)
-    tensors[f"{weight}.quant_state.bitsandbytes__{leaf.quant_type}"] = text
+    tensors[f"{weight}.{STATE}{leaf.quant_type}"] = text
     return tensors
 
 

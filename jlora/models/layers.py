@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jlora.dot import Weight, after, columns, dot, embed
-from jlora.sharding import split_looked_up
+from jlora.sharding import split_rows
 
 
 class Linear(nnx.Module):
@@ -37,9 +37,9 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(jnp.zeros((n_rows, dim), dtype))
         self.dtype = jnp.dtype(dtype)
 
-    def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B dim"]:
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T dim"]:
         """The rows ``ids``."""
-        return split_looked_up(embed(ids, self.embedding.get_value()).astype(self.dtype))
+        return split_rows(embed(ids, self.embedding.get_value()).astype(self.dtype))
 
 
 Part = tuple[Int[Array, ""], int]
