@@ -33,6 +33,15 @@ def assets() -> Path:
     return Path(folder)
 
 
+@pytest.fixture(scope="module")
+def quick():
+    """XLA without most of its optimizations, for modules with many small programs."""
+    from tiny_runs import quick_compilation
+
+    with quick_compilation():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     """A tiny model with a tokenizer and rows to train and to evaluate on, see ``tiny_runs``."""

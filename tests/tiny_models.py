@@ -75,6 +75,32 @@ def build(name: str, dtype: str = "float32", **options):
     return model, paths.map_leaves(stir, params)
 
 
+LENGTH = 24
+"""Beyond the sliding windows, which are 5."""
+
+
+def run(model, params, ids, positions=None, segment_ids=None):
+    """Logits of (2, LENGTH) or fewer tokens, always by the same compiled program."""
+    ids = np.asarray(ids)
+    B, T = ids.shape
+    if positions is None:
+        positions = np.broadcast_to(np.arange(T), (B, T))
+    if segment_ids is None:
+        segment_ids = np.ones((B, T), np.int32)
+    room = ((0, 2 - B), (0, LENGTH - T))
+    padded = [np.pad(x, room).astype(np.int32) for x in (ids, positions, segment_ids)]
+    return np.asarray(model(params, *padded))[:B, :T]
+
+
+def decode(model, params, ids):
+    """Logits of two rows, token by token through a cache of LENGTH slots."""
+    cache, steps = model.init_cache(2, LENGTH), []
+    for t in range(ids.shape[1]):
+        logits, cache = model.decode(params, ids[:, t : t + 1], None, cache)
+        steps.append(logits)
+    return np.concatenate(steps, 1)
+
+
 def tokens(model, batch: int, length: int, seed: int = 0) -> np.ndarray:
     shape = (batch, length)
     return np.random.default_rng(seed).integers(3, model.config.vocab_size, shape, dtype=np.int32)

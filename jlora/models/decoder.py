@@ -1,12 +1,13 @@
-"""What all decoders share: the scan over stacked layers, rematerialisation and the KV cache.
+"""What runs the blocks: the scan over stacked layers, rematerialisation and the KV cache.
 
-A block is called as ``block(x, layer, cache) → (x, cache)`` where ``layer`` carries what varies
-with depth or call: the layer's number, the position table and how to attend.
+A block is called as ``block(x, call, index, kv) → (x, kv)``: ``call`` says how this forward pass
+rotates and attends, ``index`` is the layer's number.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jlora.errors import ConfigError, did_you_mean
-from jlora.models.attention import attend, attend_cached
+from jlora.models.attention import attend, attend_cached, needs_static_window
 from jlora.models.config import DecoderConfig
+from jlora.models.rope import Table, rotate
 from jlora.sharding import gather_packed
 
 REMAT = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
@@ -47,41 +49,78 @@ class Call:
     """How the layers of one forward pass attend and where their tokens stand.
 
     ``slots`` are the tokens' places in the cache (its length for tokens to be dropped), or None for
-    a pass over whole rows without a cache.
+    a pass over whole rows without a cache. What differs between layers is looked up by the layer's
+    number, so that one layer's code serves all.
     """
 
     config: DecoderConfig
     backend: str
-    rope_table: Any = None  # a rope.Table in families with rotary embeddings
+    tables: tuple[Table, ...] = ()  # of the distinct entries of config.ropes
     segment_ids: Array | None = None
     slots: Array | None = None
 
-    def at(self, **changes: Any) -> Call:
-        """The same call with some fields replaced."""
-        return dataclasses.replace(self, **changes)
+    def at_positions(self, positions: Int[Array, "B T"]) -> Call:
+        """The same call with what rotates queries and keys at these positions."""
+        ropes = _distinct(self.config.ropes)
+        turns = [rope.table(positions, self.segment_ids) for rope in ropes if rope is not None]
+        if not turns:
+            return self
+        still = jnp.ones_like(turns[0][0]), jnp.zeros_like(turns[0][1])
+        rest = iter(turns)
+        tables = tuple(still if rope is None else next(rest) for rope in ropes)
+        return dataclasses.replace(self, tables=tables)
 
-    def attend(self, q: Array, k: Array, v: Array, index: Array, kv: KV | None):
+    def rotate(self, x: Array, index: Array) -> Array:
+        """Queries or keys (B, T, heads, dim) rotated as layer ``index`` does."""
+        if not self.tables:
+            return x
+        table = self.tables[0]
+        if len(self.tables) > 1:
+            which = _which(self.config.ropes, index)
+            table = jax.tree.map(lambda *each: jnp.stack(each)[which], *self.tables)
+        return rotate(x, table, self.config.interleaved_rope)
+
+    def attend(
+        self, q: Array, k: Array, v: Array, index: Array, kv: KV | None, sinks: Array | None
+    ):
         """(B, T, heads, dim) results of layer ``index``, and the cache with its new tokens."""
         scale = _of_layer(self.config.scales, index)
         window = _of_layer(self.config.windows, index, default=FAR)
+        how = {"scale": scale, "softcap": self.config.attention_softcap, "sinks": sinks}
         if kv is None or self.slots is None:
-            out = attend(
-                q,
-                k,
-                v,
-                scale=scale,
-                segment_ids=self.segment_ids,
-                window=window,
-                backend=self.backend,
-            )
-            return out, kv
+            return self._attend_rows(q, k, v, index, window, how), kv
         rows = jnp.arange(q.shape[0])[:, None]
         kv = KV(
             kv.k.at[index, rows, self.slots].set(k.astype(kv.k.dtype), mode="drop"),
             kv.v.at[index, rows, self.slots].set(v.astype(kv.v.dtype), mode="drop"),
         )
         keys, values = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in kv)
-        return attend_cached(q, keys, values, slots=self.slots, scale=scale, window=window), kv
+        return attend_cached(q, keys, values, slots=self.slots, window=window, **how), kv
+
+    def _attend_rows(
+        self, q: Array, k: Array, v: Array, index: Array, window: Any, how: dict[str, Any]
+    ) -> Array:
+        """Attention over whole rows; kernels that need static windows get a branch for each."""
+
+        def run(window: Any) -> Array:
+            ids, backend = self.segment_ids, self.backend
+            return attend(q, k, v, segment_ids=ids, window=window, backend=backend, **how)
+
+        windows = _distinct(self.config.windows)
+        if len(windows) == 1 or not needs_static_window(self.backend):
+            return run(window)
+        branches = [functools.partial(run, each) for each in windows]
+        return jax.lax.switch(_which(self.config.windows, index), branches)
+
+
+def _distinct(values: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+def _which(values: Sequence[Any], index: Array) -> Array:
+    """The place of ``values[index]`` among the distinct ones."""
+    distinct = _distinct(values)
+    return jnp.asarray([distinct.index(value) for value in values])[index]
 
 
 def _of_layer(values: Sequence[Any], index: Array, default: Any = None) -> Any:

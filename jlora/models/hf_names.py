@@ -1,4 +1,4 @@
-"""The names that transformers gives to the tensors of a parameter tree.
+"""The tensors of a checkpoint, and which part of the parameter tree each of them is.
 
 ::
 
@@ -11,15 +11,17 @@ Only names and shapes here; no array is touched.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 from jlora import paths
+from jlora.models.family import Piece
 from jlora.models.model import Model
 from jlora.models.registry import family
 
-WEIGHT = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
-"""Our leaf keys → transformers' last name part."""
+WEIGHT = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+"""Our leaf keys → transformers' last name part, where that is another."""
 
-HEAD = "lm_head.weight"
+HEADS = ("lm_head", "score")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,21 +36,64 @@ class Tensor:
     """Whether the file holds [out, in] where the tree holds (in, out)."""
     shape: tuple[int, ...]
     """As in the file."""
+    within: tuple[int | slice, ...] = ()
+    """Which part of the layer's array it is, where it is not the whole."""
+
+    @property
+    def index(self) -> tuple[int | slice, ...]:
+        """Which part of the leaf it is."""
+        return self.within if self.layer is None else (self.layer, *self.within)
 
 
 def tensors(model: Model) -> list[Tensor]:
     """The tensors of the model's checkpoint, in tree order; tied heads have none."""
-    transposed = family(model.config).transposed
-    result = []
-    for leaf in paths.leaves(model.shapes):
-        flip = (transposed and leaf.kind == "kernel") or leaf.path[:1] == ("lm_head",)
+    return [
+        tensor
+        for leaf in paths.leaves(model.shapes)
+        for layer in ([None] if leaf.layers is None else range(leaf.layers))
+        for tensor in _of_leaf(leaf, layer, model)
+    ]
+
+
+def _of_leaf(leaf: paths.Leaf, layer: int | None, model: Model) -> Iterator[Tensor]:
+    """The tensors that hold one layer of a leaf."""
+    own = family(model.config)
+    dotted = ".".join(leaf.path)
+    pieces = next((own.stored[end] for end in own.stored if f".{dotted}".endswith(f".{end}")), None)
+    flip = leaf.kind == "kernel" and (own.transposed or leaf.path[0] in HEADS)
+    if pieces is None:
+        name = f"{leaf.module(layer)}.{WEIGHT.get(leaf.kind, leaf.kind)}"
         shape = leaf.shape[::-1] if flip else leaf.shape
-        for layer in [None] if leaf.layers is None else range(leaf.layers):
-            name = f"{leaf.module(layer)}.{WEIGHT[leaf.kind]}"
-            result.append(Tensor(name, leaf.path, layer, flip, shape))
-    return result
+        yield Tensor(name, leaf.path, layer, flip, shape)
+        return
+    front = "" if leaf.stack is None else ".".join((*leaf.stack, str(layer), ""))
+    for piece in pieces:
+        for within, shape, number in _parts(piece, leaf.shape):
+            name = f"{front}{piece.name.format(number)}"
+            yield Tensor(name, leaf.path, layer, flip, shape[::-1] if flip else shape, within)
+
+
+def _parts(
+    piece: Piece, shape: tuple[int, ...]
+) -> Iterator[tuple[tuple[int | slice, ...], tuple[int, ...], int]]:
+    """(index, shape, number) of each tensor of a piece within a leaf's layer."""
+    counted = "{}" in piece.name
+    rest = shape[1:] if counted else shape
+    part: tuple[slice, ...] = ()
+    if piece.parts > 1:
+        size = rest[0] // piece.parts
+        part, rest = (slice(piece.part * size, (piece.part + 1) * size),), (size, *rest[1:])
+    for number in range(shape[0] if counted else 1):
+        yield ((number, *part) if counted else part), rest, number
 
 
 def embedding_name(model: Model) -> str:
     """The tensor that a tied head shares."""
-    return f"{family(model.config).embedding}.weight"
+    path = family(model.config).rename(("model", "embed_tokens"))
+    return f"{'.'.join(path)}.weight"
+
+
+def head_name(model: Model) -> str:
+    """The tensor of a language model's head, where it is not tied."""
+    stored = family(model.config).stored.get("lm_head.kernel")
+    return stored[0].name if stored else "lm_head.weight"

@@ -20,12 +20,11 @@ from jlora import paths
 from jlora.config import QuantConfig
 from jlora.errors import ConfigError, DataError
 from jlora.models import hf_packed
-from jlora.models.config import parse
 from jlora.models.hf_folder import FLOATS, Shards, find_folder, open_shards, read_json
-from jlora.models.hf_names import HEAD, Tensor, embedding_name, tensors
+from jlora.models.hf_names import Tensor, embedding_name, head_name, tensors
 from jlora.models.hf_packed import Stored, size_text
 from jlora.models.model import Model
-from jlora.models.registry import family
+from jlora.models.registry import family, parse
 from jlora.quantization import describe, is_packed, pack, quantize_params, rows_first
 
 
@@ -95,7 +94,7 @@ def check(shards: Shards, model: Model, folder: Path) -> Source:
     Whether a tensor is packed is for the file to say, if ``config.json`` says that any is.
     """
     expected = {t.name: t for t in tensors(model)}
-    trunk, buffers = family(model.config).trunk, family(model.config).buffers
+    trunk, buffers = embedding_name(model).split(".")[0], family(model.config).buffers
     names, problems = {}, list(shards.problems)
     parts = hf_packed.find_parts(shards.files) if model.config.prequantized else {}
     known = {name for group in parts.values() for name in group.values()}
@@ -107,8 +106,9 @@ def check(shards: Shards, model: Model, folder: Path) -> Source:
             continue
         else:
             problems.append((name, "is not part of this model"))
-    if model.config.tie_word_embeddings and HEAD in shards.files:
-        problems += _use_tied_head(shards, names, embedding_name(model))
+    head = head_name(model)
+    if model.config.tie_word_embeddings and head in shards.files:
+        problems += _use_tied_head(shards, names, embedding_name(model), head)
     packed, packs = {}, model.config.prequantized
     for name, tensor in expected.items():
         own = parts.get(names.get(name, ""), {})
@@ -159,17 +159,19 @@ def _check_packing(source: Source, model: Model, quantization: QuantConfig) -> N
 
 
 def _is_tied_head(name: str, model: Model) -> bool:
-    return name == HEAD and model.config.tie_word_embeddings
+    return name == head_name(model) and model.config.tie_word_embeddings
 
 
-def _use_tied_head(shards: Shards, names: dict[str, str], embedding: str) -> list[tuple[str, str]]:
+def _use_tied_head(
+    shards: Shards, names: dict[str, str], embedding: str, head: str
+) -> list[tuple[str, str]]:
     """Lets the head stand in for a missing embedding; a differing one is a problem."""
-    stored = names.setdefault(embedding, HEAD)
-    if stored == HEAD or shards.shape(stored) != shards.shape(HEAD):
+    stored = names.setdefault(embedding, head)
+    if stored == head or shards.shape(stored) != shards.shape(head):
         return []
-    if np.array_equal(shards.read(stored), shards.read(HEAD)):
+    if np.array_equal(shards.read(stored), shards.read(head)):
         return []
-    return [(HEAD, f"differs from {stored}, but tie_word_embeddings says that they are one")]
+    return [(head, f"differs from {stored}, but tie_word_embeddings says that they are one")]
 
 
 def _listing(problems: Iterable[tuple[str, str]]) -> str:
@@ -233,8 +235,7 @@ def _dense(shards: Shards, names: Mapping, group: list[Tensor], shape: Any) -> n
     """A leaf's values, stacked over layers, in ``shape.dtype``."""
     out = np.empty(shape.shape, shape.dtype)
     for tensor in group:
-        at = ... if tensor.layer is None else tensor.layer
-        out[at] = _value(shards, names, tensor, out.dtype)
+        out[tensor.index] = _value(shards, names, tensor, out.dtype)
     return out
 
 
@@ -258,7 +259,7 @@ def _packed(
 def _value(shards: Shards, names: Mapping, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
     """A tensor in ``dtype``, turned as in the tree."""
     value = _cast(shards.read(names[tensor.name]), dtype, tensor.name)
-    return value.T if tensor.transposed else value
+    return value.swapaxes(-1, -2) if tensor.transposed else value
 
 
 def _cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

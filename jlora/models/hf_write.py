@@ -25,16 +25,8 @@ from jlora.models import hf_packed_write
 from jlora.models.hf_folder import INDEX, SINGLE
 from jlora.models.hf_names import Tensor, tensors
 from jlora.models.model import Model
+from jlora.models.registry import family
 from jlora.quantization import is_packed
-
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-}
-"""``model_type`` → the class that transformers builds."""
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 STALE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -154,7 +146,7 @@ def _arrays(params: Any, tensor: Tensor, packed: bool) -> dict[str, np.ndarray]:
         module = tensor.name.removesuffix(".weight")
         return hf_packed_write.entries(module, jax.tree.map(sharding.gather, leaf))
     dense = leaf.dequantize() if hasattr(leaf, "dequantize") else leaf
-    value = sharding.gather(dense)
+    value = sharding.gather(dense)[tensor.within]
     return {tensor.name: np.ascontiguousarray(value.T if tensor.transposed else value)}
 
 
@@ -187,7 +179,7 @@ def _config(model: Model, params: Any, packed: bool) -> str:
     hf.pop("quantization_config", None)
     if packed:
         hf["quantization_config"] = hf_packed_write.quantization_config(model, params)
-    hf.setdefault("architectures", [ARCHITECTURES[model.config.model_type]])
+    hf.setdefault("architectures", [family(model.config).architecture])
     if sorted(model.config.eos_token_ids) != sorted(_ids(hf.get("eos_token_id"))):
         hf["eos_token_id"] = list(model.config.eos_token_ids)  # generation_config.json's are in it
     embedding = next(leaf for path, leaf in paths.walk(params) if path[-1] == "embedding")

@@ -11,45 +11,72 @@ from jlora.errors import ConfigError, did_you_mean
 
 
 class Keys:
-    """The keys of one ``config.json``, read from ``where``."""
+    """The keys of one ``config.json``, read from ``where``.
 
-    def __init__(self, hf: Mapping[str, Any], where: str):
+    ``names`` are a family's own names of keys that others call differently; ``defaults`` are the
+    values of keys that are absent or, where that means nothing else, null.
+    """
+
+    def __init__(
+        self,
+        hf: Mapping[str, Any],
+        where: str,
+        names: Mapping[str, str] | None = None,
+        defaults: Mapping[str, Any] | None = None,
+    ):
         self.hf, self.where = hf, where
+        self.names, self.defaults = names or {}, defaults or {}
+
+    def of(self, *, names: Mapping[str, str] | None = None, **defaults: Any) -> Keys:
+        """The same keys with a family's names and defaults."""
+        return Keys(self.hf, self.where, names, defaults)
+
+    def name(self, key: str) -> str:
+        """What the file calls ``key``."""
+        return self.names.get(key, key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value; a key that is absent has the family's default, else ``default``."""
+        return self.hf.get(self.name(key), self.defaults.get(key, default))
 
     def fail(self, key: str, cause: str, fix: str | None = None) -> ConfigError:
         """The error for ``key``, to be raised."""
-        return ConfigError(cause, where=f"{self.where}: {key}", fix=fix)
+        return ConfigError(cause, where=f"{self.where}: {self.name(key)}", fix=fix)
 
     def only(self, key: str, *values: Any, why: str | None = None) -> None:
         """A switch whose other settings are not implemented."""
-        value = self.hf.get(key)
+        value = self.get(key)
         if value is None or value in values:
             return
         allowed = " or ".join(json.dumps(v) for v in values if v is not None) or "absent"
         detail = f": {why}" if why else ""
         raise self.fail(key, f"{json.dumps(value)} is not supported{detail}", f"must be {allowed}")
 
-    def number(self, key: str, default: Any, kind: type = int) -> Any:
-        """A positive number; ``default`` where the key is absent or null, if it is not None."""
-        value = self.hf.get(key)
-        value = default if value is None else value
+    def number(self, key: str, default: Any = None, kind: type = int) -> Any:
+        """A positive number; where the key is absent or null, the family's default or this one."""
+        value = self.hf.get(self.name(key))
+        value = self.defaults.get(key, default) if value is None else value
         if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
             raise self.fail(key, f"must be {kind.__name__}, not {value!r}")
         if not 0 < value < math.inf:
             raise self.fail(key, f"must be positive, not {value!r}")
         return kind(value)
 
-    def flag(self, key: str, default: bool) -> bool:
+    def optional(self, key: str, kind: type = int) -> Any:
+        """A positive number, or None where the key is null or has no default."""
+        return None if self.get(key) is None else self.number(key, kind=kind)
+
+    def flag(self, key: str, default: bool = False) -> bool:
         """True or false."""
-        value = self.hf.get(key)
-        value = default if value is None else value
+        value = self.hf.get(self.name(key))
+        value = self.defaults.get(key, default) if value is None else value
         if not isinstance(value, bool):
             raise self.fail(key, f"must be true or false, not {value!r}")
         return value
 
-    def choice(self, key: str, default: str, options: Iterable[str]) -> str:
+    def choice(self, key: str, options: Iterable[str]) -> str:
         """One of ``options``."""
-        value = self.hf.get(key, default)
+        value = self.get(key)
         if not isinstance(value, str) or value not in options:
             raise self.fail(key, f"{value!r} is not supported", did_you_mean(str(value), options))
         return value
@@ -58,9 +85,9 @@ class Keys:
         """A token id or None."""
         return next(iter(self.tokens(key)), None)
 
-    def tokens(self, key: str, default: int | None = None) -> tuple[int, ...]:
+    def tokens(self, key: str) -> tuple[int, ...]:
         """Token ids, written as one number, a list or null."""
-        value = self.hf.get(key, default)
+        value = self.get(key)
         values = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(v) is int for v in values):
             raise self.fail(key, f"must be a token id or a list of them, not {value!r}")

@@ -47,7 +47,12 @@ Part = tuple[Int[Array, ""], int]
 
 
 def project(
-    x: Float[Array, "*B dim"], w: Weight, part: Part | None = None, *, tied: bool = False
+    x: Float[Array, "*B dim"],
+    w: Weight,
+    bias: Float[Array, "vocabulary"] | None,
+    part: Part | None = None,
+    *,
+    tied: bool = False,
 ) -> Float[Array, "*B vocabulary"]:
     """Logits in float32: ``x`` times an output head's weight, or a part of its columns.
 
@@ -55,29 +60,42 @@ def project(
     """
     if tied:
         w = after(x, w).mT  # in a loop over parts of the sequence, no transposed copy precedes it
-    return dot(x, w if part is None else columns(w, *part), jnp.float32)
+    logits = dot(x, w if part is None else columns(w, *part), jnp.float32)
+    if bias is None:
+        return logits
+    own = bias if part is None else jax.lax.dynamic_slice_in_dim(bias, *part)
+    return logits + own.astype(jnp.float32)
 
 
 class RMSNorm(nnx.Module):
-    """``scale * x / rms(x)`` over the last axis; the mean square is float32 (arXiv 1910.07467)."""
+    """``scale * x / rms(x)`` over the last axis; the mean square is float32 (arXiv 1910.07467).
 
-    def __init__(self, dim: int, *, eps: float, dtype: jnp.dtype):
-        self.scale = nnx.Param(jnp.ones((dim,), dtype))
-        self.eps = eps
+    With ``offset`` the factor is ``1 + scale``, in float32, as in Gemma. A scale of several axes
+    meets as many of the last axes of ``x``.
+    """
+
+    def __init__(self, *shape: int, eps: float, dtype: jnp.dtype, offset: bool = False):
+        self.scale = nnx.Param(jnp.ones(shape, dtype))
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x: Float[Array, "*B dim"]) -> Float[Array, "*B dim"]:
         """The normed ``x``, in its dtype."""
-        wide = x.astype(jnp.float32)
+        wide, scale = x.astype(jnp.float32), self.scale.get_value()
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * self.scale.get_value().astype(x.dtype)
+        if self.offset:
+            return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+        return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
-    """``scale * (x - mean) / std + bias`` over the last axis, in float32 (arXiv 1607.06450)."""
+    """``scale * (x - mean) / std + bias`` over the last axis, in float32 (arXiv 1607.06450).
 
-    def __init__(self, dim: int, *, eps: float, dtype: jnp.dtype):
-        self.scale = nnx.Param(jnp.ones((dim,), dtype))
-        self.bias = nnx.Param(jnp.zeros((dim,), dtype))
+    The bias may be left out. A scale of several axes meets as many of the last axes of ``x``.
+    """
+
+    def __init__(self, *shape: int, eps: float, dtype: jnp.dtype, bias: bool = True):
+        self.scale = nnx.Param(jnp.ones(shape, dtype))
+        self.bias = nnx.Param(jnp.zeros(shape, dtype)) if bias else None
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*B dim"]) -> Float[Array, "*B dim"]:
@@ -85,8 +103,22 @@ class LayerNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
-        scale, bias = (p.get_value().astype(jnp.float32) for p in (self.scale, self.bias))
-        return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(x.dtype)
+        scaled = centred * jax.lax.rsqrt(variance + self.eps) * _float32(self.scale)
+        return (scaled if self.bias is None else scaled + _float32(self.bias)).astype(x.dtype)
+
+
+Norm = RMSNorm | LayerNorm
+
+
+def make_norm(kind: str, *shape: int, eps: float, dtype: jnp.dtype) -> Norm:
+    """The norm that ``DecoderConfig.norm`` calls ``kind``."""
+    if kind in ("rms", "rms_offset"):
+        return RMSNorm(*shape, eps=eps, dtype=dtype, offset=kind == "rms_offset")
+    return LayerNorm(*shape, eps=eps, dtype=dtype, bias=kind == "layer")
+
+
+def _float32(param: nnx.Param) -> Array:
+    return param.get_value().astype(jnp.float32)
 
 
 def activation(name: str) -> Callable[[Array], Array]:

@@ -30,11 +30,13 @@ from jlora.errors import ConfigError
 from jlora.lora import LoraWeight
 from jlora.models import decoder
 from jlora.models.attention import check_backend
-from jlora.models.config import DecoderConfig, parse
-from jlora.models.registry import module_of
+from jlora.models.config import DecoderConfig
+from jlora.models.registry import family, parse
+from jlora.models.transformer import Decoder
 from jlora.quantization import is_packed
 
 DTYPES = ("float32", "bfloat16", "float16")
+Path = paths.Path
 Params = Mapping[str, Any]
 Ids = Int[Array | np.ndarray, "B T"]
 
@@ -65,7 +67,9 @@ class Model:
     @property
     def shapes(self) -> dict[str, Any]:
         """The parameter tree with ``jax.ShapeDtypeStruct`` leaves in the model's dtype."""
-        return nnx.to_pure_dict(_structure(self.config, self.dtype)[1])
+        return paths.nest(
+            {theirs: leaf for _, theirs, leaf in _structure(self.config, self.dtype)[1]}
+        )
 
     @functools.partial(jax.jit, static_argnums=0)
     def __call__(
@@ -168,9 +172,12 @@ class Model:
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         return module.head(x), decoder.Cache(kv.k, kv.v, length)
 
-    def _module(self, params: Params) -> Any:
+    def _module(self, params: Params) -> Decoder:
         """The NNX module over these parameters."""
-        return nnx.merge(_structure(self.config, self.dtype)[0], params)
+        graph, leaves = _structure(self.config, self.dtype)
+        return nnx.merge(
+            graph, paths.nest({o: paths.get(params, theirs) for o, theirs, _ in leaves})
+        )
 
 
 def init_params(key: Array, model: Model) -> dict[str, Any]:
@@ -194,7 +201,8 @@ def init_params(key: Array, model: Model) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=32)
-def _structure(config: DecoderConfig, dtype: str) -> tuple[Any, Any]:
-    """The graph definition and abstract state of a model's NNX module; allocates nothing."""
-    module = module_of(config)
-    return nnx.split(nnx.eval_shape(lambda: module(config, jnp.dtype(dtype))))
+def _structure(config: DecoderConfig, dtype: str) -> tuple[Any, list[tuple[Path, Path, Any]]]:
+    """The graph of a model's NNX module, and its leaves: path in it, path in the tree, shape."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, jnp.dtype(dtype))))
+    rename = family(config).rename
+    return graph, [(p, rename(p), leaf) for p, leaf in paths.walk(nnx.to_pure_dict(state))]

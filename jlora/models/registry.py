@@ -1,56 +1,60 @@
-"""Families: which module computes a model, and how its weights lie in a safetensors file."""
+"""Families by ``model_type``, and the configuration that a ``config.json`` describes."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from jlora.models.config import DecoderConfig, GPT2Config, LlamaConfig
-from jlora.models.gpt2 import GPT2
-from jlora.models.llama import Llama
+from jlora.errors import ConfigError, did_you_mean
+from jlora.models.config import DecoderConfig
+from jlora.models.families import gpt2, llama, qwen
+from jlora.models.family import Family
+from jlora.models.keys import Keys
 
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What is the same for all models of one configuration class.
-
-    ``module`` is built as ``module(config, dtype)``. ``trunk`` is the node that transformers calls
-    the base model: checkpoints of the base model alone lack this prefix. ``embedding`` is the node
-    whose table a tied head shares. ``transposed`` says that linear weights lie [out, in] on disk
-    (torch's Linear), not [in, out] (Conv1D). Tensors whose whole name matches ``buffers`` are
-    constants that some checkpoints store.
-    """
-
-    module: Any
-    trunk: str
-    embedding: str
-    transposed: bool
-    buffers: str
-
-
-FAMILIES: dict[type[DecoderConfig], Family] = {
-    LlamaConfig: Family(
-        module=Llama,
-        trunk="model",
-        embedding="model.embed_tokens",
-        transposed=True,
-        buffers=r"(.*\.)?rotary_emb\.inv_freq",
-    ),
-    GPT2Config: Family(
-        module=GPT2,
-        trunk="transformer",
-        embedding="transformer.wte",
-        transposed=False,
-        buffers=r"(.*\.)?attn\.(masked_)?bias",
-    ),
+FAMILIES: dict[str, Family] = {
+    **llama.FAMILIES,
+    **qwen.FAMILIES,
+    **gpt2.FAMILIES,
 }
 
 
 def family(config: DecoderConfig) -> Family:
     """The family of a configuration."""
-    return FAMILIES[type(config)]
+    return FAMILIES[config.model_type]
 
 
-def module_of(config: DecoderConfig) -> Any:
-    """The NNX module class of a configuration."""
-    return family(config).module
+def parse(hf: Mapping[str, Any], *, where: str = "config.json") -> DecoderConfig:
+    """The configuration in a ``config.json``'s dict.
+
+    Raises ConfigError for an unknown ``model_type``, a missing or malformed value and every switch
+    that is not supported; ``where`` is the place that errors name.
+    """
+    model_type = hf.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        remote = " (auto_map points to code of its own, which jlora never runs)"
+        raise ConfigError(
+            f"model_type {model_type!r} is not supported{remote if 'auto_map' in hf else ''}",
+            where=f"{where}: model_type",
+            fix=did_you_mean(str(model_type), FAMILIES) or f"supported: {', '.join(FAMILIES)}",
+        )
+    keys = Keys(hf, where)
+    _check_quantized(keys)
+    keys.only("is_encoder_decoder", False)
+    keys.only("add_cross_attention", False)
+    return FAMILIES[model_type].read(keys)
+
+
+def _check_quantized(keys: Keys) -> None:
+    """ConfigError for weights that another library than bitsandbytes has quantized."""
+    how = keys.hf.get("quantization_config")
+    if how is None:
+        return
+    how = how if isinstance(how, dict) else {}
+    old = how.get("load_in_4bit") or how.get("load_in_8bit")  # from before the key below
+    method = how.get("quant_method", "bitsandbytes" if old else None)
+    if method != "bitsandbytes":
+        raise keys.fail(
+            "quantization_config",
+            f"the weights are already quantized, by {method!r}; only bitsandbytes is supported",
+            "name the model in 16 bits, and quantize it here with the section quantization",
+        )

@@ -1,0 +1,1 @@
+"""One file for each family of models, or for a few that differ little; ``registry`` lists them."""

@@ -1,0 +1,52 @@
+"""What sets a family of models apart: how its ``config.json`` reads and how its tensors are called.
+
+Modules are written with Llama's names (``transformer``). The parameter tree has the family's own
+names, those of transformers' modules; where a file has yet others, ``Family.stored`` says how.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from jlora.models.config import DecoderConfig
+from jlora.models.keys import Keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Tensors of a file that make up a leaf of one layer.
+
+    ``name`` follows the layer's number, or is whole outside layers. ``{}`` in it counts along the
+    leaf's first axis, one tensor each; the tensors are the ``part``-th of ``parts`` equal parts of
+    the axis that follows.
+    """
+
+    name: str
+    part: int = 0
+    parts: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """One ``model_type``.
+
+    ``read`` makes the configuration of a ``config.json``. ``architecture`` is the class that
+    transformers builds. ``names`` are the family's own for Llama's: of a node, or of a leaf that is
+    no weight or bias; a dotted one is several nodes, an empty one none. ``stored`` says which
+    tensors of a file hold a leaf, by the end of its dotted path in the tree. Linear weights lie
+    [out, in] in files (torch's Linear) if ``transposed``, else [in, out] (Conv1D). Tensors whose
+    whole name matches ``buffers`` are constants that some checkpoints store.
+    """
+
+    read: Callable[[Keys], DecoderConfig]
+    architecture: str
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stored: Mapping[str, tuple[Piece, ...]] = dataclasses.field(default_factory=dict)
+    transposed: bool = True
+    buffers: str = r"(.*\.)?rotary_emb\.inv_freq"
+
+    def rename(self, path: tuple[str, ...]) -> tuple[str, ...]:
+        """A path with the family's names in place of Llama's."""
+        new = (self.names.get(key, key) for key in path)
+        return tuple(part for key in new if key for part in key.split("."))
