@@ -59,7 +59,8 @@ def attend(
       backend: one of ``BACKENDS``.
     """
     check_backend(backend)
-    scale = jax.lax.stop_gradient(scale)
+    if isinstance(scale, jax.Array):
+        scale = jax.lax.stop_gradient(scale)
     if backend == "chunked":
         out, logsumexp = chunked.attend(q, k, v, segment_ids, window, scale, softcap)
         return _with_sinks(out, logsumexp, sinks)

@@ -118,8 +118,7 @@ def _scores(
     return jnp.where(mask[:, None, None], grouped, MASKED).reshape(scores.shape), slope
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(
+def _forward(
     q: Array,
     k: Array,
     v: Array,
@@ -151,12 +150,12 @@ def _attend(
     return _rows(out, chunk), _rows(logsumexp, chunk)
 
 
-def _attend_fwd(q, k, v, masks, scale, softcap, chunk):
-    out, logsumexp = _attend(q, k, v, masks, scale, softcap, chunk)
+def _forward_saving(q, k, v, masks, scale, softcap, chunk):
+    out, logsumexp = _forward(q, k, v, masks, scale, softcap, chunk)
     return (out, logsumexp), (q, k, v, masks, scale, out, logsumexp)
 
 
-def _attend_bwd(softcap, chunk, saved, gradients):
+def _backward(softcap, chunk, saved, gradients):
     q, k, v, masks, scale, out, logsumexp = saved
     d_out, d_logsumexp = gradients
     mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_logsumexp
@@ -185,4 +184,5 @@ def _attend_bwd(softcap, chunk, saved, gradients):
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_attend = jax.custom_vjp(_forward, nondiff_argnums=(5, 6))
+_attend.defvjp(_forward_saving, _backward)
