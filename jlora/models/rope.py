@@ -96,14 +96,18 @@ def rotate(
     pass as they are, and so does everything where cosines are 1 and sines 0.
     """
     cos, sin = (t[:, :, None] for t in table)
-    half = cos.shape[-1]
-    rotary, rest = jnp.split(x, [2 * half], axis=-1)
-    pairs = (*rotary.shape[:-1], half, 2) if interleaved else (*rotary.shape[:-1], 2, half)
-    axis = -1 if interleaved else -2
-    first, second = jnp.moveaxis(rotary.astype(jnp.float32).reshape(pairs), axis, 0)
-    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis)
-    turned = turned.reshape(rotary.shape).astype(x.dtype)
-    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+    end = 2 * cos.shape[-1]
+    rotary, rest = x[..., :end].astype(jnp.float32), x[..., end:]
+    if interleaved:
+        first, second = rotary[..., ::2], rotary[..., 1::2]
+    else:
+        first, second = jnp.split(rotary, 2, axis=-1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    if interleaved:
+        whole = jnp.stack(turned, axis=-1).reshape(rotary.shape)
+    else:
+        whole = jnp.concatenate(turned, axis=-1)
+    return jnp.concatenate([whole.astype(x.dtype), rest], axis=-1)
 
 
 _NEEDED = {
@@ -151,9 +155,9 @@ def parse_rope(
     share = _share(keys, rope, kind, partial)
     dim = head_dim if kind == "proportional" else int(head_dim * share)
     if dim % 2 or not dim:
-        wrong = (keys, "head_dim") if dim == head_dim else (rope, "partial_rotary_factor")
-        cause = f"{dim} of {head_dim} dimensions of a head: rotary embeddings turn pairs"
-        raise wrong[0].fail(wrong[1], cause)
+        key = "head_dim" if dim == head_dim else "partial_rotary_factor"
+        cause = f"{dim} of {head_dim} dimensions would be rotary; what turns are pairs"
+        raise keys.fail(key, cause)
     name = "rope_local_base_freq" if layer_type == "sliding_attention" else "rope_theta"
     theta = rope.number("rope_theta", keys.number(name, theta, float), float)
     if theta <= 1:
