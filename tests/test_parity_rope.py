@@ -25,7 +25,6 @@ from transformers.models import (  # noqa: E402
     llama,
     phi,
     phi3,
-    qwen2,
     stablelm,
 )
 
@@ -193,26 +192,24 @@ GEMMA3 = {
 }
 
 
+FAMILIES = {
+    "Llama": (transformers.LlamaConfig, llama.modeling_llama),
+    "Phi": (transformers.PhiConfig, phi.modeling_phi),
+    "Phi3": (transformers.Phi3Config, phi3.modeling_phi3),
+    "StableLm": (transformers.StableLmConfig, stablelm.modeling_stablelm),
+    "GPTNeoX": (transformers.GPTNeoXConfig, gpt_neox.modeling_gpt_neox),
+    "GptOss": (transformers.GptOssConfig, gpt_oss.modeling_gpt_oss),
+    "Gemma3": (transformers.Gemma3TextConfig, gemma3.modeling_gemma3),
+    "Cohere2": (transformers.Cohere2Config, cohere2.modeling_cohere2),
+}
+
+
 def pair(family, json, **more):
     """transformers' rotary module of a config, and our rope of the same."""
-    name = {"Llama": "LlamaConfig", "Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
-    module = {
-        "Llama": llama.modeling_llama,
-        "Qwen2": qwen2.modeling_qwen2,
-        "Phi": phi.modeling_phi,
-        "Phi3": phi3.modeling_phi3,
-        "StableLm": stablelm.modeling_stablelm,
-        "GPTNeoX": gpt_neox.modeling_gpt_neox,
-        "GptOss": gpt_oss.modeling_gpt_oss,
-        "Gemma3": gemma3.modeling_gemma3,
-        "Cohere2": cohere2.modeling_cohere2,
-    }[family]
-    config = getattr(transformers, name).from_dict(copy.deepcopy(json))
-    rotary = getattr(module, f"{family}RotaryEmbedding")(config)
-    head_dim = json.get("head_dim", json["hidden_size"] // json["num_attention_heads"])
-    return rotary, parse_rope(
-        Keys(json, "config.json"), head_dim, json["max_position_embeddings"], **more
-    )
+    config, module = FAMILIES[family]
+    rotary = getattr(module, f"{family}RotaryEmbedding")(config.from_dict(copy.deepcopy(json)))
+    sizes = json["head_dim"], json["max_position_embeddings"]
+    return rotary, parse_rope(Keys(json, "config.json"), *sizes, **more)
 
 
 def theirs(rotary, positions, **more):
@@ -307,14 +304,9 @@ def test_layouts(family):
     more = {"rope_parameters": {**GPT_OSS, "rope_theta": 150000.0}} if family == "GptOss" else {}
     json = shape(64, 131072, rope_theta=50000.0, **more)
     rotary, rope = pair(family, json)
-    module = {
-        "Llama": llama.modeling_llama,
-        "Cohere2": cohere2.modeling_cohere2,
-        "GptOss": gpt_oss.modeling_gpt_oss,
-    }[family]
     positions = [0, 1, 5, 30]
     q, x = heads(64)
     table = rotary(torch.zeros(1), torch.tensor([positions]))
-    expected, _ = module.apply_rotary_pos_emb(q, q, *table)
+    expected, _ = FAMILIES[family][1].apply_rotary_pos_emb(q, q, *table)
     got = rotate(x, rope.table(jnp.asarray([positions])), interleaved=family == "Cohere2")
     np.testing.assert_allclose(got, expected.transpose(1, 2).numpy(), atol=5e-6)

@@ -63,8 +63,9 @@ class Rope:
 
         Where frequencies depend on the length it is that of the token's own document, its largest
         position + 1, so that packed documents are turned as they would be alone; transformers takes
-        the largest of the batch. Without ``segment_ids`` a row is one document. Of a document in a
-        cache only the positions given here count, as in transformers.
+        the largest of the batch, and for ``dynamic`` of the batches before it. Without
+        ``segment_ids`` a row is one document. Of a document in a cache only the positions given
+        here count, as in transformers.
         """
         frequencies = np.asarray(self.frequencies, np.float32)
         if self.beyond is not None:

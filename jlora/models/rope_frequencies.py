@@ -1,9 +1,8 @@
 """Frequencies of the rope variants, as functions of numbers, in float32.
 
-They follow transformers' ``modeling_rope_utils`` in the order of its roundings too: an error of one
-unit in a frequency's last place is one in the angle's, which is a hundredth of a turn at position
-100000. Powers are taken in float64 and rounded once, which is what torch's vectorized ``pow`` gives
-but for a few last places in a hundred.
+They follow transformers' ``modeling_rope_utils`` in the order of its roundings too: an error in a
+frequency's last place is one in the angle's, a hundredth of a radian at position 100000. Powers are
+taken in float64 and rounded once, as torch's vectorized ``pow`` is, but for one place in a hundred.
 """
 
 from __future__ import annotations
