@@ -136,7 +136,8 @@ def test_tests_mirror_files():
         "benchmarks",
         "foreign_trees",
     }
-    names = {p.relative_to(PACKAGE).with_suffix("").parts for p in files()}
+    paths = (p.relative_to(PACKAGE).with_suffix("") for p in files())
+    names = {(p.parent if p.name == "__init__" else p).parts for p in paths} - {()}
     known = {"_".join(part) for part in names} | {part[-1] for part in names} | wholes
     known |= {part[0] for part in names}
     for path in (ROOT / "tests").glob("test_*.py"):

@@ -14,7 +14,6 @@ from jlora.config import QuantConfig
 from jlora.errors import ConfigError
 from jlora.models import Model, init_params
 from jlora.models.registry import parse
-from jlora.models.rope import Rope, rotate
 from jlora.quantization import quantize_params
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -173,32 +172,12 @@ def test_init_params_draws_the_configured_deviation():
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
 
-def test_rope_turns_pairs_as_complex_numbers():
-    x = np.random.default_rng(0).standard_normal((1, 5, 2, 8)).astype(np.float32)
-    positions = np.array([[0, 1, 2, 700, 9000]])
-    got = rotate(jnp.asarray(x), Rope(8, theta=1e4).table(jnp.asarray(positions)))
-    pairs = x[..., :4] + 1j * x[..., 4:]
-    angles = positions[..., None] * 1e4 ** (-np.arange(0, 8, 2) / 8)
-    turned = pairs * np.exp(1j * angles)[:, :, None]
-    np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=2e-3)
-
-
-def test_llama3_rope_keeps_high_and_divides_low_frequencies():
-    plain = Rope(64, theta=5e5).frequencies()
-    llama3 = Rope(
-        64, theta=5e5, kind="llama3", factor=8.0, original_max_position_embeddings=8192
-    ).frequencies()
-    np.testing.assert_allclose(llama3[:10], plain[:10], rtol=1e-6)
-    np.testing.assert_allclose(llama3[-5:], plain[-5:] / 8, rtol=1e-6)
-    assert np.all((llama3 <= plain * 1.000001) & (llama3 >= plain / 8.000001))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "llamma"}, r"model_type: model_type 'llamma'[\s\S]*'llama'"),
         ({"model_type": "custom", "auto_map": {"AutoModel": "x.M"}}, "never runs"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, r"rope_scaling: rope_type: 'yarn'"),
+        ({"rope_scaling": {"rope_type": "mrope"}}, r"rope_scaling: rope_type: 'mrope'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters: linear needs factor"),
         (
             {"rope_parameters": {**LLAMA3_ROPE, "partial_rotary_factor": 0.5}},

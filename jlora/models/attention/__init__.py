@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jlora.errors import ConfigError, did_you_mean
+from jlora.models.attention import chunked, reference
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "chunked")
 """Values of ``model.attention``; ``auto`` picks a backend (here always the reference)."""
-
-MASKED = -1e30
-"""Stands for minus infinity: a row that sees nothing becomes uniform instead of NaN."""
 
 
 def check_backend(name: str) -> str:
@@ -43,6 +41,8 @@ def attend(
     scale: float | Float[Array, ""],
     segment_ids: Int[Array, "B T"] | None = None,
     window: int | Int[Array, ""] | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     backend: str = "auto",
 ) -> Float[Array, "B T heads dim"]:
     """Causal self-attention within documents, over a whole row.
@@ -51,17 +51,24 @@ def attend(
       q: queries.
       k: keys.
       v: values.
-      scale: the factor on query-key products.
+      scale: the factor on query-key products; a constant, without a gradient.
       segment_ids: the document of each token, 0 for padding; None is one document a row.
       window: how many tokens back a token sees, itself included; None is all.
+      softcap: bounds the scaled products: ``softcap * tanh(. / softcap)``; None is no bound.
+      sinks: one more score a head, in the softmax's denominator only.
       backend: one of ``BACKENDS``.
     """
     check_backend(backend)
+    if isinstance(scale, jax.Array):
+        scale = jax.lax.stop_gradient(scale)
+    if backend == "chunked":
+        out, logsumexp = chunked.attend(q, k, v, segment_ids, window, scale, softcap)
+        return _with_sinks(out, logsumexp, sinks)
     index = jnp.arange(q.shape[1])[None]
-    mask = _causal(index, index, window)
+    mask = reference.seen(index, index, window)
     if segment_ids is not None:
         mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return _reference(q, k, v, mask, scale)
+    return _with_sinks(*reference.attend(q, k, v, mask, scale, softcap), sinks)
 
 
 def attend_cached(
@@ -72,32 +79,24 @@ def attend_cached(
     slots: Int[Array, "B T"],
     scale: float | Float[Array, ""],
     window: int | Int[Array, ""] | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "B T heads dim"]:
     """Attention of tokens in cache slots ``slots`` over a cache that holds them and what precedes.
 
     Slots of a row are filled in order, so that a slot after the query's own is not yet filled.
     """
-    mask = _causal(slots, jnp.arange(k.shape[1])[None], window)
-    return _reference(q, k, v, mask, scale)
+    mask = reference.seen(slots, jnp.arange(k.shape[1])[None], window)
+    return _with_sinks(*reference.attend(q, k, v, mask, scale, softcap), sinks)
 
 
-def _causal(
-    query: Int[Array, "B T"], key: Int[Array, "b S"], window: int | Array | None
-) -> Bool[Array, "B T S"]:
-    distance = query[:, :, None] - key[:, None, :]
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-
-
-def _reference(q: Array, k: Array, v: Array, mask: Array, scale: float | Array) -> Array:
-    """Two products and a masked softmax, in float32; memory grows with T * S.
-
-    ``jax.nn.dot_product_attention`` computes the same, four times slower on CPU.
-    """
-    B, T, heads, dim = q.shape
-    grouped = q.reshape(B, T, k.shape[2], heads // k.shape[2], dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    # Of the shape (B, T, S) before it meets the heads: all layers share it, and keep no more.
-    bias = jnp.where(mask, 0.0, MASKED)
-    weights = jax.nn.softmax(scores * scale + bias[:, None, None], axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgts,bskd->btkgd", weights, v, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype).reshape(B, T, heads, dim)
+def _with_sinks(
+    out: Float[Array, "B T heads dim"],
+    logsumexp: Float[Array, "B T heads"],
+    sinks: Float[Array, " heads"] | None,
+) -> Float[Array, "B T heads dim"]:
+    """The results of a softmax whose denominator has ``exp(sink)`` in it besides."""
+    if sinks is None:
+        return out
+    share = jax.nn.sigmoid(logsumexp - sinks.astype(jnp.float32))
+    return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)
