@@ -2,7 +2,7 @@
 
 Parameters that transformers keeps as bare tensors have its names and its layout here too::
 
-    gate.weight (E, D)     experts.gate_up_proj (E, 2 · inner, D)     experts.down_proj (E, D, inner)
+    gate.weight (E, D)   experts.gate_up_proj (E, 2 · inner, D)   experts.down_proj (E, D, inner)
 """
 
 from __future__ import annotations
