@@ -1,5 +1,7 @@
 """Models against transformers' eager float32 ones, and its reading of the folders we write."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +58,16 @@ def test_logits_are_those_of_transformers(pair, name):
     model, params, theirs = pair(name)
     ids = tokens(model, 2, LENGTH)
     assert_close(run(model, params, ids), logits(theirs, ids))
+
+
+@EVERY
+def test_folders_that_transformers_saved_hold_the_same_parameters(pair, name, tmp_path):
+    model, params, theirs = pair(name)
+    theirs.save_pretrained(tmp_path)
+    again, read = load_pretrained(tmp_path, dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    ours, saved = (dataclasses.replace(m.config, hf_json="") for m in (model, again))
+    assert ours == saved
 
 
 @EVERY

@@ -31,6 +31,26 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 QWEN = {**LLAMA, "bos_token_id": None, "sliding_window": 5, "use_sliding_window": True}
+GEMMA = {
+    **LLAMA,
+    "head_dim": 16,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 5,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+OPT = {
+    "model_type": "opt",
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "word_embed_proj_dim": 32,
+    "pad_token_id": 1,
+}
 CONFIGS = {
     "llama": LLAMA,
     "llama-rope": {**LLAMA, "rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True},
@@ -56,13 +76,110 @@ CONFIGS = {
         "eos_token_id": 0,
         "scale_attn_by_inverse_layer_idx": True,
     },
+    "gemma": {**GEMMA, "model_type": "gemma", "hidden_act": "gelu"},
+    "gemma2": {
+        **GEMMA,
+        "model_type": "gemma2",
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3": {
+        **GEMMA,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 3,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 24,
+        "rope_local_base_freq": 100.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "phi": {
+        **LLAMA,
+        "model_type": "phi",
+        "hidden_act": "gelu_new",
+        "partial_rotary_factor": 0.5,
+        "qk_layernorm": True,
+    },
+    "phi3": {**LLAMA, "model_type": "phi3", "sliding_window": 5, "pad_token_id": 0},
+    "phi3-long": {
+        **LLAMA,
+        "model_type": "phi3",
+        "pad_token_id": 0,
+        "original_max_position_embeddings": 12,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.5],
+            "long_factor": [1.0, 2.0, 4.0, 8.0],
+        },
+    },
+    "gpt_neox": {
+        **LLAMA,
+        "model_type": "gpt_neox",
+        "hidden_act": "gelu",
+        "rotary_pct": 0.5,
+        "rotary_emb_base": 100.0,
+    },
+    "gpt_neox-in-turn": {
+        **LLAMA,
+        "model_type": "gpt_neox",
+        "hidden_act": "gelu",
+        "use_parallel_residual": False,
+        "attention_bias": False,
+    },
+    "opt": OPT,
+    "opt-350m": {
+        **OPT,
+        "do_layer_norm_before": False,
+        "word_embed_proj_dim": 16,
+        "enable_bias": False,
+    },
+    "starcoder2": {
+        **LLAMA,
+        "model_type": "starcoder2",
+        "hidden_act": "gelu_pytorch_tanh",
+        "sliding_window": 5,
+    },
+    "olmo2": {**LLAMA, "model_type": "olmo2", "pad_token_id": 0},
+    "smollm3": {
+        **LLAMA,
+        "model_type": "smollm3",
+        "no_rope_layer_interval": 2,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "pad_token_id": 0,
+    },
+    "stablelm": {**LLAMA, "model_type": "stablelm", "use_qkv_bias": True},
+    "stablelm-parallel": {
+        **LLAMA,
+        "model_type": "stablelm",
+        "use_parallel_residual": True,
+        "qk_layernorm": True,
+        "partial_rotary_factor": 0.5,
+    },
+    "granite": {
+        **LLAMA,
+        "model_type": "granite",
+        "attention_multiplier": 0.5,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 0.25,
+    },
+    "cohere2": {
+        **LLAMA,
+        "model_type": "cohere2",
+        "num_hidden_layers": 3,
+        "sliding_window": 5,
+        "sliding_window_pattern": 3,
+        "logit_scale": 0.5,
+        "pad_token_id": 0,
+    },
 }
 
 
 @functools.cache
 def build(name: str, dtype: str = "float32", **options):
     """A model and random parameters whose norms and biases differ from their initial values."""
-    model = Model.from_config({**CONFIGS[name], "initializer_range": 0.15}, dtype)
+    model = Model.from_config({"initializer_range": 0.15, "init_std": 0.15, **CONFIGS[name]}, dtype)
     model = dataclasses.replace(model, **options)
     params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), model)
     rng = np.random.default_rng(1)

@@ -37,7 +37,12 @@ GPT2 = transformers.GPT2Config(
     vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=32, initializer_range=0.06,
     bos_token_id=0, eos_token_id=0,
 )  # fmt: skip
-BASES = {"llama": LLAMA, "gpt2": GPT2}
+GEMMA2 = transformers.Gemma2Config(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32, sliding_window=5,
+    attn_logit_softcapping=2.0, final_logit_softcapping=3.0, initializer_range=0.1,
+)  # fmt: skip
+BASES = {"llama": LLAMA, "gpt2": GPT2, "gemma2": GEMMA2}
 FAST = {"xla_backend_optimization_level": 0}
 """Compiles in half the time; each program runs once."""
 
@@ -107,6 +112,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "fan_in_fan_out said of Linear": ("llama", {"fan_in_fan_out": True}),
     "gpt2's default targets": ("gpt2", {}),
+    "gemma2, all-linear": ("gemma2", {"target_modules": "all-linear", "r": 3}),
     "gpt2, all-linear": ("gpt2", {"target_modules": "all-linear", "r": 3}),
     "gpt2, fan_in_fan_out": (
         "gpt2",

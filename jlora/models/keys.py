@@ -13,8 +13,9 @@ from jlora.errors import ConfigError, did_you_mean
 class Keys:
     """The keys of one ``config.json``, read from ``where``.
 
-    ``names`` are a family's own names of keys that others call differently; ``defaults`` are the
-    values of keys that are absent or, where that means nothing else, null.
+    ``names`` are a family's own names of keys that others call differently, empty for those that
+    it does not read; ``defaults`` are the values of keys that are absent or, where that means
+    nothing else, null.
     """
 
     def __init__(
@@ -33,11 +34,14 @@ class Keys:
 
     def name(self, key: str) -> str:
         """What the file calls ``key``."""
-        return self.names.get(key, key)
+        return self.names.get(key, key) or key
+
+    def _given(self, key: str, default: Any = None) -> Any:
+        return self.hf.get(self.names.get(key, key), default)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value; a key that is absent has the family's default, else ``default``."""
-        return self.hf.get(self.name(key), self.defaults.get(key, default))
+        return self._given(key, self.defaults.get(key, default))
 
     def fail(self, key: str, cause: str, fix: str | None = None) -> ConfigError:
         """The error for ``key``, to be raised."""
@@ -54,7 +58,7 @@ class Keys:
 
     def number(self, key: str, default: Any = None, kind: type = int) -> Any:
         """A positive number; where the key is absent or null, the family's default or this one."""
-        value = self.hf.get(self.name(key))
+        value = self._given(key)
         value = self.defaults.get(key, default) if value is None else value
         if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
             raise self.fail(key, f"must be {kind.__name__}, not {value!r}")
@@ -68,15 +72,15 @@ class Keys:
 
     def flag(self, key: str, default: bool = False) -> bool:
         """True or false."""
-        value = self.hf.get(self.name(key))
+        value = self._given(key)
         value = self.defaults.get(key, default) if value is None else value
         if not isinstance(value, bool):
             raise self.fail(key, f"must be true or false, not {value!r}")
         return value
 
-    def choice(self, key: str, options: Iterable[str]) -> str:
+    def choice(self, key: str, options: Iterable[str], default: str | None = None) -> str:
         """One of ``options``."""
-        value = self.get(key)
+        value = self.get(key, default)
         if not isinstance(value, str) or value not in options:
             raise self.fail(key, f"{value!r} is not supported", did_you_mean(str(value), options))
         return value

@@ -7,14 +7,38 @@ from typing import Any
 
 from jlora.errors import ConfigError, did_you_mean
 from jlora.models.config import DecoderConfig
-from jlora.models.families import gpt2, llama, qwen
+from jlora.models.families import (
+    cohere2,
+    gemma,
+    gpt2,
+    gpt_neox,
+    granite,
+    llama,
+    olmo2,
+    opt,
+    phi,
+    qwen,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from jlora.models.family import Family
 from jlora.models.keys import Keys
 
 FAMILIES: dict[str, Family] = {
     **llama.FAMILIES,
     **qwen.FAMILIES,
+    **gemma.FAMILIES,
+    **phi.FAMILIES,
     **gpt2.FAMILIES,
+    **gpt_neox.FAMILIES,
+    **opt.FAMILIES,
+    **starcoder2.FAMILIES,
+    **olmo2.FAMILIES,
+    **smollm3.FAMILIES,
+    **stablelm.FAMILIES,
+    **granite.FAMILIES,
+    **cohere2.FAMILIES,
 }
 
 

@@ -150,7 +150,7 @@ def parse_rope(
     Raises ConfigError for kinds that are not supported, and for malformed settings.
     """
     rope = _settings(keys, layer_type)
-    kind = rope.choice("rope_type", rope.hf.get("type", "default"), _NEEDED)
+    kind = rope.choice("rope_type", _NEEDED, rope.hf.get("type", "default"))
     if missing := [key for key in _NEEDED[kind] if key not in rope.hf]:
         raise ConfigError(f"{kind} needs {', '.join(missing)}", where=rope.where)
     share = _share(keys, rope, kind, partial)

@@ -7,6 +7,8 @@ from jlora.models.family import Family
 from jlora.models.keys import Keys
 
 KEYS = {
+    "num_key_value_heads": "",
+    "head_dim": "",
     "hidden_size": "n_embd",
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",

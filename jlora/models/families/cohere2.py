@@ -1,0 +1,53 @@
+"""cohere2 (arXiv 2504.00698): parallel branches behind a LayerNorm without bias.
+
+Layers that see a window rotate neighbouring features; those that see all know no positions.
+"""
+
+from __future__ import annotations
+
+from jlora.models.config import DecoderConfig, is_sliding, read
+from jlora.models.family import Family
+from jlora.models.keys import Keys
+from jlora.models.rope import parse_rope
+
+COHERE2 = {
+    "vocab_size": 256000,
+    "hidden_size": 8192,
+    "intermediate_size": 22528,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 8192,
+    "norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "sliding_window": 4096,
+    "bos_token_id": 5,
+    "eos_token_id": 255001,
+}
+
+
+def _cohere2(keys: Keys) -> DecoderConfig:
+    keys = keys.of(names={"norm_eps": "layer_norm_eps", "head_dim": ""}, **COHERE2)
+    period, bias = keys.number("sliding_window_pattern", 4), keys.flag("attention_bias")
+    slides = is_sliding(keys, lambda i: (i + 1) % period != 0)
+    window = keys.number("sliding_window") if any(slides) else None
+
+    def rope(keys: Keys, head_dim: int, positions: int) -> list:
+        own = parse_rope(keys, head_dim, positions)
+        return [own if each else None for each in slides]
+
+    return read(
+        keys,
+        rope=rope,
+        interleaved_rope=True,
+        windows=[window if each else None for each in slides],
+        norm="layer_no_bias",
+        norms=("before_attention",),
+        parallel=True,
+        qkv_bias=bias,
+        out_bias=bias,
+        logit_scale=keys.number("logit_scale", 0.0625, float),
+    )
+
+
+FAMILIES = {"cohere2": Family(read=_cohere2, architecture="Cohere2ForCausalLM")}
