@@ -41,7 +41,7 @@ BATCH = ("data", "fsdp")
 Packed = NF4Array | Int8Array
 
 MODULES = (
-    (r"o_proj|down_proj|c_proj|out_proj|fc2|wo", ("tensor", "fsdp")),
+    (r"o_proj|down_proj|c_proj|out_proj|dense|dense_4h_to_h|fc2|wo", ("tensor", "fsdp")),
     (r"[Ee]mbed.*|wte|wpe", ("tensor", "fsdp")),
     (r".*", ("fsdp", "tensor")),
 )

@@ -11,8 +11,13 @@ from jlora import paths
 from jlora.config import LoraConfig
 from jlora.errors import ConfigError, nearest
 
-DEFAULT_TARGETS: tuple[tuple[str, ...], ...] = (("q_proj", "v_proj"), ("c_attn",))
-"""PEFT's defaults, in order: Llama-like models, GPT-2."""
+DEFAULT_TARGETS: tuple[tuple[set[str], tuple[str, ...]], ...] = (
+    ({"q_proj", "v_proj", "dense"}, ("q_proj", "v_proj", "fc1", "fc2")),  # Phi
+    ({"q_proj", "v_proj"}, ("q_proj", "v_proj")),
+    ({"c_attn"}, ("c_attn",)),
+    ({"query_key_value"}, ("query_key_value",)),
+)
+"""Linear layers that tell an architecture, in order, and PEFT's default targets there."""
 
 
 class Target(NamedTuple):
@@ -152,8 +157,8 @@ def _resolve(config: LoraConfig, candidates: Sequence[Target]) -> LoraConfig:
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         return dataclasses.replace(config, target_modules=tuple(sorted(linear)))
     if wanted is None:
-        for names in DEFAULT_TARGETS:
-            if set(names) <= linear:
+        for marks, names in DEFAULT_TARGETS:
+            if marks <= linear:
                 return dataclasses.replace(config, target_modules=names)
         raise ConfigError(
             "there is no default for this architecture",

@@ -1,5 +1,6 @@
 """Models against transformers' eager float32 ones, and its reading of the folders we write."""
 
+import copy
 import dataclasses
 
 import jax
@@ -7,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import CONFIGS, LENGTH, build, run, tokens
+from tiny_peers import PEERS_TALK, peft, torch, transformers
 
+import jlora
 from jlora.models import load_pretrained, save_pretrained
+from jlora.targets import find_targets
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = [pytest.mark.usefixtures("quick"), *PEERS_TALK]
 EVERY = pytest.mark.parametrize("name", CONFIGS)
 
 
@@ -58,6 +60,19 @@ def test_logits_are_those_of_transformers(pair, name):
     model, params, theirs = pair(name)
     ids = tokens(model, 2, LENGTH)
     assert_close(run(model, params, ids), logits(theirs, ids))
+
+
+@EVERY
+def test_adapted_modules_are_those_of_peft(pair, name):
+    model, params, theirs = pair(name)
+    kind = model.config.model_type
+    default = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+    for wanted in ("all-linear", *([None] if default else [])):
+        config = peft.LoraConfig(target_modules=wanted, task_type="CAUSAL_LM")
+        adapted = peft.get_peft_model(copy.deepcopy(theirs), config)
+        _, targets = find_targets(params, jlora.LoraConfig(target_modules=wanted))
+        names = [name for target in targets for name in target.names]
+        assert sorted(names) == sorted(adapted.targeted_module_names)
 
 
 @EVERY

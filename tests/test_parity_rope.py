@@ -103,10 +103,16 @@ LLAMA = {
     "yarn, attention_factor": shape(
         64, 131072, rope_scaling={**QWEN_YARN, "attention_factor": 0.8, "beta_fast": 16}
     ),
-    "yarn, one pair between": shape(
-        8, 256, rope_scaling={**QWEN_YARN, "original_max_position_embeddings": 8, "beta_fast": 1}
+    "yarn, a ramp of no pairs": shape(
+        8, 256, rope_scaling={**QWEN_YARN, "original_max_position_embeddings": 6, "beta_fast": 1}
+    ),
+    "yarn, a ramp beyond the last pair": shape(
+        64, 131072, rope_theta=1000.0, rope_scaling=QWEN_YARN
     ),
     "DeepSeek's mscale": shape(64, 163840, rope_scaling=DEEPSEEK),
+    "yarn, whole pairs or not": shape(
+        64, 131072, rope_parameters={**GPT_OSS, "rope_theta": 150000.0, "beta_slow": 2.5}
+    ),
     "mscale alone": shape(64, 163840, rope_scaling={**DEEPSEEK, "mscale_all_dim": 0}),
     "proportional": shape(
         64,
@@ -133,19 +139,23 @@ PHI3 = {
         partial_rotary_factor=0.75,
         rope_scaling={"type": "longrope", **PHI3_LONG},
     ),
-    "su, original at both places": shape(
+    "su, both originals, attention_factor": shape(
         96,
         131072,
         original_max_position_embeddings=64,
-        rope_scaling={"type": "su", "original_max_position_embeddings": 9, **PHI3_LONG},
+        rope_scaling={
+            "type": "su",
+            "attention_factor": 1.3,
+            "original_max_position_embeddings": 9,
+            **PHI3_LONG,
+        },
     ),
-    "longrope with its factors": shape(
+    "longrope with its factor": shape(
         96,
         131072,
         original_max_position_embeddings=1024,
         rope_parameters={
             "rope_type": "longrope",
-            "attention_factor": 1.3,
             "factor": 7.0,
             "rope_theta": 2e4,
             **PHI3_LONG,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -62,7 +62,7 @@ class Keys:
         value = self.defaults.get(key, default) if value is None else value
         if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
             raise self.fail(key, f"must be {kind.__name__}, not {value!r}")
-        if not 0 < value < math.inf:
+        if not 0 < value <= sys.float_info.max:
             raise self.fail(key, f"must be positive, not {value!r}")
         return kind(value)
 
