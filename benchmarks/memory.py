@@ -71,8 +71,8 @@ class Row:
         return f"{'QLoRA' if self.quantized else 'LoRA'} r {self.r}, {self.optim}"
 
 
-def compile_step(hf: dict, row: Row, batch: int, length: int, device: Any) -> Any:
-    """The compiled train step of one device, from shapes alone, and bytes of what it is given."""
+def lower_step(hf: dict, row: Row, batch: int, length: int, device: Any) -> Any:
+    """A function that lowers the train step of one device, and bytes of what the step is given."""
     import jax
     import jax.numpy as jnp
 
@@ -84,7 +84,6 @@ def compile_step(hf: dict, row: Row, batch: int, length: int, device: Any) -> An
     from jlora.optim import make_optimizer
     from jlora.state import init_state
     from jlora.step import make_train_step
-    from jlora.train import typed
 
     model = Model.from_config(hf, "bfloat16", gradient_checkpointing=True)
     lora = jlora.LoraConfig(r=row.r, lora_dropout=0.05, target_modules="all-linear")
@@ -104,7 +103,7 @@ def compile_step(hf: dict, row: Row, batch: int, length: int, device: Any) -> An
         functools.partial(jlora.init_adapter, config=lora), jax.random.key(1), frozen
     )
     optimizer = make_optimizer(TrainConfig(output_dir="unused", optim=row.optim), 1000, adapter)
-    state = typed(functools.partial(init_state, optimizer=optimizer), adapter)
+    state = sharding.typed(functools.partial(init_state, optimizer=optimizer), adapter)
     tokens = jax.ShapeDtypeStruct((1, batch, length), jnp.int32)
     rows = dict.fromkeys(("input_ids", "labels", "positions", "segment_ids"), tokens)
     places = sharding.shardings(state, mesh)
@@ -115,9 +114,12 @@ def compile_step(hf: dict, row: Row, batch: int, length: int, device: Any) -> An
         placed(rows, dict.fromkeys(rows, sharding.batch_sharding(mesh))),
     )
     sizes = {"base": frozen, "adapter": state.trainable, "optimizer": state.opt_state}
-    with jax.set_mesh(mesh):
-        compiled = step.lower(*given).compile()
-    return compiled, {k: n_bytes(v) for k, v in sizes.items()}
+
+    def lower() -> Any:
+        with jax.set_mesh(mesh):
+            return step.lower(*given)
+
+    return lower, {k: n_bytes(v) for k, v in sizes.items()}
 
 
 def n_bytes(tree: Any) -> int:
@@ -131,7 +133,8 @@ def measure(hf: dict, row: Row, batch: int, length: int, device: Any) -> dict[st
     """Bytes of the compiled step, in all and by part; or why it cannot be compiled."""
     start = time.perf_counter()
     try:
-        compiled, parts = compile_step(hf, row, batch, length, device)
+        lower, parts = lower_step(hf, row, batch, length, device)
+        compiled = lower().compile()
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
