@@ -1,6 +1,6 @@
-"""``dot(x, w)`` and ``embed(ids, w)``: the one seam between models and their weights.
+"""``dot``, ``grouped_dot`` and ``embed``: the one seam between models and their weights.
 
-A model is written in terms of these two functions and never asks what a weight is. A weight may be
+A model is written in terms of these functions and never asks what a weight is. A weight may be
 
 - an array (in, out);
 - a packed array (``NF4Array``, ``Int8Array``), dequantized on the way into the product and again
@@ -50,6 +50,21 @@ def dot(x: Float[Array, "*batch in"], w: Weight, dtype: Any = None) -> Float[Arr
     if is_packed(w):
         return _packed(x, w, jnp.dtype(x.dtype if dtype is None else dtype))
     return _dense(x, w, jnp.dtype(x.dtype if dtype is None else dtype))
+
+
+def grouped_dot(
+    x: Float[Array, "rows in"], w: Weight, sizes: Int[Array, " groups"]
+) -> Float[Array, "rows out"]:
+    """Rows times the matrix of their group, with float32 accumulation, in ``x.dtype``.
+
+    Args:
+      x: the first ``sizes[0]`` rows are of group 0, the next ``sizes[1]`` of group 1, and so on.
+      w: an array (groups, in, out) or a packed one.
+      sizes: how many rows each group has, as many as ``x`` in all.
+
+    Differentiable in ``x`` and in a dense ``w``; a packed array is a constant.
+    """
+    return _grouped_packed(x, w, sizes) if is_packed(w) else _grouped(x, w, sizes)
 
 
 def embed(ids: Int[Array, "*batch"], w: Weight) -> Float[Array, "*batch dim"]:
@@ -108,14 +123,18 @@ def _dense(x: Array, w: Array, dtype: Any) -> Array:
 
 
 def _dense_fwd(x, w, dtype):
-    # Only what a wanted gradient needs is saved: a frozen weight asks for no activations. The
-    # rest is a scalar of the same dtype, not None: JAX keeps the number of saved arrays from one
-    # differentiation of a traced program to the next, whose wanted gradients may be others.
-    def keep(value: Array, needed: bool) -> Array:
-        return value if needed else jnp.zeros((), value.dtype)
-
-    saved = keep(x.value, w.perturbed), keep(w.value, x.perturbed)
+    saved = _kept(x.value, w.perturbed), _kept(w.value, x.perturbed)
     return _product(x.value, w.value, 0, dtype), saved
+
+
+def _kept(value: Array, needed: bool) -> Array:
+    """What is saved of a value: itself only where a wanted gradient needs it.
+
+    A frozen weight asks for no activations. The rest is a scalar of the same dtype, not None: JAX
+    keeps the number of saved arrays from one differentiation of a traced program to the next, whose
+    wanted gradients may be others.
+    """
+    return value if needed else jnp.zeros((), value.dtype)
 
 
 def _dense_bwd(_, saved, g):
@@ -181,3 +200,66 @@ def _packed_bwd(_, saved, g):
 
 
 _packed.defvjp(_packed_fwd, _packed_bwd)
+
+
+def _grouped_product(x: Array, w: Array, sizes: Array, w_axis: int) -> Array:
+    """Contracts the last axis of ``x`` with ``w_axis`` of each row's own matrix in ``w``."""
+    return _ragged(x, w.astype(x.dtype), sizes, (1, w_axis), groups=[0]).astype(x.dtype)
+
+
+def _ragged(x: Array, y: Array, sizes: Array, axes: tuple[int, int], groups: list[int]) -> Array:
+    """Contracts ``axes`` of ``x``, whose rows are of groups, and of ``y``, in float32.
+
+    ``groups`` is the axis of ``y`` that counts groups; without one the rows of ``y`` are of groups
+    too, and so is the result.
+    """
+    return jax.lax.ragged_dot_general(
+        x,
+        y,
+        sizes,
+        ragged_dot_dimension_numbers=jax.lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=(((axes[0],), (axes[1],)), ((), ())),
+            lhs_ragged_dimensions=[0],
+            rhs_group_dimensions=groups,
+        ),
+        preferred_element_type=jnp.float32,
+    )
+
+
+@jax.custom_vjp
+def _grouped(x: Array, w: Array, sizes: Array) -> Array:
+    return _grouped_product(x, w, sizes, 1)
+
+
+def _grouped_fwd(x, w, sizes):
+    saved = _kept(x.value, w.perturbed), _kept(w.value, x.perturbed), sizes.value
+    return _grouped_product(x.value, w.value, sizes.value, 1), saved
+
+
+def _grouped_bwd(saved, g):
+    x, w, sizes = saved
+    if isinstance(g, SymbolicZero):
+        return None, None, None
+    dx = _grouped_product(g, w, sizes, 2) if w.ndim else None
+    dw = _ragged(x, g, sizes, (0, 0), groups=[]).astype(w.dtype) if x.ndim else None
+    return dx, dw, None
+
+
+_grouped.defvjp(_grouped_fwd, _grouped_bwd, symbolic_zeros=True)
+
+
+@jax.custom_vjp
+def _grouped_packed(x: Array, w: Any, sizes: Array) -> Array:
+    return _grouped_product(x, _dequantize_after(x, w), sizes, 1)
+
+
+def _grouped_packed_fwd(x, w, sizes):
+    return _grouped_packed(x, w, sizes), (w, sizes)
+
+
+def _grouped_packed_bwd(saved, g):
+    w, sizes = saved
+    return _grouped_product(g, _dequantize_after(g, w), sizes, 2), None, None
+
+
+_grouped_packed.defvjp(_grouped_packed_fwd, _grouped_packed_bwd)

@@ -51,6 +51,7 @@ OPT = {
     "word_embed_proj_dim": 32,
     "pad_token_id": 1,
 }
+QWEN_MOE = {**QWEN, "moe_intermediate_size": 20, "num_experts": 5, "num_experts_per_tok": 3}
 CONFIGS = {
     "llama": LLAMA,
     "llama-rope": {**LLAMA, "rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True},
@@ -173,6 +174,38 @@ CONFIGS = {
         "logit_scale": 0.5,
         "pad_token_id": 0,
     },
+    "mixtral": {
+        **LLAMA,
+        "model_type": "mixtral",
+        "sliding_window": 5,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "qwen2_moe": {**QWEN_MOE, "model_type": "qwen2_moe", "shared_expert_intermediate_size": 24},
+    "qwen3_moe": {
+        **QWEN_MOE,
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "norm_topk_prob": True,
+        "attention_bias": True,
+    },
+    "gpt_oss": {
+        **LLAMA,
+        "model_type": "gpt_oss",
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "sliding_window": 5,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "swiglu_limit": 1.0,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 4.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+    },
 }
 
 
@@ -185,7 +218,7 @@ def build(name: str, dtype: str = "float32", **options):
     rng = np.random.default_rng(1)
 
     def stir(path, leaf):
-        if path[-1] in ("scale", "bias"):
+        if path[-1] in ("scale", "sinks") or path[-1].endswith("bias"):
             return leaf + jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
         return leaf
 

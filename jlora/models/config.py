@@ -15,7 +15,6 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from jlora.models.experts import Experts
 from jlora.models.keys import Keys
 from jlora.models.rope import Rope, parse_rope
 
@@ -30,6 +29,21 @@ ACTIVATIONS = (
     "quick_gelu",
 )
 """Values of ``hidden_act`` / ``activation_function`` that ``layers.activation`` knows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """A sparse mixture of experts and how it routes."""
+
+    number: int
+    per_token: int
+    intermediate_size: int
+    normalized: bool
+    """The weights of a token's experts sum to 1; else they are shares among all experts."""
+    shared_size: int | None = None
+    """The inner width of an expert that all tokens go through, its result gated."""
+    clamped_swiglu: tuple[float, float] | None = None
+    """gpt-oss's experts: alpha and the limit of their activation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +123,15 @@ class DecoderConfig:
         return json.loads(self.hf_json)
 
     @property
+    def quant_method(self) -> str | None:
+        """Who packed the folder's weights (``quantization_config``), if they are packed."""
+        how = self.hf.get("quantization_config")
+        return None if how is None else how.get("quant_method", "bitsandbytes")
+
+    @property
     def prequantized(self) -> bool:
-        """Whether the folder's weights are packed (``quantization_config``)."""
-        return self.hf.get("quantization_config") is not None
+        """Whether the folder's weights are packed and stay so; MXFP4 is read dense."""
+        return self.quant_method not in (None, "mxfp4")
 
     @property
     def position_limit(self) -> int | None:

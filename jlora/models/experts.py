@@ -3,17 +3,152 @@
 Parameters that transformers keeps as bare tensors have its names and its layout here too::
 
     gate.weight (E, D)   experts.gate_up_proj (E, 2 · inner, D)   experts.down_proj (E, D, inner)
+
+Copies of the tokens, one for each of a token's experts, are sorted by expert, so that every expert
+multiplies a run of rows: no expert computes what it was not asked for.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jlora.dot import dot, grouped_dot
+from jlora.models.config import DecoderConfig, Experts
+from jlora.models.layers import Linear, activation
 
 
-@dataclasses.dataclass(frozen=True)
-class Experts:
-    """The sizes of a mixture and how it routes."""
+class Router(nnx.Module):
+    """Which experts a token goes to, and with what weights; float32 whatever ``x`` is in."""
 
-    number: int
-    per_token: int
-    intermediate_size: int
+    def __init__(self, width: int, experts: Experts, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.zeros((experts.number, width), dtype))
+        bias = jnp.zeros((experts.number,), dtype)
+        self.bias = nnx.Param(bias) if experts.clamped_swiglu else None
+        self.per_token, self.normalized = experts.per_token, experts.normalized
+
+    def __call__(
+        self, x: Float[Array, "tokens D"]
+    ) -> tuple[Float[Array, "tokens k"], Int[Array, "tokens k"]]:
+        """Weights and numbers of each token's experts, the best ones first.
+
+        A weight is the expert's share in the softmax over all, or over the chosen where
+        ``normalized``: the same as shares over all, divided by their sum over the chosen.
+        """
+        logits = dot(x, self.weight.get_value().mT, jnp.float32)
+        if self.bias is not None:
+            logits = logits + self.bias.get_value().astype(jnp.float32)
+        best, chosen = jax.lax.top_k(logits, self.per_token)
+        among = best if self.normalized else logits
+        return jnp.exp(best - jax.nn.logsumexp(among, axis=-1, keepdims=True)), chosen
+
+
+class GatedExperts(nnx.Module):
+    """``down(act(gate) * up)`` for each expert; gate lies before up in one matrix."""
+
+    def __init__(self, c: DecoderConfig, experts: Experts, dtype: jnp.dtype):
+        number, width, inner = experts.number, c.hidden_size, experts.intermediate_size
+        self.gate_up_proj = nnx.Param(jnp.zeros((number, 2 * inner, width), dtype))
+        self.down_proj = nnx.Param(jnp.zeros((number, width, inner), dtype))
+        self.act = c.hidden_act
+
+    def __call__(
+        self, x: Float[Array, "rows D"], sizes: Int[Array, " experts"]
+    ) -> Float[Array, "rows D"]:
+        """Each row through its expert; rows are sorted by expert, ``sizes`` rows to each."""
+        gate_up = grouped_dot(x, self.gate_up_proj.get_value().mT, sizes)
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        inner = activation(self.act)(gate) * up
+        return grouped_dot(inner, self.down_proj.get_value().mT, sizes)
+
+
+class ClampedExperts(nnx.Module):
+    """gpt-oss's: ``down((up + 1) * gate * sigmoid(alpha * gate))``, gate and up clamped before.
+
+    Matrices lie [in, out], with biases; gate and up alternate::
+
+        gate_up_proj (E, D, 2 · inner)   down_proj (E, inner, D)   …_bias (E, out)
+    """
+
+    def __init__(self, c: DecoderConfig, experts: Experts, dtype: jnp.dtype):
+        number, width, inner = experts.number, c.hidden_size, experts.intermediate_size
+        self.gate_up_proj = nnx.Param(jnp.zeros((number, width, 2 * inner), dtype))
+        self.gate_up_proj_bias = nnx.Param(jnp.zeros((number, 2 * inner), dtype))
+        self.down_proj = nnx.Param(jnp.zeros((number, inner, width), dtype))
+        self.down_proj_bias = nnx.Param(jnp.zeros((number, width), dtype))
+        self.alpha, self.limit = experts.clamped_swiglu or (1.0, jnp.inf)
+
+    def __call__(
+        self, x: Float[Array, "rows D"], sizes: Int[Array, " experts"]
+    ) -> Float[Array, "rows D"]:
+        """Each row through its expert; rows are sorted by expert, ``sizes`` rows to each."""
+        gate_up = grouped_dot(x, self.gate_up_proj.get_value(), sizes)
+        gate_up = gate_up + _of_rows(self.gate_up_proj_bias, gate_up, sizes)
+        gate = jnp.minimum(gate_up[..., ::2], self.limit)
+        up = jnp.clip(gate_up[..., 1::2], -self.limit, self.limit)
+        inner = (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
+        out = grouped_dot(inner, self.down_proj.get_value(), sizes)
+        return out + _of_rows(self.down_proj_bias, out, sizes)
+
+
+def _of_rows(bias: nnx.Param, like: Array, sizes: Array) -> Array:
+    """The bias of each row's expert, for rows ``like``."""
+    each = bias.get_value().astype(like.dtype)
+    return jnp.repeat(each, sizes, axis=0, total_repeat_length=like.shape[0])
+
+
+class Mixture(nnx.Module):
+    """The weighted sum of each token's experts, and a gated expert that all tokens share if any."""
+
+    def __init__(
+        self, c: DecoderConfig, experts: Experts, shared: nnx.Module | None, dtype: jnp.dtype
+    ):
+        kind = ClampedExperts if experts.clamped_swiglu else GatedExperts
+        self.number = experts.number
+        self.gate = Router(c.hidden_size, experts, dtype)
+        self.experts = kind(c, experts, dtype)
+        self.shared_expert = shared
+        gate = functools.partial(Linear, c.hidden_size, 1, bias=False, dtype=dtype)
+        self.shared_expert_gate = None if shared is None else gate()
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The mixture of every token, padding like others."""
+        rows = x.reshape(-1, x.shape[-1])
+        weights, chosen = self.gate(rows)
+        copies = jnp.repeat(rows, chosen.shape[-1], axis=0)
+        order = jnp.argsort(chosen.reshape(-1))
+        back = jnp.argsort(order)
+        sizes = jnp.bincount(chosen.reshape(-1), length=self.number)
+        out = self.experts(_permute(copies, order, back), sizes)
+        out = _permute(out, back, order).reshape(*chosen.shape, -1)
+        mixed = jnp.sum(out.astype(jnp.float32) * weights[..., None], axis=1).astype(x.dtype)
+        mixed = mixed.reshape(x.shape)
+        if self.shared_expert is None or self.shared_expert_gate is None:
+            return mixed
+        return mixed + jax.nn.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+
+
+@jax.custom_vjp
+def _permute(x: Array, order: Array, back: Array) -> Array:
+    """Rows ``order`` of ``x``, all of them; ``back`` undoes it.
+
+    The gradient is a look-up too: JAX's own adds into rows, which GPUs do in no fixed order.
+    """
+    del back
+    return x.at[order].get(mode="promise_in_bounds", unique_indices=True)
+
+
+def _permute_fwd(x, order, back):
+    return _permute(x, order, back), (order, back)
+
+
+def _permute_bwd(saved, g):
+    order, back = saved
+    return _permute(g, back, order), None, None
+
+
+_permute.defvjp(_permute_fwd, _permute_bwd)

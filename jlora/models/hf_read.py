@@ -19,7 +19,7 @@ import numpy as np
 from jlora import paths
 from jlora.config import QuantConfig
 from jlora.errors import ConfigError, DataError
-from jlora.models import hf_packed
+from jlora.models import hf_packed, mxfp4
 from jlora.models.hf_folder import FLOATS, Shards, find_folder, open_shards, read_json
 from jlora.models.hf_names import Tensor, embedding_name, head_name, tensors
 from jlora.models.hf_packed import Stored, size_text
@@ -56,7 +56,8 @@ def load_pretrained(
     """
     folder = find_folder(path_or_hub_id, revision)
     model = read_model(folder, dtype=dtype, attention=attention)
-    with open_shards(folder) as shards:
+    with open_shards(folder) as stored:
+        shards = mxfp4.Decoded(stored) if model.config.quant_method == "mxfp4" else stored
         source = check(shards, model, folder)
         if source.packed and quantization is not None:
             _check_packing(source, model, quantization)
@@ -178,7 +179,7 @@ def _listing(problems: Iterable[tuple[str, str]]) -> str:
     """One line a problem; the same one in many layers is one line with their number."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, cause in problems:
-        groups.setdefault((re.sub(r"\.\d+\.", ".*.", name, count=1), cause), []).append(name)
+        groups.setdefault((re.sub(r"\.\d+\.", ".*.", name), cause), []).append(name)
     lines = []
     for (pattern, cause), names in groups.items():
         many = len(names) > 1

@@ -193,7 +193,7 @@ def init_params(key: Array, model: Model) -> dict[str, Any]:
     def draw(key: Array, path: paths.Path, leaf: jax.ShapeDtypeStruct) -> Array:
         if path[-1] == "scale":
             return jnp.ones(leaf.shape, leaf.dtype)
-        if path[-1] == "bias":
+        if path[-1].endswith("bias"):
             return jnp.zeros(leaf.shape, leaf.dtype)
         return (deviation * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
 

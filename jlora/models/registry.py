@@ -12,8 +12,10 @@ from jlora.models.families import (
     gemma,
     gpt2,
     gpt_neox,
+    gpt_oss,
     granite,
     llama,
+    mixture,
     olmo2,
     opt,
     phi,
@@ -39,6 +41,8 @@ FAMILIES: dict[str, Family] = {
     **stablelm.FAMILIES,
     **granite.FAMILIES,
     **cohere2.FAMILIES,
+    **mixture.FAMILIES,
+    **gpt_oss.FAMILIES,
 }
 
 
@@ -62,23 +66,24 @@ def parse(hf: Mapping[str, Any], *, where: str = "config.json") -> DecoderConfig
             fix=did_you_mean(str(model_type), FAMILIES) or f"supported: {', '.join(FAMILIES)}",
         )
     keys = Keys(hf, where)
-    _check_quantized(keys)
+    _check_quantized(keys, FAMILIES[model_type])
     keys.only("is_encoder_decoder", False)
     keys.only("add_cross_attention", False)
     return FAMILIES[model_type].read(keys)
 
 
-def _check_quantized(keys: Keys) -> None:
-    """ConfigError for weights that another library than bitsandbytes has quantized."""
+def _check_quantized(keys: Keys, own: Family) -> None:
+    """ConfigError for weights that are packed in a way that is not read."""
     how = keys.hf.get("quantization_config")
     if how is None:
         return
     how = how if isinstance(how, dict) else {}
     old = how.get("load_in_4bit") or how.get("load_in_8bit")  # from before the key below
     method = how.get("quant_method", "bitsandbytes" if old else None)
-    if method != "bitsandbytes":
+    if method not in own.quant_methods:
         raise keys.fail(
             "quantization_config",
-            f"the weights are already quantized, by {method!r}; only bitsandbytes is supported",
+            f"the weights are already quantized, by {method!r}; only "
+            f"{' and '.join(own.quant_methods)} is supported for {keys.hf['model_type']}",
             "name the model in 16 bits, and quantize it here with the section quantization",
         )

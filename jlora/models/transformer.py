@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from jlora.dot import Weight
 from jlora.models.config import DecoderConfig
 from jlora.models.decoder import KV, Call, scan_layers, stack
+from jlora.models.experts import Mixture
 from jlora.models.layers import Embedding, Linear, Norm, Part, activation, make_norm, project
 
 
@@ -108,6 +109,14 @@ class MLP(nnx.Module):
         return self.down_proj(act(self.gate_proj(x)) * self.up_proj(x))
 
 
+def _mlp(c: DecoderConfig, dtype: jnp.dtype) -> MLP | Mixture:
+    """A block's MLP, or the mixture in its place."""
+    if c.experts is None:
+        return MLP(c, dtype)
+    inner = c.experts.shared_size
+    return Mixture(c, c.experts, MLP(c, dtype, inner) if inner else None, dtype)
+
+
 class Block(nnx.Module):
     """Attention and MLP, added to the stream."""
 
@@ -118,7 +127,7 @@ class Block(nnx.Module):
             return make_norm(c.norm, c.hidden_size, eps=c.norm_eps, dtype=dtype)
 
         self.self_attn = Attention(c, dtype)
-        self.mlp = MLP(c, dtype)
+        self.mlp = _mlp(c, dtype)
         self.input_layernorm = norm("before_attention")
         self.attention_out_norm = norm("after_attention")
         self.post_attention_layernorm = norm("before_mlp")

@@ -1,0 +1,79 @@
+"""gpt_oss (arXiv 2508.10925): attention sinks, alternating windows, clamped experts with biases."""
+
+from __future__ import annotations
+
+from jlora.models.config import DecoderConfig, Experts, is_sliding, read
+from jlora.models.families.mixture import names, per_token
+from jlora.models.family import Family
+from jlora.models.keys import Keys
+from jlora.models.rope import Rope, parse_rope
+
+GPT_OSS = {
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "norm_eps": 1e-5,
+    "sliding_window": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 4,
+    "swiglu_alpha": 1.702,
+    "swiglu_limit": 7.0,
+}
+"""Defaults of transformers' GptOssConfig."""
+
+YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+
+def _gpt_oss(keys: Keys) -> DecoderConfig:
+    keys = keys.of(names=names(keys), **GPT_OSS)
+    slides = is_sliding(keys, lambda i: i % 2 == 0)
+    window = keys.number("sliding_window") if any(slides) else None
+    bias = keys.flag("attention_bias", True)
+    experts = Experts(
+        number=keys.number("num_experts"),
+        per_token=per_token(keys),
+        intermediate_size=keys.number("intermediate_size"),
+        normalized=True,
+        clamped_swiglu=(
+            keys.number("swiglu_alpha", kind=float),
+            keys.number("swiglu_limit", kind=float),
+        ),
+    )
+    return read(
+        keys,
+        rope=_rope,
+        windows=[window if each else None for each in slides],
+        qkv_bias=bias,
+        out_bias=bias,
+        sinks=True,
+        experts=experts,
+    )
+
+
+def _rope(keys: Keys, head_dim: int, positions: int) -> Rope:
+    if not keys.hf.get("rope_parameters") and not keys.hf.get("rope_scaling"):
+        keys = Keys({**keys.hf, "rope_parameters": YARN}, keys.where)
+    return parse_rope(keys, head_dim, positions, theta=150000.0)
+
+
+FAMILIES = {
+    "gpt_oss": Family(
+        read=_gpt_oss,
+        architecture="GptOssForCausalLM",
+        names={"gate": "router"},
+        quant_methods=("bitsandbytes", "mxfp4"),
+    ),
+}

@@ -1,0 +1,149 @@
+"""mixtral, qwen2_moe and qwen3_moe: Mistral's and Qwen's blocks with experts in place of the MLP.
+
+arXiv 2401.04088, Qwen's blog on Qwen1.5-MoE, and 2505.09388. Files hold one tensor an expert.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from jlora.models.config import DecoderConfig, Experts, is_sliding, read
+from jlora.models.families.llama import LLAMA, RMS
+from jlora.models.families.qwen import QWEN
+from jlora.models.family import Family, Piece
+from jlora.models.keys import Keys
+from jlora.models.rope import parse_rope
+
+MIXTRAL = LLAMA | {
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 4096 * 32,
+    "norm_eps": 1e-5,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
+QWEN_MOE = QWEN | {
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "decoder_sparse_step": 1,
+}
+QWEN2_MOE = QWEN_MOE | {
+    "intermediate_size": 5632,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+}
+QWEN3_MOE = QWEN_MOE | {
+    "intermediate_size": 6144,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
+
+
+def names(keys: Keys) -> dict[str, str]:
+    """The families' own names of keys; transformers has, and writes, two for how many experts."""
+    local = "num_local_experts"
+    return {**RMS, "num_experts": local if local in keys.hf else "num_experts"}
+
+
+def _mixtral(keys: Keys) -> DecoderConfig:
+    keys = keys.of(names=names(keys), **MIXTRAL)
+    keys.only("router_jitter_noise", 0, why="it would be drawn anew in every step")
+    experts = Experts(
+        number=keys.number("num_experts"),
+        per_token=per_token(keys),
+        intermediate_size=keys.number("intermediate_size"),
+        normalized=True,
+    )
+    rope = functools.partial(parse_rope, theta=1e6)
+    return read(keys, rope=rope, windows=keys.optional("sliding_window"), experts=experts)
+
+
+def _qwen2_moe(keys: Keys) -> DecoderConfig:
+    keys = keys.of(names=RMS, **QWEN2_MOE)
+    window = keys.optional("sliding_window") if keys.flag("use_sliding_window") else None
+    first_full = keys.number("max_window_layers")
+    slides = is_sliding(keys, lambda i: window is not None and i % 2 == 0 and i < first_full)
+    if window is None and any(slides):
+        raise keys.fail("layer_types", "sliding_attention without use_sliding_window")
+    return read(
+        keys,
+        windows=[window if each else None for each in slides],
+        qkv_bias=keys.flag("qkv_bias", True),
+        experts=_experts(keys, keys.number("shared_expert_intermediate_size")),
+    )
+
+
+def _qwen3_moe(keys: Keys) -> DecoderConfig:
+    keys = keys.of(names=names(keys), **QWEN3_MOE)
+    bias = keys.flag("attention_bias")
+    return read(
+        keys,
+        windows=keys.optional("sliding_window") if keys.flag("use_sliding_window") else None,
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm="head",
+        experts=_experts(keys, None),
+    )
+
+
+def _experts(keys: Keys, shared_size: int | None) -> Experts | None:
+    """Qwen's mixture; None where all layers have plain MLPs."""
+    layers, step = keys.number("num_hidden_layers"), keys.number("decoder_sparse_step")
+    plain = keys.get("mlp_only_layers") or []
+    if not isinstance(plain, list):
+        raise keys.fail("mlp_only_layers", f"must be a list of layers, not {plain!r}")
+    sparse = {i not in plain and (i + 1) % step == 0 for i in range(layers)}
+    if len(sparse) > 1:
+        key = "mlp_only_layers" if plain else "decoder_sparse_step"
+        raise keys.fail(key, "layers with experts among layers without are not supported")
+    if sparse == {False}:
+        return None
+    return Experts(
+        number=keys.number("num_experts"),
+        per_token=per_token(keys),
+        intermediate_size=keys.number("moe_intermediate_size"),
+        normalized=keys.flag("norm_topk_prob"),
+        shared_size=shared_size,
+    )
+
+
+def per_token(keys: Keys) -> int:
+    """How many experts a token goes to."""
+    chosen = keys.number("num_experts_per_tok")
+    if chosen > keys.number("num_experts"):
+        raise keys.fail("num_experts_per_tok", f"{chosen} is more than {keys.name('num_experts')}")
+    return chosen
+
+
+def _each(module: str, gate: str, up: str, down: str) -> dict[str, tuple[Piece, ...]]:
+    """How a file holds experts one by one, whose three matrices it calls so."""
+    return {
+        "mlp.experts.gate_up_proj": (
+            Piece(f"{module}.experts.{{}}.{gate}.weight", part=0, parts=2),
+            Piece(f"{module}.experts.{{}}.{up}.weight", part=1, parts=2),
+        ),
+        "mlp.experts.down_proj": (Piece(f"{module}.experts.{{}}.{down}.weight"),),
+    }
+
+
+_QWEN = _each("mlp", "gate_proj", "up_proj", "down_proj")
+
+FAMILIES = {
+    "mixtral": Family(
+        read=_mixtral,
+        architecture="MixtralForCausalLM",
+        stored={
+            "mlp.gate.weight": (Piece("block_sparse_moe.gate.weight"),),
+            **_each("block_sparse_moe", "w1", "w3", "w2"),
+        },
+    ),
+    "qwen2_moe": Family(read=_qwen2_moe, architecture="Qwen2MoeForCausalLM", stored=_QWEN),
+    "qwen3_moe": Family(read=_qwen3_moe, architecture="Qwen3MoeForCausalLM", stored=_QWEN),
+}
