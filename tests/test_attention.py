@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from tiny_runs import quick_compilation
 
-from jlora.errors import ConfigError
 from jlora.models import attention
 from jlora.models.attention import attend_cached
 
@@ -144,8 +143,3 @@ def test_dropped_tokens_have_finite_results():
     q, k, v = qkv()
     slots = jnp.full((B, T), T)  # beyond the cache: with a window of 1 they see no slot at all
     assert np.isfinite(attend_cached(q, k, v, slots=slots, scale=0.4, window=1)).all()
-
-
-def test_unknown_backend_is_named():
-    with pytest.raises(ConfigError, match=r"no attention 'referense'[\s\S]*'reference'"):
-        attend(*qkv(), scale=1.0, backend="referense")

@@ -11,26 +11,36 @@ kv_heads: query head ``h`` reads key head ``h // (heads // kv_heads)``.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jlora.errors import ConfigError, did_you_mean
-from jlora.models.attention import chunked, reference
+from jlora.models.attention import chunked, cudnn, reference, splash
+from jlora.models.attention.case import Case
+from jlora.models.attention.choice import (
+    BACKENDS,
+    KERNELS,
+    Choice,
+    check_backend,
+    check_possible,
+    choose,
+    fallback,
+    needs_static_window,
+)
+from jlora.models.attention.split import on_each_device
 
-BACKENDS = ("auto", "reference", "chunked")
-"""Values of ``model.attention``; ``auto`` picks a backend (here always the reference)."""
-
-
-def check_backend(name: str) -> str:
-    """``name`` itself; ConfigError when there is no such backend."""
-    if name not in BACKENDS:
-        raise ConfigError(
-            f"there is no attention {name!r}",
-            where="model.attention",
-            fix=did_you_mean(name, BACKENDS) or f"one of {', '.join(BACKENDS)}",
-        )
-    return name
+__all__ = [
+    "BACKENDS",
+    "Case",
+    "Choice",
+    "attend",
+    "attend_cached",
+    "check_backend",
+    "choose",
+    "needs_static_window",
+]
 
 
 def attend(
@@ -61,14 +71,31 @@ def attend(
     check_backend(backend)
     if isinstance(scale, jax.Array):
         scale = jax.lax.stop_gradient(scale)
-    if backend == "chunked":
-        out, logsumexp = chunked.attend(q, k, v, segment_ids, window, scale, softcap)
-        return _with_sinks(out, logsumexp, sinks)
-    index = jnp.arange(q.shape[1])[None]
-    mask = reference.seen(index, index, window)
-    if segment_ids is not None:
-        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return _with_sinks(*reference.attend(q, k, v, mask, scale, softcap), sinks)
+    case = Case(
+        dtype=q.dtype.name,
+        length=q.shape[1],
+        head_dim=q.shape[3],
+        segments=segment_ids is not None,
+        traced_window=isinstance(window, jax.Array),
+        softcap=softcap is not None,
+        sinks=sinks is not None,
+        capability=cudnn.capability(),
+    )
+    check_possible(backend, case)
+    operands = q, k, v, segment_ids, sinks
+    settings = {"scale": scale, "window": window, "softcap": softcap}
+    compute = {name: functools.partial(f, **settings) for name, f in _COMPUTE.items()}
+    if backend != "auto":
+        return compute[backend](*operands)
+    plain = compute[fallback(case.length)]
+    kernels = {
+        platform: compute[name]
+        for platform, (name, kernel) in KERNELS.items()
+        if kernel.available() and kernel.declines(case) is None
+    }
+    if not kernels:
+        return plain(*operands)
+    return jax.lax.platform_dependent(*operands, default=plain, **kernels)
 
 
 def attend_cached(
@@ -88,6 +115,38 @@ def attend_cached(
     """
     mask = reference.seen(slots, jnp.arange(k.shape[1])[None], window)
     return _with_sinks(*reference.attend(q, k, v, mask, scale, softcap), sinks)
+
+
+def _reference(q, k, v, segment_ids, sinks, *, scale, window, softcap):
+    index = jnp.arange(q.shape[1])[None]
+    mask = reference.seen(index, index, window)
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return _with_sinks(*reference.attend(q, k, v, mask, scale, softcap), sinks)
+
+
+def _chunked(q, k, v, segment_ids, sinks, *, scale, window, softcap):
+    return _with_sinks(*chunked.attend(q, k, v, segment_ids, window, scale, softcap), sinks)
+
+
+def _cudnn(q, k, v, segment_ids, sinks, *, scale, window, softcap):
+    def packed(q, k, v):
+        compute = _COMPUTE[fallback(q.shape[1])]
+        return compute(q, k, v, segment_ids, sinks, scale=scale, window=window, softcap=softcap)
+
+    return cudnn.attend(q, k, v, segment_ids, window, scale, packed)
+
+
+def _splash(q, k, v, segment_ids, sinks, *, scale, window, softcap):
+    return splash.attend(q, k, v, segment_ids, window, scale, softcap, sinks)
+
+
+_COMPUTE = {
+    "reference": _reference,
+    "chunked": _chunked,
+    "cudnn": on_each_device(_cudnn),
+    "splash": on_each_device(_splash),
+}
 
 
 def _with_sinks(
