@@ -159,8 +159,3 @@ def _with_sinks(
         return out
     share = jax.nn.sigmoid(logsumexp - sinks.astype(jnp.float32))
     return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)
-
-
-def needs_static_window(backend: str) -> bool:
-    """Whether what ``backend`` may run cannot take a traced window."""
-    return False
