@@ -25,6 +25,7 @@ PEERS_TALK = [
     pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not:RuntimeWarning"),
 ]
 """What the peers say of each other, of GPT-2 and of heads; other warnings of theirs are errors."""
 
