@@ -7,6 +7,7 @@ The mesh has three axes. A batch is split over ``data`` and ``fsdp``; parameters
     o_proj, down_proj, c_proj (…, in, out)                    in: tensor   out: fsdp
     embedding (vocabulary, dim)                               vocabulary: tensor, dim: fsdp
     lora_A (…, in, r), lora_B (…, r, out)                     as the base's in, and its out
+    experts' gate_up_proj, down_proj (…, out, in)             as up_proj and down_proj
     everything else                                           one copy on every device
 
 An axis that does not divide its dimension is dropped there. A packed kernel's dimension along its
@@ -20,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +47,10 @@ MODULES = (
     (r".*", ("fsdp", "tensor")),
 )
 """A module's last name → the axes of its matrix's two dimensions; the first that matches counts."""
+
+
+EXPERTS = {"gate_up_proj": ("tensor", "fsdp"), "down_proj": ("fsdp", "tensor")}
+"""A leaf with a matrix [out, in] for every expert → the axes of the two dimensions."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -135,6 +140,19 @@ def split_rows(x: Float[Array, "B T dim"]) -> Float[Array, "B T dim"]:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))
 
 
+def by_rows(f: Callable[[Array, Any], Array], x: Float[Array, "B ..."], weights: Any) -> Array:
+    """``f(x, weights)`` under jit, where each device computes its own rows of the batch by itself.
+
+    For what orders tokens across rows: XLA would have every device order, and compute, all of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % math.prod(mesh.shape.get(axis, 1) for axis in BATCH):
+        return f(x, weights)
+    rows, axes = PartitionSpec(BATCH), set(BATCH)
+    specs = {"in_specs": (rows, PartitionSpec()), "out_specs": rows}
+    return jax.shard_map(f, **specs, axis_names=axes, check_vma=False)(x, weights)
+
+
 def gather_packed(tree: Any) -> Any:
     """The same values under jit, packed arrays no longer split over ``fsdp``: for one layer's use.
 
@@ -176,6 +194,7 @@ def _matrix_axes(path: Sequence[str]) -> tuple[str | None, str | None] | None:
         "embedding": matrix,
         "lora_A": (rows, None),
         "lora_B": (None, cols),
+        **EXPERTS,
     }.get(kind)
 
 

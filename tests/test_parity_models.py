@@ -63,6 +63,7 @@ def test_logits_are_those_of_transformers(pair, name):
 
 
 @EVERY
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # of mixtures
 def test_adapted_modules_are_those_of_peft(pair, name):
     model, params, theirs = pair(name)
     kind = model.config.model_type

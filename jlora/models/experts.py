@@ -11,6 +11,7 @@ multiplies a run of rows: no expert computes what it was not asked for.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from jlora.dot import dot, grouped_dot
 from jlora.models.config import DecoderConfig, Experts
 from jlora.models.layers import Linear, activation
+from jlora.sharding import by_rows
 
 
 class Router(nnx.Module):
@@ -29,7 +31,8 @@ class Router(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((experts.number, width), dtype))
         bias = jnp.zeros((experts.number,), dtype)
         self.bias = nnx.Param(bias) if experts.clamped_swiglu else None
-        self.per_token, self.normalized = experts.per_token, experts.normalized
+        self.number, self.per_token = experts.number, experts.per_token
+        self.normalized = experts.normalized
 
     def __call__(
         self, x: Float[Array, "tokens D"]
@@ -108,7 +111,6 @@ class Mixture(nnx.Module):
         self, c: DecoderConfig, experts: Experts, shared: nnx.Module | None, dtype: jnp.dtype
     ):
         kind = ClampedExperts if experts.clamped_swiglu else GatedExperts
-        self.number = experts.number
         self.gate = Router(c.hidden_size, experts, dtype)
         self.experts = kind(c, experts, dtype)
         self.shared_expert = shared
@@ -117,19 +119,29 @@ class Mixture(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The mixture of every token, padding like others."""
-        rows = x.reshape(-1, x.shape[-1])
-        weights, chosen = self.gate(rows)
-        copies = jnp.repeat(rows, chosen.shape[-1], axis=0)
-        order = jnp.argsort(chosen.reshape(-1))
-        back = jnp.argsort(order)
-        sizes = jnp.bincount(chosen.reshape(-1), length=self.number)
-        out = self.experts(_permute(copies, order, back), sizes)
-        out = _permute(out, back, order).reshape(*chosen.shape, -1)
-        mixed = jnp.sum(out.astype(jnp.float32) * weights[..., None], axis=1).astype(x.dtype)
-        mixed = mixed.reshape(x.shape)
+        graph, weights = nnx.split((self.gate, self.experts))
+
+        def mix(x: Array, weights: Any) -> Array:
+            return _mix(x, *nnx.merge(graph, weights))
+
+        mixed = by_rows(mix, x, weights)
         if self.shared_expert is None or self.shared_expert_gate is None:
             return mixed
         return mixed + jax.nn.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+
+
+def _mix(x: Array, router: Router, experts: GatedExperts | ClampedExperts) -> Array:
+    """The weighted sums (B, T, D) of each token's experts."""
+    rows = x.reshape(-1, x.shape[-1])
+    weights, chosen = router(rows)
+    order = jnp.argsort(chosen.reshape(-1))
+    back = jnp.argsort(order)
+    sizes = jnp.bincount(chosen.reshape(-1), length=router.number)
+    copies = jnp.repeat(rows, router.per_token, axis=0)
+    out = experts(_permute(copies, order, back), sizes)
+    out = _permute(out, back, order).reshape(*chosen.shape, -1)
+    mixed = jnp.sum(out.astype(jnp.float32) * weights[..., None], axis=1)
+    return mixed.astype(x.dtype).reshape(x.shape)
 
 
 @jax.custom_vjp
