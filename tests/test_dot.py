@@ -9,7 +9,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jlora import int8, nf4
-from jlora.dot import columns, dot, embed
+from jlora.dot import columns, dot, embed, grouped_dot
 from jlora.lora import LoraWeight
 
 I, O, R = 64, 128, 4
@@ -212,3 +212,51 @@ def test_one_traced_program_serves_different_gradients():
         )
         for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+SIZES = np.array([3, 0, 5, 2], np.int32)
+
+
+def grouped(x, w):
+    return grouped_dot(x, w, jnp.asarray(SIZES))
+
+
+@pytest.mark.parametrize("packing", [None, *PACKINGS.values()], ids=["dense", *PACKINGS])
+def test_rows_meet_the_matrix_of_their_group(packing):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(10, I)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(4, O, I)) / 8, jnp.float32)
+    leaf = w.mT if packing is None else jax.vmap(packing)(w).mT
+    dense = np.asarray(leaf if packing is None else leaf.dequantize(), np.float64)
+    group, g = np.repeat(np.arange(4), SIZES), jnp.asarray(rng.normal(size=(10, O)), jnp.float32)
+    want = np.einsum("ni,nio->no", np.asarray(x, np.float64), dense[group])
+    np.testing.assert_allclose(grouped(x, leaf), want, atol=1e-5)
+
+    of_x = jax.jit(lambda x, w: jax.vjp(lambda x: grouped(x, w), x)[1](g)[0])
+    np.testing.assert_allclose(of_x(x, leaf), np.einsum("no,nio->ni", g, dense[group]), atol=1e-4)
+    if packing is None:
+        (of_w,) = jax.vjp(lambda w: grouped(x, w), leaf)[1](g)
+        want_w = np.zeros(dense.shape)
+        for row, e in enumerate(group):
+            want_w[e] += np.outer(x[row], g[row])
+        np.testing.assert_allclose(of_w, want_w, atol=1e-4)
+
+
+def test_a_packed_group_saves_its_codes_and_a_frozen_one_no_rows():
+    """Of a packed weight nothing dense; of a frozen dense one the weight alone."""
+    x = jnp.ones((10, I))
+    w = jax.random.normal(jax.random.key(0), (4, O, I))
+    for leaf, dense in ((jax.vmap(nf4.quantize)(w).mT, False), (w.mT, True)):
+        saved = jax.tree.leaves(jax.vjp(lambda x, w=leaf: grouped(x, w), x)[1])
+        shapes = [leaf.shape for leaf in saved]
+        assert (10, I) not in shapes
+        assert ((4, I, O) in shapes) is dense
+
+
+def test_groups_in_low_precision_accumulate_in_float32():
+    x = jnp.full((10, 4096), 0.1, jnp.bfloat16)
+    w = jnp.full((4, 4096, 2), 0.1, jnp.bfloat16)
+    out = grouped(x, w)
+    assert out.dtype == jnp.bfloat16
+    exact = 4096 * float(x[0, 0]) ** 2
+    np.testing.assert_allclose(np.asarray(out, np.float64), exact, rtol=2**-8)

@@ -30,10 +30,10 @@ def expert_of(layer, e, x, clamped):
         gate, up = np.split(up @ x, 2)
         return down @ (silu(gate) * up)
     alpha, limit = clamped
-    both = x @ up + layer["experts"]["gate_up_proj_bias"][e]
+    both = up @ x + layer["experts"]["gate_up_proj_bias"][e]
     gate, up = np.minimum(both[::2], limit), np.clip(both[1::2], -limit, limit)
     inner = (up + 1) * gate / (1 + np.exp(-alpha * gate))
-    return inner @ down + layer["experts"]["down_proj_bias"][e]
+    return down @ inner + layer["experts"]["down_proj_bias"][e]
 
 
 @MIXTURES
@@ -58,9 +58,8 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts(name):
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
-@MIXTURES
-@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": -1}])
-def test_values_and_gradients_on_a_mesh_are_those_of_one_device(name, sizes):
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_values_and_gradients_on_a_mesh_are_those_of_one_device(name):
     model, params = build(name)
     ids = tokens(model, 8, 6)
 
@@ -70,11 +69,11 @@ def test_values_and_gradients_on_a_mesh_are_those_of_one_device(name, sizes):
 
     run = jax.jit(jax.grad(loss, has_aux=True))
     want, want_logits = run(params, ids)
-    mesh = sharding.make_mesh(MeshConfig(**sizes))
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         placed = sharding.place(params, sharding.shardings(params, mesh))
         leaf = placed["model"]["layers"]["mlp"]["experts"]["gate_up_proj"]
-        assert leaf.addressable_shards[0].data.size == leaf.size // (4 if "tensor" in sizes else 8)
+        assert leaf.addressable_shards[0].data.size == leaf.size // 4
         got, logits = run(placed, ids)
     np.testing.assert_allclose(logits, want_logits, atol=1e-5 * np.abs(want_logits).max())
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

@@ -1,6 +1,6 @@
 """Sparse mixtures of experts: a router picks a few MLPs for every token (arXiv 2101.03961).
 
-Parameters that transformers keeps as bare tensors have its names and its layout here too::
+Parameters that transformers keeps as bare tensors have its names, and lie [out, in] for all::
 
     gate.weight (E, D)   experts.gate_up_proj (E, 2 · inner, D)   experts.down_proj (E, D, inner)
 
@@ -72,16 +72,14 @@ class GatedExperts(nnx.Module):
 class ClampedExperts(nnx.Module):
     """gpt-oss's: ``down((up + 1) * gate * sigmoid(alpha * gate))``, gate and up clamped before.
 
-    Matrices lie [in, out], with biases; gate and up alternate::
-
-        gate_up_proj (E, D, 2 · inner)   down_proj (E, inner, D)   …_bias (E, out)
+    Gate and up alternate in one matrix. Both matrices have biases (E, out).
     """
 
     def __init__(self, c: DecoderConfig, experts: Experts, dtype: jnp.dtype):
         number, width, inner = experts.number, c.hidden_size, experts.intermediate_size
-        self.gate_up_proj = nnx.Param(jnp.zeros((number, width, 2 * inner), dtype))
+        self.gate_up_proj = nnx.Param(jnp.zeros((number, 2 * inner, width), dtype))
         self.gate_up_proj_bias = nnx.Param(jnp.zeros((number, 2 * inner), dtype))
-        self.down_proj = nnx.Param(jnp.zeros((number, inner, width), dtype))
+        self.down_proj = nnx.Param(jnp.zeros((number, width, inner), dtype))
         self.down_proj_bias = nnx.Param(jnp.zeros((number, width), dtype))
         self.alpha, self.limit = experts.clamped_swiglu or (1.0, jnp.inf)
 
@@ -89,12 +87,12 @@ class ClampedExperts(nnx.Module):
         self, x: Float[Array, "rows D"], sizes: Int[Array, " experts"]
     ) -> Float[Array, "rows D"]:
         """Each row through its expert; rows are sorted by expert, ``sizes`` rows to each."""
-        gate_up = grouped_dot(x, self.gate_up_proj.get_value(), sizes)
+        gate_up = grouped_dot(x, self.gate_up_proj.get_value().mT, sizes)
         gate_up = gate_up + _of_rows(self.gate_up_proj_bias, gate_up, sizes)
         gate = jnp.minimum(gate_up[..., ::2], self.limit)
         up = jnp.clip(gate_up[..., 1::2], -self.limit, self.limit)
         inner = (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
-        out = grouped_dot(inner, self.down_proj.get_value(), sizes)
+        out = grouped_dot(inner, self.down_proj.get_value().mT, sizes)
         return out + _of_rows(self.down_proj_bias, out, sizes)
 
 

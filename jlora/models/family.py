@@ -35,7 +35,8 @@ class Family:
     transformers builds. ``names`` are the family's own for Llama's: of a node, or of a leaf that is
     no weight or bias; a dotted one is several nodes, an empty one none. ``stored`` says which
     tensors of a file hold a leaf, by the end of its dotted path in the tree. Linear weights lie
-    [out, in] in files (torch's Linear) if ``transposed``, else [in, out] (Conv1D).
+    [out, in] in files (torch's Linear) if ``transposed``, else [in, out] (Conv1D); other leaves of
+    the kinds ``flipped`` lie there as the transpose of what they are here.
     ``quant_methods`` are the ways in which a file's weights may be packed. Tensors whose whole name
     matches ``buffers`` are constants that some checkpoints store.
     """
@@ -45,6 +46,7 @@ class Family:
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     stored: Mapping[str, tuple[Piece, ...]] = dataclasses.field(default_factory=dict)
     transposed: bool = True
+    flipped: tuple[str, ...] = ()
     quant_methods: tuple[str, ...] = ("bitsandbytes",)
     buffers: str = r"(.*\.)?rotary_emb\.inv_freq"
 

@@ -33,7 +33,7 @@ class Tensor:
     layer: int | None
     """Its index on the leaf's leading axis, where the leaf is stacked."""
     transposed: bool
-    """Whether the file holds [out, in] where the tree holds (in, out)."""
+    """Whether the file holds the transpose, in its last two axes, of what the tree holds."""
     shape: tuple[int, ...]
     """As in the file."""
     within: tuple[int | slice, ...] = ()
@@ -60,17 +60,23 @@ def _of_leaf(leaf: paths.Leaf, layer: int | None, model: Model) -> Iterator[Tens
     own = family(model.config)
     dotted = ".".join(leaf.path)
     pieces = next((own.stored[end] for end in own.stored if f".{dotted}".endswith(f".{end}")), None)
-    flip = leaf.kind == "kernel" and (own.transposed or leaf.path[0] in HEADS)
+    flip = leaf.kind in own.flipped or (
+        leaf.kind == "kernel" and (own.transposed or leaf.path[0] in HEADS)
+    )
     if pieces is None:
         name = f"{leaf.module(layer)}.{WEIGHT.get(leaf.kind, leaf.kind)}"
-        shape = leaf.shape[::-1] if flip else leaf.shape
+        shape = _turned(leaf.shape) if flip else leaf.shape
         yield Tensor(name, leaf.path, layer, flip, shape)
         return
     front = "" if leaf.stack is None else ".".join((*leaf.stack, str(layer), ""))
     for piece in pieces:
         for within, shape, number in _parts(piece, leaf.shape):
             name = f"{front}{piece.name.format(number)}"
-            yield Tensor(name, leaf.path, layer, flip, shape[::-1] if flip else shape, within)
+            yield Tensor(name, leaf.path, layer, flip, _turned(shape) if flip else shape, within)
+
+
+def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2])
 
 
 def _parts(

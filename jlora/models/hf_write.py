@@ -147,7 +147,9 @@ def _arrays(params: Any, tensor: Tensor, packed: bool) -> dict[str, np.ndarray]:
         return hf_packed_write.entries(module, jax.tree.map(sharding.gather, leaf))
     dense = leaf.dequantize() if hasattr(leaf, "dequantize") else leaf
     value = sharding.gather(dense)[tensor.within]
-    return {tensor.name: np.ascontiguousarray(value.T if tensor.transposed else value)}
+    return {
+        tensor.name: np.ascontiguousarray(value.swapaxes(-1, -2) if tensor.transposed else value)
+    }
 
 
 def _write_shard(file: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -74,6 +74,7 @@ FAMILIES = {
         read=_gpt_oss,
         architecture="GptOssForCausalLM",
         names={"gate": "router"},
+        flipped=("gate_up_proj", "down_proj"),
         quant_methods=("bitsandbytes", "mxfp4"),
     ),
 }
