@@ -85,6 +85,24 @@ def test_results_and_gradients_match_the_reference(segments, window, softcap):
     assert_close(*everything(*qkv()))
 
 
+def test_the_start_of_a_document_is_its_first_token_wherever_the_others_are():
+    got = chunked._document_start(jnp.asarray([[7, 7, 3, 3, 7, 0, 0], [0, 0, 2, 2, 1, 1, 0]]))
+    assert got.tolist() == [[0, 0, 2, 2, 0, 5, 5], [0, 0, 2, 2, 4, 4, 0]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "window"), [([3] * 5 + [2] * 5 + [1] * 3, None), ([1] * 13, 5), ([1] * 4 + [2] * 9, 50)]
+)
+def test_chunks_that_no_query_sees_are_not_computed(ids, window):
+    q, k, v = qkv()
+    segments = jnp.asarray([ids] * B)
+    # The last four tokens are a chunk, and what comes before 4 is not seen: 0 * NaN would be NaN.
+    v = v.at[:, :CHUNK].set(jnp.nan)
+    last = slice(3 * CHUNK, None)
+    got, want = both(q, k, v, segments, window)
+    assert np.isfinite(got[0][:, last]).all() and np.isnan(want[0][:, last]).all()
+
+
 def test_low_precision_matches_what_it_rounds():
     q, k, v = qkv(jnp.bfloat16)
     wide = [x.astype(jnp.float32) for x in (q, k, v)]
