@@ -12,6 +12,8 @@ from jlora.config import in_lines
 from jlora.console import Console, Rows
 from jlora.data import Prepared
 from jlora.job import Job
+from jlora.models import Model
+from jlora.models.attention import Case, choose, cudnn
 from jlora.optim import warmup_steps
 from jlora.progress import Plan
 from jlora.quantization import describe, is_packed, settings_of
@@ -25,7 +27,7 @@ def show_header(
     console: Console, job: Job, plan: Plan, train: Prepared, held_out: Prepared | None
 ) -> None:
     """Prints model, matches, sizes, devices, data and how every setting was resolved."""
-    sections: dict[str, Any] = {"model": _model(job)}
+    sections: dict[str, Any] = {"model": _model(job, train.length)}
     if job.targets:
         rows = match_table(job.targets)
         names = list(rows[0])
@@ -68,7 +70,22 @@ def layout(tree: Any, mesh: jax.sharding.Mesh) -> Rows:
     )
 
 
-def _model(job: Job) -> Mapping[str, Any]:
+def attention(model: Model, platform: str, length: int) -> str:
+    """Which attention computes rows of ``length`` tokens on a device's platform, and why."""
+    case = Case(
+        dtype=model.dtype,
+        length=length,
+        head_dim=model.config.head_dim,
+        segments=True,
+        softcap=model.config.attention_softcap is not None,
+        sinks=model.config.sinks,
+        capability=cudnn.capability(),
+    )
+    platform = "cuda" if platform == "gpu" else platform
+    return ": ".join(choose(platform, case, model.attention))
+
+
+def _model(job: Job, length: int) -> Mapping[str, Any]:
     config = job.config
     trainable, frozen = count(job.trainable), count(job.frozen)
     packed = [x for x in jax.tree.leaves(job.frozen, is_leaf=is_packed) if is_packed(x)]
@@ -83,6 +100,7 @@ def _model(job: Job) -> Mapping[str, Any]:
         "memory": f"{_size(tree_bytes(job.frozen))} frozen, "
         f"{_size(tree_bytes(job.trainable))} trainable",
         "types": f"weights {config.model.dtype}, computation {config.compute_dtype}",
+        "attention": attention(job.model, job.mesh.devices.flat[0].platform, length),
     }
     if packed:
         came = " (the base came packed)" if job.model.config.prequantized else ""

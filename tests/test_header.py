@@ -1,7 +1,10 @@
 """The run header's numbers."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import yaml
+from tiny_runs import LLAMA
 
 from jlora import header, sharding
 from jlora.config import (
@@ -15,6 +18,7 @@ from jlora.config import (
     in_lines,
     to_yaml,
 )
+from jlora.models import Model
 
 
 def test_layout_says_what_lies_on_each_device():
@@ -29,6 +33,22 @@ def test_layout_says_what_lies_on_each_device():
         (1, "bias", "nothing", "1.0 KiB", "1.0 KiB"),
     ]
     assert len(rows.rows[0]) == len(rows.columns)
+
+
+def test_attention_is_named_with_its_reason():
+    model = Model.from_config(LLAMA | {"head_dim": 64})
+    said = [header.attention(model, platform, 1024) for platform in ("cpu", "gpu", "tpu")]
+    assert said == [
+        "chunked: 1024 tokens are more than a chunk of 256",
+        "cudnn: made for cuda; packed rows: chunked",
+        "splash: made for tpu",
+    ]
+    for change in ({"attention_softcap": 5.0}, {"sinks": True}, {"head_dim": 100}):
+        config = dataclasses.replace(model.config, **change)
+        other = dataclasses.replace(model, config=config)
+        assert header.attention(other, "gpu", 1024).startswith("chunked: cuDNN ")
+    asked = dataclasses.replace(model, dtype="float32", attention="reference")
+    assert header.attention(asked, "gpu", 1024) == "reference: asked for"
 
 
 def test_every_setting_is_shown_as_it_was_resolved(tmp_path):
