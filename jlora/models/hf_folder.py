@@ -8,6 +8,7 @@ inside the folder.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,8 +22,11 @@ from jlora.files import storage_errors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": None}
+FLOATS = ("F64", "F32", "F16", "BF16")
 """Tensor types that can be a model's weights."""
+
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I8": 1, "U8": 1}
+"""What a value of the types that are read takes up."""
 
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 UNWANTED = ["*/*", "consolidated*"]
@@ -164,6 +168,10 @@ class Shards:
     def dtype(self, name: str) -> str:
         """The type's name in the file, such as ``F32`` or ``BF16``."""
         return self._handles[self.files[name]].get_slice(name).get_dtype()
+
+    def nbytes(self, name: str) -> int:
+        """The tensor's bytes in the file."""
+        return math.prod(self.shape(name)) * BYTES[self.dtype(name)]
 
     def read(self, name: str) -> np.ndarray:
         """The tensor's values; BF16 comes as ml_dtypes' bfloat16."""
