@@ -41,7 +41,7 @@ def assemble(
     children, kind = jax.tree.flatten(shape)
     places = [None] * len(children) if where is None else jax.tree.leaves(where)
     make, write = _programs(tuple(children), tuple(places))
-    leaf = None
+    leaf: Any = None
     for index in indices:
         leaf = make() if index and leaf is None else leaf
         parts = zip(jax.tree.leaves(read(index)), places, strict=True)

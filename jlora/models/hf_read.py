@@ -23,14 +23,11 @@ from jlora.errors import ConfigError, DataError
 from jlora.models import hf_packed
 from jlora.models.hf_folder import FLOATS, Shards, find_folder, open_shards, read_json
 from jlora.models.hf_names import Tensor, embedding_name, head_name, tensors
-from jlora.models.hf_packed import Stored, size_text
+from jlora.models.hf_packed import Problems, Stored, size_text
 from jlora.models.hf_place import Index, assemble
 from jlora.models.model import Model
 from jlora.models.registry import family, parse
 from jlora.quantization import describe, is_packed, pack, quantize_params
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes that are read and those that there are in all."""
 
 
 def load_pretrained(
@@ -40,7 +37,7 @@ def load_pretrained(
     mesh: jax.sharding.Mesh | None = None,
     revision: str | None = None,
     attention: str = "auto",
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """The model in a transformers folder or hub repository, and its frozen parameters.
 
@@ -101,21 +98,8 @@ def check(shards: Shards, model: Model, folder: Path) -> Source:
     Whether a tensor is packed is for the file to say, if ``config.json`` says that any is.
     """
     expected = {t.name: t for t in tensors(model)}
-    trunk, buffers = embedding_name(model).split(".")[0], family(model.config).buffers
-    names, problems = {}, list(shards.problems)
     parts = hf_packed.find_parts(shards.files) if model.config.prequantized else {}
-    known = {name for group in parts.values() for name in group.values()}
-    for name in shards.files:
-        full = name if name in expected else f"{trunk}.{name}"
-        if full in expected and full not in names:
-            names[full] = name
-        elif name in known or re.fullmatch(buffers, name) or _is_tied_head(name, model):
-            continue
-        else:
-            problems.append((name, "is not part of this model"))
-    head = head_name(model)
-    if model.config.tie_word_embeddings and head in shards.files:
-        problems += _use_tied_head(shards, names, embedding_name(model), head)
+    names, problems = _find(shards, model, expected, parts)
     packed, packs = {}, model.config.prequantized
     for name, tensor in expected.items():
         own = parts.get(names.get(name, ""), {})
@@ -136,6 +120,7 @@ def check(shards: Shards, model: Model, folder: Path) -> Source:
         problems.append(("quantization_config", "is in config.json, but no tensor is packed"))
     if None not in packed.values():
         problems += hf_packed.differing(_groups(model).values(), packed)
+    problems += _check_tied_head(shards, model, names, bool(problems))
     if problems:
         raise DataError(
             f"the weights do not fit config.json:\n{_listing(problems)}",
@@ -143,6 +128,46 @@ def check(shards: Shards, model: Model, folder: Path) -> Source:
             fix="use the config.json and the weights of one model",
         )
     return Source(names, packed)
+
+
+def _find(
+    shards: Shards, model: Model, expected: Iterable[str], parts: Mapping[str, Mapping[str, str]]
+) -> tuple[dict[str, str], Problems]:
+    """{tensor of the model: the file's}, and what the shards have otherwise or twice."""
+    names, problems = {}, list(shards.problems)
+    table, head = embedding_name(model), head_name(model)
+    known = {name for group in parts.values() for name in group.values()}
+    if model.config.tie_word_embeddings:
+        known.add(head)
+    for name in shards.files:
+        full = name if name in expected else f"{table.split('.')[0]}.{name}"
+        if full in names:
+            problems.append((name, f"is there as {names[full]} too"))
+        elif full in expected:
+            names[full] = name
+        elif name not in known and not re.fullmatch(family(model.config).buffers, name):
+            problems.append((name, "is not part of this model"))
+    if model.config.tie_word_embeddings and head in shards.files:
+        names.setdefault(table, head)
+    return names, problems
+
+
+def _check_tied_head(
+    shards: Shards, model: Model, names: Mapping[str, str], spoilt: bool
+) -> Problems:
+    """What is wrong with a head beside the embedding that it is tied to.
+
+    Their values are compared only where nothing else is wrong.
+    """
+    head, table = head_name(model), names.get(embedding_name(model))
+    if not model.config.tie_word_embeddings or head not in shards.files or table in (None, head):
+        return []
+    if (shape := shards.shape(head)) != shards.shape(table):
+        expected = size_text(shards.shape(table))
+        return [(head, f"has shape {size_text(shape)}, expected {expected}")]
+    if spoilt or shards.same(table, head):
+        return []
+    return [(head, f"differs from {table}, but tie_word_embeddings says that they are one")]
 
 
 def _check_packing(source: Source, model: Model, quantization: QuantConfig) -> None:
@@ -163,22 +188,6 @@ def _check_packing(source: Source, model: Model, quantization: QuantConfig) -> N
                 fix="leave the section out, and the base is used as it is; "
                 "or name the model that it was packed from",
             )
-
-
-def _is_tied_head(name: str, model: Model) -> bool:
-    return name == head_name(model) and model.config.tie_word_embeddings
-
-
-def _use_tied_head(
-    shards: Shards, names: dict[str, str], embedding: str, head: str
-) -> list[tuple[str, str]]:
-    """Lets the head stand in for a missing embedding; a differing one is a problem."""
-    stored = names.setdefault(embedding, head)
-    if stored == head or shards.shape(stored) != shards.shape(head):
-        return []
-    if np.array_equal(shards.read(stored), shards.read(head)):
-        return []
-    return [(head, f"differs from {stored}, but tie_word_embeddings says that they are one")]
 
 
 def _listing(problems: Iterable[tuple[str, str]]) -> str:
@@ -207,7 +216,7 @@ def read_params(
     model: Model,
     quantization: QuantConfig | None = None,
     mesh: jax.sharding.Mesh | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """The parameter tree, read tensor by tensor; ``source`` as ``check`` returns it."""
     groups, shapes = _groups(model), model.shapes
