@@ -39,7 +39,7 @@ def shape_of(array):
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("lead", LEAD)
 @pytest.mark.parametrize("on_mesh", [False, True])
-def test_parts_are_put_in_their_places(lead, turned, on_mesh):
+def test_parts_are_put_in_their_places(lead, turned, on_mesh, monkeypatch):
     want = np.random.default_rng(0).standard_normal((*LEAD[lead], 8, 4), np.float32)
     where = NamedSharding(mesh(), SPEC[lead]) if on_mesh else None
     indices = list(itertools.product(*map(range, LEAD[lead])))
@@ -49,8 +49,18 @@ def test_parts_are_put_in_their_places(lead, turned, on_mesh):
         read.append(index)
         return want[index].T if turned else want[index]
 
+    placed, place = [], sharding.place
+
+    def record(value, where):
+        placed.append(where.shard_shape(value.shape))
+        return place(value, where)
+
+    monkeypatch.setattr(sharding, "place", record)
     leaf = assemble(shape_of(want), where, indices, part, turned)
     np.testing.assert_array_equal(leaf, want)
+    if on_mesh:  # every device was sent its own part only
+        own = where.shard_shape(want.shape)[-2:]
+        assert set(placed) == {own[::-1] if turned else own}
     assert read == indices
     assert leaf.sharding == where if on_mesh else len(leaf.devices()) == 1
 
