@@ -10,15 +10,23 @@ import io
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, TextIO
 
 import rich.console
 from rich import box
 from rich.console import Group, RenderableType
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+)
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +35,8 @@ ACCENT, QUIET, GOOD, WARN = "cyan", "bright_black", "green", "yellow"
 TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 SAMPLE = ("prompt", "before", "after", "expected")
 LONGEST = 400  # characters of a sample that are shown
+PATIENCE = 2  # seconds of loading without a bar
+EVERY = 5  # seconds from one plain line of loading to the next
 
 
 class Rows(NamedTuple):
@@ -50,7 +60,7 @@ class Console:
         self,
         *,
         enabled: bool = True,
-        file: io.TextIOBase | None = None,
+        file: TextIO | io.TextIOBase | None = None,
         plain: bool | None = None,
         width: int | None = None,
     ):
@@ -92,19 +102,43 @@ class Console:
         if self.plain or not self._enabled:
             yield
             return
-        columns = (
-            TextColumn(label, style="bold", markup=False),
-            BarColumn(None, complete_style=ACCENT, finished_style=GOOD),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-        )
-        with Progress(*columns, console=self._rich, expand=True) as self._bar:
+        columns = MofNCompleteColumn(), TextColumn("{task.fields[text]}")
+        with self._new_bar(label, *columns) as self._bar:
             self._task = self._bar.add_task("", total=total, completed=start, text="compiling …")
             try:
                 yield
             finally:
                 self._bar.refresh()
         self._bar = None
+
+    @contextmanager
+    def loading(self, label: str = "loading") -> Iterator[Callable[[int, int], None]]:
+        """Gives what is to be called with the bytes that are read, and those there are in all.
+
+        A bar, or a plain line every few seconds; nothing for what is quick.
+        """
+        start = last = time.monotonic()
+        bar: Progress | None = None
+
+        def report(done: int, total: int) -> None:
+            nonlocal bar, last
+            now = time.monotonic()
+            if self.plain and now - last >= EVERY:
+                last = now
+                self._lines([f"{label}: {done / 1e9:.1f} of {total / 1e9:.1f} GB"])
+            elif self._enabled and not self.plain and now - start >= PATIENCE:
+                if bar is None:
+                    bar = stack.enter_context(self._new_bar(label, DownloadColumn()))
+                    bar.add_task("", total=total)
+                bar.update(bar.task_ids[0], completed=done)
+
+        with ExitStack() as stack:
+            yield report
+
+    def _new_bar(self, label: str, *columns: ProgressColumn) -> Progress:
+        title = TextColumn(label, style="bold", markup=False)
+        bar = BarColumn(None, complete_style=ACCENT, finished_style=GOOD)
+        return Progress(title, bar, *columns, console=self._rich, expand=True)
 
     def advance(self, step: int) -> None:
         """``step`` steps are done; cheap enough for every step."""

@@ -42,7 +42,8 @@ def run(config: Config, options: argparse.Namespace) -> None:
     console = Console(enabled=jax.process_index() == 0)
     tokenizer = open_tokenizer(config)
     rows = data.prepare(config.data.eval, tokenizer, config.data, role="eval")
-    job = open_job(config, tokenizer, trained=True)
+    with console.loading() as progress:
+        job = open_job(config, tokenizer, trained=True, progress=progress)
     check_fit(job, rows)
     with jax.set_mesh(job.mesh):
         step = make_eval_step(job.model, job.bind)

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import jax
 
 from jlora import decoding, runtime
 from jlora.config import Config
+from jlora.console import Console
 from jlora.data import reply_row
 from jlora.data.rows import BadRow, Chat, Completion, from_alpaca, from_messages
 from jlora.data.tokenizer import opening, token_ids
@@ -49,7 +51,9 @@ def run(config: Config, options: argparse.Namespace) -> None:
         runtime.compilation_cache()
     tokenizer = open_tokenizer(config)
     ids = [_ids(p, config, tokenizer) for p in prompts]
-    job = open_job(config, tokenizer, trained=True)
+    console = Console(enabled=jax.process_index() == 0, file=sys.stderr)  # stdout is for replies
+    with console.loading() as progress:
+        job = open_job(config, tokenizer, trained=True, progress=progress)
     _check(prompts, ids, job.model)
     with jax.set_mesh(job.mesh):
         tokens = decoding.generate(

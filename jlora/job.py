@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from jlora.data import load_tokenizer
 from jlora.errors import ConfigError
 from jlora.models import Model, load_pretrained
 from jlora.targets import Target, find_targets
+
+Load = Callable[[str, str], tuple[Model, Any]]
+"""(name, dtype) → a model and its parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +58,13 @@ def open_tokenizer(config: Config) -> Any:
     return load_tokenizer(name, chat_template=config.data.chat_template, revision=revision)
 
 
-def open_job(config: Config, tokenizer: Any, *, trained: bool) -> Job:
+def open_job(
+    config: Config,
+    tokenizer: Any,
+    *,
+    trained: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> Job:
     """Loads the model that the settings name, and what is trained of it.
 
     Args:
@@ -62,16 +72,20 @@ def open_job(config: Config, tokenizer: Any, *, trained: bool) -> Job:
       tokenizer: see ``open_tokenizer``.
       trained: take the result of the run in ``train.output_dir``; else a fresh adapter (or
         ``lora.init_from``), or the base model to be trained in full.
+      progress: see ``load_pretrained``.
     """
     mesh = sharding.make_mesh(config.mesh)
     open_ = _open_adapter if config.lora else _open_full
+    load = functools.partial(_load, config, mesh, progress)
     with jax.set_mesh(mesh):
-        return open_(config, mesh, tokenizer, trained)
+        return open_(config, mesh, load, tokenizer, trained)
 
 
-def _open_adapter(config: Config, mesh: jax.sharding.Mesh, tokenizer: Any, trained: bool) -> Job:
+def _open_adapter(
+    config: Config, mesh: jax.sharding.Mesh, load: Load, tokenizer: Any, trained: bool
+) -> Job:
     assert config.lora is not None
-    model, params = _load(config, mesh, config.model.name_or_path, config.model.dtype)
+    model, params = load(config.model.name_or_path, config.model.dtype)
     source = _result(config, "adapter", CONFIG_FILE) if trained else config.lora.init_from
     if source:
         adapter = load_adapter(source, params)
@@ -90,9 +104,11 @@ def _open_adapter(config: Config, mesh: jax.sharding.Mesh, tokenizer: Any, train
     return Job(config, mesh, model, tokenizer, params, adapter, attach, tuple(targets))
 
 
-def _open_full(config: Config, mesh: jax.sharding.Mesh, tokenizer: Any, trained: bool) -> Job:
+def _open_full(
+    config: Config, mesh: jax.sharding.Mesh, load: Load, tokenizer: Any, trained: bool
+) -> Job:
     name = _result(config, "model", "config.json") if trained else config.model.name_or_path
-    model, params = _load(config, mesh, name, "float32")
+    model, params = load(name, "float32")
     if model.config.prequantized:
         raise ConfigError(
             "the base model came packed, and packed weights cannot be trained in full",
@@ -127,7 +143,13 @@ class _Cast:
         return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(self.dtype)), params)
 
 
-def _load(config: Config, mesh: jax.sharding.Mesh, name: str, dtype: str) -> tuple[Model, Any]:
+def _load(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    progress: Callable[[int, int], None] | None,
+    name: str,
+    dtype: str,
+) -> tuple[Model, Any]:
     revision = config.model.revision if name == config.model.name_or_path else None
     model, params = load_pretrained(
         name,
@@ -136,6 +158,7 @@ def _load(config: Config, mesh: jax.sharding.Mesh, name: str, dtype: str) -> tup
         mesh=mesh,
         revision=revision,
         attention=config.model.attention,
+        progress=progress,
     )
     remat = config.train.gradient_checkpointing
     return dataclasses.replace(

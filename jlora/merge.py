@@ -43,7 +43,8 @@ def run(config: Config, options: argparse.Namespace) -> None:
     runtime.distributed()
     console = Console(enabled=jax.process_index() == 0)
     tokenizer = open_tokenizer(config)
-    job = open_job(config, tokenizer, trained=True)
+    with console.loading() as progress:
+        job = open_job(config, tokenizer, trained=True, progress=progress)
     packed = job.model.config.prequantized
     if packed and config.merge.base == "original":
         raise ConfigError(
@@ -58,7 +59,9 @@ def run(config: Config, options: argparse.Namespace) -> None:
         base = "dequantized (it came packed, without the original)" if packed else "as it is"
         rows = {"merged model": out, "base": base}
         if config.quantization and not packed:
-            original = _original(config, tokenizer)
+            dense = dataclasses.replace(config, quantization=None)
+            with console.loading() as progress:
+                original = open_job(dense, tokenizer, trained=True, progress=progress)
             other = lora.merge(original.frozen, job.trainable)
             rows["base"] = config.merge.base
             rows["logit difference, dequantized base"] = _difference(job, trained, merged)
@@ -71,11 +74,6 @@ def run(config: Config, options: argparse.Namespace) -> None:
         with storage_errors(out):
             tokenizer.save_pretrained(out)
     console.card("merged", rows)
-
-
-def _original(config: Config, tokenizer: Any) -> Job:
-    """The same run over the base as it is on disk."""
-    return open_job(dataclasses.replace(config, quantization=None), tokenizer, trained=True)
 
 
 def _logits(job: Job, params: Any) -> np.ndarray:

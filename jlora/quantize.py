@@ -50,7 +50,10 @@ def run(config: Config, options: argparse.Namespace) -> None:
     tokenizer = open_tokenizer(config)
     console.note(f"reading {config.model.name_or_path}, packing as {describe(asked)}")
     with jax.set_mesh(sharding.make_mesh(config.mesh)) as mesh:
-        model, params = load_pretrained(source, config.model.dtype, asked, mesh)
+        with console.loading() as progress:
+            model, params = load_pretrained(
+                source, config.model.dtype, asked, mesh, progress=progress
+            )
         console.note(f"writing {out}")
         model = dataclasses.replace(model, dtype=asked.bnb_4bit_compute_dtype)
         files = save_pretrained(out, model, params, packed=True)

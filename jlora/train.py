@@ -50,7 +50,8 @@ def run(config: Config, options: argparse.Namespace) -> None:
         if config.data.eval:
             held_out = data.prepare(config.data.eval, tokenizer, config.data, role="eval")
         console.note(f"loading {config.model.name_or_path} …")
-        job = open_job(config, tokenizer, trained=False)
+        with console.loading() as progress:
+            job = open_job(config, tokenizer, trained=False, progress=progress)
         for what, prepared in (("data.train", rows), ("data.eval", held_out)):
             if prepared:
                 check_fit(job, prepared)

@@ -94,3 +94,24 @@ def test_the_time_that_remains_leaves_out_the_first_step(monkeypatch):
 )
 def test_durations(seconds, text):
     assert console.duration(seconds) == text
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_loading_is_shown_when_it_takes_long(monkeypatch, plain):
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+
+    def load(seconds, **options):
+        file = io.StringIO()
+        with Console(file=file, plain=plain, width=80, **options).loading() as report:
+            for done in range(1, 9):
+                now[0] += seconds / 8
+                report(done * 10**9, 8 * 10**9)
+        return file.getvalue()
+
+    assert load(1.9) == load(60, enabled=False) == ""
+    text = load(16)
+    if plain:  # every two seconds: a line after six and after twelve
+        assert text == "loading: 3.0 of 8.0 GB\nloading: 6.0 of 8.0 GB\n"
+    else:
+        assert "loading" in text and "8.0/8.0 GB" in text

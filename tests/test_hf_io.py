@@ -1,5 +1,6 @@
 """Model folders: what is read, what is refused, and what is written back."""
 
+import itertools
 import json
 import pickle
 import shutil
@@ -17,7 +18,9 @@ from tiny_models import CONFIGS, LLAMA, build, tokens
 from jlora import nf4, paths, sharding
 from jlora.config import MeshConfig, QuantConfig
 from jlora.errors import ConfigError, DataError, StorageError
-from jlora.models import hf_folder, load_pretrained, save_pretrained
+from jlora.models import hf_folder, hf_read, load_pretrained, save_pretrained
+from jlora.models.hf_names import Tensor
+from jlora.models.hf_place import assemble
 from jlora.quantization import quantize_params
 
 INDEX = "model.safetensors.index.json"
@@ -106,6 +109,41 @@ def test_quantized_reading_is_quantize_params_of_plain_reading(tmp_path, name):
     assert sum(isinstance(leaf, nf4.NF4Array) for _, leaf in paths.walk(packed)) > 2
 
 
+@pytest.mark.parametrize("quantization", [None, QuantConfig()])
+def test_progress_counts_the_bytes_of_all_tensors(sharded, quantization):
+    calls = []
+    load_pretrained(sharded, quantization=quantization, progress=lambda *call: calls.append(call))
+    tensors = {k: v for file in sharded.glob("*.safetensors") for k, v in load_file(file).items()}
+    sizes = sorted(value.nbytes for value in tensors.values())
+    done = [0, *(call[0] for call in calls)]
+    assert sorted(b - a for a, b in itertools.pairwise(done)) == sizes
+    assert {call[1] for call in calls} == {sum(sizes)}
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_part_of_several_tensors_is_joined(tmp_path, transposed):
+    """Experts (2, E, in, out) of one tensor each, or of the halves of their columns."""
+    leaf = np.random.default_rng(0).standard_normal((2, 3, 4, 6)).astype(np.float32)
+    place, stored = ("model", "layers", "experts", "kernel"), {}
+    halves = {"up": slice(3, 6), "gate": slice(0, 3)}
+    group = []
+    for layer, half, expert in itertools.product(range(2), halves, range(3)):
+        part = leaf[layer, expert][:, halves[half]]
+        name = f"{layer}.{expert}.{half}"
+        stored[name] = np.ascontiguousarray(part.T if transposed else part)
+        within = (expert, slice(None), halves[half])
+        group.append(Tensor(name, place, layer, transposed, stored[name].shape, within))
+    save_file(stored, tmp_path / "model.safetensors")
+    shape = jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
+    source = hf_read.Source({name: name for name in stored}, {})
+    parts = hf_read._parts(group)
+    with hf_folder.open_shards(tmp_path) as shards:
+        read = lambda index: hf_read._read(shards, source, parts[index], shape, None)  # noqa: E731
+        joined = assemble(shape, None, parts, read, transposed)
+    assert len(parts) == 6
+    np.testing.assert_array_equal(joined, leaf.astype(jnp.bfloat16))
+
+
 def test_quantized_parameters_are_written_dense(tmp_path):
     model, params = build("llama")
     packed = quantize_params(params, QuantConfig())
@@ -114,7 +152,7 @@ def test_quantized_parameters_are_written_dense(tmp_path):
     same(read, paths.map_leaves(lambda _, x: getattr(x, "dequantize", lambda: x)(), packed))
 
 
-def test_tied_weights_are_read_under_either_name(tmp_path):
+def test_tied_weights_are_read_under_either_name(tmp_path, monkeypatch):
     model, params = build("llama-rope")
     save_pretrained(tmp_path, model, params)
     table = "model.embed_tokens.weight"
@@ -122,8 +160,19 @@ def test_tied_weights_are_read_under_either_name(tmp_path):
     same(load_pretrained(tmp_path, dtype="float32")[1], params)
     edit(tmp_path, lambda t: t.update({table: t["lm_head.weight"]}))
     same(load_pretrained(tmp_path, dtype="float32")[1], params)
-    edit(tmp_path, lambda t: t.update({table: t["lm_head.weight"] + 1}))
+    monkeypatch.setattr(hf_folder, "SPAN", 3 * 32 * 8)  # three rows at a time
+
+    def differ(t):
+        t[table] = t["lm_head.weight"].copy()
+        t[table][-1, -1] += 1
+
+    edit(tmp_path, differ)
     with pytest.raises(DataError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+        load_pretrained(tmp_path, dtype="float32")
+    edit(tmp_path, lambda t: t.update({"lm_head.weight": t[table][:60]}))
+    with pytest.raises(
+        DataError, match=r"lm_head.weight has shape \[60, 32\], expected \[61, 32\]"
+    ):
         load_pretrained(tmp_path, dtype="float32")
 
 
@@ -150,6 +199,7 @@ def test_all_faults_of_a_checkpoint_are_listed_at_once(folder):
         t["model.layers.0.extra.weight"] = np.zeros(2, np.float32)
         t["lm_head.weight"] = t["lm_head.weight"][:60]
         t["model.layers.1.input_layernorm.weight"] = np.zeros(32, np.int32)
+        t["layers.0.mlp.down_proj.weight"] = t["model.layers.0.mlp.down_proj.weight"]
 
     edit(folder, spoil)
     with pytest.raises(DataError) as caught:
@@ -160,6 +210,35 @@ def test_all_faults_of_a_checkpoint_are_listed_at_once(folder):
         "model.layers.0.extra.weight is not part of this model",
         "lm_head.weight has shape [60, 32], expected [61, 32]",
         "model.layers.1.input_layernorm.weight is of type I32, not a float",
+    ):
+        assert f"\n  {line}" in str(caught.value)
+    twice = ["layers.0.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.weight"]
+    assert any(f"{a} is there as {b} too" in str(caught.value) for a, b in (twice, twice[::-1]))
+
+
+def test_faults_of_shards_and_of_the_index_are_in_the_same_listing(sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    first, *_, last = sorted(set(index["weight_map"].values()))
+    tensors = load_file(sharded / first)
+    doubled = next(iter(tensors))
+    wide = np.zeros((3, 5), np.float32)
+    save_file(
+        {**load_file(sharded / last), doubled: tensors[doubled], "more": wide}, sharded / last
+    )
+    file = index["weight_map"]["model.norm.weight"]
+    save_file({**load_file(sharded / file), "model.norm.weight": wide}, sharded / file)
+    index["weight_map"] |= {"ghost": first, "more": last}
+    (sharded / INDEX).write_text(json.dumps(index))
+    config = {**LLAMA, "num_hidden_layers": 3}
+    (sharded / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError) as caught:
+        load_pretrained(sharded)
+    for line in (
+        f"{doubled} is in {first} and {last}",
+        f"ghost is in the index but not in {first}",
+        "more is not part of this model",
+        "model.norm.weight has shape [3, 5], expected [32]",
+        "model.layers.2.mlp.up_proj.weight is missing",
     ):
         assert f"\n  {line}" in str(caught.value)
 
@@ -179,11 +258,14 @@ def test_index_and_shards_must_agree(sharded):
     save_file({**load_file(sharded / second), doubled: tensors[doubled]}, sharded / second)
     del index["weight_map"]["model.norm.weight"]
     index["weight_map"]["ghost"] = first
+    moved = next(name for name, file in index["weight_map"].items() if file == second)
+    index["weight_map"][moved] = first
     (sharded / INDEX).write_text(json.dumps(index))
     with pytest.raises(DataError) as caught:
         load_pretrained(sharded)
     assert f"{doubled} is in {first} and {second}" in str(caught.value)
     assert "model.norm.weight is in" in str(caught.value)
+    assert f"{moved} is in {second}, not in {first}" in str(caught.value)
     assert f"ghost is in the index but not in {first}" in str(caught.value)
 
 
@@ -194,9 +276,12 @@ def test_shard_names_that_are_not_plain_are_refused(sharded, name):
     shutil.copy(next(sharded.glob("*.safetensors")), sharded.parent / "outside.safetensors")
     index = json.loads((sharded / INDEX).read_text())
     index["weight_map"]["model.norm.weight"] = name
+    index["weight_map"]["lm_head.weight"] = "model-00000-of-00001.safetensors"
     (sharded / INDEX).write_text(json.dumps(index))
-    with pytest.raises(DataError, match="plain name of a safetensors file"):
+    with pytest.raises(DataError) as caught:
         load_pretrained(sharded)
+    assert f"\n  {name} is not the plain name of a safetensors file" in str(caught.value)
+    assert "\n  model-00000-of-00001.safetensors is missing" in str(caught.value)
 
 
 def test_links_out_of_the_folder_are_refused_but_for_the_hub_cache(folder, tmp_path):
@@ -205,6 +290,18 @@ def test_links_out_of_the_folder_are_refused_but_for_the_hub_cache(folder, tmp_p
     (folder / "model.safetensors").symlink_to(outside)
     with pytest.raises(DataError, match="leads out of the folder"):
         load_pretrained(folder)
+
+    for name in ("config.json", "generation_config.json", INDEX):
+        inside, kept = folder / name, folder / "kept"
+        if inside.exists():
+            inside.rename(kept)
+        (tmp_path / "secret.json").write_text('{"model_type": "llama"}')
+        inside.symlink_to(tmp_path / "secret.json")
+        with pytest.raises(DataError, match=rf"{name}: is a link that leads out of the folder"):
+            load_pretrained(folder)
+        inside.unlink()
+        if kept.exists():
+            kept.rename(inside)
 
     repository = tmp_path / "models--a--b"
     (repository / "blobs").mkdir(parents=True)
@@ -260,7 +357,7 @@ def test_truncated_files_are_damaged(folder, keep):
         ("config.json", None, "missing"),
         ("model.safetensors", None, "there is no model.safetensors"),
         (INDEX, "{}", "no weight_map"),
-        (INDEX, '{"weight_map": {"a": "b.safetensors"}}', "shard is missing"),
+        (INDEX, '{"weight_map": {"a": "b.safetensors"}}', "b.safetensors is missing"),
     ],
 )
 def test_malformed_folders_are_named(folder, file, text, message):

@@ -95,7 +95,7 @@ def test_it_says_what_it_does_and_how_large_that_is(place, capsys):
 def test_what_cannot_be_done_is_said_before_weights_are_read(
     place, monkeypatch, capsys, overrides, message
 ):
-    monkeypatch.setattr(command, "load_pretrained", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(command, "load_pretrained", lambda *_, **__: pytest.fail("read"))
     link = place.folder / "link"
     link.symlink_to(place.base)
     file = str(place.write(quantization=NF4))

@@ -8,6 +8,7 @@ inside the folder.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,8 +22,14 @@ from jlora.files import storage_errors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": None}
+FLOATS = ("F64", "F32", "F16", "BF16")
 """Tensor types that can be a model's weights."""
+
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
+"""What a value of the types that are read takes up."""
+
+SPAN = 2**24
+"""Bytes that are compared at a time."""
 
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 UNWANTED = ["*/*", "consolidated*"]
@@ -78,6 +85,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; DataError when it is missing or is not one."""
     if not path.is_file():
         raise DataError("this file is missing", where=str(path), fix="name a transformers folder")
+    if _leads_out(path):
+        raise DataError("is a link that leads out of the folder", where=str(path))
     try:
         with storage_errors(path):
             value = json.loads(path.read_text(encoding="utf-8"))
@@ -94,14 +103,22 @@ def shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     Raises DataError for pickled or missing weights and for names that lead out of the folder.
     """
     if (folder / SINGLE).exists() and not (folder / INDEX).exists():
-        return [_inside(folder, SINGLE)], None
-    if not (folder / INDEX).exists():
+        names, weight_map = [SINGLE], None
+    elif not (folder / INDEX).exists():
         raise _no_weights(folder)
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise DataError("has no weight_map", where=str(folder / INDEX))
-    names = sorted({str(name) for name in weight_map.values()})
-    return [_inside(folder, name) for name in names], weight_map
+    else:
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise DataError("has no weight_map", where=str(folder / INDEX))
+        names = sorted({str(name) for name in weight_map.values()})
+    faults = [f"  {name} {fault}" for name in names if (fault := _fault(folder, name))]
+    if faults:
+        raise DataError(
+            "these shards are refused:\n" + "\n".join(faults),
+            where=str(folder if weight_map is None else folder / INDEX),
+            fix="download the folder again",
+        )
+    return [folder / name for name in names], weight_map
 
 
 def _no_weights(folder: Path) -> JloraError:
@@ -117,20 +134,22 @@ def _no_weights(folder: Path) -> JloraError:
     return DataError(f"there is no {SINGLE} and no {INDEX}", where=str(folder))
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """The file of that plain name; DataError when it lies, or links, outside the folder."""
-    where = f"{folder / INDEX}: {name}"
+def _fault(folder: Path, name: str) -> str | None:
+    """Why a shard of that name is not read; None if it is a file in the folder."""
     if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
-        raise DataError("a shard must be the plain name of a safetensors file", where=where)
-    file = folder / name
-    if not file.is_file():
-        raise DataError("this shard is missing", where=where, fix="download the folder again")
-    allowed = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":  # the hub's cache keeps files as links to blobs
-        allowed.append(folder.resolve().parent.parent / "blobs")
-    if not any(file.resolve().is_relative_to(root) for root in allowed):
-        raise DataError("a link that leads out of the folder", where=where)
-    return file
+        return "is not the plain name of a safetensors file"
+    if not (folder / name).is_file():
+        return "is missing"
+    return "is a link that leads out of the folder" if _leads_out(folder / name) else None
+
+
+def _leads_out(file: Path) -> bool:
+    """Whether a file, links followed, lies outside its folder (or the hub cache's blobs)."""
+    folder = file.parent.resolve()
+    allowed = [folder]
+    if folder.parent.name == "snapshots":  # the hub's cache keeps files as links to blobs
+        allowed.append(folder.parent.parent / "blobs")
+    return not any(file.resolve().is_relative_to(root) for root in allowed)
 
 
 class Shards:
@@ -153,6 +172,8 @@ class Shards:
         for name, file in weight_map.items():
             if name not in self.files:
                 self.problems.append((name, f"is in the index but not in {file}"))
+            elif self.files[name].name != file:
+                self.problems.append((name, f"is in {self.files[name].name}, not in {file}"))
         for name in self.files:
             if name not in weight_map:
                 self.problems.append((name, f"is in {self.files[name].name} but not in the index"))
@@ -164,6 +185,19 @@ class Shards:
     def dtype(self, name: str) -> str:
         """The type's name in the file, such as ``F32`` or ``BF16``."""
         return self._handles[self.files[name]].get_slice(name).get_dtype()
+
+    def nbytes(self, name: str) -> int:
+        """The tensor's bytes in the file."""
+        return math.prod(self.shape(name)) * BYTES[self.dtype(name)]
+
+    def same(self, name: str, other: str) -> bool:
+        """Whether two tensors of one shape hold the same values; they are not read whole."""
+        a, b = (self._handles[self.files[n]].get_slice(n) for n in (name, other))
+        rows, *rest = self.shape(name)
+        step = max(1, SPAN // (8 * math.prod(rest)))
+        spans = (slice(i, min(i + step, rows)) for i in range(0, rows, step))
+        with damage(self.files[name]):
+            return all(np.array_equal(a[span], b[span]) for span in spans)
 
     def read(self, name: str) -> np.ndarray:
         """The tensor's values; BF16 comes as ml_dtypes' bfloat16."""

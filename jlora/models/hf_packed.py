@@ -42,8 +42,8 @@ STATE = "quant_state.bitsandbytes__"
 PART = re.compile(
     rf"(.*)\.(?:weight\.((?:nested_)?(?:absmax|quant_map)|{STATE}\w+)|(SCB|weight_format))"
 )
-STORAGE = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
-"""Bytes of the types that 4-bit codes may be stored as."""
+STORAGE = ("U8", "I8", "F16", "BF16", "F32", "F64")
+"""The types that 4-bit codes may be stored as."""
 
 LONGEST_STATE = 4096
 """Bytes; the JSON of a ``quant_state`` is about 170 long."""
@@ -83,8 +83,12 @@ def find_parts(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 def matrix_shape(tensor: Tensor) -> tuple[int, ...]:
     """What is packed: torch's [out, in], or an embedding's rows."""
-    as_torch = tensor.transposed or rows_first(tensor.path)
-    return tensor.shape if as_torch else tensor.shape[::-1]
+    return tensor.shape if as_torch(tensor) else tensor.shape[::-1]
+
+
+def as_torch(tensor: Tensor) -> bool:
+    """Whether the file holds the matrix as torch's Linear or Embedding has it: so it is packed."""
+    return tensor.transposed or rows_first(tensor.path)
 
 
 def packed_shapes(
@@ -242,7 +246,7 @@ def _fit(shards: Shards, name: str, dtype: str, shape: tuple[int, ...] | None) -
 def _fit_bytes(shards: Shards, name: str, size: int) -> Problems:
     if shards.dtype(name) not in STORAGE:
         return [(name, f"is of type {shards.dtype(name)}, expected U8")]
-    stored = math.prod(shards.shape(name)) * STORAGE[shards.dtype(name)]
+    stored = shards.nbytes(name)
     return [] if stored == size else [(name, f"holds {stored} bytes, expected {size}")]
 
 
@@ -274,21 +278,14 @@ def how(stored: Stored | None) -> str:
     return "not packed" if stored is None else describe(stored.config)
 
 
-def read_leaf(
-    shards: Shards, packed: Mapping[str, Stored], group: list[Tensor], shape: Packed
-) -> Packed:
-    """A packed leaf on the host, its layers stacked."""
-    out = jax.tree.map(lambda child: np.empty(child.shape, child.dtype), shape)
-    children = jax.tree.leaves(out)
-    for tensor in group:
-        at = ... if tensor.layer is None else tensor.layer
-        for child, new in zip(children, _read(shards, packed[tensor.name], shape), strict=True):
-            child[at] = np.reshape(new, child[at].shape)
-    return out
+def read(shards: Shards, stored: Stored, like: Packed) -> list[Any]:
+    """The children of one matrix, in the shapes that they have in the leaf ``like``."""
+    children = _read(shards, stored, like)
+    shapes = [child.shape[len(like.lead) :] for child in jax.tree.leaves(like)]
+    return [np.reshape(child, shape) for child, shape in zip(children, shapes, strict=True)]
 
 
 def _read(shards: Shards, stored: Stored, like: Packed) -> list[Any]:
-    """The children of one layer's packed matrix."""
     names = stored.names
     if not isinstance(like, NF4Array):
         return [shards.read(names["weight"]), shards.read(names["SCB"])]

@@ -1,14 +1,15 @@
 """Reads a transformers folder into a model and its parameter tree.
 
 Headers are checked against the tree that the configuration asks for before anything is allocated;
-then leaf after leaf is read, cast, quantized and placed.
+then tensor after tensor is read, cast, placed and quantized: the host never holds two.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import paths
+from jlora import paths, sharding
 from jlora.config import QuantConfig
 from jlora.errors import ConfigError, DataError
 from jlora.models import hf_packed, mxfp4
 from jlora.models.hf_folder import FLOATS, Shards, find_folder, open_shards, read_json
 from jlora.models.hf_names import Tensor, embedding_name, head_name, tensors
-from jlora.models.hf_packed import Stored, size_text
+from jlora.models.hf_packed import Problems, Stored, size_text
+from jlora.models.hf_place import Index, assemble
 from jlora.models.model import Model
 from jlora.models.registry import family, parse
-from jlora.quantization import describe, is_packed, pack, quantize_params, rows_first
+from jlora.quantization import describe, is_packed, pack, quantize_params
 
 
 def load_pretrained(
@@ -35,6 +37,7 @@ def load_pretrained(
     mesh: jax.sharding.Mesh | None = None,
     revision: str | None = None,
     attention: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """The model in a transformers folder or hub repository, and its frozen parameters.
 
@@ -47,6 +50,7 @@ def load_pretrained(
       mesh: places every leaf on it; None leaves that to JAX's default device.
       revision: a hub repository's branch, tag or commit.
       attention: see ``attention.BACKENDS``.
+      progress: called after every tensor with the bytes that are read and those there are in all.
 
     Raises:
       ConfigError: the model is not there, its configuration is not supported, or the folder is
@@ -61,7 +65,7 @@ def load_pretrained(
         source = check(shards, model, folder)
         if source.packed and quantization is not None:
             _check_packing(source, model, quantization)
-        return model, read_params(shards, source, model, quantization, mesh)
+        return model, read_params(shards, source, model, quantization, mesh, progress)
 
 
 def read_model(folder: Path, **options: Any) -> Model:
@@ -95,21 +99,8 @@ def check(shards: Shards, model: Model, folder: Path) -> Source:
     Whether a tensor is packed is for the file to say, if ``config.json`` says that any is.
     """
     expected = {t.name: t for t in tensors(model)}
-    trunk, buffers = embedding_name(model).split(".")[0], family(model.config).buffers
-    names, problems = {}, list(shards.problems)
     parts = hf_packed.find_parts(shards.files) if model.config.prequantized else {}
-    known = {name for group in parts.values() for name in group.values()}
-    for name in shards.files:
-        full = name if name in expected else f"{trunk}.{name}"
-        if full in expected and full not in names:
-            names[full] = name
-        elif name in known or re.fullmatch(buffers, name) or _is_tied_head(name, model):
-            continue
-        else:
-            problems.append((name, "is not part of this model"))
-    head = head_name(model)
-    if model.config.tie_word_embeddings and head in shards.files:
-        problems += _use_tied_head(shards, names, embedding_name(model), head)
+    names, problems = _find(shards, model, expected, parts)
     packed, packs = {}, model.config.prequantized
     for name, tensor in expected.items():
         own = parts.get(names.get(name, ""), {})
@@ -130,6 +121,7 @@ def check(shards: Shards, model: Model, folder: Path) -> Source:
         problems.append(("quantization_config", "is in config.json, but no tensor is packed"))
     if None not in packed.values():
         problems += hf_packed.differing(_groups(model).values(), packed)
+    problems += _check_tied_head(shards, model, names, bool(problems))
     if problems:
         raise DataError(
             f"the weights do not fit config.json:\n{_listing(problems)}",
@@ -137,6 +129,46 @@ def check(shards: Shards, model: Model, folder: Path) -> Source:
             fix="use the config.json and the weights of one model",
         )
     return Source(names, packed)
+
+
+def _find(
+    shards: Shards, model: Model, expected: Iterable[str], parts: Mapping[str, Mapping[str, str]]
+) -> tuple[dict[str, str], Problems]:
+    """{tensor of the model: the file's}, and what the shards have otherwise or twice."""
+    names, problems = {}, list(shards.problems)
+    table, head = embedding_name(model), head_name(model)
+    known = {name for group in parts.values() for name in group.values()}
+    if model.config.tie_word_embeddings:
+        known.add(head)
+    for name in shards.files:
+        full = name if name in expected else f"{table.split('.')[0]}.{name}"
+        if full in names:
+            problems.append((name, f"is there as {names[full]} too"))
+        elif full in expected:
+            names[full] = name
+        elif name not in known and not re.fullmatch(family(model.config).buffers, name):
+            problems.append((name, "is not part of this model"))
+    if model.config.tie_word_embeddings and head in shards.files:
+        names.setdefault(table, head)
+    return names, problems
+
+
+def _check_tied_head(
+    shards: Shards, model: Model, names: Mapping[str, str], spoilt: bool
+) -> Problems:
+    """What is wrong with a head beside the embedding that it is tied to.
+
+    Their values are compared only where nothing else is wrong.
+    """
+    head, table = head_name(model), names.get(embedding_name(model))
+    if not model.config.tie_word_embeddings or head not in shards.files or table in (None, head):
+        return []
+    if (shape := shards.shape(head)) != shards.shape(table):
+        expected = size_text(shards.shape(table))
+        return [(head, f"has shape {size_text(shape)}, expected {expected}")]
+    if spoilt or shards.same(table, head):
+        return []
+    return [(head, f"differs from {table}, but tie_word_embeddings says that they are one")]
 
 
 def _check_packing(source: Source, model: Model, quantization: QuantConfig) -> None:
@@ -157,22 +189,6 @@ def _check_packing(source: Source, model: Model, quantization: QuantConfig) -> N
                 fix="leave the section out, and the base is used as it is; "
                 "or name the model that it was packed from",
             )
-
-
-def _is_tied_head(name: str, model: Model) -> bool:
-    return name == head_name(model) and model.config.tie_word_embeddings
-
-
-def _use_tied_head(
-    shards: Shards, names: dict[str, str], embedding: str, head: str
-) -> list[tuple[str, str]]:
-    """Lets the head stand in for a missing embedding; a differing one is a problem."""
-    stored = names.setdefault(embedding, head)
-    if stored == head or shards.shape(stored) != shards.shape(head):
-        return []
-    if np.array_equal(shards.read(stored), shards.read(head)):
-        return []
-    return [(head, f"differs from {stored}, but tie_word_embeddings says that they are one")]
 
 
 def _listing(problems: Iterable[tuple[str, str]]) -> str:
@@ -201,66 +217,90 @@ def read_params(
     model: Model,
     quantization: QuantConfig | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """The parameter tree, read leaf by leaf; ``source`` as ``check`` returns it."""
-    groups, names = _groups(model), source.names
-    shapes = model.shapes
+    """The parameter tree, read tensor by tensor; ``source`` as ``check`` returns it."""
+    groups, shapes = _groups(model), model.shapes
     if source.packed:
         shapes = hf_packed.packed_shapes(shapes, groups, source.packed)
     elif quantization is not None:
         shapes = jax.eval_shape(lambda p: quantize_params(p, quantization), shapes)
-    place = _placer(shapes, mesh)
+    layout = None if mesh is None else sharding.shardings(shapes, mesh)
+    size = functools.partial(_size, shards, source)
+    done, total = 0, sum(size(group) for group in groups.values())
 
-    def read(path: paths.Path, shape: Any) -> Any:
-        group = groups[path]
-        if source.packed and is_packed(shape):
-            return place(path, hf_packed.read_leaf(shards, source.packed, group, shape))
-        if quantization is not None and is_packed(shape):
-            return place(path, _packed(shards, names, group, shape, quantization))
-        return place(path, _dense(shards, names, group, shape))
+    def leaf(path: paths.Path, shape: Any) -> Any:
+        parts = _parts(groups[path])
 
-    return paths.map_leaves(read, shapes)
+        def read(index: Index) -> Any:
+            nonlocal done
+            part = _read(shards, source, parts[index], shape, quantization)
+            done += size(parts[index])
+            if progress is not None:
+                progress(done, total)
+            return part
+
+        where = None if layout is None else paths.get(layout, path)
+        turned = groups[path][0].transposed and not is_packed(shape)
+        return assemble(shape, where, parts, read, turned)
+
+    return paths.map_leaves(leaf, shapes)
 
 
-def _placer(shapes: Any, mesh: jax.sharding.Mesh | None):
-    """A function (path, host arrays) → arrays on their devices."""
-    if mesh is None:
-        return lambda path, leaf: jax.tree.map(jnp.asarray, leaf)
-    from jlora import sharding
+def _parts(group: list[Tensor]) -> dict[Index, list[Tensor]]:
+    """A leaf's tensors by the place on its leading axes that they are in, or share."""
+    parts: dict[Index, list[Tensor]] = {}
+    for tensor in group:
+        index = tuple(i for i in tensor.index if isinstance(i, int))
+        parts.setdefault(index, []).append(tensor)
+    return parts
 
-    where = sharding.shardings(shapes, mesh)
-    return lambda path, leaf: sharding.place(leaf, paths.get(where, path))
+
+def _size(shards: Shards, source: Source, group: Iterable[Tensor]) -> int:
+    """Bytes of tensors in the file, all parts of packed ones included."""
+    stored = [source.packed.get(tensor.name) for tensor in group]
+    names = [
+        [source.names[tensor.name]] if packed is None else packed.names.values()
+        for tensor, packed in zip(group, stored, strict=True)
+    ]
+    return sum(shards.nbytes(name) for own in names for name in own)
+
+
+def _read(
+    shards: Shards,
+    source: Source,
+    group: list[Tensor],
+    shape: Any,
+    quantization: QuantConfig | None,
+) -> Any:
+    """One part of a leaf: lying as in the file, or packed."""
+    first = group[0]
+    if first.name in source.packed:
+        return hf_packed.read(shards, source.packed[first.name], shape)
+    value = _dense(shards, source.names, group, shape)
+    if quantization is None or not is_packed(shape):
+        return value
+    matrix = jnp.asarray(value)
+    return pack(matrix if hf_packed.as_torch(first) else matrix.mT, quantization)
 
 
 def _dense(shards: Shards, names: Mapping, group: list[Tensor], shape: Any) -> np.ndarray:
-    """A leaf's values, stacked over layers, in ``shape.dtype``."""
-    out = np.empty(shape.shape, shape.dtype)
-    for tensor in group:
-        out[tensor.index] = _value(shards, names, tensor, out.dtype)
-    return out
+    """The tensors of one part in ``shape.dtype``, joined where there are several."""
+    dtype = np.dtype(shape.dtype)
 
+    def value(tensor: Tensor) -> np.ndarray:
+        return _cast(shards.read(names[tensor.name]), dtype, tensor.name)
 
-def _packed(
-    shards: Shards, names: Mapping, group: list[Tensor], shape: Any, config: QuantConfig
-) -> Any:
-    """A packed leaf on the host; each layer is packed, and let go, before the next one is read."""
-    out = jax.tree.map(lambda child: np.empty(child.shape, child.dtype), shape)
-
-    def fill(tensor: Tensor) -> None:
-        value = _value(shards, names, tensor, np.dtype(shape.dtype))
-        packed = pack(jnp.asarray(value if rows_first(tensor.path) else value.T), config)
-        for child, new in zip(jax.tree.leaves(out), jax.tree.leaves(packed), strict=True):
-            child[... if tensor.layer is None else tensor.layer] = new
-
-    for tensor in group:
-        fill(tensor)
-    return out
-
-
-def _value(shards: Shards, names: Mapping, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
-    """A tensor in ``dtype``, turned as in the tree."""
-    value = _cast(shards.read(names[tensor.name]), dtype, tensor.name)
-    return value.swapaxes(-1, -2) if tensor.transposed else value
+    if len(group) == 1:
+        return value(group[0])
+    within = [tuple(i for i in tensor.index if isinstance(i, slice)) for tensor in group]
+    lead = len(group[0].index) - len(within[0])
+    *rest, rows, cols = shape.shape[lead:]
+    whole = np.empty((*rest, cols, rows) if group[0].transposed else (*rest, rows, cols), dtype)
+    turn = (lambda x: x.swapaxes(-1, -2)) if group[0].transposed else (lambda x: x)
+    for tensor, at in zip(group, within, strict=True):
+        turn(whole)[at] = turn(value(tensor))
+    return whole
 
 
 def _cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
