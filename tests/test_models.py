@@ -12,7 +12,7 @@ from tiny_models import CONFIGS, LENGTH, LLAMA, LLAMA3_ROPE, build, decode, run,
 from jlora import paths
 from jlora.config import QuantConfig
 from jlora.errors import ConfigError
-from jlora.models import Model, init_params
+from jlora.models import Model, decoder, init_params
 from jlora.models.registry import parse
 from jlora.quantization import quantize_params
 
@@ -232,6 +232,17 @@ def test_malformed_values_are_config_errors(name):
 def test_unknown_options_are_refused(options):
     with pytest.raises(ConfigError):
         Model(parse(LLAMA), **options)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2"])
+def test_a_branch_for_each_window_computes_the_same(name, monkeypatch):
+    model, params = build(name)
+    ids = tokens(model, 2, LENGTH)
+    want = run(model, params, ids)
+    monkeypatch.setattr(decoder, "needs_static_window", lambda backend: True)
+    branching = dataclasses.replace(model, attention="reference")
+    assert_same(run(branching, params, ids), want)
+    assert "cond" in str(jax.make_jaxpr(branching)(params, ids))
 
 
 def test_layers_may_differ_in_their_window():

@@ -40,7 +40,7 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     attention: str = "auto"
-    """Attention implementation; auto takes the best one of the platform."""
+    """auto, or one of reference, chunked, cudnn and splash; the run header says what auto took."""
 
 
 @dataclass(frozen=True, kw_only=True)
