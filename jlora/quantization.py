@@ -6,6 +6,7 @@ A packed leaf is an ``NF4Array`` (four bits) or an ``Int8Array`` (eight). Both a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from jlora.errors import ConfigError, did_you_mean
 from jlora.int8 import Int8Array
 from jlora.nf4 import NF4Array
 
+EXPERTS = ("gate_up_proj", "down_proj")
+"""Leaves that hold a matrix [out, in] for every expert: (E, out, in) in each layer."""
+
 PACKED = (NF4Array, Int8Array)
 Packed = NF4Array | Int8Array
 
@@ -28,8 +32,10 @@ def is_packed(leaf: Any) -> bool:
     return isinstance(leaf, PACKED)
 
 
-def pack(w: Float[Array, "rows cols"], config: QuantConfig) -> NF4Array | Int8Array:
-    """One matrix as ``config`` wants it."""
+def pack(w: Float[Array, "*lead rows cols"], config: QuantConfig) -> NF4Array | Int8Array:
+    """A matrix as ``config`` wants it; of several each for itself, one after the other."""
+    if w.ndim > 2:
+        return jax.lax.map(functools.partial(pack, config=config), w)
     if config.load_in_8bit:
         return int8.quantize(w)
     double, kind = config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type
@@ -58,6 +64,7 @@ def describe(config: QuantConfig) -> str:
 def quantize_params(params: Any, config: QuantConfig) -> dict:
     """A tree with its linear layers packed: every floating ``kernel`` that is a matrix per layer.
 
+    So are the matrices of experts (``EXPERTS``), each for itself, and they stand as they are.
     Kernels (in, out) are packed as bitsandbytes packs torch's [out, in] and stand transposed.
     Embeddings, norms, biases, output heads (``paths.OUTPUT_HEADS``) and the modules named in
     ``llm_int8_skip_modules`` stay as they are, and so does what is packed already. Embeddings
@@ -80,18 +87,21 @@ def quantize_params(params: Any, config: QuantConfig) -> dict:
 
 def rows_first(path: paths.Path) -> bool:
     """Whether torch keeps a leaf's matrix as it is here, not as [out, in] for (in, out)."""
-    return path[-1] == "embedding"
+    return path[-1] in ("embedding", *EXPERTS)
 
 
 def _is_wanted(leaf: paths.Leaf, config: QuantConfig) -> bool:
     is_array = not is_packed(leaf.value) and hasattr(leaf.value, "dtype")
-    if not (is_array and jnp.issubdtype(leaf.value.dtype, jnp.floating) and len(leaf.shape) == 2):
+    axes = 3 if leaf.kind in EXPERTS else 2
+    if not (is_array and len(leaf.shape) == axes):
+        return False
+    if not jnp.issubdtype(leaf.value.dtype, jnp.floating):
         return False
     if _named(leaf, config.llm_int8_skip_modules, "llm_int8_skip_modules"):
         return False
     if _named(leaf, config.include_modules, "include_modules"):
-        return leaf.kind in ("kernel", "embedding")
-    return leaf.kind == "kernel" and not _named(leaf, paths.OUTPUT_HEADS, "")
+        return leaf.kind in ("kernel", "embedding", *EXPERTS)
+    return leaf.kind in ("kernel", *EXPERTS) and not _named(leaf, paths.OUTPUT_HEADS, "")
 
 
 def _named(leaf: paths.Leaf, names: Sequence[str], key: str) -> bool:

@@ -49,7 +49,7 @@ MODULES = (
 """A module's last name → the axes of its matrix's two dimensions; the first that matches counts."""
 
 
-EXPERTS = {"gate_up_proj": ("tensor", "fsdp"), "down_proj": ("fsdp", "tensor")}
+EXPERT_AXES = {"gate_up_proj": ("tensor", "fsdp"), "down_proj": ("fsdp", "tensor")}
 """A leaf with a matrix [out, in] for every expert → the axes of the two dimensions."""
 
 
@@ -194,7 +194,7 @@ def _matrix_axes(path: Sequence[str]) -> tuple[str | None, str | None] | None:
         "embedding": matrix,
         "lora_A": (rows, None),
         "lora_B": (None, cols),
-        **EXPERTS,
+        **EXPERT_AXES,
     }.get(kind)
 
 

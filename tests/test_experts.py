@@ -8,10 +8,12 @@ from flax import nnx
 from tiny_models import CONFIGS, build, tokens
 
 from jlora import sharding
-from jlora.config import MeshConfig
+from jlora.config import MeshConfig, QuantConfig
 from jlora.errors import ConfigError
+from jlora.models import load_pretrained, save_pretrained
 from jlora.models.experts import Mixture
 from jlora.models.registry import parse
+from jlora.quantization import is_packed, quantize_params
 
 pytestmark = pytest.mark.usefixtures("quick")
 MIXTURES = pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"])
@@ -128,3 +130,41 @@ def test_switches_that_are_not_supported_are_named(name, change, message):
         return
     with pytest.raises(ConfigError, match=message):
         parse(hf)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_packed_experts_compute_what_they_stand_for(name, tmp_path):
+    """Read from a folder, on one device and on a mesh, with gradients, and written dense."""
+    model, params = build(name)
+    save_pretrained(tmp_path, model, params)
+    settings = QuantConfig(block_size=32, bnb_4bit_compute_dtype="float32")
+    _, packed = load_pretrained(tmp_path, dtype="float32", quantization=settings)
+    want = quantize_params(params, settings)
+    assert jax.tree.structure(packed) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, packed, want)
+    experts = packed["model"]["layers"]["mlp"]["experts"]
+    assert all(is_packed(experts[kind]) for kind in ("gate_up_proj", "down_proj"))
+    dense = jax.tree.map(lambda q: q.dequantize() if is_packed(q) else q, want, is_leaf=is_packed)
+
+    @jax.jit
+    def run(table, tree, ids):
+        def loss(table):
+            trunk = {**tree["model"], "embed_tokens": {"embedding": table}}
+            logits = model({**tree, "model": trunk}, ids)
+            return jnp.sum(jnp.sin(logits)), logits
+
+        return jax.grad(loss, has_aux=True)(table)
+
+    ids, table = tokens(model, 8, 6), params["model"]["embed_tokens"]["embedding"]
+    expected = run(table, dense, ids)
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        placed = sharding.place(packed, sharding.shardings(packed, mesh))
+        results = [run(table, placed, ids)]
+    for got in [run(table, packed, ids), *results]:
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
+    with pytest.raises(ConfigError, match=r"packed experts[\s\S]*llm_int8_skip_modules"):
+        save_pretrained(tmp_path, model, packed, packed=True)
+    save_pretrained(tmp_path, model, packed)
+    jax.tree.map(np.testing.assert_array_equal, load_pretrained(tmp_path, "float32")[1], dense)

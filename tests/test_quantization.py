@@ -9,7 +9,7 @@ import pytest
 from jlora import int8, nf4
 from jlora.config import QuantConfig
 from jlora.errors import ConfigError
-from jlora.quantization import quantize_params
+from jlora.quantization import is_packed, pack, quantize_params
 
 
 def normal(*shape, seed=0, dtype=np.float32):
@@ -98,3 +98,21 @@ def test_quantize_params_explains_a_bad_name(name, message, key):
     with pytest.raises(ConfigError, match=message) as caught:
         quantize_params(small_tree(), QuantConfig(**{key: [name]}))
     assert key in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [{}, {"load_in_8bit": True}], ids=["nf4", "int8"])
+def test_the_matrix_of_each_expert_is_packed_for_itself(settings):
+    experts = {"gate_up_proj": normal(2, 3, 32, 64), "down_proj_bias": normal(2, 3, 64)}
+    tree = {"layers": {"gate": {"weight": normal(2, 3, 64)}, "experts": experts}}
+    config = QuantConfig(**settings)
+    packed = quantize_params(tree, config)["layers"]
+    q = packed["experts"]["gate_up_proj"]
+    assert q.shape == (2, 3, 32, 64) and not q.transposed
+    one = jax.jit(lambda w: pack(w, config))
+    for at in np.ndindex(2, 3):
+        alone = one(experts["gate_up_proj"][at])
+        jax.tree.map(lambda a, b, at=at: np.testing.assert_array_equal(a[at], b), q, alone)
+    assert packed["gate"]["weight"].dtype == packed["experts"]["down_proj_bias"].dtype
+    assert not is_packed(packed["gate"]["weight"])
+    skip = QuantConfig(**settings, llm_int8_skip_modules=("experts",))
+    assert not is_packed(quantize_params(tree, skip)["layers"]["experts"]["gate_up_proj"])

@@ -88,7 +88,7 @@ def matrix_shape(tensor: Tensor) -> tuple[int, ...]:
 
 def as_torch(tensor: Tensor) -> bool:
     """Whether the file holds the matrix as torch's Linear or Embedding has it: so it is packed."""
-    return tensor.transposed or rows_first(tensor.path)
+    return tensor.transposed != rows_first(tensor.path)
 
 
 def packed_shapes(

@@ -140,13 +140,14 @@ def _nbytes(tensor: Tensor, params: Any, packed: bool) -> int:
 def _arrays(params: Any, tensor: Tensor, packed: bool) -> dict[str, np.ndarray]:
     """What the files hold of one tensor, on the host: itself, or its packed parts."""
     leaf = paths.get(params, tensor.path)
-    if tensor.layer is not None:
-        leaf = jax.tree.map(lambda x: x[tensor.layer], leaf)
+    lead = tuple(i for i in tensor.index if isinstance(i, int))
+    if lead:
+        leaf = jax.tree.map(lambda x: x[lead], leaf)
     if packed and is_packed(leaf):
         module = tensor.name.removesuffix(".weight")
         return hf_packed_write.entries(module, jax.tree.map(sharding.gather, leaf))
     dense = leaf.dequantize() if hasattr(leaf, "dequantize") else leaf
-    value = sharding.gather(dense)[tensor.within]
+    value = sharding.gather(dense)[tensor.index[len(lead) :]]
     return {
         tensor.name: np.ascontiguousarray(value.swapaxes(-1, -2) if tensor.transposed else value)
     }

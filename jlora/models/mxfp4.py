@@ -65,6 +65,10 @@ class Decoded(Shards):
         """The type's name."""
         return "BF16" if name in self._packed else self._shards.dtype(name)
 
+    def same(self, name: str, other: str) -> bool:
+        """Whether two tensors that are not in MXFP4 hold the same values."""
+        return self._shards.same(name, other)
+
     def read(self, name: str) -> np.ndarray:
         """The tensor's values; those in MXFP4 are decoded expert by expert."""
         if name not in self._packed:
