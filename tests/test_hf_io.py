@@ -79,7 +79,10 @@ def test_linear_weights_lie_as_in_torch(tmp_path):
 
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float64])
 @pytest.mark.parametrize("asked", ["float32", "bfloat16"])
-def test_weights_are_cast_to_the_asked_dtype(folder, stored, asked):
+@pytest.mark.parametrize("span", [2**24, 1000])
+def test_weights_are_cast_to_the_asked_dtype(folder, stored, asked, span, monkeypatch):
+    for module in (hf_folder, hf_read):  # whole, or a few rows at a time
+        monkeypatch.setattr(module, "SPAN", span)
     original = load_file(folder / "model.safetensors")
     edit(folder, lambda t: t.update({k: v.astype(stored) for k, v in t.items()}))
     model, params = load_pretrained(folder, dtype=asked)

@@ -22,14 +22,14 @@ from jlora.files import storage_errors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""Tensor types that can be a model's weights."""
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Tensor types that can be a model's weights, and NumPy's names for them."""
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 """What a value of the types that are read takes up."""
 
 SPAN = 2**24
-"""Bytes that are compared at a time."""
+"""Bytes, about: what is compared or cast at a time."""
 
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 UNWANTED = ["*/*", "consolidated*"]
@@ -192,17 +192,20 @@ class Shards:
 
     def same(self, name: str, other: str) -> bool:
         """Whether two tensors of one shape hold the same values; they are not read whole."""
-        a, b = (self._handles[self.files[n]].get_slice(n) for n in (name, other))
+        spans = self.spans(name)
+        return all(np.array_equal(self.read(name, span), self.read(other, span)) for span in spans)
+
+    def spans(self, name: str) -> Iterator[slice]:
+        """The tensor's rows (at least one dimension) in parts of about ``SPAN`` bytes."""
         rows, *rest = self.shape(name)
         step = max(1, SPAN // (8 * math.prod(rest)))
-        spans = (slice(i, min(i + step, rows)) for i in range(0, rows, step))
-        with damage(self.files[name]):
-            return all(np.array_equal(a[span], b[span]) for span in spans)
+        return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor's values; BF16 comes as ml_dtypes' bfloat16."""
+    def read(self, name: str, span: slice | None = None) -> np.ndarray:
+        """The tensor's values, or those of some rows; BF16 comes as ml_dtypes' bfloat16."""
         with damage(self.files[name]):
-            return self._handles[self.files[name]].get_tensor(name)
+            handle = self._handles[self.files[name]]
+            return handle.get_tensor(name) if span is None else handle.get_slice(name)[span]
 
 
 @contextmanager

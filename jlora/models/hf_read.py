@@ -1,7 +1,7 @@
 """Reads a transformers folder into a model and its parameter tree.
 
 Headers are checked against the tree that the configuration asks for before anything is allocated;
-then tensor after tensor is read, cast, placed and quantized: the host never holds two.
+then tensor after tensor is read, cast, placed and quantized: the host holds one at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jlora import paths, sharding
 from jlora.config import QuantConfig
 from jlora.errors import ConfigError, DataError
 from jlora.models import hf_packed, mxfp4
-from jlora.models.hf_folder import FLOATS, Shards, find_folder, open_shards, read_json
+from jlora.models.hf_folder import FLOATS, SPAN, Shards, find_folder, open_shards, read_json
 from jlora.models.hf_names import Tensor, embedding_name, head_name, tensors
 from jlora.models.hf_packed import Problems, Stored, size_text
 from jlora.models.hf_place import Index, assemble
@@ -289,18 +289,28 @@ def _dense(shards: Shards, names: Mapping, group: list[Tensor], shape: Any) -> n
     dtype = np.dtype(shape.dtype)
 
     def value(tensor: Tensor) -> np.ndarray:
-        return _cast(shards.read(names[tensor.name]), dtype, tensor.name)
+        return _value(shards, names[tensor.name], dtype)
 
     if len(group) == 1:
         return value(group[0])
     within = [tuple(i for i in tensor.index if isinstance(i, slice)) for tensor in group]
     lead = len(group[0].index) - len(within[0])
-    *rest, rows, cols = shape.shape[lead:]
-    whole = np.empty((*rest, cols, rows) if group[0].transposed else (*rest, rows, cols), dtype)
+    own = shape.shape[lead:]
+    whole = np.empty((*own[:-2], *own[:-3:-1]) if group[0].transposed else own, dtype)
     turn = (lambda x: x.swapaxes(-1, -2)) if group[0].transposed else (lambda x: x)
     for tensor, at in zip(group, within, strict=True):
         turn(whole)[at] = turn(value(tensor))
     return whole
+
+
+def _value(shards: Shards, name: str, dtype: np.dtype) -> np.ndarray:
+    """A tensor of the file in ``dtype``; one to be cast is not held whole in both."""
+    if shards.nbytes(name) <= SPAN or FLOATS[shards.dtype(name)] == dtype.name:
+        return _cast(shards.read(name), dtype, name)
+    out = np.empty(shards.shape(name), dtype)
+    for span in shards.spans(name):
+        out[span] = _cast(shards.read(name, span), dtype, name)
+    return out
 
 
 def _cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
