@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
@@ -65,19 +64,12 @@ class Decoded(Shards):
         """The type's name."""
         return "BF16" if name in self._packed else self._shards.dtype(name)
 
-    def same(self, name: str, other: str) -> bool:
-        """Whether two tensors that are not in MXFP4 hold the same values."""
-        return self._shards.same(name, other)
-
-    def read(self, name: str) -> np.ndarray:
-        """The tensor's values; those in MXFP4 are decoded expert by expert."""
+    def read(self, name: str, span: slice | None = None) -> np.ndarray:
+        """The tensor's values, or those of some experts; what is in MXFP4 is decoded one by one."""
         if name not in self._packed:
-            return self._shards.read(name)
-        blocks, scales = (self._shards.read(name + part) for part in (BLOCKS, SCALED))
-        out = np.empty(self.shape(name), ml_dtypes.bfloat16)
-        for expert, parts in enumerate(zip(blocks, scales, strict=True)):
-            out[expert] = decode(*parts)
-        return out
+            return self._shards.read(name, span)
+        blocks, scales = (self._shards.read(name + part, span) for part in (BLOCKS, SCALED))
+        return np.stack([np.asarray(decode(*parts)) for parts in zip(blocks, scales, strict=True)])
 
 
 @jax.jit
