@@ -68,6 +68,8 @@ def test_adapted_modules_are_those_of_peft(pair, name):
     model, params, theirs = pair(name)
     kind = model.config.model_type
     default = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+    if kind == "mixtral":  # peft empties its own default, and then finds nothing
+        default = None
     for wanted in ("all-linear", *([None] if default else [])):
         config = peft.LoraConfig(target_modules=wanted, task_type="CAUSAL_LM")
         adapted = peft.get_peft_model(copy.deepcopy(theirs), config)
