@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most programs here run once: this halves the suite's time. XLA's own passes are the usual ones.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -31,15 +33,6 @@ def assets() -> Path:
     if not folder:
         pytest.skip("set JLORA_TEST_ASSETS to the folder with the public test models and data")
     return Path(folder)
-
-
-@pytest.fixture(scope="module")
-def quick():
-    """XLA without most of its optimizations, for modules with many small programs."""
-    from tiny_runs import quick_compilation
-
-    with quick_compilation():
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import quick_compilation
 
 from jlora.models import attention
 from jlora.models.attention import attend_cached
@@ -12,13 +11,6 @@ from jlora.models.attention import attend_cached
 attend = jax.jit(attention.attend, static_argnames=("window", "softcap", "backend"))
 
 B, T, HEADS, KV, DIM = 2, 9, 4, 2, 8
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """Compiles in half the time."""
-    with quick_compilation():
-        yield
 
 
 def qkv(dtype=np.float32):

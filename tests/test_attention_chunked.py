@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import quick_compilation
 
 from jlora import sharding
 from jlora.config import MeshConfig
@@ -19,13 +18,6 @@ B, T, HEADS, KV, DIM, CHUNK = 2, 13, 4, 2, 8, 4
 SEGMENTS = jnp.asarray(
     [[1, 1, 2, 2, 2, 2, 2, 2, 3, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0]]
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """Compiles in half the time."""
-    with quick_compilation():
-        yield
 
 
 def qkv(dtype=jnp.float32, batch=B, length=T):

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
-from tiny_runs import quick_compilation
 
 from jlora.config import GenerateConfig
 from jlora.decoding import Sampling, generate, next_token
@@ -16,12 +15,6 @@ from jlora.decoding import Sampling, generate, next_token
 NEW = 6
 PROMPTS = [[5, 9, 11], [32, 18, 20], list(range(3, 20)), [40, 41, 42, 43]]
 SAMPLED = Sampling(do_sample=True, temperature=1.5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with quick_compilation():
-        yield
 
 
 @functools.cache

@@ -15,7 +15,6 @@ from jlora.models.experts import Mixture
 from jlora.models.registry import parse
 from jlora.quantization import is_packed, quantize_params
 
-pytestmark = pytest.mark.usefixtures("quick")
 MIXTURES = pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"])
 
 

@@ -16,7 +16,6 @@ from jlora.models import Model, decoder, init_params
 from jlora.models.registry import parse
 from jlora.quantization import quantize_params
 
-pytestmark = pytest.mark.usefixtures("quick")
 EVERY = pytest.mark.parametrize("name", CONFIGS)
 
 

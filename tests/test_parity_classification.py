@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers.models.auto import modeling_auto  # noqa: E402
 
-pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 NAMES, PAD = ("no", "perhaps", "yes"), 60
 NAMED = ["llama", "gpt2", "phi"]

@@ -14,7 +14,7 @@ import jlora
 from jlora.models import load_pretrained, save_pretrained
 from jlora.targets import find_targets
 
-pytestmark = [pytest.mark.usefixtures("quick"), *PEERS_TALK]
+pytestmark = PEERS_TALK
 EVERY = pytest.mark.parametrize("name", CONFIGS)
 
 

@@ -13,7 +13,6 @@ from jlora.models.mxfp4 import decode
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_values_are_those_of_transformers():

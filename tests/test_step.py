@@ -11,7 +11,6 @@ import optax
 import pytest
 import tiny_models
 from jax.extend.core import jaxprs_in_params
-from tiny_runs import quick_compilation
 
 from jlora import lora, nf4, sharding, step
 from jlora.config import LoraConfig, MeshConfig, QuantConfig
@@ -29,12 +28,6 @@ from jlora.step import (
 )
 
 B, T, V = 4, 12, 61
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with quick_compilation():
-        yield
 
 
 def attach(frozen, adapter, key):

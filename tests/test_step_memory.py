@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 from jax.extend.core import Var, jaxprs_in_params
-from tiny_runs import quick_compilation
 
 import jlora
 from jlora import lora, quantization, step
@@ -18,12 +17,6 @@ from jlora.models import Model, init_params
 from jlora.quantization import is_packed
 from jlora.state import init_state
 from jlora.step import make_train_step
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with quick_compilation():
-        yield
 
 
 def llama(layers, tied=False):

@@ -10,7 +10,7 @@ from unittest import mock
 
 import jax
 import numpy as np
-from tiny_runs import Place, quick_compilation
+from tiny_runs import Place
 
 import jlora
 from jlora import config, sharding
@@ -34,7 +34,7 @@ def run(
     off = "train.compilation_cache=false"  # it would be turned on for all other tests, too
     settings = config.load(place.write(lora=lora, **sections), [off, *overrides])
     mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    with mock.patch.object(sharding, "make_mesh", mesh), quick_compilation():
+    with mock.patch.object(sharding, "make_mesh", mesh):
         command.run(settings, Namespace())
 
 

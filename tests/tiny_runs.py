@@ -8,8 +8,6 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -102,7 +100,7 @@ class Place:
         command = [sys.executable, "-m", "jlora.train", *map(str, arguments)]
         own = {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
+            "XLA_FLAGS": "",
             "XDG_CACHE_HOME": str(self.cache),
             "PYTHONPATH": os.pathsep.join(map(str, (self._site(), PACKAGE.parent))),
         }
@@ -129,7 +127,7 @@ class Place:
         settings = config.load(self.write(**sections), [off, *overrides])
         mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
         standard = jax.numpy_dtype_promotion("standard")  # optax does not promote strictly
-        with mock.patch.object(sharding, "make_mesh", mesh), standard, quick_compilation():
+        with mock.patch.object(sharding, "make_mesh", mesh), standard:
             train.run(settings, Namespace(show_batch=False))
 
     def main(self, *arguments: str, **sections: Any) -> int:
@@ -153,16 +151,6 @@ class Place:
     def adapter(self) -> bytes:
         """The produced file."""
         return (self.output / ADAPTER).read_bytes()
-
-
-@contextmanager
-def quick_compilation() -> Iterator[None]:
-    """XLA without most of its optimizations: half the time of a run that compiles once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def make_base(folder: Path) -> Path:
