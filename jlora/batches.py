@@ -6,16 +6,24 @@ Whether the rows fit the model, and are the same in all processes, is checked be
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from jlora import data, sharding
+from jlora.config import Config
 from jlora.errors import ConfigError, DataError
 from jlora.job import Job
 
 Batch = dict[str, jax.Array]
+
+
+def prepare(config: Config, tokenizer: Any, role: Literal["train", "eval"]) -> data.Prepared:
+    """The rows of ``data.train`` or ``data.eval``, tokenized and packed."""
+    sources, names = getattr(config.data, role), config.model.id2label or ()
+    return data.prepare(sources, tokenizer, config.data, role, id2label=names)
 
 
 def batch_at(

@@ -294,6 +294,8 @@ SHOWN = (  # name in metrics.jsonl, label, how
     ("tokens_per_second", "tok/s", _number(",.0f")),
     ("eval_loss", "eval loss", _number(".4f")),
     ("eval_perplexity", "perplexity", _number(".4g")),
+    ("eval_accuracy", "accuracy", _number(".1%")),
+    ("eval_f1", "F1", _number(".4f")),
     ("eval_exact_match", "exact match", _number(".1%")),
 )
 

@@ -1,4 +1,4 @@
-"""``python -m jlora.evaluate RUN``: held-out loss, perplexity and exact match."""
+"""``python -m jlora.evaluate RUN``: held-out loss, perplexity or accuracy and F1, exact match."""
 
 from jlora import cli
 
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import jax
 
-from jlora import data, evaluation, outputs, runtime
-from jlora.batches import check_fit, eval_batches
+from jlora import evaluation, outputs, runtime
+from jlora.batches import check_fit, eval_batches, prepare
+from jlora.classes import with_classes
 from jlora.config import Config
 from jlora.console import Console
 from jlora.errors import ConfigError
@@ -40,8 +41,9 @@ def run(config: Config, options: argparse.Namespace) -> None:
     if config.train.compilation_cache:
         runtime.compilation_cache()
     console = Console(enabled=jax.process_index() == 0)
+    config, _ = with_classes(config)
     tokenizer = open_tokenizer(config)
-    rows = data.prepare(config.data.eval, tokenizer, config.data, role="eval")
+    rows = prepare(config, tokenizer, "eval")
     with console.loading() as progress:
         job = open_job(config, tokenizer, trained=True, progress=progress)
     check_fit(job, rows)
@@ -49,11 +51,8 @@ def run(config: Config, options: argparse.Namespace) -> None:
         step = make_eval_step(job.model, job.bind)
         batches = eval_batches(job.mesh, rows, eval_rows(config, job.mesh))
         held_out = evaluation.held_out(step, job.trainable, job.frozen, batches)
-        result = {
-            "eval_loss": held_out.loss,
-            "eval_perplexity": held_out.perplexity,
-            "eval_tokens": held_out.tokens,
-        }
+        counted = "eval_samples" if config.classifies else "eval_tokens"
+        result = {**held_out.figures, counted: held_out.tokens}
         samples = outputs.replies(job, job.trainable, outputs.prompts(job))
     if config.evaluate.exact_match:
         result["eval_exact_match"] = evaluation.exact_match(samples)

@@ -1,10 +1,16 @@
-"""Held-out loss, and replies compared with the data: what ``train`` and ``evaluate`` report."""
+"""Held-out loss, accuracy and F1 of classes, and replies compared with the data.
+
+What ``train`` and ``evaluate`` report.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int
 
 from jlora.decoding import generate
 
@@ -34,11 +40,22 @@ class HeldOut(NamedTuple):
 
     loss: float
     tokens: int
+    accuracy: float | None = None
+    """The share of labels that a classifier finds; None of a language model."""
+    f1: float | None = None
+    """See ``f1_score``."""
 
     @property
     def perplexity(self) -> float:
         """The exponential of the loss; infinite when that is too large for a float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What a line of metrics.jsonl holds of it."""
+        if self.accuracy is None or self.f1 is None:
+            return {"eval_loss": self.loss, "eval_perplexity": self.perplexity}
+        return {"eval_loss": self.loss, "eval_accuracy": self.accuracy, "eval_f1": self.f1}
 
 
 class Sample(NamedTuple):
@@ -55,21 +72,43 @@ class Sample(NamedTuple):
 
 
 def held_out(
-    eval_step: Callable[[Any, Any, Any], tuple[Any, Any]],
+    eval_step: Callable[[Any, Any, Any], tuple[Any, Any, Any]],
     trainable: Any,
     frozen: Any,
     batches: Iterable[Any],
 ) -> HeldOut:
     """The mean loss of all labelled tokens of ``batches``, each token counted once.
 
-    ``eval_step(trainable, frozen, batch)`` gives the summed loss and the number of tokens. Sums are
-    streamed, so that memory does not grow with the data.
+    ``eval_step(trainable, frozen, batch)`` gives the summed loss, the number of tokens and, of a
+    classifier, the counts that ``f1_score`` takes, else None. Sums are streamed, so that memory
+    does not grow with the data.
     """
-    total, count = 0.0, 0
+    total, count, classes = 0.0, 0, None
     for batch in batches:
-        loss, tokens = eval_step(trainable, frozen, batch)
+        loss, tokens, counts = eval_step(trainable, frozen, batch)
         total, count = total + float(loss), count + int(tokens)
-    return HeldOut(total / max(count, 1), count)
+        if counts is not None:
+            new = np.asarray(counts, np.int64)
+            classes = new if classes is None else classes + new
+    loss = total / max(count, 1)
+    if classes is None:
+        return HeldOut(loss, count)
+    return HeldOut(loss, count, float(classes[0].sum() / max(count, 1)), f1_score(classes))
+
+
+def f1_score(counts: Int[np.ndarray, "3 classes"]) -> float:
+    """F1, the harmonic mean of precision and recall, as scikit-learn's function of this name.
+
+    Of two classes it is that of class 1 (``average="binary"``), of more the mean over the classes
+    that occur as a label or a prediction (``average="macro"``).
+
+    Args:
+      counts: for each class how often it was predicted rightly, predicted, and the label.
+    """
+    right, predicted, labelled = counts
+    occurs = predicted + labelled
+    each = 2 * right / np.maximum(occurs, 1)
+    return float(each[1] if len(each) == 2 else each[occurs > 0].mean())
 
 
 def replies(

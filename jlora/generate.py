@@ -44,6 +44,12 @@ class Prompt(NamedTuple):
 def run(config: Config, options: argparse.Namespace) -> None:
     """Prints a reply to each prompt, one JSON object a line if the prompts came from a file."""
     del options
+    if config.classifies:
+        raise ConfigError(
+            "the model is a classifier, which writes no replies",
+            where=config.train.output_dir,
+            fix="jlora evaluate says how well it finds the classes of held-out rows",
+        )
     settings = config.generate
     prompts = list(_prompts(config))
     runtime.distributed()

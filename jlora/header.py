@@ -11,6 +11,7 @@ from jlora import runtime, sharding
 from jlora.config import in_lines
 from jlora.console import Console, Rows
 from jlora.data import Prepared
+from jlora.data.classification import listed
 from jlora.job import Job
 from jlora.models import Model
 from jlora.models.attention import Case, choose, cudnn
@@ -102,6 +103,8 @@ def _model(job: Job, length: int) -> Mapping[str, Any]:
         "types": f"weights {config.model.dtype}, computation {config.compute_dtype}",
         "attention": attention(job.model, job.mesh.devices.flat[0].platform, length),
     }
+    if names := config.model.id2label:
+        rows["classes"] = f"{len(names)}: {listed(names)}"
     if packed:
         came = " (the base came packed)" if job.model.config.prequantized else ""
         kinds = dict.fromkeys(describe(settings_of(leaf)) for leaf in packed)

@@ -16,7 +16,7 @@ from jlora.adapter_io import CONFIG_FILE, load_adapter
 from jlora.config import Config
 from jlora.data import load_tokenizer
 from jlora.errors import ConfigError
-from jlora.models import Model, load_pretrained
+from jlora.models import Model, as_classifier, load_pretrained
 from jlora.targets import Target, find_targets
 
 Load = Callable[[str, str], tuple[Model, Any]]
@@ -53,9 +53,15 @@ class Job:
 
 
 def open_tokenizer(config: Config) -> Any:
-    """The base model's tokenizer, with ``data.chat_template`` if that is given."""
+    """The base model's tokenizer, with ``data.chat_template`` if that is given.
+
+    A classifier's always has a padding token, which tells transformers where a text ends.
+    """
     name, revision = config.model.name_or_path, config.model.revision
-    return load_tokenizer(name, chat_template=config.data.chat_template, revision=revision)
+    tokenizer = load_tokenizer(name, config.data.chat_template, revision)
+    if config.classifies and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def open_job(
@@ -76,7 +82,7 @@ def open_job(
     """
     mesh = sharding.make_mesh(config.mesh)
     open_ = _open_adapter if config.lora else _open_full
-    load = functools.partial(_load, config, mesh, progress)
+    load = functools.partial(_load, config, mesh, progress, tokenizer)
     with jax.set_mesh(mesh):
         return open_(config, mesh, load, tokenizer, trained)
 
@@ -89,6 +95,12 @@ def _open_adapter(
     source = _result(config, "adapter", CONFIG_FILE) if trained else config.lora.init_from
     if source:
         adapter = load_adapter(source, params)
+        if config.classifies and "score" not in adapter.weights:
+            raise ConfigError(
+                f"the adapter has no score head (task_type: {adapter.config.task_type})",
+                where=str(source),
+                fix="name one that was trained with SEQ_CLS, or leave it out",
+            )
         kept = dataclasses.replace(adapter.config, lora_dropout=config.lora.lora_dropout)
         adapter = lora.Adapter(adapter.weights, kept)
     else:
@@ -147,6 +159,7 @@ def _load(
     config: Config,
     mesh: jax.sharding.Mesh,
     progress: Callable[[int, int], None] | None,
+    tokenizer: Any,
     name: str,
     dtype: str,
 ) -> tuple[Model, Any]:
@@ -159,7 +172,19 @@ def _load(
         revision=revision,
         attention=config.model.attention,
         progress=progress,
+        num_labels=config.model.num_labels,
+        seed=config.train.seed,
     )
+    if config.classifies:
+        names = config.model.id2label or ()
+        named = as_classifier(model.config, len(names), names, tokenizer.pad_token_id)
+        model = dataclasses.replace(model, config=named)
+    elif model.config.num_labels:
+        raise ConfigError(
+            "holds a classifier, but the rows have no classes",
+            where=f"model.name_or_path: {name}",
+            fix="name a language model, or rows of format: classification",
+        )
     remat = config.train.gradient_checkpointing
     return dataclasses.replace(
         model, dtype=config.compute_dtype, gradient_checkpointing=remat

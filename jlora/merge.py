@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import lora, runtime
+from jlora.classes import with_classes
 from jlora.config import Config
 from jlora.console import Console
 from jlora.errors import ConfigError
@@ -42,6 +43,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
         )
     runtime.distributed()
     console = Console(enabled=jax.process_index() == 0)
+    config, _ = with_classes(config)
     tokenizer = open_tokenizer(config)
     with console.loading() as progress:
         job = open_job(config, tokenizer, trained=True, progress=progress)

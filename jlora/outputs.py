@@ -201,8 +201,9 @@ def _write_report(job: Job, plan: Plan, samples: list[dict[str, str]]) -> Path:
     out = Path(job.config.train.output_dir)
     lines = metrics.read(out / "metrics.jsonl")
     summary = {"model": job.config.model.name_or_path, "steps": plan.total_steps}
+    figures = ("eval_loss", "eval_accuracy", "eval_f1", "eval_exact_match", "tokens")
     for line in lines:
-        summary |= {k: line[k] for k in ("eval_loss", "eval_exact_match", "tokens") if k in line}
+        summary |= {k: line[k] for k in figures if k in line}
     return report.write_report(out, out.name, to_yaml(job.config), lines, samples, summary)
 
 
@@ -216,7 +217,9 @@ def _final_card(console: Console, job: Job, written: str, html: Path) -> None:
         "checkpoints": Path(out) / "checkpoints",
         "settings": Path(out) / "config.yaml",
     }
-    commands = [f'jlora generate {out} generate.prompt="…"', f"jlora evaluate {out}"]
+    commands = [f"jlora evaluate {out}"]
+    if not job.config.classifies:
+        commands.insert(0, f'jlora generate {out} generate.prompt="…"')
     if job.config.lora:
         commands.append(f"jlora merge {out}")
     console.card("done", where, commands)

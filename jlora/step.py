@@ -2,7 +2,8 @@
 
 The model is an argument: anything with ``features(params, input_ids, positions, segment_ids)``
 giving (B, T, D), ``head(params, features, start, size)`` giving float32 logits (B, t, V) or those
-of ``size`` tokens from ``start`` on, and ``packed_head(params)``.
+of ``size`` tokens from ``start`` on, ``packed_head(params)``, and in ``config`` ``num_outputs`` (V)
+and ``num_labels``, which is None unless the outputs are classes.
 """
 
 from __future__ import annotations
@@ -38,15 +39,27 @@ def loss_and_count(
     Args:
       model: see the module's header.
       params: what ``model`` takes.
-      batch: int32 arrays (B, T): ``input_ids``, ``labels`` (the token that follows, or -100),
-        ``positions``, ``segment_ids``.
+      batch: int32 arrays (B, T): ``input_ids``, ``labels`` (the token that follows, or the class
+        of a text that ends here, or -100), ``positions``, ``segment_ids``.
     """
-    features = model.features(
+    return _loss_of(model, params, _features(model, params, batch), batch["labels"])
+
+
+def _features(model: Any, params: Any, batch: Batch) -> Float[Array, "batch length dim"]:
+    return model.features(
         params, batch["input_ids"], positions=batch["positions"], segment_ids=batch["segment_ids"]
     )
-    labels = batch["labels"]
+
+
+def _loss_of(
+    model: Any,
+    params: Any,
+    features: Float[Array, "batch length dim"],
+    labels: Int[Array, "batch length"],
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """See ``loss_and_count``."""
     batch_size, length = labels.shape
-    vocab = model.config.vocab_size
+    vocab = model.config.num_outputs
 
     def chunk_loss(start):
         h = jax.lax.dynamic_slice_in_dim(features, start, size, axis=1)
@@ -156,13 +169,34 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
 
 
-def make_eval_step(model: Any, bind: Bind) -> Callable[[Any, Any, Batch], tuple[Array, Array]]:
-    """The jitted ``(trainable, frozen, batch) -> (summed loss, labelled tokens)``; no dropout."""
+def make_eval_step(
+    model: Any, bind: Bind
+) -> Callable[[Any, Any, Batch], tuple[Array, Array, Array | None]]:
+    """The jitted ``(trainable, frozen, batch) -> (loss, count, classes)``; no dropout.
+
+    The summed loss and the number of labelled tokens; ``classes`` are a classifier's
+    ``class_counts``, else None.
+    """
 
     def eval_step(trainable: Any, frozen: Any, batch: Batch):
-        return loss_and_count(model, bind(frozen, trainable, None), batch)
+        params = bind(frozen, trainable, None)
+        features = _features(model, params, batch)
+        total, count = _loss_of(model, params, features, batch["labels"])
+        if model.config.num_labels is None:
+            return total, count, None
+        return total, count, class_counts(model.head(params, features), batch["labels"])
 
     return jax.jit(eval_step)
+
+
+def class_counts(
+    logits: Float[Array, "batch length classes"], labels: Int[Array, "batch length"]
+) -> Int[Array, "3 classes"]:
+    """For each class: how often it was predicted rightly, predicted, and the label."""
+    classes = jnp.arange(logits.shape[-1])
+    labelled = labels[..., None] == classes
+    predicted = (jnp.argmax(logits, -1)[..., None] == classes) & (labels != IGNORE)[..., None]
+    return jnp.stack([jnp.sum(x, (0, 1)) for x in (predicted & labelled, predicted, labelled)])
 
 
 def _accumulate(value_and_grad, trainable, batch: Batch, key: Array):

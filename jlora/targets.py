@@ -19,6 +19,9 @@ DEFAULT_TARGETS: tuple[tuple[set[str], tuple[str, ...]], ...] = (
 )
 """Linear layers that tell an architecture, in order, and PEFT's default targets there."""
 
+SCORE_HEADS = ("classifier", "score")
+"""What PEFT adds to modules_to_save for SEQ_CLS: models call their head by one of the names."""
+
 
 class Target(NamedTuple):
     """One weight to adapt: a linear layer, or a part of a fused one (see ``paths.FUSED``)."""
@@ -40,7 +43,7 @@ def find_targets(params: Any, config: LoraConfig) -> tuple[LoraConfig, list[Targ
     leaves = paths.leaves(params)
     candidates = _candidates(leaves)
     conv1d = any(c.path[-1] in paths.FUSED for c in candidates)  # GPT-2 stores (in, out)
-    config = dataclasses.replace(_resolve(config, candidates), fan_in_fan_out=conv1d)
+    config = dataclasses.replace(_resolve(_with_heads(config), candidates), fan_in_fan_out=conv1d)
     ranked = [c._replace(ranks=tuple(rank_of(config, n) for n in c.names)) for c in candidates]
     targets = [t for t in ranked if any(t.ranks)]
     modules = sorted({name for leaf in leaves for name in leaf.modules()})
@@ -168,6 +171,15 @@ def _resolve(config: LoraConfig, candidates: Sequence[Target]) -> LoraConfig:
     return config
 
 
+def _with_heads(config: LoraConfig) -> LoraConfig:
+    """The config with the classifier's head among the modules to save, as PEFT has it."""
+    if config.task_type != "SEQ_CLS":
+        return config
+    saved = config.modules_to_save or ()
+    heads = (head for head in SCORE_HEADS if head not in saved)
+    return dataclasses.replace(config, modules_to_save=(*saved, *heads))
+
+
 def _without_covered_parts(config: LoraConfig, targets: Sequence[Target]) -> list[Target]:
     """Leaves out the parts that an expression matches along with their projection.
 
@@ -223,7 +235,12 @@ def _unmatched(
         for p in getattr(config, key):
             hits = (paths.pattern_value({p: True}, n, False) for n in adapted)
             yield from check(key, p, hits, adapted)
-    for m in config.modules_to_save or ():
+    saved = config.modules_to_save or ()
+    if config.task_type == "SEQ_CLS":
+        if not any(is_saved(n, head) for n in modules for head in SCORE_HEADS):
+            yield "task_type: SEQ_CLS needs a model with a score head (load it with num_labels)"
+        saved = [m for m in saved if m not in SCORE_HEADS]
+    for m in saved:
         yield from check("modules_to_save", m, (is_saved(n, m) for n in modules), modules)
     yield from _missing_layers(config, linear)
 

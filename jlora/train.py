@@ -13,9 +13,11 @@ from typing import Any
 import jax
 
 from jlora import data, evaluation, outputs, runtime, sharding
-from jlora.batches import batch_at, check_fit, check_same, eval_batches
+from jlora.batches import batch_at, check_fit, check_same, eval_batches, prepare
+from jlora.classes import with_classes
 from jlora.config import Config
 from jlora.console import Console
+from jlora.data.classification import listed
 from jlora.header import show_header
 from jlora.job import Job, open_job, open_tokenizer
 from jlora.metrics import MetricsLog
@@ -35,6 +37,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
     first, out = jax.process_index() == 0, Path(config.train.output_dir)
     console = Console(enabled=first)
     check_optimizer(config.train)
+    config, origin = with_classes(config)
     tokenizer = open_tokenizer(config)
     if options.show_batch:
         console.text(_first_batch(config, tokenizer))
@@ -44,11 +47,11 @@ def run(config: Config, options: argparse.Namespace) -> None:
         MetricsLog(out / "metrics.jsonl", enabled=first) as log,
         runtime.Signals() as signals,
     ):
+        if names := config.model.id2label:
+            console.note(f"{len(names)} classes, from {origin}: {listed(names)}")
         console.note("reading and tokenizing the data …")
-        rows = data.prepare(config.data.train, tokenizer, config.data)
-        held_out = None
-        if config.data.eval:
-            held_out = data.prepare(config.data.eval, tokenizer, config.data, role="eval")
+        rows = prepare(config, tokenizer, "train")
+        held_out = prepare(config, tokenizer, "eval") if config.data.eval else None
         console.note(f"loading {config.model.name_or_path} …")
         with console.loading() as progress:
             job = open_job(config, tokenizer, trained=False, progress=progress)
@@ -104,7 +107,7 @@ def train(
         check_evaluation(result.loss, progress)
         if progress.note_evaluation(result.loss, settings):
             checkpoints.keep_best(state.trainable)
-        return {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
+        return result.figures
 
     def finish_step(metrics: dict[str, Any]) -> None:
         """Fetches a step's metrics, while the next step is under way, and logs them."""
@@ -177,7 +180,8 @@ def _first_state(job: Job, plan: Plan, optimizer: Any) -> tuple[TrainState, Any]
 
 def _first_batch(config: Config, tokenizer: Any) -> Any:
     """The first batch as text, its targets marked."""
-    rows = data.prepare(config.data.train, tokenizer, config.data)
+    rows = prepare(config, tokenizer, "train")
     size, shuffle = config.train.per_device_train_batch_size, config.data.shuffle
     order = rows.order(size, config.train.seed, shuffle)
-    return data.show_batch(data.batch_at(rows, order, 0), tokenizer)
+    batch = data.batch_at(rows, order, 0)
+    return data.show_batch(batch, tokenizer, id2label=config.model.id2label or ())

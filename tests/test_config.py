@@ -202,6 +202,56 @@ def test_resolved_yaml_loads_back_to_an_equal_config(write):
     assert first.lora and first.lora.alpha_pattern == {"1e-5": 2.5, "v_proj": 3.0}
 
 
+CLASSES = """\
+model: {{name_or_path: org/base{model}}}
+data:
+  train: [{{path: org/rows, format: {format}}}]
+{data}
+train: {{output_dir: out}}
+{rest}
+"""
+SEQ_CLS = "lora: {task_type: SEQ_CLS}"
+
+
+def classes(model="", format="classification", data="", rest=SEQ_CLS):
+    return CLASSES.format(model=model, format=format, data=data, rest=rest)
+
+
+def test_rows_with_classes_make_a_classifier(write):
+    names = ", num_labels: 2, id2label: ['no', 'yes']"
+    c = config.load(write(classes(names)))
+    assert c.classifies and c.lora and c.lora.task_type == "SEQ_CLS"
+    assert (c.model.num_labels, c.model.id2label) == (2, ("no", "yes"))
+    assert config.load(write(config.to_yaml(c), "again.yaml")) == c
+    assert config.load(write(classes(rest=""))).classifies, "full fine-tuning"
+    assert not config.load(write(MINIMAL)).classifies
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (classes(rest="lora: {}"), ["c.yaml:6: lora.task_type: is CAUSAL_LM", "write SEQ_CLS"]),
+        (classes(format="text"), ["c.yaml:6: lora.task_type: SEQ_CLS", "format: classification"]),
+        (classes(", num_labels: 2", "text", rest=""), ["c.yaml:1: model.num_labels: the rows"]),
+        (classes(", id2label: [a, b]", "text", rest=""), ["model.id2label: the rows have no"]),
+        (classes(", num_labels: 1"), ["model.num_labels: must be at least 2, got 1"]),
+        (classes(", id2label: [a]"), ["model.id2label: needs two names or more"]),
+        (classes(", id2label: [a, a]"), ["each once"]),
+        (classes(", id2label: [a, b], num_labels: 3"), ["has 2 names, but num_labels is 3"]),
+        (classes(", label2id: {a: 0}"), ["model.label2id: unknown key", "write model.id2label"]),
+        (classes(", problem_type: regression"), ["model.problem_type", "one class of several"]),
+        (
+            classes(data="  eval: [{path: org/rows, format: text}]"),
+            ["c.yaml:2: data: rows with classes are mixed with text", "apart"],
+        ),
+        (classes(rest=SEQ_CLS + "\nevaluate: {exact_match: true}"), ["evaluate.exact_match:"]),
+    ],
+)
+def test_contradictions_about_classes_are_named(write, text, words):
+    message = fault(write(text))
+    assert all(word in message for word in words), message
+
+
 FAULTY = """\
 model: {name_or_path: org/base, torch_dtype: bfloat16}
 quantization:

@@ -9,6 +9,23 @@ from jlora.data.loader import batch_at, prepare
 from jlora.data.show import CONTEXT, TARGET, show_batch
 
 
+def test_classes_stand_above_their_texts(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": "one", "label": 1}, {"text": "two", "label": 0}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    data = DataConfig(train=[SourceConfig(path=str(path), format="classification")], max_length=64)
+    tokenizer, names = tt.tiny_tokenizer(), ("no", "yes")
+    prepared = prepare(data.train, tokenizer, data, id2label=names)
+    batch = batch_at(prepared, prepared.order(1, 0, shuffle=False), 0)
+    text = show_batch(batch, tokenizer, id2label=names)
+    assert [line.rpartition(", ")[2] for line in text.plain.splitlines()[::2]] == [
+        "yes ──",
+        "no ──",
+    ]
+    assert text.plain.splitlines()[1::2] == ["one", "two"]
+    assert not any(str(span.style) == TARGET for span in text.spans)
+
+
 def test_targets_are_coloured_and_nothing_is_lost(tmp_path):
     rows = [
         [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}]

@@ -19,7 +19,7 @@ LAYERS = [
     {"dot", "models"},
     {"optim", "state", "step"},
     {"adapter_io", "checkpoint", "data", "metrics", "console", "report", "runtime", "decoding"},
-    {"batches", "evaluation", "header", "job", "outputs", "progress", "cli"},
+    {"batches", "classes", "evaluation", "header", "job", "outputs", "progress", "cli"},
     {"train", "evaluate", "generate", "merge", "quantize"},
 ]
 """Lowest first: a module imports from lower layers, or from its own where that is not closed."""

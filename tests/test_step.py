@@ -13,13 +13,20 @@ import tiny_models
 from jax.extend.core import jaxprs_in_params
 from tiny_runs import quick_compilation
 
-from jlora import lora, nf4, step
-from jlora.config import LoraConfig, QuantConfig
+from jlora import lora, nf4, sharding, step
+from jlora.config import LoraConfig, MeshConfig, QuantConfig
 from jlora.dot import _product as product
 from jlora.models import Model, init_params
 from jlora.quantization import is_packed, quantize_params
 from jlora.state import LossScale, init_state
-from jlora.step import IGNORE, cross_entropy, loss_and_count, make_eval_step, make_train_step
+from jlora.step import (
+    IGNORE,
+    class_counts,
+    cross_entropy,
+    loss_and_count,
+    make_eval_step,
+    make_train_step,
+)
 
 B, T, V = 4, 12, 61
 
@@ -223,7 +230,8 @@ def test_every_micro_batch_draws_its_own_dropout():
 def test_evaluation_has_no_dropout():
     model, params, adapter = parts(0.5)
     rows = batch()
-    total, count = make_eval_step(model, attach)(adapter, params, rows)
+    total, count, classes = make_eval_step(model, attach)(adapter, params, rows)
+    assert classes is None, "there are none in a language model"
     expected = mean_loss(model, attach(params, parts()[2], None), rows)
     np.testing.assert_allclose(float(total) / int(count), expected, rtol=1e-6)
 
@@ -254,6 +262,27 @@ def scaled(scale, good_steps=7):
     before = jax.tree.map(jnp.asarray, before)
     after, metrics = run(jax.tree.map(jnp.copy, before), params, stacked(batch(), 2))
     return before, after, jax.device_get(metrics)
+
+
+def test_classes_are_counted_over_all_devices():
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((8, 6, 5)).astype(np.float32)
+    labels = np.where(rng.random((8, 6)) < 0.4, rng.integers(0, 4, (8, 6)), IGNORE)
+    want = np.zeros((3, 5), int)
+    for row, label in zip(logits.reshape(-1, 5), labels.reshape(-1), strict=True):
+        if label != IGNORE:
+            predicted = row.argmax()
+            want[0, label] += predicted == label
+            want[1, predicted] += 1
+            want[2, label] += 1
+    assert want[0].any() and (want[1] > want[0]).any()
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    rows = jax.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.BATCH))
+    for place in (jnp.asarray, functools.partial(jax.device_put, device=rows)):
+        with jax.set_mesh(mesh):
+            got = jax.jit(class_counts)(place(logits), place(labels.astype(np.int32)))
+        np.testing.assert_array_equal(got, want)
+        assert got.is_fully_replicated or len(got.devices()) == 1
 
 
 def test_a_step_that_overflows_is_skipped_and_halves_the_scale():

@@ -24,6 +24,11 @@ ELSEWHERE: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "use_cache": ((True, False, None), "generation always has a cache"),
         "load_in_4bit": (OFF, "write quantization: {load_in_4bit: true}"),
         "load_in_8bit": (OFF, "write quantization: {load_in_8bit: true}"),
+        "label2id": ((), "write model.id2label: the names in the order of their ids"),
+        "problem_type": (
+            (None, "single_label_classification"),
+            "a classifier chooses one class of several",
+        ),
         "device_map": ((None, "auto"), "set the mesh section"),
     },
     "quantization": {

@@ -41,7 +41,7 @@ class SourceConfig(Section):
 
     path: InputPath
     """A jsonl, json, csv or parquet file (txt for text), a folder, a glob, or a hub name."""
-    format: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+    format: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text", "classification"]
     """How a row is read."""
     weight: Positive = 1.0
     """How many times an epoch takes its rows; a fraction takes part of them."""
@@ -79,6 +79,9 @@ class DataConfig(Section):
         if not self.train:
             yield Fault(("train",), "no source to train on", "add {path: …, format: messages}")
 
+
+CLASSIFICATION = "classification"
+"""The format of rows with classes."""
 
 SCHEDULES: Mapping[str, tuple[str, ...]] = {
     "linear": (),
@@ -309,8 +312,14 @@ class Config(Section):
             return self.model.dtype
         return "bfloat16" if self.train.bf16 else "float32"
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the rows have classes to learn, instead of text."""
+        return self.data.train[0].format == CLASSIFICATION
+
     def check(self) -> Iterator[Fault]:
         """See Section."""
+        yield from _classification_faults(self)
         if self.quantization and not self.lora:
             yield Fault(
                 ("quantization", "lora"),
@@ -323,3 +332,27 @@ class Config(Section):
                 yield Fault((key, "data.eval"), "needs held-out rows", "add data.eval")
             if self.train.eval_steps is None:
                 yield Fault((key, "train.eval_steps"), "needs evaluations", "set train.eval_steps")
+
+
+def _classification_faults(config: Config) -> Iterator[Fault]:
+    """What contradicts the format of the rows, which says whether the model is a classifier."""
+    formats = {s.format for s in (*(config.data.train or ()), *config.data.eval)} - {None}
+    task, lora_key = config.lora and config.lora.task_type, "lora.task_type"
+    if CLASSIFICATION not in formats:
+        format = f"format: {CLASSIFICATION}"
+        if task == "SEQ_CLS":
+            yield Fault(
+                (lora_key, "data"), "SEQ_CLS learns classes, and the rows have none", format
+            )
+        for key in ("num_labels", "id2label"):
+            if getattr(config.model, key) is not None:
+                yield Fault((f"model.{key}", "data"), "the rows have no classes", format)
+        return
+    if len(formats) > 1:
+        others = ", ".join(sorted(formats - {CLASSIFICATION}))
+        yield Fault(("data",), f"rows with classes are mixed with {others}", "train them apart")
+    if config.lora and task != "SEQ_CLS":
+        yield Fault((lora_key, "data"), f"is {task}, but the rows have classes", "write SEQ_CLS")
+    if config.evaluate.exact_match:
+        fix = "leave it out: accuracy and F1 are always reported"
+        yield Fault(("evaluate.exact_match", "data"), "a classifier writes no replies", fix)

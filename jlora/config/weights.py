@@ -41,6 +41,20 @@ class ModelConfig(Section):
     """Branch, tag or commit on the hub."""
     attention: str = "auto"
     """auto, or one of reference, chunked, cudnn and splash; the run header says what auto took."""
+    num_labels: Annotated[int, Bounds(2)] | None = None
+    """Classes of a classifier; null: the model's own, else those in the training data."""
+    id2label: Sequence[str] | None = None
+    """Names of the classes in the order of their ids; null: the model's own, else the data's."""
+
+    def check(self) -> Iterator[Fault]:
+        """See Section."""
+        names, keys = self.id2label, ("id2label", "num_labels")
+        if names is None:
+            return
+        if len(set(names)) != len(names) or len(names) < 2:
+            yield Fault(("id2label",), "needs two names or more, each once")
+        elif self.num_labels not in (None, len(names)):
+            yield Fault(keys, f"has {len(names)} names, but num_labels is {self.num_labels}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +130,8 @@ class LoraConfig(Section):
     """true: A kaiming-uniform, B zero; gaussian: A normal / r, B zero; false: both random."""
     fan_in_fan_out: bool = False
     """Accepted for GPT-2 recipes; jlora sees itself how a weight is stored."""
-    task_type: Literal["CAUSAL_LM"] | None = "CAUSAL_LM"
-    """The task written to adapter_config.json."""
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] | None = "CAUSAL_LM"
+    """SEQ_CLS trains a score head with the adapter; the data's format is then classification."""
     init_from: LocalPath | None = None
     """A PEFT adapter folder to start from."""
     base_model_name_or_path: str | None = None

@@ -1,6 +1,7 @@
 """Rows → chat → examples → packing → order → batches. NumPy and tokenizers only, no JAX."""
 
 from jlora.data.chat import ChatRenderer
+from jlora.data.classification import find_classes
 from jlora.data.loader import (
     Batch,
     Prepared,
@@ -26,6 +27,7 @@ __all__ = [
     "batch_at",
     "ensure_template",
     "eval_batches",
+    "find_classes",
     "load_rows",
     "load_tokenizer",
     "prefetch",

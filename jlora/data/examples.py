@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 from jlora.data.chat import ChatRenderer
-from jlora.data.rows import Chat, Completion, Row, Text
+from jlora.data.rows import Chat, Completion, Text
 from jlora.data.tokenizer import closing, opening, token_ids
 from jlora.errors import DataError
 
@@ -69,7 +69,7 @@ class Counts:
     """What became of the rows of a source."""
 
     truncated: int = 0
-    """Chats and completions longer than ``max_length``, cut at the right."""
+    """Rows other than texts that are longer than ``max_length``, cut at the right."""
     dropped: int = 0
     """Examples left out because no token of theirs is learned."""
     split: int = 0
@@ -77,11 +77,11 @@ class Counts:
     lossy: int = 0
     """Chats of whose replies the template shows only a part."""
     bad: list[DataError] = field(default_factory=list)
-    """Rows that the chat template refuses."""
+    """Rows that the chat template refuses, or whose label is none of the classes."""
 
 
 def encode(
-    rows: Sequence[Row],
+    rows: Sequence[Chat | Completion | Text],
     tokenizer: Any,
     max_length: int,
     assistant_only_loss: bool = True,
@@ -100,10 +100,11 @@ def encode(
             streams.extend(_windows(ids, mask, piece, max_length, counts))
         if progress:
             progress(min(at + CHUNK, len(rows)), len(rows))
-    return _flat(streams), counts
+    return flat(streams), counts
 
 
-def _flat(streams: list[tuple[np.ndarray, np.ndarray]]) -> Examples:
+def flat(streams: list[tuple[np.ndarray, np.ndarray]]) -> Examples:
+    """(ids, labels) of each example, one after another."""
     starts = np.zeros(len(streams) + 1, np.int64)
     np.cumsum([len(ids) for ids, _ in streams], out=starts[1:])
     none = np.zeros(0, np.int32)
@@ -111,7 +112,9 @@ def _flat(streams: list[tuple[np.ndarray, np.ndarray]]) -> Examples:
     return Examples(ids, np.concatenate([none, *(labels for _, labels in streams)]), starts)
 
 
-def pieces(rows: Iterable[Row], tokenizer: Any, counts: Counts) -> Iterator[Piece]:
+def pieces(
+    rows: Iterable[Chat | Completion | Text], tokenizer: Any, counts: Counts
+) -> Iterator[Piece]:
     """The texts of rows; chats that the template refuses go to ``counts.bad``."""
     render = ChatRenderer(tokenizer) if tokenizer.chat_template else None
     for row in rows:

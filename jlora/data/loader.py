@@ -1,8 +1,9 @@
 """Sources into batches: prepared once, then any step's batch is a lookup.
 
-A batch is a dict of int32 arrays (accum, B, T): ``input_ids``; ``labels``, already shifted, -100
-where nothing is learned; ``positions``, restarting in each document; ``segment_ids``, 0 for
-padding. Its shape never changes: an epoch's last batch is filled up with rows of padding.
+A batch is a dict of int32 arrays (accum, B, T): ``input_ids``; ``labels``, already shifted (a class
+is at the last token), -100 where nothing is learned; ``positions``, restarting in each document;
+``segment_ids``, 0 for padding. Its shape never changes: an epoch's last batch is filled up with
+rows of padding.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import numpy as np
 from jaxtyping import Int32
 
 from jlora.config import DataConfig, SourceConfig
+from jlora.data.classification import encode_labelled
 from jlora.data.examples import IGNORE, Counts, Examples, encode
 from jlora.data.order import EMPTY, Order
 from jlora.data.packing import Packed, pack, positions
-from jlora.data.rows import Chat, Rows, bad_rows, load_rows
+from jlora.data.rows import Chat, Labelled, Rows, bad_rows, load_rows
 from jlora.data.tokenizer import ensure_template
 from jlora.errors import DataError
 
@@ -95,12 +97,14 @@ def prepare(
     config: DataConfig,
     role: str = "train",
     progress: Progress | None = None,
+    id2label: Sequence[str] = (),
 ) -> Prepared:
     """Reads, renders, tokenizes and packs sources.
 
     A tokenizer without a chat template is given a plain one when a source has chats.
 
     ``role`` is ``train`` or ``eval``, whose rows may be packed otherwise (``data.eval_packing``).
+    ``id2label`` names the classes of labelled rows.
 
     Raises:
       DataError: bad rows (see ``rows``), or a source in which nothing is to be learned.
@@ -111,7 +115,7 @@ def prepare(
     encoded = []
     for source, rows in zip(sources, loaded, strict=True):
         told = None if progress is None else lambda n, m, p=source.path: progress(p, n, m)
-        found = encode(rows.rows, tokenizer, config.max_length, config.assistant_only_loss, told)
+        found = _encode(rows, tokenizer, config, id2label, told)
         _check(source, rows, *found, config)
         encoded.append(found)
     packing = config.packing
@@ -124,6 +128,17 @@ def prepare(
     packed = Packed(*(np.concatenate(arrays) for arrays in zip(*map(_arrays, parts), strict=True)))
     warnings += _warnings(reports, packed, tokenizer, config)
     return Prepared(packed, reports, tuple(warnings), _digest(packed, reports))
+
+
+def _encode(
+    rows: Rows, tokenizer: Any, config: DataConfig, id2label: Sequence[str], progress: Any
+) -> tuple[Examples, Counts]:
+    """The examples of a source, whose rows are all labelled or all not."""
+    texts = [row for row in rows.rows if not isinstance(row, Labelled)]
+    if texts:
+        return encode(texts, tokenizer, config.max_length, config.assistant_only_loss, progress)
+    labelled = [row for row in rows.rows if isinstance(row, Labelled)]
+    return encode_labelled(labelled, tokenizer, config.max_length, id2label, progress)
 
 
 def _arrays(packed: Packed) -> tuple[np.ndarray, ...]:
@@ -202,7 +217,8 @@ def _warnings(
             part = "the chat template shows only part of the replies (thinking or tool calls)"
             said.append(f"{r.path}: {part} of {r.lossy} rows")
     eos = tokenizer.eos_token_id
-    if eos is not None and not (packed.labels == eos).any():
+    texts = any(r.format != "classification" for r in reports)
+    if texts and eos is not None and not (packed.labels == eos).any():
         said.append(
             f"the end-of-sequence token {tokenizer.eos_token!r} is never learned: "
             "a model that stops only there will not stop"

@@ -1,4 +1,4 @@
-"""Rows of any format, brought into one of three shapes: a chat, a completion, a text.
+"""Rows of any format, brought into one of four shapes: a chat, a completion, a text, a class.
 
 ====================  ===========================================================================
 format                a row
@@ -9,6 +9,7 @@ format                a row
 ``prompt_completion`` ``{"prompt", "completion"}``: strings or lists of messages (TRL);
                       also ``{"question", "answer"}``, joined by a line break
 ``text``              ``{"text"}``, or a whole ``.txt`` file
+``classification``    ``{"text", "label"}``: the class as a number or a name
 ====================  ===========================================================================
 
 A message of role ``assistant`` is learned, unless it has ``"weight": 0`` (OpenAI's fine-tuning
@@ -77,7 +78,16 @@ class Text:
     text: str
 
 
-Row = Chat | Completion | Text
+@dataclass(frozen=True)
+class Labelled:
+    """A text and its class: the class's number, or its name."""
+
+    where: str
+    text: str
+    label: int | str
+
+
+Row = Chat | Completion | Text | Labelled
 
 
 class BadRow(ValueError):
@@ -142,6 +152,7 @@ def looks_like(value: Any, format: str) -> str | None:
         "alpaca": {"instruction", "output"},
         "prompt_completion": {"prompt", "completion"},
         "text": {"text"},
+        "classification": {"text", "label"},
     }
     found = [name for name, keys in signs.items() if keys <= value.keys() and name != format]
     if {"question", "answer"} <= value.keys() and format != "prompt_completion":
@@ -161,13 +172,13 @@ def _kind(value: Any) -> str:
     return "null" if value is None else names.get(type(value), "a number")
 
 
-def _field(row: Mapping, key: str, kind: type = str, default: Any = ...) -> Any:
+def _field(row: Mapping, key: str, kind: Any = str, default: Any = ...) -> Any:
     if key not in row:
         if default is not ...:
             return default
         raise BadRow(f"no {key!r} (the row has {', '.join(map(repr, row)) or 'no keys'})")
     if not isinstance(row[key], kind):
-        want = {str: "a string", list: "a list"}[kind]
+        want = {str: "a string", list: "a list"}.get(kind, "a whole number or a string")
         raise BadRow(f"{key!r} must be {want}, not {_kind(row[key])}")
     return row[key]
 
@@ -338,12 +349,19 @@ def from_text(where: str, value: Any) -> Text:
     return Text(where, text)
 
 
+def from_classification(where: str, value: Any) -> Labelled:
+    """``classification`` → Labelled."""
+    text = from_text(where, value).text
+    return Labelled(where, text, _field(_object(value), "label", int | str))
+
+
 FORMATS: dict[str, Callable[[str, Any], Row]] = {
     "messages": from_messages,
     "sharegpt": from_sharegpt,
     "alpaca": from_alpaca,
     "prompt_completion": from_prompt_completion,
     "text": from_text,
+    "classification": from_classification,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -15,8 +15,16 @@ TARGET = "bold green"
 CONTEXT = "dim"
 
 
-def show_batch(batch: Mapping[str, np.ndarray], tokenizer: Any, max_rows: int = 8) -> Text:
-    """The documents of a batch's first rows; tokens that are learned in green, the rest dim."""
+def show_batch(
+    batch: Mapping[str, np.ndarray],
+    tokenizer: Any,
+    max_rows: int = 8,
+    id2label: Sequence[str] = (),
+) -> Text:
+    """The documents of a batch's first rows; tokens that are learned in green, the rest dim.
+
+    With ``id2label`` the documents have classes, which stand above them.
+    """
     length = batch["input_ids"].shape[-1]
     ids, labels, segments = (
         np.asarray(batch[k]).reshape(-1, length) for k in ("input_ids", "labels", "segment_ids")
@@ -26,8 +34,13 @@ def show_batch(batch: Mapping[str, np.ndarray], tokenizer: Any, max_rows: int = 
         for segment in range(1, int(segments[row].max(initial=0)) + 1):
             at = segments[row] == segment
             head = f"row {row + 1}, document {segment}: {at.sum()} tokens, "
-            text.append(f"── {head}{(labels[row][at] != IGNORE).sum()} targets ──\n", "bold")
-            for target, run in stream(ids[row][at], labels[row][at]):
+            if id2label:
+                what, runs = id2label[labels[row][at][-1]], [(False, ids[row][at].tolist())]
+            else:
+                what = f"{(labels[row][at] != IGNORE).sum()} targets"
+                runs = stream(ids[row][at], labels[row][at])
+            text.append(f"── {head}{what} ──\n", "bold")
+            for target, run in runs:
                 text.append(tokenizer.decode(run), TARGET if target else CONTEXT)
             text.append("\n")
     return text

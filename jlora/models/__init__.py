@@ -8,10 +8,12 @@ from jlora.models.config import DecoderConfig
 from jlora.models.hf_read import load_pretrained, read_model
 from jlora.models.hf_write import save_pretrained
 from jlora.models.model import Model, init_params
+from jlora.models.registry import as_classifier
 
 __all__ = [
     "DecoderConfig",
     "Model",
+    "as_classifier",
     "init_params",
     "load_pretrained",
     "read_model",

@@ -139,6 +139,18 @@ class DecoderConfig:
         return None if self.learned_positions is None else self.max_position_embeddings
 
     @property
+    def num_outputs(self) -> int:
+        """The logits of a token: one a class, or one a token of the vocabulary."""
+        return self.num_labels or self.vocab_size
+
+    @property
+    def id2label(self) -> tuple[str, ...]:
+        """The names of a classifier's classes, in order; none of a language model's."""
+        names = self.hf.get("id2label")
+        names = names if isinstance(names, dict) else {}
+        return tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(self.num_labels or 0))
+
+    @property
     def feature_size(self) -> int:
         """The width of what the head reads."""
         return self.projected_embedding or self.hidden_size

@@ -7,10 +7,14 @@ names, those of transformers' modules; where a file has yet others, ``Family.sto
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 
 from jlora.models.config import DecoderConfig
 from jlora.models.keys import Keys
+
+CLASSIFIER = "ForSequenceClassification"
+"""How transformers' classes with a score head are called at the end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,23 +36,30 @@ class Family:
     """One ``model_type``.
 
     ``read`` makes the configuration of a ``config.json``. ``architecture`` is the class that
-    transformers builds. ``names`` are the family's own for Llama's: of a node, or of a leaf that is
-    no weight or bias; a dotted one is several nodes, an empty one none. ``stored`` says which
-    tensors of a file hold a leaf, by the end of its dotted path in the tree. Linear weights lie
-    [out, in] in files (torch's Linear) if ``transposed``, else [in, out] (Conv1D); other leaves of
-    the kinds ``flipped`` lie there as the transpose of what they are here.
+    transformers builds; ``scored`` is its class with a score head, where that has another stem.
+    ``names`` are the family's own for Llama's: of a node, or of a leaf that is no weight or bias; a
+    dotted one is several nodes, an empty one none. ``stored`` says which tensors of a file hold a
+    leaf, by the end of its dotted path in the tree. Linear weights lie [out, in] in files (torch's
+    Linear) if ``transposed``, else [in, out] (Conv1D); other leaves of the kinds ``flipped`` lie
+    there as the transpose of what they are here.
     ``quant_methods`` are the ways in which a file's weights may be packed. Tensors whose whole name
     matches ``buffers`` are constants that some checkpoints store.
     """
 
     read: Callable[[Keys], DecoderConfig]
     architecture: str
+    scored: str | None = None
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     stored: Mapping[str, tuple[Piece, ...]] = dataclasses.field(default_factory=dict)
     transposed: bool = True
     flipped: tuple[str, ...] = ()
     quant_methods: tuple[str, ...] = ("bitsandbytes",)
     buffers: str = r"(.*\.)?rotary_emb\.inv_freq"
+
+    @property
+    def classifier(self) -> str:
+        """The class that transformers builds with a score head, as far as it has one."""
+        return self.scored or re.sub("(ForCausalLM|LMHeadModel)$", CLASSIFIER, self.architecture)
 
     def rename(self, path: tuple[str, ...]) -> tuple[str, ...]:
         """A path with the family's names in place of Llama's."""

@@ -23,6 +23,9 @@ WEIGHT = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 
 HEADS = ("lm_head", "score")
 
+SCORE = "score.weight"
+"""The tensor of a classifier's head, in every family."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:

@@ -22,11 +22,12 @@ from jlora.config import QuantConfig
 from jlora.errors import ConfigError, DataError
 from jlora.models import hf_packed, mxfp4
 from jlora.models.hf_folder import FLOATS, SPAN, Shards, find_folder, open_shards, read_json
-from jlora.models.hf_names import Tensor, embedding_name, head_name, tensors
+from jlora.models.hf_names import SCORE, Tensor, embedding_name, head_name, tensors
 from jlora.models.hf_packed import Problems, Stored, size_text
 from jlora.models.hf_place import Index, assemble
 from jlora.models.model import Model
-from jlora.models.registry import family, parse
+from jlora.models.registry import as_classifier, family, parse
+from jlora.models.score import WithScore
 from jlora.quantization import describe, is_packed, pack, quantize_params
 
 
@@ -38,6 +39,8 @@ def load_pretrained(
     revision: str | None = None,
     attention: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    num_labels: int | None = None,
+    seed: int = 0,
 ) -> tuple[Model, dict[str, Any]]:
     """The model in a transformers folder or hub repository, and its frozen parameters.
 
@@ -51,17 +54,25 @@ def load_pretrained(
       revision: a hub repository's branch, tag or commit.
       attention: see ``attention.BACKENDS``.
       progress: called after every tensor with the bytes that are read and those there are in all.
+      num_labels: makes a classifier of so many classes of a language model: in place of its head
+        comes a fresh score head. A classifier's folder needs no number.
+      seed: of the fresh head.
 
     Raises:
       ConfigError: the model is not there, its configuration is not supported, or the folder is
-        packed otherwise than ``quantization`` says.
+        packed otherwise than ``quantization`` says, or has another number of classes.
       DataError: a file is missing or damaged, or its tensors are not those of the model: all
         missing, unexpected, misshapen and doubled ones are named.
     """
     folder = find_folder(path_or_hub_id, revision)
     model = read_model(folder, dtype=dtype, attention=attention)
+    fresh = num_labels is not None and model.config.num_labels is None
+    if num_labels is not None:
+        model = dataclasses.replace(model, config=as_classifier(model.config, num_labels))
     with open_shards(folder) as stored:
         shards = mxfp4.Decoded(stored) if model.config.quant_method == "mxfp4" else stored
+        if fresh and SCORE not in shards.files:
+            shards = WithScore(shards, model.config, head_name(model), seed)
         source = check(shards, model, folder)
         if source.packed and quantization is not None:
             _check_packing(source, model, quantization)

@@ -79,7 +79,7 @@ class Model:
         positions: Ids | None = None,
         segment_ids: Ids | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits of the token after each token, in float32.
+        """Logits of the token after each token, or of a classifier's classes, in float32.
 
         Args:
           params: the parameter tree.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jlora.errors import ConfigError, did_you_mean
@@ -24,7 +26,7 @@ from jlora.models.families import (
     stablelm,
     starcoder2,
 )
-from jlora.models.family import Family
+from jlora.models.family import CLASSIFIER, Family
 from jlora.models.keys import Keys
 
 FAMILIES: dict[str, Family] = {
@@ -69,7 +71,57 @@ def parse(hf: Mapping[str, Any], *, where: str = "config.json") -> DecoderConfig
     _check_quantized(keys, FAMILIES[model_type])
     keys.only("is_encoder_decoder", False)
     keys.only("add_cross_attention", False)
-    return FAMILIES[model_type].read(keys)
+    return dataclasses.replace(FAMILIES[model_type].read(keys), num_labels=_num_labels(keys))
+
+
+def as_classifier(
+    config: DecoderConfig,
+    num_labels: int,
+    id2label: Sequence[str] | None = None,
+    pad_token_id: int | None = None,
+) -> DecoderConfig:
+    """The model under a score head of so many classes, and the ``config.json`` that says so.
+
+    Args:
+      config: a language model's, or a classifier's of as many classes.
+      num_labels: how many.
+      id2label: their names; None keeps a classifier's, else they are ``LABEL_0`` and so on.
+      pad_token_id: transformers takes a row's class from its last token that is another one.
+
+    Raises ConfigError when the model has another number of classes.
+    """
+    if config.num_labels not in (None, num_labels):
+        raise ConfigError(
+            f"is {num_labels}, but the model has {config.num_labels} classes: "
+            f"{', '.join(config.id2label[:10])}",
+            where="model.num_labels",
+            fix="leave it out, or start from a language model",
+        )
+    hf = {k: v for k, v in config.hf.items() if k not in ("num_labels", "problem_type")}
+    config = dataclasses.replace(config, num_labels=num_labels)
+    names = config.id2label if id2label is None else id2label
+    hf["architectures"] = [family(config).classifier]
+    hf["id2label"] = {str(i): label for i, label in enumerate(names)}
+    hf["label2id"] = {label: i for i, label in enumerate(names)}
+    if pad_token_id is not None:
+        hf["pad_token_id"] = pad_token_id
+    return dataclasses.replace(config, hf_json=json.dumps(hf, sort_keys=True))
+
+
+def _num_labels(keys: Keys) -> int | None:
+    """How many classes a transformers ``…ForSequenceClassification`` has; None for other models.
+
+    Raises ConfigError for one that does not choose one class of several.
+    """
+    names = keys.hf.get("architectures")
+    if not isinstance(names, list) or not any(str(name).endswith(CLASSIFIER) for name in names):
+        return None
+    keys.only("problem_type", "single_label_classification")
+    names = keys.hf.get("id2label")
+    number = len(names) if isinstance(names, dict) else keys.number("num_labels", 2)
+    if number < 2:
+        raise keys.fail("num_labels", "one label is regression, which is not supported")
+    return number
 
 
 def _check_quantized(keys: Keys, own: Family) -> None:

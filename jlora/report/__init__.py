@@ -19,6 +19,7 @@ __all__ = ["write_report"]
 SMALL = Frame(width=520, height=230)
 CHARTS = (  # title, frame, unit, ((name in metrics.jsonl, name in the legend), …)
     ("Loss", Frame(1040, 320), "", (("loss", "training"), ("eval_loss", "held out"))),
+    ("Classes", SMALL, "held out", (("eval_accuracy", "accuracy"), ("eval_f1", "F1"))),
     ("Exact match", SMALL, "", (("eval_exact_match", "held out"),)),
     ("Learning rate", SMALL, "", (("learning_rate", "learning rate"),)),
     ("Gradient norm", SMALL, "before clipping", (("grad_norm", "gradient norm"),)),

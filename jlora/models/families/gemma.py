@@ -114,5 +114,10 @@ NAMES = {
 FAMILIES = {
     "gemma": Family(read=_gemma, architecture="GemmaForCausalLM"),
     "gemma2": Family(read=_gemma2, architecture="Gemma2ForCausalLM", names=NAMES),
-    "gemma3_text": Family(read=_gemma3, architecture="Gemma3ForCausalLM", names=NAMES),
+    "gemma3_text": Family(
+        read=_gemma3,
+        architecture="Gemma3ForCausalLM",
+        scored="Gemma3TextForSequenceClassification",
+        names=NAMES,
+    ),
 }

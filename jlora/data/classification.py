@@ -1,0 +1,135 @@
+"""Labelled texts into token ids, and what their labels mean.
+
+A text becomes the tokens that its tokenizer makes of it, with the tokenizer's own special tokens,
+cut at ``max_length``. Its class is the label of its last token, which is what transformers'
+``…ForSequenceClassification`` reads, and no other token has a label::
+
+    ids      <s> 5 6 7
+    labels   -100 -100 -100 1        labels[t] is the class of the text that ends at ids[t]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jlora.data.examples import CHUNK, IGNORE, Counts, Examples, flat
+from jlora.data.rows import Labelled
+from jlora.errors import ConfigError, DataError, did_you_mean
+
+
+def encode_labelled(
+    rows: Sequence[Labelled],
+    tokenizer: Any,
+    max_length: int,
+    id2label: Sequence[str],
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Examples, Counts]:
+    """Tokenizes rows into examples of at most ``max_length`` tokens, in row order.
+
+    Rows whose label is none of ``id2label`` go to the counts' ``bad``. Padding tokens at the end,
+    which some tokenizers add, are left out: transformers does not look at them.
+    """
+    counts, streams = Counts(), []
+    for at in range(0, len(rows), CHUNK):
+        chunk = rows[at : at + CHUNK]
+        texts = [row.text for row in chunk]
+        cut = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        # Last, as a tokenizer is saved with the truncation that it was last used with.
+        whole = tokenizer(texts, verbose=False)["input_ids"]
+        for row, ids, uncut in zip(chunk, cut, whole, strict=True):
+            try:
+                label = class_of(row, id2label)
+            except DataError as error:
+                counts.bad.append(error)
+                continue
+            counts.truncated += len(uncut) > max_length
+            ids = np.asarray(ids, np.int32)
+            content = np.flatnonzero(ids != tokenizer.pad_token_id)
+            if not len(content):
+                counts.dropped += 1
+                continue
+            ids = ids[: content[-1] + 1]
+            labels = np.full(len(ids), IGNORE, np.int32)
+            labels[-1] = label
+            streams.append((ids, labels))
+        if progress:
+            progress(at + len(chunk), len(rows))
+    return flat(streams), counts
+
+
+def class_of(row: Labelled, id2label: Sequence[str]) -> int:
+    """The number of a row's class; DataError when its label is none of ``id2label``."""
+    if row.label in id2label:
+        return id2label.index(str(row.label))
+    number = _number(row.label)
+    if number is not None and 0 <= number < len(id2label):
+        return number
+    raise DataError(
+        f"its label {row.label!r} is none of the {len(id2label)} classes: {listed(id2label)}",
+        where=row.where,
+        fix=did_you_mean(str(row.label), id2label) or "mend the row, or set model.id2label",
+    )
+
+
+def find_classes(rows: Iterable[Labelled], num_labels: int | None = None) -> tuple[str, ...]:
+    """The names of the classes in some rows: sorted, or ``LABEL_0`` … where labels are numbers.
+
+    Raises:
+      DataError: labels are numbers in some rows and names in others, numbers with gaps, or all one.
+      ConfigError: there are not ``num_labels`` names.
+    """
+    first: dict[int | str, Labelled] = {}
+    for row in rows:
+        first.setdefault(row.label, row)
+    numbers = {_number(label) for label in first}
+    if None not in numbers:
+        return _numbered(sorted(int(n) for n in numbers if n is not None), first, num_labels)
+    for label, row in first.items():
+        if isinstance(label, int):
+            cause = f"its label is the number {label}, but other rows have names"
+            raise DataError(cause, where=row.where, fix="write numbers in all rows, or names")
+    names = tuple(sorted(map(str, first)))
+    if num_labels not in (None, len(names)):
+        raise ConfigError(
+            f"is {num_labels}, but the rows have {len(names)} labels: {listed(names)}",
+            where="model.num_labels",
+            fix="leave it out, or list the names of all classes in model.id2label",
+        )
+    _check_several(names, first)
+    return names
+
+
+def _numbered(
+    numbers: Sequence[int], first: Mapping[int | str, Labelled], num_labels: int | None
+) -> tuple[str, ...]:
+    """Names for numbers: as many as ``num_labels``, or as there are, which must have no gaps."""
+    if num_labels is None:
+        _check_several(numbers, first)
+        if list(numbers) != list(range(len(numbers))):
+            raise DataError(
+                f"the labels are {listed(numbers)}: not numbers from 0 on, without gaps",
+                where=next(iter(first.values())).where,
+                fix="number the classes from 0, or set model.num_labels",
+            )
+    return tuple(f"LABEL_{i}" for i in range(num_labels or len(numbers)))
+
+
+def _check_several(labels: Sequence[Any], first: Mapping[int | str, Labelled]) -> None:
+    if len(labels) == 1:
+        cause, where = f"every row has the label {labels[0]!r}", next(iter(first.values())).where
+        raise DataError(cause, where=where, fix="give rows of two classes or more")
+
+
+def _number(label: int | str) -> int | None:
+    """The number that a label is, also as text, as all values of a CSV file are; or None."""
+    if isinstance(label, int):
+        return int(label)
+    return int(label) if label.isdecimal() else None
+
+
+def listed(labels: Sequence[Any]) -> str:
+    """The first ten, for people."""
+    return ", ".join(map(str, labels[:10])) + (", …" if labels[10:] else "")

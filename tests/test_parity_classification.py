@@ -1,0 +1,248 @@
+"""Classifiers against transformers' …ForSequenceClassification and peft: folders and adapters."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny_models
+from tiny_runs import write_rows
+
+import jlora
+from jlora import paths
+from jlora.models import as_classifier, load_pretrained, save_pretrained
+from jlora.models.registry import FAMILIES
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+from transformers.models.auto import modeling_auto  # noqa: E402
+
+pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.filterwarnings("ignore")]
+
+NAMES, PAD = ("no", "perhaps", "yes"), 60
+NAMED = ["llama", "gpt2", "phi"]
+FAMILY = pytest.mark.parametrize("name", NAMED)
+WITH_OTHERS = pytest.mark.parametrize("name", [*NAMED, "gemma2", "gemma3", "opt-350m"])
+TARGETS = {"gpt2": ["c_attn", "c_fc"], "phi": ["q_proj", "fc2"]}
+
+
+def classifier(name):
+    """A tiny classifier with a score head that spreads its logits."""
+    model, params = tiny_models.build(name)
+    config = as_classifier(model.config, len(NAMES), NAMES, PAD)
+    params = {key: node for key, node in params.items() if key != "lm_head"}
+    score = np.random.default_rng(5).standard_normal((config.feature_size, len(NAMES)))
+    params["score"] = {"kernel": jax.numpy.asarray(score, jax.numpy.float32)}
+    return dataclasses.replace(model, config=config), params
+
+
+def load_torch(folder, **options):
+    """transformers' classifier of a folder; asserts that nothing was missing or unexpected."""
+    model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **options
+    )
+    return model.eval(), {k for k, v in info.items() if v}
+
+
+def texts(model, rng_seed=0):
+    """Two texts of token ids, of 24 and of 15 tokens."""
+    ids = np.random.default_rng(rng_seed).integers(3, PAD, (2, tiny_models.LENGTH))
+    return [ids[0], ids[1, :15]]
+
+
+def ours(model, params, rows):
+    """Logits at the last token of each text, (rows, classes)."""
+    ids = np.zeros((2, tiny_models.LENGTH), np.int32)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    logits = tiny_models.run(model, params, ids)
+    return np.stack([logits[i, len(row) - 1] for i, row in enumerate(rows)])
+
+
+def theirs(model, rows, side="right"):
+    """The same of a torch model, of one padded batch."""
+    longest = max(map(len, rows))
+    ids, mask = np.full((len(rows), longest), PAD), np.zeros((len(rows), longest), np.int64)
+    for i, row in enumerate(rows):
+        at = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
+        ids[i, at], mask[i, at] = row, 1
+    places = np.maximum(mask.cumsum(1) - 1, 0)
+    ids, mask, places = map(torch.tensor, (ids, mask, places))
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask, position_ids=places).logits.numpy()
+
+
+def assert_close(got, want, bound=1e-5):
+    assert np.abs(want).max() > 1 and np.ptp(want, -1).min() > 0.1
+    np.testing.assert_allclose(got, want, atol=bound * np.abs(want).max())
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """name → (model, params, the folder we wrote), made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            model, params = classifier(name)
+            save_pretrained(folder, model, params)
+            made[name] = model, params, folder
+        return made[name]
+
+    return get
+
+
+def test_every_family_has_the_name_of_transformers_class():
+    """Granite and Cohere 2 have no classifier there."""
+    theirs = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    have = {kind: family.classifier for kind, family in FAMILIES.items()}
+    assert {kind for kind in have if kind not in theirs} == {"granite", "cohere2"}
+    for kind in have.keys() & theirs.keys():
+        assert have[kind] == theirs[kind]
+
+
+@WITH_OTHERS
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_at_the_last_token_are_those_of_transformers(pair, name, side):
+    model, params, folder = pair(name)
+    torch_model, faults = load_torch(folder)
+    assert not faults
+    assert torch_model.config.id2label == dict(enumerate(NAMES))
+    assert torch_model.config.label2id == {label: i for i, label in enumerate(NAMES)}
+    assert_close(ours(model, params, texts(model)), theirs(torch_model, texts(model), side))
+
+
+@FAMILY
+def test_a_folder_that_transformers_wrote_is_read(pair, name, tmp_path):
+    _, params, folder = pair(name)
+    load_torch(folder)[0].save_pretrained(tmp_path)
+    back, read = load_pretrained(tmp_path, dtype="float32")
+    assert (back.config.num_labels, back.config.id2label) == (3, NAMES)
+    assert dict(paths.walk(read)).keys() == dict(paths.walk(params)).keys()
+    for path, leaf in paths.walk(read):
+        np.testing.assert_array_equal(leaf, paths.get(params, path))
+
+
+@FAMILY
+def test_adapters_go_both_ways(pair, name, tmp_path):
+    """Over a causal folder, whose score head both draw anew: only the adapter has one."""
+    causal, params = tiny_models.build(name)
+    save_pretrained(tmp_path / "base", causal, params)
+    model, params = load_pretrained(tmp_path / "base", dtype="float32", num_labels=3)
+    base, faults = load_torch(tmp_path / "base", num_labels=3, pad_token_id=PAD)
+    assert faults >= {"missing_keys"}, "transformers draws a score head of its own"
+    targets = TARGETS.get(name, ["q_proj", "down_proj"])
+    torch.manual_seed(0)
+    settings = {"r": 4, "lora_alpha": 12, "target_modules": targets, "task_type": "SEQ_CLS"}
+    adapted = peft.get_peft_model(base, peft.LoraConfig(**settings)).eval()
+    with torch.no_grad():
+        for key, value in adapted.named_parameters():
+            if "lora_B" in key or "score" in key:
+                value.normal_(std=0.5)
+    adapted.save_pretrained(tmp_path / "theirs")
+    want = theirs(adapted, texts(model))
+
+    adapter = jlora.load_adapter(tmp_path / "theirs", params)
+    assert_close(ours(model, jlora.attach(params, adapter), texts(model)), want)
+    assert_close(ours(model, jlora.merge(params, adapter), texts(model)), want)
+
+    jlora.save_adapter(tmp_path / "ours", adapter)
+    files = [
+        json.loads((tmp_path / s / "adapter_config.json").read_text()) for s in ("theirs", "ours")
+    ]
+    skipped = ("peft_version", "base_model_name_or_path", "target_modules", "revision")
+    config, own = ({k: v for k, v in f.items() if k not in skipped} for f in files)
+    assert own == config and own["modules_to_save"] == ["classifier", "score"]
+    contents = [
+        (tmp_path / s / "adapter_model.safetensors").read_bytes() for s in ("theirs", "ours")
+    ]
+    assert contents[0] == contents[1]
+    fresh, _ = load_torch(tmp_path / "base", num_labels=3, pad_token_id=PAD)
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours").eval()
+    np.testing.assert_allclose(theirs(loaded, texts(model)), want, atol=1e-6)
+
+
+def test_a_fresh_adapter_is_what_peft_makes(pair, tmp_path):
+    causal, params = tiny_models.build("llama")
+    save_pretrained(tmp_path, causal, params)
+    _, params = load_pretrained(tmp_path, dtype="float32", num_labels=3)
+    config = jlora.LoraConfig(r=2, task_type="SEQ_CLS", modules_to_save=["norm"])
+    adapter = jlora.init_adapter(jax.random.key(0), params, config)
+    base, _ = load_torch(tmp_path, num_labels=3)
+    settings = peft.LoraConfig(r=2, task_type="SEQ_CLS", modules_to_save=["norm"])
+    adapted = peft.get_peft_model(base, settings)
+    want = peft.get_peft_model_state_dict(adapted)
+    got = jlora.adapter_io.to_peft_tensors(adapter)
+    assert {k: v.shape for k, v in got.items()} == {k: tuple(v.shape) for k, v in want.items()}
+    assert adapter.config.modules_to_save == tuple(adapted.peft_config["default"].modules_to_save)
+
+
+STEPS, ROWS = 3, 4
+TEXTS = ("the sun is up", "no", "a bird sings in the tree", "what is 2 + 2?", "fine, thank you")
+
+
+def torch_losses(model, tokenizer, rows):
+    """The means of transformers' own loss over each step's rows, and AdamW."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.0)
+    losses = []
+    for step in range(STEPS):
+        part = rows[ROWS * step : ROWS * (step + 1)]
+        batch = tokenizer([r["text"] for r in part], padding=True, return_tensors="pt")
+        labels = torch.tensor([NAMES.index(r["label"]) for r in part])
+        loss = model(**batch, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_three_losses_and_what_they_leave_agree_with_peft(place):
+    rows = [
+        {"text": f"{i} {TEXTS[i % 5]}", "label": NAMES[i % 3]} for i in range(ROWS * STEPS)
+    ]  # of different lengths
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place.base)
+    tokenizer.pad_token = tokenizer.eos_token
+    options = {"num_labels": 3, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    base, _ = load_torch(place.base, **options)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "SEQ_CLS"}
+    model = peft.get_peft_model(base, peft.LoraConfig(**settings))
+    model.save_pretrained(place.folder / "init")
+    want = torch_losses(model.eval(), tokenizer, rows)
+    place.run(
+        lora={**settings, "lora_dropout": 0.0, "init_from": str(place.folder / "init")},
+        data={
+            "train": [
+                {
+                    "path": str(write_rows(place.folder / "rows.jsonl", rows)),
+                    "format": "classification",
+                }
+            ],
+            "eval": [],
+            "packing": False,
+            "shuffle": False,
+        },
+        train={
+            "max_steps": STEPS,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "eval_steps": None,
+            "save_steps": None,
+        },
+    )
+    assert np.ptp(want) > 0.1, "the rows and steps must matter"
+    np.testing.assert_allclose(place.losses(), want, rtol=1e-4)
+
+    batch = tokenizer(list(TEXTS), padding=True, return_tensors="pt")
+    fresh, _ = load_torch(place.base, **options)
+    ours = peft.PeftModel.from_pretrained(fresh, place.output).eval()
+    with torch.no_grad():
+        got, expected = ours(**batch).logits.numpy(), model(**batch).logits.numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
