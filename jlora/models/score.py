@@ -40,6 +40,8 @@ class WithScore(Shards):
         """Whether two tensors of the file hold the same values."""
         return self._shards.same(name, other)
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor's values."""
-        return self._score if name == SCORE else self._shards.read(name)
+    def read(self, name: str, span: slice | None = None) -> np.ndarray:
+        """The tensor's values, or those of some rows."""
+        if name == SCORE:
+            return self._score if span is None else self._score[span]
+        return self._shards.read(name) if span is None else self._shards.read(name, span)
