@@ -28,6 +28,8 @@ STACKED = ("layers", "h", "blocks")
 OUTPUT_HEADS = ("lm_head", "score", "classifier", "embed_out", "output")
 """Last names of output projections, which ``all-linear`` and quantization leave alone."""
 
+EXPERTS = ("gate_up_proj", "down_proj")
+"""Leaves that hold a matrix [out, in] for every expert of a mixture, (E, out, in) in each layer."""
 
 FUSED: dict[str, tuple[str, ...]] = {"c_attn": ("q_proj", "k_proj", "v_proj")}
 """Fused projections and the usual names of their equal parts, in column order.

@@ -20,9 +20,6 @@ from jlora.errors import ConfigError, did_you_mean
 from jlora.int8 import Int8Array
 from jlora.nf4 import NF4Array
 
-EXPERTS = ("gate_up_proj", "down_proj")
-"""Leaves that hold a matrix [out, in] for every expert: (E, out, in) in each layer."""
-
 PACKED = (NF4Array, Int8Array)
 Packed = NF4Array | Int8Array
 
@@ -64,7 +61,7 @@ def describe(config: QuantConfig) -> str:
 def quantize_params(params: Any, config: QuantConfig) -> dict:
     """A tree with its linear layers packed: every floating ``kernel`` that is a matrix per layer.
 
-    So are the matrices of experts (``EXPERTS``), each for itself, and they stand as they are.
+    So are the matrices of experts (``paths.EXPERTS``), each for itself, and they stand as they are.
     Kernels (in, out) are packed as bitsandbytes packs torch's [out, in] and stand transposed.
     Embeddings, norms, biases, output heads (``paths.OUTPUT_HEADS``) and the modules named in
     ``llm_int8_skip_modules`` stay as they are, and so does what is packed already. Embeddings
@@ -87,12 +84,12 @@ def quantize_params(params: Any, config: QuantConfig) -> dict:
 
 def rows_first(path: paths.Path) -> bool:
     """Whether torch keeps a leaf's matrix as it is here, not as [out, in] for (in, out)."""
-    return path[-1] in ("embedding", *EXPERTS)
+    return path[-1] in ("embedding", *paths.EXPERTS)
 
 
 def _is_wanted(leaf: paths.Leaf, config: QuantConfig) -> bool:
     is_array = not is_packed(leaf.value) and hasattr(leaf.value, "dtype")
-    axes = 3 if leaf.kind in EXPERTS else 2
+    axes = 3 if leaf.kind in paths.EXPERTS else 2
     if not (is_array and len(leaf.shape) == axes):
         return False
     if not jnp.issubdtype(leaf.value.dtype, jnp.floating):
@@ -100,8 +97,8 @@ def _is_wanted(leaf: paths.Leaf, config: QuantConfig) -> bool:
     if _named(leaf, config.llm_int8_skip_modules, "llm_int8_skip_modules"):
         return False
     if _named(leaf, config.include_modules, "include_modules"):
-        return leaf.kind in ("kernel", "embedding", *EXPERTS)
-    return leaf.kind in ("kernel", *EXPERTS) and not _named(leaf, paths.OUTPUT_HEADS, "")
+        return leaf.kind in ("kernel", "embedding", *paths.EXPERTS)
+    return leaf.kind in ("kernel", *paths.EXPERTS) and not _named(leaf, paths.OUTPUT_HEADS, "")
 
 
 def _named(leaf: paths.Leaf, names: Sequence[str], key: str) -> bool:

@@ -50,6 +50,7 @@ def find_targets(params: Any, config: LoraConfig) -> tuple[LoraConfig, list[Targ
     faults = [
         *_unmatched(config, modules, candidates, targets),
         *_not_linear(config, modules, candidates),
+        *_experts_saved(config, leaves),
     ]
     if not faults and not targets:
         faults.append("target_modules: everything it matches is excluded")
@@ -270,6 +271,15 @@ def _not_linear(
         for node in nodes:
             if node not in linear and is_target(config, node):
                 yield f"target_modules: it also matches {node}, which is not a linear layer"
+                return
+
+
+def _experts_saved(config: LoraConfig, leaves: Sequence[paths.Leaf]) -> Iterator[str]:
+    """A message if experts would be trained in full: files of adapters know no such tensors yet."""
+    for m in config.modules_to_save or ():
+        for leaf in leaves:
+            if leaf.kind in paths.EXPERTS and any(is_saved(n, m) for n in leaf.modules()):
+                yield f"modules_to_save: {m!r} would train experts in full, which is not supported"
                 return
 
 

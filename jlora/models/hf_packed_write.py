@@ -18,7 +18,7 @@ from jlora.int8 import Int8Array
 from jlora.models.hf_packed import STATE
 from jlora.models.model import Model
 from jlora.nf4 import NESTED_BLOCK, NF4Array
-from jlora.quantization import EXPERTS, is_packed
+from jlora.quantization import is_packed
 
 BESIDE = 1536
 """Bytes of tables and JSON that lie beside one matrix, at most."""
@@ -38,7 +38,7 @@ def check(params: Mapping[str, Any]) -> None:
         "write the base alone (jlora.detach), or leave packed out",
     )
     _refuse(
-        [leaf for leaf in packed if leaf.kind in EXPERTS],
+        [leaf for leaf in packed if leaf.kind in paths.EXPERTS],
         "transformers cannot load packed experts",
         "name experts in quantization.llm_int8_skip_modules",
     )
