@@ -203,6 +203,26 @@ def test_init_params_draws_the_configured_deviation():
         ),
         ({"model_type": "qwen3", "layer_types": ["linear_attention"] * 2}, "'linear_attention'"),
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "use_sliding_window"),
+        (
+            {"model_type": "gemma", "use_bidirectional_attention": True},
+            "use_bidirectional_attention",
+        ),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attent"),
+        ({"model_type": "phi", "tie_word_embeddings": True}, "tie_word_embeddings: true is not"),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "yarn", "factor": 2.0}},
+            "rope_scaling: rope_type 'yarn'",
+        ),
+        (
+            {"model_type": "opt", "layer_norm_elementwise_affine": False},
+            "layer_norm_elementwise_affine",
+        ),
+        ({"model_type": "mixtral", "router_jitter_noise": 0.1}, "router_jitter_noise"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step: layers with"),
+        ({"model_type": "qwen2_moe", "mlp_only_layers": [0]}, "mlp_only_layers: layers with"),
+        ({"model_type": "cohere2", "layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers: must be a list of 2"),
+        ({"model_type": "gpt_oss", "hidden_act": "no"}, "hidden_act"),
     ],
 )
 def test_unsupported_switches_are_named(change, message):
@@ -210,7 +230,7 @@ def test_unsupported_switches_are_named(change, message):
         parse({**LLAMA, **change})
 
 
-@pytest.mark.parametrize("name", ["llama-rope", "mistral", "qwen3", "gpt2"])
+@EVERY
 def test_malformed_values_are_config_errors(name):
     more = {"layer_types": None, "max_window_layers": 1, "pad_token_id": 0, "rope_theta": 1e4}
     hf, understood = {**CONFIGS[name], **more}, 0
