@@ -31,6 +31,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": llama(1024, 4096, 1, 8),
     "gemma3_text, five local layers to a global one": GEMMA3,
     "gpt2": {"model_type": "gpt2", "n_embd": 1024, "n_head": 8, "vocab_size": 32_000},
+    "qwen3_moe, 16 experts": {
+        **llama(1024, 4096, 1, 8),
+        "model_type": "qwen3_moe",
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 512,
+    },
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TextIO
 import rich.console
 from rich import box
 from rich.console import Group, RenderableType
+from rich.filesize import decimal
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
@@ -125,7 +126,7 @@ class Console:
             now = time.monotonic()
             if self.plain and now - last >= EVERY:
                 last = now
-                self._lines([f"{label}: {done / 1e9:.1f} of {total / 1e9:.1f} GB"])
+                self._lines([f"{label}: {decimal(done)} of {decimal(total)}"])
             elif self._enabled and not self.plain and now - start >= PATIENCE:
                 if bar is None:
                     bar = stack.enter_context(self._new_bar(label, DownloadColumn()))
