@@ -175,7 +175,8 @@ def test_a_layer_gathers_its_codes_and_no_activations(architecture, quantized, s
     else:
         assert ("f32", 256 * 256) in gathered
     if tensor == 1:
-        assert all(kind == "all-gather" or size <= 4 * 256 for kind, _, size in sent)
+        widest = 4 * 1024  # elements of an adapter's matrix, whose gradients are summed
+        assert all(kind == "all-gather" or size <= widest for kind, _, size in sent)
         assert 8 * 24 * 256 not in {size for _, _, size in sent}
 
 
