@@ -28,7 +28,10 @@ PACKED = "made for cuda; packed rows: chunked"
     [
         ("cpu", {}, "chunked", "1024 tokens are more than a chunk of 256"),
         ("cpu", {"length": 256}, "reference", "256 tokens are no more than a chunk of 256"),
-        ("cuda", {"capability": HOPPER}, "cudnn", PACKED),
+        ("cuda", {"capability": HOPPER}, "cudnn", "made for cuda"),
+        ("cuda", {"capability": AMPERE}, "cudnn", PACKED),
+        ("cuda", {"capability": AMPERE, "head_dim": 64}, "cudnn", "made for cuda"),
+        ("cuda", {"dtype": "float16", "head_dim": 64}, "cudnn", PACKED),
         ("cuda", {"segments": False}, "cudnn", "made for cuda"),
         ("cuda", {"length": 200}, "cudnn", "made for cuda; packed rows: reference"),
         ("cuda", {"dtype": "float32"}, "chunked", "16 bits, not in float32; 1024 tokens"),

@@ -40,7 +40,7 @@ def test_attention_is_named_with_its_reason():
     said = [header.attention(model, platform, 1024) for platform in ("cpu", "gpu", "tpu")]
     assert said == [
         "chunked: 1024 tokens are more than a chunk of 256",
-        "cudnn: made for cuda; packed rows: chunked",
+        "cudnn: made for cuda",
         "splash: made for tpu",
     ]
     for change in ({"attention_softcap": 5.0}, {"sinks": True}, {"head_dim": 100}):

@@ -47,11 +47,10 @@ def choose(platform: str, case: Case, backend: str = "auto") -> Choice:
         name, kernel = KERNELS[platform]
         declined = kernel.declines(case)
         if declined is None:
-            rest = fallback(case.length)
-            packed = name == "cudnn" and case.segments
-            return Choice(
-                name, f"made for {platform}" + (f"; packed rows: {rest}" if packed else "")
-            )
+            cuts = name == "cudnn" and case.segments
+            elsewhere = cuts and not cudnn.packs(case.dtype, case.head_dim, case.capability)
+            rest = f"; packed rows: {fallback(case.length)}" if elsewhere else ""
+            return Choice(name, f"made for {platform}{rest}")
         reason = f"{declined}; "
     name = fallback(case.length)
     than = "more than" if name == "chunked" else "no more than"
