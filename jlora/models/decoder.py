@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from jlora.errors import ConfigError, did_you_mean
 from jlora.models.attention import attend, attend_cached, needs_static_window
 from jlora.models.config import DecoderConfig
-from jlora.models.rope import Table, rotate
+from jlora.models.rope import rotate
 from jlora.sharding import gather_packed
 
 REMAT = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
@@ -27,6 +27,10 @@ REMAT = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"
 
 FAR = 2**30
 """A window that reaches everything, for layers without one among layers with one."""
+
+
+Tables = tuple[Float[Array, "ropes B T half"], Float[Array, "ropes B T half"]]
+"""Cosines and sines (``rope.Table``) of several ropes."""
 
 
 class Cache(NamedTuple):
@@ -55,29 +59,27 @@ class Call:
 
     config: DecoderConfig
     backend: str
-    tables: tuple[Table, ...] = ()  # of the distinct entries of config.ropes
+    tables: Tables | None = None  # of the distinct entries of config.ropes
     segment_ids: Array | None = None
     slots: Array | None = None
 
     def at_positions(self, positions: Int[Array, "B T"]) -> Call:
         """The same call with what rotates queries and keys at these positions."""
         ropes = _distinct(self.config.ropes)
-        turns = [rope.table(positions, self.segment_ids) for rope in ropes if rope is not None]
+        turns = {rope: rope.table(positions, self.segment_ids) for rope in ropes if rope}
         if not turns:
             return self
-        still = jnp.ones_like(turns[0][0]), jnp.zeros_like(turns[0][1])
-        rest = iter(turns)
-        tables = tuple(still if rope is None else next(rest) for rope in ropes)
+        cos, sin = next(iter(turns.values()))
+        turns[None] = jnp.ones_like(cos), jnp.zeros_like(sin)
+        tables = jax.tree.map(lambda *each: jnp.stack(each), *(turns[rope] for rope in ropes))
         return dataclasses.replace(self, tables=tables)
 
     def rotate(self, x: Array, index: Array) -> Array:
         """Queries or keys (B, T, heads, dim) rotated as layer ``index`` does."""
-        if not self.tables:
+        if self.tables is None:
             return x
-        table = self.tables[0]
-        if len(self.tables) > 1:
-            which = _which(self.config.ropes, index)
-            table = jax.tree.map(lambda *each: jnp.stack(each)[which], *self.tables)
+        which = _which(self.config.ropes, index)
+        table = jax.tree.map(lambda each: each[which], self.tables)
         return rotate(x, table, self.config.interleaved_rope)
 
     def attend(
@@ -117,10 +119,10 @@ def _distinct(values: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def _which(values: Sequence[Any], index: Array) -> Array:
+def _which(values: Sequence[Any], index: Array) -> Any:
     """The place of ``values[index]`` among the distinct ones."""
     distinct = _distinct(values)
-    return jnp.asarray([distinct.index(value) for value in values])[index]
+    return _of_layer([distinct.index(value) for value in values], index)
 
 
 def _of_layer(values: Sequence[Any], index: Array, default: Any = None) -> Any:
