@@ -118,10 +118,7 @@ def attend_cached(
 
 
 def _reference(q, k, v, segment_ids, sinks, *, scale, window, softcap):
-    index = jnp.arange(q.shape[1])[None]
-    mask = reference.seen(index, index, window)
-    if segment_ids is not None:
-        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    mask = reference.seen_in_rows(q.shape[1], segment_ids, window)
     return _with_sinks(*reference.attend(q, k, v, mask, scale, softcap), sinks)
 
 

@@ -18,6 +18,17 @@ def seen(
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
+def seen_in_rows(
+    length: int, segment_ids: Int[Array, "B T"] | None, window: int | Int[Array, ""] | None
+) -> Bool[Array, "d T T"]:
+    """Which tokens of whole rows see which: those of their document, if there are several."""
+    index = jnp.arange(length)[None]
+    mask = seen(index, index, window)
+    if segment_ids is None:
+        return mask
+    return mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+
+
 def softcapped(scores: Float[Array, "*batch"], softcap: float | None) -> Float[Array, "*batch"]:
     """``softcap * tanh(scores / softcap)`` (gemma2, arXiv 2408.00118); None is no cap."""
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
