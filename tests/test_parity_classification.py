@@ -7,20 +7,16 @@ import jax
 import numpy as np
 import pytest
 import tiny_models
+from tiny_peers import PEERS_TALK, peft, torch, transformers
 from tiny_runs import write_rows
+from transformers.models.auto import modeling_auto
 
 import jlora
 from jlora import paths
 from jlora.models import as_classifier, load_pretrained, save_pretrained
 from jlora.models.registry import FAMILIES
 
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-
-from transformers.models.auto import modeling_auto  # noqa: E402
-
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = PEERS_TALK
 
 NAMES, PAD = ("no", "perhaps", "yes"), 60
 NAMED = ["llama", "gpt2", "phi"]
