@@ -24,7 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from jlora import nf4_kernel
-from jlora.lora import LoraWeight
+from jlora.lora import LoraWeight, TokenWeight
 from jlora.quantization import is_packed
 
 Weight = Any
@@ -45,8 +45,9 @@ def dot(x: Float[Array, "*batch in"], w: Weight, dtype: Any = None) -> Float[Arr
       A and B; a packed array is a constant.
     """
     if isinstance(w, LoraWeight):
-        base = dot(x, w.base, dtype)
-        return base + _delta(x, w).astype(base.dtype)
+        return _adapted(x, w, dtype)
+    if isinstance(w, TokenWeight):
+        return _tied(x, w, dtype)
     if is_packed(w):
         return _packed(x, w, jnp.dtype(x.dtype if dtype is None else dtype))
     return _dense(x, w, jnp.dtype(x.dtype if dtype is None else dtype))
@@ -62,8 +63,13 @@ def grouped_dot(
       w: an array (groups, in, out) or a packed one.
       sizes: how many rows each group has, as many as ``x`` in all.
 
-    Differentiable in ``x`` and in a dense ``w``; a packed array is a constant.
+    Differentiable in ``x``, in a dense ``w`` and in a LoraWeight's A and B, of which each group has
+    its own; a packed array is a constant.
     """
+    if isinstance(w, LoraWeight):
+        inner = grouped_dot(x, w.lora_A, sizes)
+        delta = grouped_dot(inner, w.lora_B, sizes) * w.scale.astype(x.dtype)
+        return grouped_dot(x, w.base, sizes) + delta
     return _grouped_packed(x, w, sizes) if is_packed(w) else _grouped(x, w, sizes)
 
 
@@ -72,7 +78,11 @@ def embed(ids: Int[Array, "*batch"], w: Weight) -> Float[Array, "*batch dim"]:
     if isinstance(w, LoraWeight):
         rows = embed(ids, w.base)
         delta = w.scale * jnp.take(w.lora_A, ids, axis=0) @ w.lora_B
+        if w.gain is not None:
+            return ((rows.astype(jnp.float32) + delta) * w.gain).astype(rows.dtype)
         return rows + delta.astype(rows.dtype)
+    if isinstance(w, TokenWeight):
+        return _with_own_rows(ids, w)
     return w.take(ids) if is_packed(w) else jnp.take(w, ids, axis=0)
 
 
@@ -82,8 +92,16 @@ def columns(w: Weight, start: Int[Array, ""], size: int) -> Weight:
     Of a packed weight only these are dequantized.
     """
     if isinstance(w, LoraWeight):
-        b = jax.lax.dynamic_slice_in_dim(w.lora_B, start, size, axis=-1)
-        return dataclasses.replace(w, base=columns(w.base, start, size), lora_B=b)
+        b, gain, bias = (
+            None if part is None else jax.lax.dynamic_slice_in_dim(part, start, size, axis=-1)
+            for part in (w.lora_B, w.gain, w.bias)
+        )
+        base = columns(w.base, start, size)
+        return dataclasses.replace(w, base=base, lora_B=b, gain=gain, bias=bias)
+    if isinstance(w, TokenWeight):
+        inside = (w.indices >= start) & (w.indices < start + size)
+        indices = jnp.where(inside, w.indices - start, size)  # out of range: left out
+        return dataclasses.replace(w, base=columns(w.base, start, size), indices=indices)
     if is_packed(w):
         return w.mT.take(start + jnp.arange(size)).mT
     return jax.lax.dynamic_slice_in_dim(w, start, size, axis=-1)
@@ -99,12 +117,47 @@ def after(x: Array, value: Any) -> Any:
     return jax.lax.optimization_barrier((jax.lax.stop_gradient(x), value))[1]
 
 
-def _delta(x: Array, w: LoraWeight) -> Array:
-    """``scale * (dropout(x) @ A) @ B`` (LoRA, arXiv 2106.09685)."""
-    if w.dropout_key is not None and w.dropout:
-        keep = jax.random.bernoulli(w.dropout_key, 1 - w.dropout, x.shape)
-        x = jnp.where(keep, x / (1 - w.dropout), after(x, jnp.zeros((), x.dtype)))
-    return dot(dot(x, w.lora_A), w.lora_B) * w.scale.astype(x.dtype)
+def _adapted(x: Array, w: LoraWeight, dtype: Any) -> Array:
+    """``x @ W + scale * (dropout(x) @ A) @ B`` (LoRA, arXiv 2106.09685), its columns times gain.
+
+    Where there is dropout, DoRA's change of the base's columns is to what it leaves, as in peft.
+    """
+    base, kept = dot(x, w.base, dtype), _dropout(x, w)
+    delta = dot(dot(kept, w.lora_A), w.lora_B) * w.scale.astype(x.dtype)
+    if w.bias is not None:
+        delta = delta + w.bias.astype(delta.dtype)
+    if w.gain is None:
+        return base + delta.astype(base.dtype)
+    base, delta = base.astype(jnp.float32), delta.astype(jnp.float32)
+    if kept is x:
+        return ((base + delta) * w.gain).astype(x.dtype if dtype is None else dtype)
+    left = dot(kept, w.base, jnp.float32)
+    total = base + (w.gain - 1) * left + w.gain * delta
+    return total.astype(x.dtype if dtype is None else dtype)
+
+
+def _dropout(x: Array, w: LoraWeight) -> Array:
+    """``x`` with some of its elements zero and the others larger; ``x`` itself without a key."""
+    if w.dropout_key is None or not w.dropout:
+        return x
+    keep = jax.random.bernoulli(w.dropout_key, 1 - w.dropout, x.shape)
+    return jnp.where(keep, x / (1 - w.dropout), after(x, jnp.zeros((), x.dtype)))
+
+
+def _tied(x: Array, w: TokenWeight, dtype: Any) -> Array:
+    """Logits of an output head that is tied to an embedding with some rows of its own."""
+    logits = dot(x, w.base, dtype)
+    own = dot(x, w.rows.mT, dtype)
+    return logits.at[..., w.indices].set(own, mode="drop")
+
+
+def _with_own_rows(ids: Array, w: TokenWeight) -> Array:
+    """Rows of an embedding, or the trained ones in their place."""
+    rows, order = embed(ids, w.base), jnp.argsort(w.indices)
+    place = jnp.searchsorted(w.indices, ids, sorter=order).clip(max=w.indices.size - 1)
+    which = order[place]
+    own = jnp.take(w.rows, which, axis=0).astype(rows.dtype)
+    return jnp.where((w.indices[which] == ids)[..., None], own, rows)
 
 
 def _product(x: Array, w: Array, w_axis: int, dtype: Any = None) -> Array:

@@ -31,14 +31,19 @@ OUTPUT_HEADS = ("lm_head", "score", "classifier", "embed_out", "output")
 EXPERTS = ("gate_up_proj", "down_proj")
 """Leaves that hold a matrix [out, in] for every expert of a mixture, (E, out, in) in each layer."""
 
-FUSED: dict[str, tuple[str, ...]] = {"c_attn": ("q_proj", "k_proj", "v_proj")}
-"""Fused projections and the usual names of their equal parts, in column order.
+FUSED: dict[str, tuple[str, ...]] = {
+    "c_attn": ("q_proj", "k_proj", "v_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Fused projections (GPT-2's, Phi-3's) and the usual names of their parts, in column order.
 
 An adapter may have nodes for parts, below the projection's: ``(…, "c_attn", "q_proj")``. The part's
 name as a module is that of an unfused model: ``….attn.q_proj``.
 """
 
 LEAST_AXES = {"kernel": 2, "embedding": 2, "lora_A": 2, "lora_B": 2, "scale": 1, "bias": 1}
+LEAST_AXES |= {"lora_magnitude_vector": 1, "lora_bias": 1}
 """How many axes a leaf has in one layer, at least."""
 
 
@@ -77,6 +82,22 @@ def is_part(module: Path) -> bool:
 def whole(module: Path) -> Path:
     """The projection that a part belongs to; any other module is whole itself."""
     return module[:-1] if is_part(module) else module
+
+
+def part_widths(module: Path, shapes: Mapping[Path, tuple[int, ...]]) -> tuple[int, ...]:
+    """How many columns each part of the fused projection ``module`` has; () if it is not one.
+
+    With grouped-query attention, queries are as wide as what ``o_proj`` reads, and keys and values
+    share the rest; other projections have equal parts.
+    """
+    names = FUSED.get(module[-1], ())
+    if not names:
+        return ()
+    total, out = shapes[(*module, "kernel")][-1], (*module[:-1], "o_proj", "kernel")
+    if "q_proj" in names and out in shapes:
+        queries = shapes[out][0]
+        return (queries, *((total - queries) // 2,) * 2)
+    return (total // len(names),) * len(names)
 
 
 def module_name(path: Path, stack: Path | None, layer: int | None) -> str:

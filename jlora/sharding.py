@@ -7,6 +7,7 @@ The mesh has three axes. A batch is split over ``data`` and ``fsdp``; parameters
     o_proj, down_proj, c_proj (…, in, out)                    in: tensor   out: fsdp
     embedding (vocabulary, dim)                               vocabulary: tensor, dim: fsdp
     lora_A (…, in, r), lora_B (…, r, out)                     as the base's in, and its out
+    lora_embedding_A (vocabulary, r), lora_embedding_B (r, dim)        likewise
     experts' gate_up_proj, down_proj (…, out, in)             as up_proj and down_proj
     everything else                                           one copy on every device
 
@@ -194,6 +195,8 @@ def _matrix_axes(path: Sequence[str]) -> tuple[str | None, str | None] | None:
         "embedding": matrix,
         "lora_A": (rows, None),
         "lora_B": (None, cols),
+        "lora_embedding_A": (rows, None),
+        "lora_embedding_B": (None, cols),
         **EXPERT_AXES,
     }.get(kind)
 

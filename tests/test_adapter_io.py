@@ -100,8 +100,8 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path):
     with pytest.raises(DataError, match="pickle"):
         adapter_io.load_adapter(tmp_path, params)
     raw = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(raw | {"use_dora": True}))
-    with pytest.raises(ConfigError, match="use_dora"):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(raw | {"use_qalora": True}))
+    with pytest.raises(ConfigError, match="use_qalora"):
         adapter_io.load_adapter(tmp_path, params)
     (tmp_path / "adapter_config.json").write_text(json.dumps(raw | {"peft_type": "IA3"}))
     with pytest.raises(DataError, match="IA3"):

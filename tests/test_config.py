@@ -261,7 +261,7 @@ lora:
   r: 9
   lora_alpha: 0
   target_modules: [q_proj, 5]
-  use_dora: true
+  use_qalora: true
   use_rslora: yes
 data:
   train:
@@ -285,7 +285,7 @@ FAULTS = {
     6: ["the key 'r' is there twice (first in line 5)"],
     7: ["lora.lora_alpha: must be above 0, got 0"],
     8: ["lora.target_modules: expected a string, got 5", 'put it in quotes: "5"'],
-    9: ["lora.use_dora: jlora does not support this field of PEFT yet"],
+    9: ["lora.use_qalora: jlora does not support this field of PEFT yet"],
     10: ["lora.use_rslora: expected true or false, got 'yes'", "write true"],
     13: ["data.train.0.path: no such file", "data.train.0.format:", "did you mean 'messages'?"],
     14: ["data.train.1.format: is missing", "'sharegpt'"],

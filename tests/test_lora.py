@@ -247,7 +247,7 @@ def test_quantized_base_merges_dense_and_equals_the_attached_product():
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_haed"]}, "lm_haed.*lm_head"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "excluded"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["w"]}, "exclude_modules"),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
+        ({"target_modules": ["norm"]}, "norm"),
     ],
 )
 def test_every_pattern_must_match(fields, message):

@@ -61,11 +61,11 @@ def random_adapter(params, fields, seed=0):
     return lora.Adapter(paths.map_leaves(stir, adapter.weights), config)
 
 
-@pytest.mark.parametrize("name", [n for n in NUMBERS if n != "the output head"])
+@pytest.mark.parametrize("name", NUMBERS)
 def test_pefts_folder_comes_back_byte_for_byte(bases, name, tmp_path):
     base, fields = bases[CASES[name][0]], CASES[name][1]
     theirs = make_peft(base, fields)
-    theirs.save_pretrained(tmp_path / "peft")
+    theirs.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
     adapter = jlora.load_adapter(tmp_path / "peft", base.params)
     adapter_io.save_adapter(tmp_path / "ours", adapter)
     assert (tmp_path / "ours" / FILE).read_bytes() == (tmp_path / "peft" / FILE).read_bytes()

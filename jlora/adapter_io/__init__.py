@@ -6,6 +6,7 @@ Only safetensors are read and written; nothing is unpickled.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import safetensors.numpy
 from jlora import paths
 from jlora.adapter_io.for_peft import for_peft
 from jlora.adapter_io.peft_config import CONFIG_FILE, read_config, write_config
-from jlora.adapter_io.tensors import TENSOR_FILE, drop_bases, mismatches, read_tensors, views
+from jlora.adapter_io.tensors import TENSOR_FILE, drop_bases, mismatches, read_tensors, slots_of
 from jlora.errors import DataError
 from jlora.files import write_atomic
 from jlora.lora import Adapter, init_adapter
@@ -70,7 +71,7 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
     fresh = functools.partial(init_adapter, config=read_config(directory))
     shapes = jax.eval_shape(fresh, jax.random.key(0), params)
     arrays = {path: np.zeros(x.shape, np.float32) for path, x in paths.walk(shapes.weights)}
-    slots = views(arrays, shapes.config)
+    slots = slots_of(arrays, shapes.config)
     tensors = read_tensors(file)
     drop_bases(tensors, params, shapes.config, file)
     if faults := mismatches(tensors, slots):
@@ -82,13 +83,13 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
             fix="use the base model that it was trained on",
         )
     for name, slot in slots.items():
-        slot[...] = tensors[name]
+        slot.write(tensors[name])
     weights = paths.nest({path: jnp.asarray(array) for path, array in arrays.items()})
-    return Adapter(weights, shapes.config)
+    return dataclasses.replace(shapes, weights=weights)
 
 
 def to_peft_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
     """The tensors of ``adapter_model.safetensors``: float32, in torch's orientation."""
     adapter = for_peft(adapter)
     arrays = {path: np.asarray(a, np.float32) for path, a in paths.walk(adapter.weights)}
-    return {name: np.ascontiguousarray(v) for name, v in views(arrays, adapter.config).items()}
+    return {name: slot.read() for name, slot in slots_of(arrays, adapter.config).items()}

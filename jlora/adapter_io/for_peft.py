@@ -12,59 +12,121 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from jlora import paths
 from jlora.config import LoraConfig
-from jlora.lora import DELTA, Adapter, combine
-from jlora.targets import rank_of
+from jlora.lora import DELTA, EMBEDDING_DELTA, MAGNITUDE, TOKENS, Adapter, scaling, terms
+from jlora.lora.adapter import ADDED, LORA_BIAS
+from jlora.targets import is_target_parameter, parameter_rank_of, rank_of
 
 
 def for_peft(adapter: Adapter) -> Adapter:
     """The same adapter, with LoRA on whole projections and its targets in a list.
 
     The ranks of a projection's parts add up; their scales go into B, and alpha is set so that the
-    scale is one. An adapter that is so already comes back as it is.
+    scale is one. What PiSSA and OLoRA started from is subtracted likewise, by as many ranks again.
+    An adapter that is so already comes back as it is.
     """
     leaves = {leaf.path: leaf for leaf in paths.leaves(adapter.weights)}
     listed = not isinstance(adapter.config.target_modules, str)
-    if listed and not any(paths.is_part(path[:-1]) for path in leaves):
+    in_parts = any(paths.is_part(path[:-1]) for path in leaves)
+    if listed and not in_parts and adapter.initial is None:
         return adapter
-    weights = {path: leaf.value for path, leaf in leaves.items() if path[-1] not in DELTA}
-    pairs: dict[paths.Path, dict[paths.Path, Any]] = {}  # by the whole module
-    for path, leaf in leaves.items():
-        if path[-1] in DELTA:
-            pairs.setdefault(paths.whole(path[:-1]), {})[path] = leaf.value
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for module, own in pairs.items():
-        some = leaves[next(iter(own))]
-        kernel = paths.Leaf((*module, "kernel"), None, some.stack, some.layers)
-        a, b, _ = combine(kernel, own, adapter.config)
-        weights[(*module, "lora_A")], weights[(*module, "lora_B")] = a, b
-        for path in own:
-            for name, r, alpha in _settings(kernel, path[:-1], a.shape[-1], adapter.config):
-                ranks[name], alphas[name] = r, alpha
+    first = dict(paths.walk(adapter.initial or {}))
+    weights = {
+        path: leaf.value
+        for path, leaf in leaves.items()
+        if path[-1] not in ADDED or path[-1] == TOKENS
+    }
+    settings: dict[str, tuple[int, float]] = {}
+    for leaf, own in _weights(leaves):
+        module, names = terms.module_of(leaf), terms.pair(leaf)
+        begun = {path: first[path] for path in own if path in first}
+        if (*module, names[0]) in own and not begun:
+            weights |= own
+            settings |= _own_settings(leaf, adapter.config)
+            continue
+        a, b, scale = terms.combine(leaf, own, adapter.config, adapter.parts)
+        if begun:
+            first_terms = terms.combine(leaf, begun, adapter.config, adapter.parts)
+            a, b, scale = terms.without((a, b, scale), first_terms)
+        weights |= {(*module, names[0]): a, (*module, names[1]): b}
+        weights |= _in_columns(leaf, own, adapter)
+        settings |= _joint_settings(leaf, own, a.shape[-1], adapter)
+    experts = {name for name in settings if is_target_parameter(adapter.config, name)}
     config = dataclasses.replace(
         adapter.config,
-        target_modules=tuple(ranks),
+        target_modules=tuple(name for name in settings if name not in experts),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        rank_pattern=_patterns(ranks, adapter.config.r),
-        alpha_pattern=_patterns(alphas, adapter.config.lora_alpha),
+        rank_pattern=_patterns({n: r for n, (r, _) in settings.items()}, adapter.config.r),
+        alpha_pattern=_patterns(
+            {n: alpha for n, (_, alpha) in settings.items()}, adapter.config.lora_alpha
+        ),
+        init_lora_weights=True if first else adapter.config.init_lora_weights,
     )
     return Adapter(paths.nest(weights), config)
 
 
-def _settings(
-    kernel: paths.Leaf, part: paths.Path, total: int, config: LoraConfig
-) -> Iterator[tuple[str, int, float]]:
-    """(name of the whole, rank, alpha) of each layer that is adapted at ``part``."""
-    parts = paths.module_names(part, kernel.stack, kernel.layers)
-    for name, whole in zip(parts, kernel.modules(), strict=True):
-        if (r := rank_of(config, name)) and name == whole:
-            yield name, r, paths.pattern_value(config.alpha_pattern, name, config.lora_alpha)
-        elif r:
-            yield whole, total, math.sqrt(total) if config.use_rslora else total
+Leaves = dict[paths.Path, Any]
+
+
+def _weights(leaves: Mapping[paths.Path, paths.Leaf]) -> Iterator[tuple[paths.Leaf, Leaves]]:
+    """The weights of the base that have something added, and the leaves that do."""
+    groups: dict[paths.Path, dict[paths.Path, paths.Leaf]] = {}
+    for path, leaf in leaves.items():
+        if path[-1] in ADDED and path[-1] != TOKENS:
+            groups.setdefault(paths.whole(path[:-1]), {})[path] = leaf
+    for module, own in groups.items():
+        some = next(leaf for path, leaf in own.items() if path[-1] in (*DELTA, *EMBEDDING_DELTA))
+        where = (*module, "embedding" if some.kind in EMBEDDING_DELTA else "kernel")
+        bare = len(some.shape) == 3  # experts: the node is the leaf's own
+        base = paths.Leaf(module if bare else where, None, some.stack, some.layers)
+        yield base, {path: leaf.value for path, leaf in own.items()}
+
+
+def _in_columns(leaf: paths.Leaf, own: Leaves, adapter: Adapter) -> Leaves:
+    """The biases and magnitudes of a projection's parts, as those of the whole."""
+    found: Leaves = {}
+    for c in terms.columns(leaf, own, adapter.parts):
+        scale = scaling(adapter.config, c.module, leaf.stack, leaf.layers)
+        for kind, factor in ((LORA_BIAS, np.asarray(scale)[..., None]), (MAGNITUDE, 1.0)):
+            if (*c.module, kind) in own:
+                where, placed = (
+                    (*terms.module_of(leaf), kind),
+                    c.place(factor * own[(*c.module, kind)]),
+                )
+                found[where] = found.get(where, 0.0) + placed
+    return found
+
+
+def _own_settings(leaf: paths.Leaf, config: LoraConfig) -> dict[str, tuple[int, float]]:
+    """Name → (rank, alpha) of each layer that is adapted as a whole."""
+    bare = leaf.kind in paths.EXPERTS
+    names = paths.module_names(terms.module_of(leaf), leaf.stack, leaf.layers)
+    rank = parameter_rank_of if bare else rank_of
+    return {
+        name: (r, paths.pattern_value(config.alpha_pattern, name, config.lora_alpha))
+        for name in names
+        if (r := rank(config, name))
+    }
+
+
+def _joint_settings(
+    leaf: paths.Leaf, own: Leaves, total: int, adapter: Adapter
+) -> dict[str, tuple[int, float]]:
+    """Name of the whole → (rank, alpha) of each layer where it or a part of it is adapted."""
+    alpha, found = math.sqrt(total) if adapter.config.use_rslora else total, {}
+    wholes = paths.module_names(terms.module_of(leaf), leaf.stack, leaf.layers)
+    rank = parameter_rank_of if leaf.kind in paths.EXPERTS else rank_of
+    for c in terms.columns(leaf, own, adapter.parts):
+        names = paths.module_names(c.module, leaf.stack, leaf.layers)
+        for name, whole in zip(names, wholes, strict=True):
+            if rank(adapter.config, name):
+                found[whole] = (total, alpha)
+    return found
 
 
 def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:

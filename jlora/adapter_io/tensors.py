@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -13,18 +13,33 @@ from jlora import paths
 from jlora.config import LoraConfig
 from jlora.errors import DataError
 from jlora.files import storage_errors
-from jlora.lora import DELTA
-from jlora.targets import is_replaced, rank_of
+from jlora.lora import DELTA, MAGNITUDE, TOKENS
+from jlora.lora.adapter import ADDED, LORA_BIAS
+from jlora.targets import is_replaced, parameter_rank_of, rank_of
 
 TENSOR_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 
-def views(arrays: Mapping[paths.Path, np.ndarray], config: LoraConfig) -> dict[str, np.ndarray]:
-    """Every tensor of the file, as a view of the leaf that it is a part of.
+class Slot(NamedTuple):
+    """A tensor of the file as a view of the leaf that it is a part of."""
 
-    A view is one layer, cut to its rank, in torch's orientation: reading it gives the tensor,
-    writing to it sets the leaf::
+    view: np.ndarray
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        """The tensor."""
+        return np.ascontiguousarray(self.view).reshape(self.shape)
+
+    def write(self, tensor: np.ndarray) -> None:
+        """Sets the part of the leaf; ``tensor`` has the slot's shape."""
+        self.view[...] = tensor.reshape(self.view.shape)
+
+
+def slots_of(arrays: Mapping[paths.Path, np.ndarray], config: LoraConfig) -> dict[str, Slot]:
+    """Every tensor of the file by name: one layer, cut to its rank, in torch's orientation.
+
+    ::
 
         model.layers.q_proj.lora_A (L, in, r)  →  …model.layers.1.q_proj.lora_A.weight (r₁, in)
 
@@ -36,15 +51,62 @@ def views(arrays: Mapping[paths.Path, np.ndarray], config: LoraConfig) -> dict[s
     for leaf in paths.leaves(paths.nest(arrays)):
         for i, module in enumerate(leaf.modules()):
             layer = leaf.value[i] if leaf.stack else leaf.value
-            r = rank_of(config, module)
-            if leaf.kind in DELTA and r:
-                cut = layer[:, :r] if leaf.kind == "lora_A" else layer[:r]
-                found[f"{PREFIX}{module}.{leaf.kind}.weight"] = cut.T
-            elif leaf.kind not in DELTA and is_replaced(config, module, leaf.kind):
-                on_lora = "base_layer." if leaf.kind == "bias" and r else ""
-                suffix = on_lora + ("bias" if leaf.kind == "bias" else "weight")
-                found[f"{PREFIX}{module}.{suffix}"] = layer.T if _flips(leaf, config) else layer
+            slot = _added(leaf, layer, module, config) if leaf.kind in ADDED else None
+            if slot is None and leaf.kind not in ADDED and is_replaced(config, module, leaf.kind):
+                slot = _replaced(leaf, layer, module, config)
+            if slot is not None:
+                found[PREFIX + slot[0]] = slot[1]
     return found
+
+
+def _added(
+    leaf: paths.Leaf, layer: np.ndarray, module: str, config: LoraConfig
+) -> tuple[str, Slot] | None:
+    """Name and slot of what is added to one module; None if this layer is not adapted."""
+    if leaf.kind == TOKENS:
+        return f"{module}.token_adapter.{leaf.kind}", Slot(layer, layer.shape)
+    if layer.ndim == 3:
+        return _of_experts(leaf, layer, module, config)
+    if not (r := rank_of(config, module)):
+        return None
+    if leaf.kind in (LORA_BIAS, MAGNITUDE):
+        suffix = "lora_B.bias" if leaf.kind == LORA_BIAS else leaf.kind
+        return f"{module}.{suffix}", Slot(layer, layer.shape)
+    cut = (layer[:, :r] if leaf.kind.endswith("A") else layer[:r]).T
+    suffix = ".weight" if leaf.kind in DELTA else ""
+    return f"{module}.{leaf.kind}{suffix}", Slot(cut, cut.shape)
+
+
+def _of_experts(
+    leaf: paths.Leaf, layer: np.ndarray, name: str, config: LoraConfig
+) -> tuple[str, Slot] | None:
+    """Name and slot of the As (E, in, r) or Bs (E, r, out) of all experts' matrices in one layer.
+
+    peft's A is [E·r, in], expert after expert; its B is [out, r·E], rank after rank. It wraps one
+    parameter after the other: the first one of two is within the second one's wrapper.
+    """
+    if not (r := parameter_rank_of(config, name)):
+        return None
+    module, _, parameter = name.rpartition(".")
+    later = paths.EXPERTS[paths.EXPERTS.index(parameter) + 1 :]
+    inner = any(parameter_rank_of(config, f"{module}.{other}") for other in later)
+    if leaf.kind == "lora_A":
+        view = layer[..., :r].transpose(0, 2, 1)
+        shape = (view.shape[0] * r, view.shape[2])
+    else:
+        view = layer[:, :r].transpose(2, 1, 0)
+        shape = (view.shape[0], view.shape[2] * r)
+    return f"{module}.{'base_layer.' * inner}{leaf.kind}.weight", Slot(view, shape)
+
+
+def _replaced(
+    leaf: paths.Leaf, layer: np.ndarray, module: str, config: LoraConfig
+) -> tuple[str, Slot]:
+    """Name and slot of a leaf that is trained as a whole."""
+    on_lora = "base_layer." if leaf.kind == "bias" and rank_of(config, module) else ""
+    suffix = on_lora + ("bias" if leaf.kind == "bias" else "weight")
+    value = layer.T if _flips(leaf, config) else layer
+    return f"{module}.{suffix}", Slot(value, value.shape)
 
 
 def _flips(leaf: paths.Leaf, config: LoraConfig) -> bool:
@@ -53,7 +115,7 @@ def _flips(leaf: paths.Leaf, config: LoraConfig) -> bool:
     return leaf.kind == "kernel" and not conv1d
 
 
-def mismatches(tensors: Mapping[str, np.ndarray], slots: Mapping[str, np.ndarray]) -> list[str]:
+def mismatches(tensors: Mapping[str, np.ndarray], slots: Mapping[str, Slot]) -> list[str]:
     """What is missing, unknown or misshapen in ``tensors``."""
     faults = [f"missing {name}" for name in slots if name not in tensors]
     faults += [f"unknown {name}" for name in tensors if name not in slots]
@@ -64,19 +126,22 @@ def mismatches(tensors: Mapping[str, np.ndarray], slots: Mapping[str, np.ndarray
 
 
 def drop_bases(tensors: dict[str, np.ndarray], params: Any, config: LoraConfig, file: Path) -> None:
-    """Takes out the base weights that PEFT adds for an adapted output head.
+    """Takes out the base weights that PEFT adds for an adapted output head or embedding.
 
     Raises:
       DataError: one differs from the model's own: the adapter is for other values.
     """
     for leaf in paths.leaves(params):
         name = f"{PREFIX}{leaf.module()}.base_layer.weight"
-        if leaf.kind != "kernel" or name not in tensors or not rank_of(config, leaf.module()):
+        if leaf.kind not in ("kernel", "embedding") or name not in tensors:
+            continue
+        if not rank_of(config, leaf.module()):
             continue
         value = tensors.pop(name)
         if not getattr(leaf.value, "is_fully_addressable", False):  # a shape; other hosts' shards
             continue
-        own = np.asarray(leaf.value).T
+        own = np.asarray(leaf.value)
+        own = own if leaf.kind == "embedding" else own.T
         if own.shape != value.shape or not np.array_equal(value.astype(own.dtype), own):
             raise DataError(
                 f"{name} is not the model's own weight",

@@ -17,10 +17,11 @@ from jlora.config.tables import (
     TrainConfig,
 )
 from jlora.config.text import Option, in_lines, options, to_yaml
-from jlora.config.weights import LoraConfig, MergeConfig, ModelConfig, QuantConfig
+from jlora.config.weights import PRESETS, LoraConfig, MergeConfig, ModelConfig, QuantConfig
 
 __all__ = [
     "OPTAX",
+    "PRESETS",
     "Config",
     "DataConfig",
     "EvaluateConfig",

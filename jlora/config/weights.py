@@ -98,6 +98,10 @@ class QuantConfig(Section):
             yield Fault(("block_size",), f"must be a power of two, got {self.block_size}")
 
 
+PRESETS = ("all-linear", "attention", "mlp")
+"""Values of target_modules that are not regular expressions."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(Section):
     """The adapter (names, defaults and matching rules of PEFT's ``LoraConfig``)."""
@@ -109,7 +113,8 @@ class LoraConfig(Section):
     lora_dropout: Fraction = 0.0
     """Dropout on the adapter's input while training."""
     target_modules: Sequence[str] | str | None = None
-    """Names or suffixes, one regular expression, or all-linear; null: the architecture's own."""
+    """Names or suffixes, one regular expression, or a preset: all-linear, attention, mlp; null: the
+    architecture's own."""
     exclude_modules: Sequence[str] | str | None = None
     """Names, suffixes or one regular expression to leave out of the targets."""
     layers_to_transform: Natural | Sequence[Natural] | None = None
@@ -126,6 +131,14 @@ class LoraConfig(Section):
     """Scale by lora_alpha / sqrt(r)."""
     modules_to_save: Sequence[str] | None = None
     """Modules to train in full and save with the adapter."""
+    lora_bias: bool = False
+    """Give the adapter's B a bias that trains along."""
+    use_dora: bool = False
+    """Train the norms of the weight's columns apart from their directions (DoRA)."""
+    target_parameters: Sequence[str] | None = None
+    """Names or suffixes of bare parameters to adapt: mlp.experts.gate_up_proj and down_proj."""
+    trainable_token_indices: Sequence[Natural] | Mapping[str, Sequence[Natural]] | None = None
+    """Rows of the input embedding (or of those named) to train, and no others."""
     init_lora_weights: bool | Literal["gaussian"] = True
     """true: A kaiming-uniform, B zero; gaussian: A normal / r, B zero; false: both random."""
     fan_in_fan_out: bool = False
@@ -148,11 +161,14 @@ class LoraConfig(Section):
                 yield from (f for p in patterns for f in _regex_faults(name, p))
             if any(not pattern for pattern in patterns):
                 yield Fault((name,), "an empty name matches nothing")
-        if self.target_modules == ():
+        if self.target_modules == () and not (
+            self.target_parameters or self.trainable_token_indices
+        ):
             yield Fault(
                 ("target_modules",), "the list is empty: nothing would train", "try all-linear"
             )
-        expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        wanted = self.target_modules
+        expression = isinstance(wanted, str) and wanted.lower() not in PRESETS
         if expression and self.layers_to_transform is not None:
             yield Fault(
                 ("layers_to_transform", "target_modules"),
@@ -164,6 +180,12 @@ class LoraConfig(Section):
                 ("layers_pattern", "layers_to_transform"),
                 "means nothing without layers_to_transform",
             )
+        if self.lora_bias and self.use_dora:
+            yield Fault(("lora_bias", "use_dora"), "DoRA has no bias", "set one to false")
+        rows = self.trainable_token_indices
+        for indices in rows.values() if isinstance(rows, Mapping) else [rows or ()]:
+            if len(set(indices)) < len(indices):
+                yield Fault(("trainable_token_indices",), "names a row twice")
 
 
 def _regex_faults(key: str, pattern: str) -> Iterator[Fault]:

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from jlora import paths
 from jlora.errors import ConfigError
-from jlora.lora import LoraWeight
+from jlora.lora import LoraWeight, TokenWeight
 from jlora.models import decoder
 from jlora.models.attention import check_backend
 from jlora.models.config import DecoderConfig
@@ -128,7 +128,9 @@ class Model:
     def packed_head(self, params: Params) -> bool:
         """Whether the head's weight is packed, so that to compute logits dequantizes it."""
         weight = self._module(params).head_weight()
-        return is_packed(weight.base if isinstance(weight, LoraWeight) else weight)
+        while isinstance(weight, LoraWeight | TokenWeight):
+            weight = weight.base
+        return is_packed(weight)
 
     def init_cache(self, batch: int, length: int) -> decoder.Cache:
         """An empty cache with room for ``length`` tokens in each of ``batch`` rows."""

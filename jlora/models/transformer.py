@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jlora.dot import Weight
+from jlora.lora import LoraWeight
 from jlora.models.config import DecoderConfig
 from jlora.models.decoder import KV, Call, scan_layers, stack
 from jlora.models.experts import Mixture
@@ -217,10 +218,16 @@ class Decoder(nnx.Module):
         return self.softcap * jnp.tanh(logits / self.softcap)
 
     def head_weight(self) -> Weight:
-        """The head's kernel (dim, vocabulary); in tied models the embedding (vocabulary, dim)."""
+        """The head's kernel (dim, vocabulary); in tied models the embedding (vocabulary, dim).
+
+        What LoRA adds to an embedding is for the tokens that are read, as in peft; rows that train
+        as a whole are the head's, too.
+        """
         own = self.lm_head if self.score is None else self.score
-        table = self.model.embed_tokens.embedding
-        return table.get_value() if own is None else own.kernel.get_value()
+        if own is not None:
+            return own.kernel.get_value()
+        table = self.model.embed_tokens.embedding.get_value()
+        return table.base if isinstance(table, LoraWeight) else table
 
 
 def _norm(norm: Norm | None, x: Array) -> Array:

@@ -1,0 +1,89 @@
+"""The adapter: what is trained, as a value.
+
+Below the node of the module that they change, its leaves have PEFT's names::
+
+    lora_A (…, in, r), lora_B (…, r, out)       W + s·A@B, for kernels, parts of fused ones, and the
+                                                matrices of experts: (…, E, in, r), (…, E, r, out)
+    lora_embedding_A (…, vocabulary, r),        the same for embeddings
+    lora_embedding_B (…, r, dim)
+    lora_bias (…, out)                          added to x@A@B (``lora_bias=True``)
+    lora_magnitude_vector (…, out)              the norm of every column of W + s·A@B (DoRA)
+    trainable_tokens_delta (n, dim)             n rows of an embedding (``trainable_token_indices``)
+
+A leaf of another name (``bias``, or any leaf of ``modules_to_save``) replaces the base's leaf of
+that name. All leaves are float32 and all are trainable. Layers may differ in rank: the arrays have
+the largest rank, and the columns a layer does not use are zero in both A and B, so that their
+gradients are exactly zero and they stay zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from jlora import paths
+from jlora.config import LoraConfig
+from jlora.config.convert import FrozenMap
+from jlora.targets import scaling_of
+
+Tree = Mapping[str, Any]
+
+DELTA = ("lora_A", "lora_B")
+EMBEDDING_DELTA = ("lora_embedding_A", "lora_embedding_B")
+LORA_BIAS = "lora_bias"
+MAGNITUDE = "lora_magnitude_vector"
+TOKENS = "trainable_tokens_delta"
+ADDED = (*DELTA, *EMBEDDING_DELTA, LORA_BIAS, MAGNITUDE, TOKENS)
+"""Leaves that are put on a leaf of the base; any other replaces the one of its own name."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A trainable adapter: ``weights`` as in the module's header, the rest says what they mean.
+
+    PiSSA and OLoRA start from a part of the base itself. ``initial`` then holds the A and B that
+    they started from, which ``attach`` takes off the base again: the adapter means the same on the
+    base as it is, and nothing else has to know. No gradient reaches ``initial``; it is None
+    otherwise.
+    """
+
+    weights: dict[str, Any]
+    config: LoraConfig = dataclasses.field(metadata={"static": True})
+    """The resolved LoraConfig: ``target_modules`` names what was matched."""
+    initial: dict[str, Any] | None = None
+    parts: Mapping[str, tuple[int, ...]] = dataclasses.field(
+        default=FrozenMap(), metadata={"static": True}
+    )
+    """Fused projection whose parts are adapted → the widths of all parts; else they are equal."""
+
+
+def changed(path: paths.Path, there: Any) -> paths.Path:
+    """The leaf of the base that the adapter's leaf at ``path`` changes.
+
+    Args:
+      path: where the adapter's leaf is.
+      there: the paths of the base's leaves.
+    """
+    if path[-1] not in ADDED:
+        return path
+    node = paths.whole(path[:-1])
+    if node in there:  # a matrix of experts, which is a leaf itself
+        return node
+    kernel, embedding = (*node, "kernel"), (*node, "embedding")
+    embeds = path[-1] in (*EMBEDDING_DELTA, TOKENS) or kernel not in there
+    return embedding if embeds and embedding in there else kernel
+
+
+def scaling(
+    config: LoraConfig, path: paths.Path, stack: paths.Path | None, layers: int | None
+) -> Float[np.ndarray, "*layers"]:
+    """alpha/r (alpha/√r with rsLoRA) of the module at ``path``: a float32 scalar or (layers,)."""
+    names = paths.module_names(path, stack, layers)
+    values = np.array([scaling_of(config, name) for name in names], np.float32)
+    return values if stack else values.reshape(())

@@ -1,0 +1,119 @@
+"""Weights with an adapter on them: they stand where the base's leaf was, and ``dot`` knows them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraWeight:
+    """A weight with a low-rank delta: stands for ``(base + scale * lora_A @ lora_B) * gain``.
+
+    All children may carry a leading layer axis, which ``lax.scan`` slices off; ``matrices`` are the
+    axes of experts, which have a matrix each.
+    """
+
+    base: Any
+    lora_A: Float[Array, "*layers *matrices in r"]
+    lora_B: Float[Array, "*layers *matrices r out"]
+    scale: Float[Array, "*layers"]
+    gain: Float[Array, "*layers out"] | None = None
+    """DoRA's factor of every column: its magnitude over the norm of ``base + scale * A @ B``."""
+    bias: Float[Array, "*layers out"] | None = None
+    """Added to the product with the weight; it belongs to the module's bias once it is merged."""
+    dropout_key: Array | None = None
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The base weight's shape."""
+        return tuple(self.base.shape)
+
+    @property
+    def ndim(self) -> int:
+        """The base weight's rank."""
+        return len(self.base.shape)
+
+    @property
+    def dtype(self):
+        """The base weight's dtype."""
+        return self.base.dtype
+
+    @property
+    def mT(self) -> LoraWeight:
+        """The transpose of every matrix; only where there is nothing but a delta."""
+        assert self.gain is None
+        assert self.bias is None
+        a, b = self.lora_B.mT, self.lora_A.mT
+        return dataclasses.replace(self, base=self.base.mT, lora_A=a, lora_B=b)
+
+    def dequantize(self) -> Array:
+        """The dense sum, in the base's dtype; computed in float32 and rounded once."""
+        return wide(self).astype(self.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenWeight:
+    """An embedding of which a few rows are others: ``rows[i]`` stands for row ``indices[i]``.
+
+    ``transposed``, it is the output head tied to such an embedding, (dim, vocabulary).
+    """
+
+    base: Any
+    rows: Float[Array, "n dim"]
+    indices: Int[Array, " n"]
+    transposed: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The base weight's shape."""
+        return tuple(self.base.shape)
+
+    @property
+    def ndim(self) -> int:
+        """The base weight's rank."""
+        return len(self.base.shape)
+
+    @property
+    def dtype(self):
+        """The base weight's dtype."""
+        return self.base.dtype
+
+    @property
+    def mT(self) -> TokenWeight:
+        """The transpose: an output head."""
+        return dataclasses.replace(self, base=self.base.mT, transposed=not self.transposed)
+
+    def dequantize(self) -> Array:
+        """The dense embedding with its rows in place, in the base's dtype."""
+        return wide(self).astype(self.dtype)
+
+
+def dense(leaf: Any) -> Array:
+    """The array that a leaf is or stands for, in its dtype."""
+    return leaf.dequantize() if hasattr(leaf, "dequantize") else leaf
+
+
+def wide(leaf: Any) -> Float[Array, "..."]:
+    """The array that a leaf stands for in float32, whatever lies on top of it."""
+    if isinstance(leaf, LoraWeight):
+        total = wide(leaf.base) + delta(leaf)
+        return total if leaf.gain is None else total * leaf.gain[..., None, :]
+    if isinstance(leaf, TokenWeight):
+        table = wide(leaf.base)
+        place = (..., leaf.indices) if leaf.transposed else leaf.indices
+        return table.at[place].set(leaf.rows.mT if leaf.transposed else leaf.rows)
+    return dense(leaf).astype(jnp.float32)
+
+
+def delta(w: LoraWeight) -> Float[Array, "..."]:
+    """``scale * lora_A @ lora_B``, dense, in float32."""
+    product = jnp.matmul(w.lora_A, w.lora_B, precision="highest")
+    return product * w.scale.reshape(*w.scale.shape, *(1,) * (product.ndim - w.scale.ndim))
