@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jlora.config import LoraConfig, QuantConfig
     from jlora.dot import dot, embed
     from jlora.lora import Adapter, attach, detach, init_adapter, merge, unmerge
-    from jlora.models import load_pretrained, save_pretrained
+    from jlora.models import load_pretrained, save_pretrained, untie
     from jlora.quantization import quantize_params as quantize
 
 __version__ = "0.1.0"
@@ -44,6 +44,7 @@ __all__ = [
     "save_adapter",
     "save_pretrained",
     "unmerge",
+    "untie",
 ]
 
 _HOME = {
@@ -62,6 +63,7 @@ _HOME = {
     "save_adapter": "adapter_io",
     "save_pretrained": "models",
     "unmerge": "lora",
+    "untie": "models",
 }
 """Public name → its module, and its name there where that differs."""
 

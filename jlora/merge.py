@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import lora, runtime
+from jlora import lora, paths, runtime
 from jlora.classes import with_classes
 from jlora.config import Config
 from jlora.console import Console
 from jlora.errors import ConfigError
 from jlora.files import storage_errors
 from jlora.job import Job, open_job, open_tokenizer
-from jlora.models import save_pretrained
+from jlora.models import save_pretrained, untie
 
 main = functools.partial(cli.main, "merge")
 
@@ -57,13 +57,17 @@ def run(config: Config, options: argparse.Namespace) -> None:
     out = Path(config.merge.output_dir or Path(config.train.output_dir) / "merged")
     with jax.set_mesh(job.mesh):
         trained = _logits(job, job.params)
-        merged = lora.merge(job.frozen, job.trainable)
         base = "dequantized (it came packed, without the original)" if packed else "as it is"
         rows = {"merged model": out, "base": base}
+        if untied := _needs_own_head(job):
+            job = _with_own_head(job)
+            rows["output head"] = "no longer tied: the adapter changes the embedding only"
+        merged = lora.merge(job.frozen, job.trainable)
         if config.quantization and not packed:
             dense = dataclasses.replace(config, quantization=None)
             with console.loading() as progress:
                 original = open_job(dense, tokenizer, trained=True, progress=progress)
+            original = _with_own_head(original) if untied else original
             other = lora.merge(original.frozen, job.trainable)
             rows["base"] = config.merge.base
             rows["logit difference, dequantized base"] = _difference(job, trained, merged)
@@ -76,6 +80,17 @@ def run(config: Config, options: argparse.Namespace) -> None:
         with storage_errors(out):
             tokenizer.save_pretrained(out)
     console.card("merged", rows)
+
+
+def _needs_own_head(job: Job) -> bool:
+    """Whether the adapter is on an embedding that the output head is tied to."""
+    added = {path[-1] for path, _ in paths.walk(job.trainable.weights)}
+    return job.model.config.tie_word_embeddings and not added.isdisjoint(lora.EMBEDDING_DELTA)
+
+
+def _with_own_head(job: Job) -> Job:
+    model, frozen = untie(job.model, job.frozen)
+    return dataclasses.replace(job, model=model, frozen=frozen)
 
 
 def _logits(job: Job, params: Any) -> np.ndarray:

@@ -10,9 +10,34 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+class _Over:
+    """What lies over a base weight and stands for another one of its shape and dtype."""
+
+    base: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The base weight's shape."""
+        return tuple(self.base.shape)
+
+    @property
+    def ndim(self) -> int:
+        """The base weight's rank."""
+        return len(self.base.shape)
+
+    @property
+    def dtype(self):
+        """The base weight's dtype."""
+        return self.base.dtype
+
+    def dequantize(self) -> Array:
+        """The dense weight, in the base's dtype; computed in float32 and rounded once."""
+        return wide(self).astype(self.dtype)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LoraWeight:
+class LoraWeight(_Over):
     """A weight with a low-rank delta: stands for ``(base + scale * lora_A @ lora_B) * gain``.
 
     All children may carry a leading layer axis, which ``lax.scan`` slices off; ``matrices`` are the
@@ -31,21 +56,6 @@ class LoraWeight:
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The base weight's shape."""
-        return tuple(self.base.shape)
-
-    @property
-    def ndim(self) -> int:
-        """The base weight's rank."""
-        return len(self.base.shape)
-
-    @property
-    def dtype(self):
-        """The base weight's dtype."""
-        return self.base.dtype
-
-    @property
     def mT(self) -> LoraWeight:
         """The transpose of every matrix; only where there is nothing but a delta."""
         assert self.gain is None
@@ -53,14 +63,10 @@ class LoraWeight:
         a, b = self.lora_B.mT, self.lora_A.mT
         return dataclasses.replace(self, base=self.base.mT, lora_A=a, lora_B=b)
 
-    def dequantize(self) -> Array:
-        """The dense sum, in the base's dtype; computed in float32 and rounded once."""
-        return wide(self).astype(self.dtype)
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TokenWeight:
+class TokenWeight(_Over):
     """An embedding of which a few rows are others: ``rows[i]`` stands for row ``indices[i]``.
 
     ``transposed``, it is the output head tied to such an embedding, (dim, vocabulary).
@@ -72,28 +78,9 @@ class TokenWeight:
     transposed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The base weight's shape."""
-        return tuple(self.base.shape)
-
-    @property
-    def ndim(self) -> int:
-        """The base weight's rank."""
-        return len(self.base.shape)
-
-    @property
-    def dtype(self):
-        """The base weight's dtype."""
-        return self.base.dtype
-
-    @property
     def mT(self) -> TokenWeight:
         """The transpose: an output head."""
         return dataclasses.replace(self, base=self.base.mT, transposed=not self.transposed)
-
-    def dequantize(self) -> Array:
-        """The dense embedding with its rows in place, in the base's dtype."""
-        return wide(self).astype(self.dtype)
 
 
 def dense(leaf: Any) -> Array:

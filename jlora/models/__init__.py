@@ -9,6 +9,7 @@ from jlora.models.hf_read import load_pretrained, read_model
 from jlora.models.hf_write import save_pretrained
 from jlora.models.model import Model, init_params
 from jlora.models.registry import as_classifier
+from jlora.models.tying import untie
 
 __all__ = [
     "DecoderConfig",
@@ -18,4 +19,5 @@ __all__ = [
     "load_pretrained",
     "read_model",
     "save_pretrained",
+    "untie",
 ]
