@@ -58,7 +58,8 @@ def random_adapter(params, fields, seed=0):
         return leaf if path[-1] in lora.DELTA else leaf + noise
 
     config = dataclasses.replace(adapter.config, init_lora_weights=True)
-    return lora.Adapter(paths.map_leaves(stir, adapter.weights), config)
+    weights = paths.map_leaves(stir, adapter.weights)
+    return dataclasses.replace(adapter, weights=weights, config=config)
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -98,35 +99,51 @@ def test_our_folder_is_what_peft_would_write(bases, name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("kind", "fields"),
     [
-        {"target_modules": ["q_proj", "v_proj"], "r": 2, "lora_alpha": 6},
-        {
+        ("gpt2", {"target_modules": ["q_proj", "v_proj"], "r": 2, "lora_alpha": 6}),
+        ("gpt2", {
             "target_modules": ["k_proj", "v_proj", "c_fc"],
             "layers_to_transform": [0, 2],
             "rank_pattern": {"v_proj": 3, r"h\.2\.mlp\.c_fc": 5},
             "alpha_pattern": {"k_proj": 2, "c_fc": 4},
             "use_rslora": True,
             "bias": "lora_only",
-        },
-        {
+        }),
+        ("gpt2", {
             "target_modules": ["q_proj", "k_proj", "mlp.c_proj"],
             "rank_pattern": {r"h\.0\..*": 3, "k_proj": 1},
-        },
-        {
+        }),
+        ("gpt2", {
             "target_modules": r".*\.(0\.attn\.v_proj|1\.attn\.q_proj|2\.attn\.c_proj)",
             "modules_to_save": ["ln_f"],
-        },
+        }),
+        ("phi3", {
+            "target_modules": ["k_proj", "v_proj", "up_proj", "o_proj", "embed_tokens"],
+            "rank_pattern": {"v_proj": 3, r"layers\.1\.mlp\.up_proj": 2},
+            "alpha_pattern": {"k_proj": 2, "embed_tokens": 3},
+        }),
+        ("phi3", {"target_modules": ["q_proj", "up_proj"], "lora_bias": True, "r": 2}),
+        ("phi3", {
+            "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"],
+            "use_dora": True,
+            "layers_to_transform": [1],
+            "alpha_pattern": {"v_proj": 20},
+        }),
     ],
     ids=[
         "two parts",
         "ranks, layers and biases",
         "a pattern that also names the whole",
         "other parts in other layers",
+        "parts of other widths",
+        "biases of parts",
+        "magnitudes of all parts",
     ],
-)
-def test_parts_of_c_attn_have_their_logits_in_peft(bases, fields, tmp_path):
-    base = bases["gpt2"]
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted:UserWarning")
+def test_parts_of_projections_have_their_logits_in_peft(bases, kind, fields, tmp_path):
+    base = bases[kind]
     adapter = random_adapter(base.params, fields)
     jlora.save_adapter(tmp_path, adapter)
     want = jlora_logits(base, base.params, adapter)

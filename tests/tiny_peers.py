@@ -58,8 +58,14 @@ QWEN3_MOE = transformers.Qwen3MoeConfig(
     **MOE, intermediate_size=48, moe_intermediate_size=48, num_experts=4, decoder_sparse_step=1
 )
 GPT_OSS = transformers.GptOssConfig(**MOE, intermediate_size=32, num_local_experts=4)
+PHI3 = transformers.Phi3Config(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+    initializer_range=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
 BASES = {
     "llama": LLAMA,
+    "phi3": PHI3,
     "gpt2": GPT2,
     "gemma2": GEMMA2,
     "qwen3_moe": QWEN3_MOE,
