@@ -40,6 +40,33 @@ GPT2 = {
 }
 
 
+MOE = {
+    **LLAMA,
+    "model_type": "qwen3_moe",
+    "head_dim": 64,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+}
+ALL_LINEAR = {"target_modules": "all-linear", "lora_dropout": 0.1}
+ARCHITECTURES = {
+    "llama": (LLAMA, ALL_LINEAR),
+    "gpt2": (GPT2, ALL_LINEAR),
+    "DoRA, embeddings": (
+        LLAMA,
+        {"target_modules": ".*(_proj|embed_tokens)", "use_dora": True, "lora_dropout": 0.1},
+    ),
+    "experts, tokens": (
+        MOE,
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+            "trainable_token_indices": [3, 60, 17],
+        },
+    ),
+}
+
+
 def batches():
     """(accumulation 2, B 8, T 16) with two documents a row, padding, and uneven target counts."""
     rng = np.random.default_rng(0)
@@ -61,14 +88,14 @@ def batches():
 
 @functools.cache
 def start(architecture: str, quantized: bool):
-    model = Model.from_config(LLAMA if architecture == "llama" else GPT2, "float32")
+    hf, fields = ARCHITECTURES[architecture]
+    model = Model.from_config(hf, "float32")
     params = init_params(jax.random.key(0), model)
     if quantized:
         params = quantize_params(
             params, QuantConfig(block_size=32, bnb_4bit_compute_dtype="float32")
         )
-    config = LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear")
-    return model, params, lora.init_adapter(jax.random.key(1), params, config)
+    return model, params, lora.init_adapter(jax.random.key(1), params, LoraConfig(r=4, **fields))
 
 
 def adamw():
@@ -129,12 +156,11 @@ def alone(architecture: str, quantized: bool):
 
 
 CASES = [("llama", quantized, sizes) for quantized in (False, True) for sizes in MESHES]
+CASES += [(name, True, MESHES[2]) for name in list(ARCHITECTURES)[1:]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("architecture", "quantized", "sizes"), [*CASES, ("gpt2", True, MESHES[2])]
-)
+@pytest.mark.parametrize(("architecture", "quantized", "sizes"), CASES)
 def test_training_on_a_mesh_is_training_on_one_device(architecture, quantized, sizes):
     expected, adapter = alone(architecture, quantized)
     got, trained = train(architecture, quantized, sharding.make_mesh(MeshConfig(**sizes)))

@@ -56,7 +56,8 @@ class Adapter:
     weights: dict[str, Any]
     config: LoraConfig = dataclasses.field(metadata={"static": True})
     """The resolved LoraConfig: ``target_modules`` names what was matched."""
-    initial: dict[str, Any] | None = None
+    initial: Any = None
+    """A tree like ``weights``, or None."""
     parts: Mapping[str, tuple[int, ...]] = dataclasses.field(
         default=FrozenMap(), metadata={"static": True}
     )
