@@ -27,6 +27,7 @@ from tiny_peers import (
 
 import jlora
 from jlora import adapter_io
+from jlora.errors import ConfigError
 from jlora.targets import find_targets
 
 pytestmark = PEERS_TALK
@@ -118,25 +119,51 @@ def test_on_packed_bases_as_on_the_weights_that_they_stand_for(bases, name, tmp_
 
 
 @pytest.mark.parametrize("kind", [True, "gaussian", False])
-def test_first_values_are_drawn_as_pefts(bases, kind):
-    base = bases["llama"]
-    fields: dict[str, Any] = {
-        "r": 32,
-        "target_modules": ["q_proj", "down_proj"],
-        "init_lora_weights": kind,
-    }
+@pytest.mark.parametrize("target", ["linear", "linear, with biases", "embedding", "experts"])
+def test_first_values_are_drawn_as_pefts(bases, kind, target):
+    base = bases["qwen3_moe" if target == "experts" else "llama"]
+    fields: dict[str, Any] = {"r": 32, "init_lora_weights": kind}
+    fields |= {
+        "linear": {"target_modules": ["q_proj", "down_proj"]},
+        "linear, with biases": {"target_modules": ["q_proj"], "lora_bias": True},
+        "embedding": {"target_modules": ["embed_tokens"]},
+        "experts": {"target_modules": [], "target_parameters": ["experts.down_proj"]},
+    }[target]
+    if fields.get("lora_bias") and kind == "gaussian":
+        with pytest.raises(ConfigError, match="lora_bias"):
+            jlora.LoraConfig(**fields)
+        return
     torch.manual_seed(0)
     theirs = peft.get_peft_model(copy.deepcopy(base.module), peft.LoraConfig(**fields))
-    want = peft.get_peft_model_state_dict(theirs)
+    want = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
     adapter = jlora.init_adapter(jax.random.key(0), base.params, jlora.LoraConfig(**fields))
     got = adapter_io.to_peft_tensors(adapter)
     assert set(got) == set(want)
     for key, tensor in want.items():
         value, size = tensor.numpy(), tensor.numel()
-        np.testing.assert_allclose(got[key].std(), value.std(), rtol=6 / np.sqrt(size))
+        np.testing.assert_allclose(got[key].std(), value.std(), rtol=6 / np.sqrt(size), atol=1e-9)
         assert abs(got[key].mean()) <= 4 * value.std() / np.sqrt(size)
-        if kind != "gaussian":  # the bounds of a uniform distribution are sharp
+        if not tensor.any():
+            assert not got[key].any()
+        elif (
+            kind != "gaussian" and target != "embedding"
+        ):  # a uniform distribution has sharp bounds
             np.testing.assert_allclose(np.abs(got[key]).max(), np.abs(value).max(), rtol=0.02)
+
+
+def test_magnitudes_and_rows_start_as_the_bases_own(bases):
+    base = bases["llama"]
+    fields: dict[str, Any] = {"target_modules": ["q_proj"], "use_dora": True}
+    fields["trainable_token_indices"] = [3, 1]
+    theirs = peft.get_peft_model(copy.deepcopy(base.module), peft.LoraConfig(**fields))
+    want = peft.get_peft_model_state_dict(theirs)
+    adapter = jlora.init_adapter(jax.random.key(0), base.params, jlora.LoraConfig(**fields))
+    got = adapter_io.to_peft_tensors(adapter)
+    assert set(got) == set(want)
+    for key, value in want.items():
+        if "lora_A" not in key:
+            assert_close(got[key], value.numpy(), 1e-6, key)
+    assert_close(jlora_logits(base, base.params, adapter), torch_logits(base.module), 1e-5)
 
 
 def test_qlora_is_bitsandbytes_and_pefts(bases, tmp_path):

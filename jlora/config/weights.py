@@ -182,6 +182,12 @@ class LoraConfig(Section):
             )
         if self.lora_bias and self.use_dora:
             yield Fault(("lora_bias", "use_dora"), "DoRA has no bias", "set one to false")
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            yield Fault(
+                ("lora_bias", "init_lora_weights"),
+                "only A and B have first values of that kind",
+                "use init_lora_weights: true",
+            )
         rows = self.trainable_token_indices
         for indices in rows.values() if isinstance(rows, Mapping) else [rows or ()]:
             if len(set(indices)) < len(indices):
