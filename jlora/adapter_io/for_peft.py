@@ -61,8 +61,8 @@ def for_peft(adapter: Adapter) -> Adapter:
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        rank_pattern=_patterns({n: r for n, (r, _) in settings.items()}, adapter.config.r),
-        alpha_pattern=_patterns(
+        rank_pattern=paths.pattern_table({n: r for n, (r, _) in settings.items()}, adapter.config.r),
+        alpha_pattern=paths.pattern_table(
             {n: alpha for n, (_, alpha) in settings.items()}, adapter.config.lora_alpha
         ),
         init_lora_weights=True if first else adapter.config.init_lora_weights,
@@ -127,19 +127,3 @@ def _joint_settings(
             if rank(adapter.config, name):
                 found[whole] = (total, alpha)
     return found
-
-
-def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """A table for ``rank_pattern``: last names where one value holds for all, else full names.
-
-    No two patterns match one module: a table's order is lost in a file with sorted keys.
-    """
-    by_last: dict[str, set[Any]] = {}
-    for name, value in values.items():
-        by_last.setdefault(name.rpartition(".")[2], set()).add(value)
-    table = {}
-    for name, value in values.items():
-        last = name.rpartition(".")[2]
-        if value != default:
-            table[last if len(by_last[last]) == 1 else name] = value
-    return table

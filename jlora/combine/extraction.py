@@ -1,0 +1,127 @@
+"""``extract_adapter``: the low-rank part of what fine-tuning changed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jlora import paths
+from jlora.combine.factors import assemble, factors, other_leaves
+from jlora.combine.refusals import no_plain_pairs, refuse
+from jlora.combine.truncation import truncate
+from jlora.config import LoraConfig
+from jlora.errors import ConfigError, DataError
+from jlora.lora import Adapter, init_adapter
+from jlora.targets import is_replaced, rank_of
+
+Tree = Mapping[str, Any]
+WEIGHTS = {"lora_A": "kernel", "lora_embedding_A": "embedding"}
+"""The key of an A → that of the weight it adapts."""
+
+
+def extract_adapter(base_params: Tree, tuned_params: Tree, config: LoraConfig) -> Adapter:
+    """The adapter that leads from a model to its fine-tuned successor, as nearly as its rank lets.
+
+    The delta of every target is the nearest matrix of its rank to the difference of the weights;
+    leaves of ``modules_to_save`` and ``bias`` are the successor's own.
+
+    Args:
+      base_params: the model; quantized leaves are dequantized.
+      tuned_params: the successor's parameters, of the same structure and shapes.
+      config: what to adapt, as for ``init_adapter``.
+
+    Raises:
+      DataError: the trees differ in structure.
+      ConfigError: as ``init_adapter``; or leaves differ that the adapter would not hold.
+    """
+    base = {leaf.path: leaf for leaf in paths.leaves(base_params)}
+    tuned = {leaf.path: leaf for leaf in paths.leaves(tuned_params)}
+    _require_same(base, tuned)
+    shapes = jax.eval_shape(
+        functools.partial(init_adapter, config=config), jax.random.key(0), base_params
+    )
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    others = other_leaves(empty)
+    faults = [f"extraction gives no {'.'.join(path)}" for path in others if path not in base]
+    refuse([*no_plain_pairs(empty), *faults], "extract_adapter")
+    if lost := list(_lost(base, tuned, empty.config)):
+        listed = ", ".join(lost[:10]) + (f" and {len(lost) - 10} more" if lost[10:] else "")
+        raise ConfigError(
+            f"the models also differ where the adapter does not reach: {listed}",
+            where="extract_adapter",
+            fix="name them in target_modules or modules_to_save; biases come with bias=all",
+        )
+    modules = {}
+    for path, f in factors(empty).items():
+        weight = (*paths.whole(path[:-1]), WEIGHTS[path[-1]])
+        columns = slice(None)
+        if paths.is_part(path[:-1]):
+            width, number = f.b.shape[-1], paths.FUSED[path[-3]].index(path[-2])
+            columns = slice(number * width, (number + 1) * width)
+        before, after = (_dense(leaves[weight])[..., columns] for leaves in (base, tuned))
+        a, b = _nearest(before, after, f.a.shape[-1])
+        scales = jnp.asarray(f.scales, jnp.float32)[:, None, None]
+        ranks = np.minimum(f.ranks, a.shape[-1])
+        modules[path] = f._replace(a=a, b=b / scales, ranks=ranks)
+    saved = {path: _dense(tuned[path]).reshape(base[path].value.shape) for path in others}
+    return assemble(modules, saved, empty.config)
+
+
+@functools.partial(jax.jit, static_argnames="rank")
+def _nearest(
+    before: Float[Array, "layers in out"], after: Float[Array, "layers in out"], rank: int
+) -> tuple[Float[Array, "layers in k"], Float[Array, "layers k out"]]:
+    """The difference cut to ``rank``, one layer at a time."""
+    return jax.lax.map(lambda x: truncate(x[1] - x[0], rank), (before, after))
+
+
+def _dense(leaf: paths.Leaf) -> Array:
+    """The leaf's values, float32, with a layer axis (of one, if it is not stacked)."""
+    value = leaf.value.dequantize() if hasattr(leaf.value, "dequantize") else leaf.value
+    value = jnp.asarray(value).astype(jnp.float32)
+    return value if leaf.stack else value[None]
+
+
+def _require_same(base: Mapping[paths.Path, Any], tuned: Mapping[paths.Path, Any]) -> None:
+    """Raises a DataError that lists leaves of one tree only, and those of other shapes."""
+    faults = [f"{'.'.join(path)} is only in the base" for path in base.keys() - tuned.keys()]
+    faults += [f"{'.'.join(path)} is only in the successor" for path in tuned.keys() - base.keys()]
+    for path in base.keys() & tuned.keys():
+        ours, theirs = tuple(base[path].value.shape), tuple(tuned[path].value.shape)
+        if ours != theirs:
+            faults.append(f"{'.'.join(path)} is {ours} and {theirs}")
+    if faults:
+        more = [f"… and {len(faults) - 10} more"] if faults[10:] else []
+        listing = "\n  ".join(sorted(faults)[:10] + more)
+        raise DataError(f"the two models differ in structure:\n  {listing}")
+
+
+def _lost(
+    base: Mapping[paths.Path, paths.Leaf],
+    tuned: Mapping[paths.Path, paths.Leaf],
+    config: LoraConfig,
+) -> Iterator[str]:
+    """Names of leaves and of parts of fused ones that differ in a layer where nothing holds it."""
+    for path, leaf in base.items():
+        differs = np.asarray(_dense(leaf) != _dense(tuned[path]))
+        module, kind = path[:-1], leaf.kind
+        names = leaf.modules()
+        held = np.array([is_replaced(config, name, kind) for name in names])
+        held |= (kind in WEIGHTS.values()) & _adapted(config, names)
+        parts = paths.FUSED.get(module[-1], ()) if kind == "kernel" and module else ()
+        pieces = [(*module, part) for part in parts] or [module]
+        for piece, columns in zip(pieces, np.split(differs, len(pieces), -1), strict=True):
+            names = paths.module_names(piece, leaf.stack, leaf.layers)
+            reached = held | _adapted(config, names) if parts else held
+            if columns[~reached].any():
+                yield f"{paths.module_name(piece, leaf.stack, None)}.{kind}"
+
+
+def _adapted(config: LoraConfig, names: Sequence[str]) -> np.ndarray:
+    return np.array([rank_of(config, name) > 0 for name in names])
