@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import jlora
+from jlora import paths
+from jlora.combine import extraction
 from jlora.combine.factors import factors
 from jlora.combine.pruning import largest
 from jlora.config import LoraConfig
@@ -208,8 +210,9 @@ def test_clamping_clips_at_the_quantile():
 @pytest.fixture(scope="module")
 def wide():
     """Two adapters whose values are all one."""
-    params = {"model": {"layers": {"q_proj": {"kernel": jnp.zeros((2, 64, 96))}}}}
-    config = LoraConfig(r=32, lora_alpha=32, target_modules=["q_proj"])
+    layers = {name: {"kernel": jnp.zeros((2, 64, 96))} for name in ("q_proj", "v_proj")}
+    config = LoraConfig(r=32, lora_alpha=32, target_modules=["q_proj", "v_proj"])
+    params = {"model": {"layers": layers}}
     adapter = jlora.init_adapter(jax.random.key(0), params, config)
     return [jax.tree.map(jnp.ones_like, adapter)] * 2
 
@@ -219,8 +222,9 @@ def test_dare_keeps_a_part_and_its_expectation(wide):
         result = jlora.add_weighted_adapter(
             wide, weights, "dare_linear", density=0.3, key=jax.random.key(key)
         )
-        node = result.weights["model"]["layers"]["q_proj"]
-        return np.asarray(node["lora_A"]), np.asarray(node["lora_B"])
+        nodes = result.weights["model"]["layers"]
+        q, v = nodes["q_proj"], nodes["v_proj"]
+        return [np.asarray(x) for x in (q["lora_A"], q["lora_B"], v["lora_A"])]
 
     values = np.concatenate([x.ravel() for x in drawn(0)]) * 0.3  # (√1·first + √4·second) kept
     n = values.size
@@ -230,12 +234,12 @@ def test_dare_keeps_a_part_and_its_expectation(wide):
     np.testing.assert_allclose(parts, want, atol=5 * np.sqrt(0.25 / n))
     np.testing.assert_allclose(values.mean() / 0.3, 3, atol=5 * np.sqrt(5 * 0.7 / 0.3 / n))
 
-    (a, b), (again, _), (other, _) = drawn(0, (1, 0)), drawn(0, (1, 0)), drawn(1, (1, 0))
-    np.testing.assert_array_equal(a, again)
+    (a, b, elsewhere), again, other = drawn(0, (1, 0)), drawn(0, (1, 0)), drawn(1, (1, 0))
+    np.testing.assert_array_equal(a, again[0])
     alike = 0.3**2 + 0.7**2  # of two masks that are drawn apart
     size = a.shape[1] * a.shape[2]
-    for first, second in [(a[0], a[1]), (a[0], other[0]), (a[0].ravel(), b[0].ravel()[:size])]:
-        same = ((first != 0) == (second != 0)).mean()
+    for second in (a[1], other[0][0], elsewhere[0], b[0].ravel()[:size].reshape(a[0].shape)):
+        same = ((a[0] != 0) == (second != 0)).mean()
         np.testing.assert_allclose(same, alike, atol=5 * np.sqrt(0.25 / size))
 
 
@@ -324,6 +328,17 @@ def test_adapters_on_experts_are_not_combined():
             combine()
 
 
+def test_adapters_that_count_from_their_first_values_are_not_combined():
+    adapter = make_adapter()
+    object.__setattr__(adapter, "initial", adapter.weights)
+    for combine in (
+        lambda: jlora.reduce_rank(adapter, 1),
+        lambda: jlora.add_weighted_adapter([adapter], [1]),
+    ):
+        with pytest.raises(ConfigError, match="counts from its first values"):
+            combine()
+
+
 def tuned_on(*paths):
     """The parameters of another seed at these leaves, or below these nodes."""
     other = make_params(1)
@@ -344,10 +359,7 @@ def test_extraction_is_the_nearest_delta_of_every_target():
     assert adapter.config.target_modules == before.config.target_modules
     assert jax.tree.map(jnp.shape, adapter.weights) == jax.tree.map(jnp.shape, before.weights)
     for f in factors(adapter).values():
-        node, _ = f.leaf.path[:-1], f.leaf.kind
-        was, now = PARAMS, tuned
-        for key in node:
-            was, now = was[key], now[key]
+        was, now = (paths.get(tree, f.leaf.path[:-1]) for tree in (PARAMS, tuned))
         change = np.asarray(now["kernel"]) - np.asarray(was["kernel"])
         for i, name in enumerate(f.leaf.modules()):
             close(after[name], nearest(change[i] if f.leaf.stack else change, f.ranks[i])[0])
@@ -410,6 +422,18 @@ def test_extraction_refuses_trees_of_another_structure():
         f"model.embed_tokens.embedding is ({V}, {D}) and ({V + 1}, {D})",
     ):
         assert part in str(error.value)
+
+
+def test_extraction_gives_products_and_whole_leaves_only(monkeypatch):
+    def with_magnitudes(key, params, config):
+        adapter = jlora.init_adapter(key, params, config)
+        node = adapter.weights["model"]["layers"]["self_attn"]["q_proj"]
+        node["lora_magnitude_vector"] = jnp.ones((L, D))
+        return adapter
+
+    monkeypatch.setattr(extraction, "init_adapter", with_magnitudes)
+    with pytest.raises(ConfigError, match=r"gives no model\.layers.*\.lora_magnitude_vector"):
+        jlora.extract_adapter(PARAMS, PARAMS, LoraConfig(target_modules=["q_proj"]))
 
 
 def test_extraction_from_a_quantized_base_counts_from_what_it_computes():

@@ -25,11 +25,17 @@ from jlora.errors import ConfigError
 
 pytestmark = PEERS_TALK
 
-# Two of equal rank, where one has a module that the other lacks; a third of other ranks.
+# Two of equal rank, where one lacks a module and a layer of the other; a third of other ranks.
 FIELDS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
         "default": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj"]},
-        "second": {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj"], "use_rslora": True},
+        "second": {
+            "r": 4,
+            "lora_alpha": 4,
+            "target_modules": ["q_proj"],
+            "layers_to_transform": [0, 2],
+            "use_rslora": True,
+        },
         "third": {
             "r": 3,
             "lora_alpha": 5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -43,12 +44,13 @@ def extract_adapter(base_params: Tree, tuned_params: Tree, config: LoraConfig) -
     base = {leaf.path: leaf for leaf in paths.leaves(base_params)}
     tuned = {leaf.path: leaf for leaf in paths.leaves(tuned_params)}
     _require_same(base, tuned)
-    shapes = jax.eval_shape(
-        functools.partial(init_adapter, config=config), jax.random.key(0), base_params
+    fresh = functools.partial(
+        init_adapter, config=dataclasses.replace(config, init_lora_weights=True)
     )
+    shapes = jax.eval_shape(fresh, jax.random.key(0), base_params)
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     others = other_leaves(empty)
-    faults = [f"extraction gives no {'.'.join(path)}" for path in others if path not in base]
+    faults = [f"it gives no {'.'.join(path)}" for path in others if path not in base]
     refuse([*no_plain_pairs(empty), *faults], "extract_adapter")
     if lost := list(_lost(base, tuned, empty.config)):
         listed = ", ".join(lost[:10]) + (f" and {len(lost) - 10} more" if lost[10:] else "")
@@ -59,16 +61,9 @@ def extract_adapter(base_params: Tree, tuned_params: Tree, config: LoraConfig) -
         )
     modules = {}
     for path, f in factors(empty).items():
-        weight = (*paths.whole(path[:-1]), WEIGHTS[path[-1]])
-        columns = slice(None)
-        if paths.is_part(path[:-1]):
-            width, number = f.b.shape[-1], paths.FUSED[path[-3]].index(path[-2])
-            columns = slice(number * width, (number + 1) * width)
-        before, after = (_dense(leaves[weight])[..., columns] for leaves in (base, tuned))
-        a, b = _nearest(before, after, f.a.shape[-1])
-        scales = jnp.asarray(f.scales, jnp.float32)[:, None, None]
-        ranks = np.minimum(f.ranks, a.shape[-1])
-        modules[path] = f._replace(a=a, b=b / scales, ranks=ranks)
+        a, b = _nearest(_weight(base, path), _weight(tuned, path), f.a.shape[-1])
+        b = b / jnp.asarray(f.scales, jnp.float32)[:, None, None]
+        modules[path] = f._replace(a=a, b=b, ranks=np.minimum(f.ranks, a.shape[-1]))
     saved = {path: _dense(tuned[path]).reshape(base[path].value.shape) for path in others}
     return assemble(modules, saved, empty.config)
 
@@ -79,6 +74,16 @@ def _nearest(
 ) -> tuple[Float[Array, "layers in k"], Float[Array, "layers k out"]]:
     """The difference cut to ``rank``, one layer at a time."""
     return jax.lax.map(lambda x: truncate(x[1] - x[0], rank), (before, after))
+
+
+def _weight(leaves: Mapping[paths.Path, paths.Leaf], path: paths.Path) -> Array:
+    """The weight that the A at ``path`` adapts, or its part of a fused one: (layers, in, out)."""
+    module = path[:-1]
+    weight = _dense(leaves[(*paths.whole(module), WEIGHTS[path[-1]])])
+    if not paths.is_part(module):
+        return weight
+    parts = paths.FUSED[module[-2]]
+    return jnp.split(weight, len(parts), -1)[parts.index(module[-1])]
 
 
 def _dense(leaf: paths.Leaf) -> Array:

@@ -20,6 +20,9 @@ from jlora.combine.refusals import BY_FACTOR, PRUNES, adapter_faults, refuse, se
 from jlora.combine.truncation import truncate, truncate_product
 from jlora.lora import Adapter
 
+Pair = tuple[Array, Array, np.ndarray]
+"""A (layers, in, r), B (layers, r, out) and how many of their columns each layer uses."""
+
 
 def add_weighted_adapter(
     adapters: Sequence[Adapter],
@@ -85,12 +88,9 @@ def add_weighted_adapter(
         else:
             a, b, ranks = _merge_deltas(some, own_weights, own_key, rule, rank, svd_clamp)
         combined[path] = Factors(some[0].leaf, a, b, ranks, np.ones(len(ranks)))
-    config = dataclasses.replace(joint_targets(adapters, combined), use_rslora=False)
+    ordinary = {"use_rslora": False, "init_lora_weights": True}
+    config = dataclasses.replace(joint_targets(adapters, combined), **ordinary)
     return assemble(combined, {}, config)
-
-
-Pair = tuple[Array, Array, np.ndarray]
-"""A (layers, in, r), B (layers, r, out) and how many of their columns each layer uses."""
 
 
 def _cat(some: Sequence[Factors], weights: Array) -> Pair:
