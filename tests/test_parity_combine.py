@@ -54,10 +54,10 @@ FIELDS: dict[str, dict[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module", params=FIELDS)
 def peers(request, tmp_path_factory):
-    """(base, peft's model with all adapters, the same read by jlora in order)."""
+    """(base, peft's model with all adapters, the same read by jlora)."""
     base = make_base(request.param, tmp_path_factory.mktemp("base"))
     fields = FIELDS[request.param]
-    folder, ours = tmp_path_factory.mktemp("adapters"), []
+    folder, ours = tmp_path_factory.mktemp("adapters"), {}
     theirs = make_peft(base, fields["default"])
     for name in ("second", "third"):
         theirs.add_adapter(name, peft.LoraConfig(task_type="CAUSAL_LM", **fields[name]))
@@ -68,7 +68,7 @@ def peers(request, tmp_path_factory):
                 weight.add_(0.2 * torch.randn_like(weight))
     theirs.save_pretrained(folder)
     for name in fields:
-        ours.append(jlora.load_adapter(folder / name.replace("default", "."), base.params))
+        ours[name] = jlora.load_adapter(folder / name.replace("default", "."), base.params)
     return base, theirs, ours
 
 
@@ -124,12 +124,13 @@ CASES += [("svd", {"svd_rank": 2}), ("ties_svd", {"density": 0.5, "svd_rank": 7}
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
 def test_combinations_are_pefts(peers, kind, options):
     _, model, ours = peers
-    names = ["default", "second"] if kind in BY_FACTOR else ["default", "second", "third"]
+    names = list(ours)[: 2 if kind in BY_FACTOR else 3]
     weights = WEIGHTS[: len(names)]
     want = theirs_combined(model, names, weights, combination_type=kind, **options)
-    result = jlora.add_weighted_adapter(ours[: len(names)], weights, kind, **options)
+    result = jlora.add_weighted_adapter([ours[n] for n in names], weights, kind, **options)
     check(by_module(result), want, kind in BY_FACTOR | {"cat"})
-    assert result.config.r == next(iter(want.values()))[0].shape[1]
+    if kind != "cat":  # there peft has columns for adapters that lack a module, too
+        assert result.config.r == next(iter(want.values()))[0].shape[1]
 
 
 @pytest.fixture
@@ -168,11 +169,12 @@ def same_masks(monkeypatch):
 @pytest.mark.parametrize("kind", [kind for kind in PRUNES if kind.startswith("dare")])
 def test_dare_is_pefts_given_the_same_draws(peers, kind, same_masks):
     _, model, ours = peers
-    names = ["default", "second"] if kind in BY_FACTOR else ["default", "second", "third"]
+    # The adapter that lacks a layer comes last, so that places are the same in all layers.
+    names = ["default", "second"] if kind in BY_FACTOR else ["default", "third", "second"]
     weights = WEIGHTS[: len(names)]
     want = theirs_combined(model, names, weights, combination_type=kind, density=0.57)
     result = jlora.add_weighted_adapter(
-        ours[: len(names)], weights, kind, density=0.57, key=jax.random.key(0)
+        [ours[n] for n in names], weights, kind, density=0.57, key=jax.random.key(0)
     )
     check(by_module(result), want, kind in BY_FACTOR)
 
@@ -180,7 +182,7 @@ def test_dare_is_pefts_given_the_same_draws(peers, kind, same_masks):
 @pytest.mark.parametrize("kind", ["linear", "cat"])
 def test_peft_loads_what_was_combined(peers, kind, tmp_path):
     base, _, ours = peers
-    ours = ours[:2] if kind == "linear" else ours
+    ours = list(ours.values())[: 2 if kind == "linear" else 3]
     result = jlora.add_weighted_adapter(ours, WEIGHTS[: len(ours)], kind)
     jlora.save_adapter(tmp_path, result)
     again = peft.PeftModel.from_pretrained(make_peft(base, {}).unload(), tmp_path)
@@ -200,7 +202,7 @@ def test_peft_refuses_unequal_ranks_where_we_do(peers):
     for kind in sorted(BY_FACTOR - {"linear"}):
         with pytest.raises(ConfigError, match=r"has ranks \(4, [235]\)"):
             jlora.add_weighted_adapter(
-                [ours[0], ours[2]], [1, 1], kind, density=0.5, key=jax.random.key(0)
+                [ours["default"], ours["third"]], [1, 1], kind, density=0.5, key=jax.random.key(0)
             )
         with pytest.raises(ValueError, match="must have the same r"):
             model.add_weighted_adapter(["default", "third"], [1, 1], "mix", kind, density=0.5)
