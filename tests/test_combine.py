@@ -1,5 +1,7 @@
 """Combining, truncating and extracting adapters against NumPy; what is refused, and how."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,10 @@ import pytest
 
 import jlora
 from jlora import paths
-from jlora.combine import extraction
 from jlora.combine.factors import factors
 from jlora.combine.pruning import largest
 from jlora.config import LoraConfig
+from jlora.config.convert import FrozenMap
 from jlora.errors import ConfigError, DataError
 from jlora.lora import Adapter
 
@@ -330,7 +332,7 @@ def test_adapters_on_experts_are_not_combined():
 
 def test_adapters_that_count_from_their_first_values_are_not_combined():
     adapter = make_adapter()
-    object.__setattr__(adapter, "initial", adapter.weights)
+    adapter = dataclasses.replace(adapter, initial=adapter.weights)
     for combine in (
         lambda: jlora.reduce_rank(adapter, 1),
         lambda: jlora.add_weighted_adapter([adapter], [1]),
@@ -395,6 +397,41 @@ def test_extraction_of_parts_of_a_fused_projection():
         jlora.extract_adapter(base, tuned, LoraConfig(r=3, target_modules=["q_proj"]))
 
 
+def phi3(seed=0):
+    """A fused projection of unequal parts: queries of D columns, keys and values of two each."""
+    kernels = {"qkv_proj": (L, D, D + 4), "o_proj": (L, D, D)}
+    nodes = {name: {"kernel": jnp.asarray(normal(seed, *s))} for name, s in kernels.items()}
+    return {"model": {"layers": {"self_attn": nodes}}}
+
+
+def test_parts_of_unequal_widths():
+    base, tuned = phi3(), phi3(1)
+    tuned["model"]["layers"]["self_attn"]["o_proj"] = base["model"]["layers"]["self_attn"]["o_proj"]
+    config = LoraConfig(r=D, target_modules=["q_proj", "k_proj", "v_proj"])
+    found = jlora.extract_adapter(base, tuned, config)
+    result = jlora.add_weighted_adapter([found, found], [0.25, 0.5], "cat")
+    was, now, merged, summed = (
+        tree["model"]["layers"]["self_attn"]["qkv_proj"]["kernel"]
+        for tree in (base, tuned, jlora.merge(base, found), jlora.merge(base, result))
+    )
+    np.testing.assert_allclose(merged, now, atol=1e-5)
+    np.testing.assert_allclose(summed, was + 0.75 * (now - was), atol=1e-5)
+    with pytest.raises(ConfigError, match=r"reach: model.layers.\*.self_attn.v_proj.kernel\n"):
+        some = LoraConfig(target_modules=["q_proj", "k_proj"])
+        jlora.extract_adapter(base, tuned, some)
+    other = dataclasses.replace(found, parts=FrozenMap({"qkv_proj": (4, 4, 4)}))
+    with pytest.raises(ConfigError, match=r"parts of \(4, 4, 4\) and \(8, 2, 2\) columns"):
+        jlora.add_weighted_adapter([found, other], [1, 1], "cat")
+
+
+def test_extraction_of_an_embedding():
+    tuned = tuned_on("embedding")
+    adapter = jlora.extract_adapter(PARAMS, tuned, LoraConfig(r=3, target_modules=["embed_tokens"]))
+    was, now = (np.asarray(t["model"]["embed_tokens"]["embedding"]) for t in (PARAMS, tuned))
+    close(deltas(adapter)["model.embed_tokens"], nearest(now - was, 3)[0])
+    assert set(adapter.weights["model"]["embed_tokens"]) == {"lora_embedding_A", "lora_embedding_B"}
+
+
 def test_extraction_names_what_would_be_lost():
     tuned = tuned_on("q_proj", "scale", "embedding")
     with pytest.raises(ConfigError) as error:
@@ -424,16 +461,19 @@ def test_extraction_refuses_trees_of_another_structure():
         assert part in str(error.value)
 
 
-def test_extraction_gives_products_and_whole_leaves_only(monkeypatch):
-    def with_magnitudes(key, params, config):
-        adapter = jlora.init_adapter(key, params, config)
-        node = adapter.weights["model"]["layers"]["self_attn"]["q_proj"]
-        node["lora_magnitude_vector"] = jnp.ones((L, D))
-        return adapter
-
-    monkeypatch.setattr(extraction, "init_adapter", with_magnitudes)
-    with pytest.raises(ConfigError, match=r"gives no model\.layers.*\.lora_magnitude_vector"):
-        jlora.extract_adapter(PARAMS, PARAMS, LoraConfig(target_modules=["q_proj"]))
+@pytest.mark.parametrize(
+    ("fields", "leaf"),
+    [
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_tokens_delta"),
+    ],
+)
+def test_neither_combining_nor_extraction_takes_other_leaves(fields, leaf):
+    with pytest.raises(ConfigError, match=rf"gives no model\.\w+\..*{leaf}"):
+        jlora.extract_adapter(PARAMS, PARAMS, LoraConfig(target_modules=["q_proj"], **fields))
+    with pytest.raises(ConfigError, match=rf"has more than A and B: model\.\w+\..*{leaf}"):
+        jlora.add_weighted_adapter([make_adapter(**fields)], [1], "cat")
 
 
 def test_extraction_from_a_quantized_base_counts_from_what_it_computes():

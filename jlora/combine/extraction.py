@@ -19,11 +19,11 @@ from jlora.combine.truncation import truncate
 from jlora.config import LoraConfig
 from jlora.errors import ConfigError, DataError
 from jlora.lora import Adapter, init_adapter
+from jlora.lora.adapter import changed
 from jlora.targets import is_replaced, rank_of
 
 Tree = Mapping[str, Any]
-WEIGHTS = {"lora_A": "kernel", "lora_embedding_A": "embedding"}
-"""The key of an A → that of the weight it adapts."""
+Leaves = Mapping[paths.Path, paths.Leaf]
 
 
 def extract_adapter(base_params: Tree, tuned_params: Tree, config: LoraConfig) -> Adapter:
@@ -65,7 +65,7 @@ def extract_adapter(base_params: Tree, tuned_params: Tree, config: LoraConfig) -
         b = b / jnp.asarray(f.scales, jnp.float32)[:, None, None]
         modules[path] = f._replace(a=a, b=b, ranks=np.minimum(f.ranks, a.shape[-1]))
     saved = {path: _dense(tuned[path]).reshape(base[path].value.shape) for path in others}
-    return assemble(modules, saved, empty.config)
+    return assemble(modules, saved, empty.config, empty.parts)
 
 
 @functools.partial(jax.jit, static_argnames="rank")
@@ -76,14 +76,24 @@ def _nearest(
     return jax.lax.map(lambda x: truncate(x[1] - x[0], rank), (before, after))
 
 
-def _weight(leaves: Mapping[paths.Path, paths.Leaf], path: paths.Path) -> Array:
+def _weight(leaves: Leaves, path: paths.Path) -> Array:
     """The weight that the A at ``path`` adapts, or its part of a fused one: (layers, in, out)."""
-    module = path[:-1]
-    weight = _dense(leaves[(*paths.whole(module), WEIGHTS[path[-1]])])
-    if not paths.is_part(module):
-        return weight
-    parts = paths.FUSED[module[-2]]
-    return jnp.split(weight, len(parts), -1)[parts.index(module[-1])]
+    weight, module = changed(path, leaves), path[:-1]
+    pieces = dict(_pieces(leaves, weight, _dense(leaves[weight])))
+    return pieces[module] if paths.is_part(module) else _dense(leaves[weight])
+
+
+def _pieces(leaves: Leaves, path: paths.Path, values: Any) -> Iterator[tuple[paths.Path, Any]]:
+    """The parts of the fused projection with the kernel at ``path``; else the module as a whole."""
+    module, leaf = path[:-1], leaves[path]
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    widths = paths.part_widths(module, shapes) if leaf.kind == "kernel" and module else ()
+    if not widths:
+        yield module, values
+        return
+    ends = np.cumsum(widths)
+    for name, start, end in zip(paths.FUSED[module[-1]], ends - widths, ends, strict=True):
+        yield (*module, name), values[..., start:end]
 
 
 def _dense(leaf: paths.Leaf) -> Array:
@@ -93,7 +103,7 @@ def _dense(leaf: paths.Leaf) -> Array:
     return value if leaf.stack else value[None]
 
 
-def _require_same(base: Mapping[paths.Path, Any], tuned: Mapping[paths.Path, Any]) -> None:
+def _require_same(base: Leaves, tuned: Leaves) -> None:
     """Raises a DataError that lists leaves of one tree only, and those of other shapes."""
     faults = [f"{'.'.join(path)} is only in the base" for path in base.keys() - tuned.keys()]
     faults += [f"{'.'.join(path)} is only in the successor" for path in tuned.keys() - base.keys()]
@@ -108,24 +118,23 @@ def _require_same(base: Mapping[paths.Path, Any], tuned: Mapping[paths.Path, Any
 
 
 def _lost(
-    base: Mapping[paths.Path, paths.Leaf],
-    tuned: Mapping[paths.Path, paths.Leaf],
+    base: Leaves,
+    tuned: Leaves,
     config: LoraConfig,
 ) -> Iterator[str]:
     """Names of leaves and of parts of fused ones that differ in a layer where nothing holds it."""
     for path, leaf in base.items():
         differs = np.asarray(_dense(leaf) != _dense(tuned[path]))
-        module, kind = path[:-1], leaf.kind
-        names = leaf.modules()
-        held = np.array([is_replaced(config, name, kind) for name in names])
-        held |= (kind in WEIGHTS.values()) & _adapted(config, names)
-        parts = paths.FUSED.get(module[-1], ()) if kind == "kernel" and module else ()
-        pieces = [(*module, part) for part in parts] or [module]
-        for piece, columns in zip(pieces, np.split(differs, len(pieces), -1), strict=True):
-            names = paths.module_names(piece, leaf.stack, leaf.layers)
-            reached = held | _adapted(config, names) if parts else held
-            if columns[~reached].any():
-                yield f"{paths.module_name(piece, leaf.stack, None)}.{kind}"
+        held = np.array([is_replaced(config, name, leaf.kind) for name in leaf.modules()])
+        if leaf.kind in ("kernel", "embedding"):
+            held |= _adapted(config, leaf.modules())
+        for module, values in _pieces(base, path, differs):
+            reached = held
+            if paths.is_part(module):
+                names = paths.module_names(module, leaf.stack, leaf.layers)
+                reached = held | _adapted(config, names)
+            if values[~reached].any():
+                yield f"{paths.module_name(module, leaf.stack, None)}.{leaf.kind}"
 
 
 def _adapted(config: LoraConfig, names: Sequence[str]) -> np.ndarray:

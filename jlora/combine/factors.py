@@ -12,10 +12,11 @@ import numpy as np
 
 from jlora import paths
 from jlora.config import LoraConfig
-from jlora.lora import Adapter
+from jlora.config.convert import FrozenMap
+from jlora.lora import DELTA, EMBEDDING_DELTA, Adapter
 from jlora.targets import rank_of, scaling_of
 
-PAIRS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
+PAIRS: dict[str, str] = dict([DELTA, EMBEDDING_DELTA])
 """The key of an A → that of its B."""
 
 
@@ -49,17 +50,24 @@ def factors(adapter: Adapter) -> dict[paths.Path, Factors]:
 
 
 def other_leaves(adapter: Adapter) -> dict[paths.Path, Any]:
-    """What an adapter has besides its pairs: biases, saved modules, magnitudes of DoRA."""
+    """What an adapter has besides its pairs: biases, saved modules, DoRA's magnitudes."""
     pairs = {*PAIRS, *PAIRS.values()}
     return {path: value for path, value in paths.walk(adapter.weights) if path[-1] not in pairs}
 
 
 def assemble(
-    modules: Mapping[paths.Path, Factors], others: Mapping[paths.Path, Any], config: LoraConfig
+    modules: Mapping[paths.Path, Factors],
+    others: Mapping[paths.Path, Any],
+    config: LoraConfig,
+    parts: Mapping[str, tuple[int, ...]],
 ) -> Adapter:
     """The adapter of these pairs, with the columns that a layer does not use set to zero.
 
-    ``config`` gives all but ranks and alphas: those are set so that they say what ``modules`` says.
+    Args:
+      modules: the pairs.
+      others: leaves that are neither A nor B.
+      config: all but ranks and alphas, which are set so that they say what ``modules`` says.
+      parts: see ``Adapter``.
     """
     flat = dict(others)
     for path, f in modules.items():
@@ -67,7 +75,7 @@ def assemble(
         a, b = jnp.where(used[:, None, :], f.a, 0.0), jnp.where(used[:, :, None], f.b, 0.0)
         flat[path] = a if f.leaf.stack else a[0]
         flat[(*path[:-1], PAIRS[path[-1]])] = b if f.leaf.stack else b[0]
-    return Adapter(paths.nest(flat), _with_ranks(config, modules))
+    return Adapter(paths.nest(flat), _with_ranks(config, modules), parts=FrozenMap(parts))
 
 
 def _with_ranks(config: LoraConfig, modules: Mapping[paths.Path, Factors]) -> LoraConfig:

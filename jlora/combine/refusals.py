@@ -77,6 +77,10 @@ def adapter_faults(
             more = f" and {len(others) - 3} more" if others[3:] else ""
             yield f"adapter {i} has more than A and B: {', '.join(others[:3])}{more}"
     yield from _not_one_tree(modules)
+    for name in dict.fromkeys(name for adapter in adapters for name in adapter.parts):
+        widths = {adapter.parts[name] for adapter in adapters if name in adapter.parts}
+        if len(widths) > 1:
+            yield f"{name} has parts of {' and '.join(map(str, sorted(widths)))} columns"
     for path in dict.fromkeys(path for own in modules for path in own):
         some = {i: own[path] for i, own in enumerate(modules) if path in own}
         module = next(iter(some.values())).leaf.module()
@@ -108,7 +112,7 @@ def _not_one_tree(modules: Sequence[Mapping[paths.Path, Factors]]) -> Iterator[s
 
 def no_plain_pairs(adapter: Adapter, name: str = "the adapter") -> Iterator[str]:
     """Why an adapter's pairs do not stand for ``scale · A @ B`` of a matrix each, if so."""
-    if getattr(adapter, "initial", None) is not None:
+    if adapter.initial is not None:
         kind = adapter.config.init_lora_weights
         yield f"{name} counts from its first values ({kind}): turn it into an ordinary one first"
     for leaf in paths.leaves(adapter.weights):

@@ -30,7 +30,7 @@ def reduce_rank(adapter: Adapter, r: int) -> Adapter:
     for path, f in factors(adapter).items():
         a, b = truncate_product(f.a, f.b, r)
         reduced[path] = f._replace(a=a, b=b, ranks=np.minimum(f.ranks, a.shape[-1]))
-    return assemble(reduced, other_leaves(adapter), adapter.config)
+    return assemble(reduced, other_leaves(adapter), adapter.config, adapter.parts)
 
 
 @functools.partial(jax.jit, static_argnames="rank")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from jlora.combine.pruning import Rule, merge_tensors
 from jlora.combine.refusals import BY_FACTOR, PRUNES, adapter_faults, refuse, setting_faults
 from jlora.combine.truncation import truncate, truncate_product
 from jlora.lora import Adapter
+from jlora.lora.attaching import fold
 
 Pair = tuple[Array, Array, np.ndarray]
 """A (layers, in, r), B (layers, r, out) and how many of their columns each layer uses."""
@@ -80,7 +80,7 @@ def add_weighted_adapter(
         having = [i for i, own in enumerate(modules) if path in own]
         some = [modules[i][path] for i in having]
         own_weights = jnp.stack([jnp.asarray(weights[i], jnp.float32) for i in having])
-        own_key = None if key is None else _key_of(key, path)
+        own_key = None if key is None else fold(key, path)
         if combination_type == "cat":
             a, b, ranks = _cat(some, own_weights)
         elif combination_type in BY_FACTOR:
@@ -90,7 +90,8 @@ def add_weighted_adapter(
         combined[path] = Factors(some[0].leaf, a, b, ranks, np.ones(len(ranks)))
     ordinary = {"use_rslora": False, "init_lora_weights": True}
     config = dataclasses.replace(joint_targets(adapters, combined), **ordinary)
-    return assemble(combined, {}, config)
+    parts = {name: widths for adapter in adapters for name, widths in adapter.parts.items()}
+    return assemble(combined, {}, config, parts)
 
 
 def _cat(some: Sequence[Factors], weights: Array) -> Pair:
@@ -194,8 +195,3 @@ def _stacked(some: Sequence[Factors]) -> tuple[Array, Array]:
 def _scales(some: Sequence[Factors]) -> np.ndarray:
     """The scale of every layer and adapter: (layers, n), float32."""
     return np.stack([f.scales for f in some], 1).astype(np.float32)
-
-
-def _key_of(key: Array, path: paths.Path) -> Array:
-    """A key of its own for every module, whatever else is adapted."""
-    return jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
