@@ -294,7 +294,7 @@ def gpt2(layers=L):
     return {"transformer": {"h": {"attn": {"c_attn": {"kernel": kernel}}}}}
 
 
-def first(tree):
+def unstacked(tree):
     """Layer by layer under numbers instead of stacked."""
     layers = tree["model"]["layers"]
     numbered = {str(i): jax.tree.map(lambda x, i=i: x[i], layers) for i in range(L)}
@@ -309,7 +309,11 @@ def first(tree):
             make_adapter(params={"q_proj": {"kernel": jnp.zeros((4, 6))}}),
             r"q_proj is \(4, 5\) in 1 layers \(adapter 0\) and \(4, 6\)",
         ),
-        (make_adapter(), make_adapter(params=first(PARAMS)), "stacked in one adapter and not in"),
+        (
+            make_adapter(),
+            make_adapter(params=unstacked(PARAMS)),
+            "stacked in one adapter and not in",
+        ),
         (
             make_adapter(params=gpt2(), target_modules=["c_attn"]),
             make_adapter(params=gpt2(), target_modules=["v_proj"]),

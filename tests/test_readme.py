@@ -69,6 +69,7 @@ def test_combining_adapters_is_what_the_page_says(tmp_path, monkeypatch):
     assert np.abs(names["on"] - plain).max() > 0.1
     close(kernel(names["merged"]), base + one)
     close(kernel(names["back"]), base)
+    close(kernel(names["summed"]), base + one + two)
     close(both, 0.7 * one + 0.3 * two)
     close(found, two)
     for got, exact, r in [(less, one - 0.5 * two, 4), (small, both, 8)]:

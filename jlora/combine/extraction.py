@@ -35,7 +35,7 @@ def extract_adapter(base_params: Tree, tuned_params: Tree, config: LoraConfig) -
     Args:
       base_params: the model; quantized leaves are dequantized.
       tuned_params: the successor's parameters, of the same structure and shapes.
-      config: what to adapt, as for ``init_adapter``.
+      config: what to adapt, as for ``init_adapter``; first values play no part.
 
     Raises:
       DataError: the trees differ in structure.
@@ -78,9 +78,9 @@ def _nearest(
 
 def _weight(leaves: Leaves, path: paths.Path) -> Array:
     """The weight that the A at ``path`` adapts, or its part of a fused one: (layers, in, out)."""
-    weight, module = changed(path, leaves), path[:-1]
-    pieces = dict(_pieces(leaves, weight, _dense(leaves[weight])))
-    return pieces[module] if paths.is_part(module) else _dense(leaves[weight])
+    where = changed(path, leaves)
+    values = _dense(leaves[where])
+    return dict(_pieces(leaves, where, values)).get(path[:-1], values)
 
 
 def _pieces(leaves: Leaves, path: paths.Path, values: Any) -> Iterator[tuple[paths.Path, Any]]:
@@ -117,11 +117,7 @@ def _require_same(base: Leaves, tuned: Leaves) -> None:
         raise DataError(f"the two models differ in structure:\n  {listing}")
 
 
-def _lost(
-    base: Leaves,
-    tuned: Leaves,
-    config: LoraConfig,
-) -> Iterator[str]:
+def _lost(base: Leaves, tuned: Leaves, config: LoraConfig) -> Iterator[str]:
     """Names of leaves and of parts of fused ones that differ in a layer where nothing holds it."""
     for path, leaf in base.items():
         differs = np.asarray(_dense(leaf) != _dense(tuned[path]))
