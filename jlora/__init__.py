@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jlora import nf4
     from jlora.adapter_io import load_adapter, save_adapter
+    from jlora.combine import add_weighted_adapter, extract_adapter, reduce_rank
     from jlora.config import LoraConfig, QuantConfig
     from jlora.dot import dot, embed
     from jlora.lora import Adapter, attach, detach, init_adapter, merge, unmerge
@@ -31,16 +32,19 @@ __all__ = [
     "LoraConfig",
     "QuantConfig",
     "__version__",
+    "add_weighted_adapter",
     "attach",
     "detach",
     "dot",
     "embed",
+    "extract_adapter",
     "init_adapter",
     "load_adapter",
     "load_pretrained",
     "merge",
     "nf4",
     "quantize",
+    "reduce_rank",
     "save_adapter",
     "save_pretrained",
     "unmerge",
@@ -51,15 +55,18 @@ _HOME = {
     "Adapter": "lora",
     "LoraConfig": "config",
     "QuantConfig": "config",
+    "add_weighted_adapter": "combine",
     "attach": "lora",
     "detach": "lora",
     "dot": "dot",
     "embed": "dot",
+    "extract_adapter": "combine",
     "init_adapter": "lora",
     "load_adapter": "adapter_io",
     "load_pretrained": "models",
     "merge": "lora",
     "quantize": "quantization:quantize_params",
+    "reduce_rank": "combine",
     "save_adapter": "adapter_io",
     "save_pretrained": "models",
     "unmerge": "lora",

@@ -229,3 +229,20 @@ def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
+
+
+def pattern_table(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """The patterns by which ``pattern_value`` gives each name its value: its inverse.
+
+    They are last names where one value holds for all of the name, else full names, so that no two
+    match one module: a table's order is lost in a file with sorted keys.
+    """
+    by_last: dict[str, set[Any]] = {}
+    for name, value in values.items():
+        by_last.setdefault(name.rpartition(".")[2], set()).add(value)
+    table = {}
+    for name, value in values.items():
+        last = name.rpartition(".")[2]
+        if value != default:
+            table[last if len(by_last[last]) == 1 else name] = value
+    return table

@@ -16,7 +16,7 @@ LAYERS = [
     {"targets", "nf4", "int8"},
     {"quantization"},
     {"lora", "sharding", "nf4_kernel"},
-    {"dot", "models"},
+    {"dot", "models", "combine"},
     {"optim", "state", "step"},
     {"adapter_io", "checkpoint", "data", "metrics", "console", "report", "runtime", "decoding"},
     {"batches", "classes", "evaluation", "header", "job", "outputs", "progress", "cli"},

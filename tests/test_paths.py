@@ -128,3 +128,16 @@ def test_the_first_pattern_that_ends_the_name_wins():
     assert paths.pattern_value(patterns, "model.layers.2.xq_proj", 8) == 8
     assert paths.pattern_value({"q|v": 4}, "a.v", 8) == 4
     assert paths.pattern_value({}, "a.v", 8) == 8
+
+
+@pytest.mark.parametrize("special", [(), (1,), (0, 1, 11)])
+def test_a_table_of_patterns_gives_every_name_its_value(special):
+    names = [f"model.layers.{i}.{n}" for i in range(12) for n in ("mlp.up_proj", "attn.q_proj")]
+    values = {name: 4 + any(f".{i}.mlp" in name for i in special) for name in [*names, "lm_head"]}
+    values["lm_head"] = 7
+    table = paths.pattern_table(values, 4)
+    backwards = dict(reversed(table.items()))
+    for name, value in values.items():
+        assert paths.pattern_value(table, name, 4) == value
+        assert paths.pattern_value(backwards, name, 4) == value, "whatever the order"
+    assert len(table) == len(special) + 1

@@ -1,7 +1,10 @@
 """What README promises: its Python runs, its links lead somewhere, its reading order exists."""
 
+import functools
 import re
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,12 +20,18 @@ def test_set_up_stands_at_the_top():
     assert block.start() < 200
 
 
-def test_python_example_runs(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    (tmp_path / "jlora").symlink_to(ROOT / "jlora")
-    monkeypatch.chdir(tmp_path)
+def run_python(page, folder, monkeypatch):
+    """Runs a page's blocks of Python as one program in ``folder``; returns its names."""
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    (folder / "jlora").symlink_to(ROOT / "jlora")
+    monkeypatch.chdir(folder)
     names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)  # the file is ours
+    exec(compile("\n".join(blocks), page.name, "exec"), names)  # the file is ours
+    return names
+
+
+def test_python_example_runs(tmp_path, monkeypatch):
+    names = run_python(ROOT / "README.md", tmp_path, monkeypatch)
     assert (tmp_path / "outputs/python-adapter/adapter_model.safetensors").is_file()
     before = names["loss"](names["jlora"].init_adapter(*_initial(names)))
     assert names["loss"](names["adapter"]) < before
@@ -45,3 +54,29 @@ def test_commands_name_files_that_exist():
         for module in re.findall(r"python -m (jlora[\w.]*)", page.read_text(encoding="utf-8")):
             path = ROOT / module.replace(".", "/")
             assert path.with_suffix(".py").is_file() or path.is_dir(), f"{page.name} → {module}"
+
+
+def test_combining_adapters_is_what_the_page_says(tmp_path, monkeypatch):
+    names = run_python(ROOT / "docs/combining_adapters.md", tmp_path, monkeypatch)
+    base = kernel(names["params"])
+    one, two, both, less, small, found = (
+        kernel(names["jlora"].merge(names["params"], names[name])) - base
+        for name in ("one", "two", "both", "less", "small", "found")
+    )
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5 * np.abs(one).max())
+    plain = names["model"](names["params"], names["ids"])
+    np.testing.assert_array_equal(names["off"], plain)
+    assert np.abs(names["on"] - plain).max() > 0.1
+    close(kernel(names["merged"]), base + one)
+    close(kernel(names["back"]), base)
+    close(kernel(names["summed"]), base + one + two)
+    close(both, 0.7 * one + 0.3 * two)
+    close(found, two)
+    for got, exact, r in [(less, one - 0.5 * two, 4), (small, both, 8)]:
+        u, s, vh = np.linalg.svd(exact, full_matrices=False)
+        close(got, u[..., :r] * s[:, None, :r] @ vh[:, :r])
+    assert (tmp_path / "outputs/both/adapter_model.safetensors").is_file()
+
+
+def kernel(params) -> np.ndarray:
+    return np.asarray(params["model"]["layers"]["self_attn"]["q_proj"]["kernel"])

@@ -55,16 +55,16 @@ def for_peft(adapter: Adapter) -> Adapter:
         weights |= _in_columns(leaf, own, adapter)
         settings |= _joint_settings(leaf, own, a.shape[-1], adapter)
     experts = {name for name in settings if is_target_parameter(adapter.config, name)}
+    ranks = {name: r for name, (r, _) in settings.items()}
+    alphas = {name: alpha for name, (_, alpha) in settings.items()}
     config = dataclasses.replace(
         adapter.config,
         target_modules=tuple(name for name in settings if name not in experts),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        rank_pattern=_patterns({n: r for n, (r, _) in settings.items()}, adapter.config.r),
-        alpha_pattern=_patterns(
-            {n: alpha for n, (_, alpha) in settings.items()}, adapter.config.lora_alpha
-        ),
+        rank_pattern=paths.pattern_table(ranks, adapter.config.r),
+        alpha_pattern=paths.pattern_table(alphas, adapter.config.lora_alpha),
         init_lora_weights=True if first else adapter.config.init_lora_weights,
     )
     return Adapter(paths.nest(weights), config)
@@ -127,19 +127,3 @@ def _joint_settings(
             if rank(adapter.config, name):
                 found[whole] = (total, alpha)
     return found
-
-
-def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """A table for ``rank_pattern``: last names where one value holds for all, else full names.
-
-    No two patterns match one module: a table's order is lost in a file with sorted keys.
-    """
-    by_last: dict[str, set[Any]] = {}
-    for name, value in values.items():
-        by_last.setdefault(name.rpartition(".")[2], set()).add(value)
-    table = {}
-    for name, value in values.items():
-        last = name.rpartition(".")[2]
-        if value != default:
-            table[last if len(by_last[last]) == 1 else name] = value
-    return table
