@@ -145,9 +145,8 @@ def test_first_values_are_drawn_as_pefts(bases, kind, target):
         assert abs(got[key].mean()) <= 4 * value.std() / np.sqrt(size)
         if not tensor.any():
             assert not got[key].any()
-        elif (
-            kind != "gaussian" and target != "embedding"
-        ):  # a uniform distribution has sharp bounds
+        elif kind != "gaussian" and target != "embedding" and size > 1000:
+            # The bounds of a uniform distribution are sharp.
             np.testing.assert_allclose(np.abs(got[key]).max(), np.abs(value).max(), rtol=0.02)
 
 
