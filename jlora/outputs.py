@@ -13,11 +13,12 @@ import yaml
 from jax.experimental import multihost_utils
 
 from jlora import checkpoint, data, evaluation, metrics, report, sharding
-from jlora.adapter_io import save_adapter
+from jlora.adapter_io import base_record, save_adapter
 from jlora.config import Config, TrainConfig, to_yaml
 from jlora.console import Console
 from jlora.errors import ConfigError, StoppedError
 from jlora.files import storage_errors, write_atomic
+from jlora.fingerprint import fingerprint
 from jlora.job import Job
 from jlora.lora import Adapter
 from jlora.models import save_pretrained
@@ -56,7 +57,7 @@ class Checkpoints:
         self._settings = job.config.train
         self._run = {
             "identity": identity(job.config, plan, data_fingerprint),
-            "base_fingerprint": checkpoint.fingerprint(job.frozen),
+            "base_fingerprint": fingerprint(job.frozen),
         }
         self.best: Any = None
         """The trainable tree of the last better evaluation; kept only with early stopping."""
@@ -161,10 +162,11 @@ def replies(job: Job, trainable: Any, rows: list[data.ReplyRow]) -> list[evaluat
 def write_model(job: Job, trainable: Any) -> str:
     """The adapter, or the fully trained model, with its tokenizer; says what was written."""
     out, tree = Path(job.config.train.output_dir), sharding.gather(trainable)
+    base = base_record(job.frozen, tree.config) if isinstance(tree, Adapter) else None
     if jax.process_index() != 0:
         return ""
     if isinstance(tree, Adapter):
-        size = save_adapter(out, tree)
+        size = save_adapter(out, tree, base)
         written = f"{out / 'adapter_model.safetensors'} ({size / 2**20:,.1f} MiB)"
     else:
         dtype = jax.numpy.dtype(job.config.model.dtype)

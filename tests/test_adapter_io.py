@@ -4,11 +4,13 @@ import json
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from test_lora import L, make_gpt2, make_params, node, trained
 
+import jlora
 from jlora import adapter_io, lora
 from jlora.config import LoraConfig
 from jlora.errors import ConfigError, DataError
@@ -131,3 +133,32 @@ def test_nothing_is_written_for_a_broken_adapter(tmp_path):
     with pytest.raises(DataError, match="nothing to save"):
         adapter_io.save_adapter(tmp_path, lora.Adapter({}, adapter.config))
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_knows_its_base_again(tmp_path):
+    """By all weights where they are kept alike, else by the leaves that packing leaves alone."""
+    params, fields = make_params(), {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    adapter = lora.init_adapter(jax.random.key(0), params, LoraConfig(**fields))
+    jlora.save_adapter(tmp_path, adapter, adapter_io.base_record(params, adapter.config))
+    other_head = {**params, "lm_head": {"kernel": params["lm_head"]["kernel"] + 1}}
+    packed = jlora.quantize(params, jlora.QuantConfig(block_size=32))
+    for same in (params, other_head, packed, jax.eval_shape(lambda: params)):
+        adapter_io.load_adapter(tmp_path, same)
+
+    def move(kind):
+        def change(path, leaf):
+            first = path[-1] == kind and "layers" in path
+            return leaf.at[1].add(0.5) if first else leaf
+
+        return jlora.paths.map_leaves(change, params)
+
+    for kind in ("kernel", "scale", "bias"):
+        with pytest.raises(DataError, match=r"other weights(.|\n)*base_model.json"):
+            adapter_io.load_adapter(tmp_path, move(kind))
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    adapter_io.load_adapter(tmp_path, narrow)
+    moved = jax.tree.map(lambda x: x.astype(jnp.bfloat16), move("scale"))
+    with pytest.raises(DataError, match="other weights"):
+        adapter_io.load_adapter(tmp_path, moved)
+    (tmp_path / adapter_io.BASE_FILE).unlink()
+    adapter_io.load_adapter(tmp_path, moved)

@@ -15,8 +15,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jlora import checkpoint
-from jlora.checkpoint.fingerprint import _checksum
 from jlora.errors import ConfigError, DataError, StorageError
+from jlora.fingerprint import _checksum, fingerprint
 
 IDENTITY = {"lora": {"r": 8, "target_modules": ["q_proj", "v_proj"]}, "train": {"seed": 1}}
 RUN = {"identity": IDENTITY, "base_fingerprint": "base"}
@@ -271,12 +271,12 @@ def test_manifest_lists_leaves_with_their_digests(tmp_path):
 
 def test_fingerprint_is_that_of_the_values_wherever_they_lie():
     value = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
-    one = checkpoint.fingerprint({"w": jnp.asarray(value)})
-    assert one == checkpoint.fingerprint({"w": value})
-    assert one == checkpoint.fingerprint({"w": sharded(value, (4, 2), ("x", "y"))})
-    assert one != checkpoint.fingerprint({"v": value})
-    assert one != checkpoint.fingerprint({"w": value.reshape(16, 8)})
-    assert one != checkpoint.fingerprint({"w": value.astype(np.int32)})
+    one = fingerprint({"w": jnp.asarray(value)})
+    assert one == fingerprint({"w": value})
+    assert one == fingerprint({"w": sharded(value, (4, 2), ("x", "y"))})
+    assert one != fingerprint({"v": value})
+    assert one != fingerprint({"w": value.reshape(16, 8)})
+    assert one != fingerprint({"w": value.astype(np.int32)})
 
 
 def checksum(bits):
@@ -298,18 +298,19 @@ def test_checksum_equals_the_same_sum_in_python(dtype):
 
 def test_fingerprint_sees_a_single_bit_and_a_swap():
     codes = np.random.default_rng(0).integers(0, 256, size=(64, 32), dtype=np.uint8)
-    one = checkpoint.fingerprint([codes])
+    one = fingerprint([codes])
     flipped = codes.copy()
     flipped[63, 31] ^= 128
     swapped = codes.copy()
     swapped[[0, 1]] = swapped[[1, 0]]
-    assert len({one, checkpoint.fingerprint([flipped]), checkpoint.fingerprint([swapped])}) == 3
+    assert len({one, fingerprint([flipped]), fingerprint([swapped])}) == 3
 
 
 TWO_PROCESSES = """
 import sys
 from pathlib import Path
 from jlora import checkpoint, runtime
+from jlora.fingerprint import fingerprint
 runtime.distributed()
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -322,7 +323,7 @@ def place(value, *spec):
 value = np.arange(12, dtype=np.float32).reshape(4, 3)
 tree = {"rows": place(value, "x"), "all": place(value)}
 like = {"rows": place(value * 0), "all": place(value * 0, "x")}
-run = {"identity": {}, "base_fingerprint": checkpoint.fingerprint(tree)}
+run = {"identity": {}, "base_fingerprint": fingerprint(tree)}
 checkpoint.save(Path(sys.argv[1]), 1, tree, {}, keep=1, **run)
 checkpoint.save(Path(sys.argv[1]), 2, tree, {"n": 2}, keep=1, **run)
 tree, extra = checkpoint.restore(Path(sys.argv[1]), 2, like, **run)
@@ -352,7 +353,7 @@ def test_two_processes_save_one_checkpoint_and_one_process_reads_it(tmp_path):
     assert [run.returncode for run in runs] == [0, 0]
     value = np.arange(12, dtype=np.float32).reshape(4, 3)
     tree = {"rows": jnp.asarray(value), "all": jnp.asarray(value)}
-    base = checkpoint.fingerprint(tree)
+    base = fingerprint(tree)
     assert printed == [f"{{'n': 2}} {base}"] * 2
     assert checkpoint.steps(tmp_path) == [2]
     restored, _ = checkpoint.restore(tmp_path, 2, tree, identity={}, base_fingerprint=base)

@@ -13,7 +13,7 @@ ROOT = PACKAGE.parent
 
 LAYERS = [
     {"errors", "files", "paths", "config", "codebooks"},
-    {"targets", "nf4", "int8"},
+    {"targets", "nf4", "int8", "fingerprint"},
     {"quantization"},
     {"lora", "sharding", "nf4_kernel"},
     {"dot", "models", "combine"},

@@ -190,6 +190,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "alpha_pattern": {"gate_up_proj": 5},
         },
     ),
+    "experts in full": (
+        "qwen3_moe",
+        {"target_modules": ["q_proj"], "modules_to_save": ["experts", "layers.1.mlp.gate"]},
+    ),
+    "gpt_oss's experts in full": (
+        "gpt_oss",
+        {"target_modules": ["q_proj"], "modules_to_save": ["layers.1.mlp"]},
+    ),
     "one matrix of experts": (
         "qwen3_moe",
         {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]},

@@ -17,6 +17,8 @@ import numpy as np
 import safetensors.numpy
 
 from jlora import paths
+from jlora.adapter_io.base_model import BASE_FILE, differences, write_record
+from jlora.adapter_io.base_model import record as base_record
 from jlora.adapter_io.for_peft import for_peft
 from jlora.adapter_io.peft_config import CONFIG_FILE, read_config, write_config
 from jlora.adapter_io.tensors import TENSOR_FILE, drop_bases, mismatches, read_tensors, slots_of
@@ -24,14 +26,30 @@ from jlora.errors import DataError
 from jlora.files import write_atomic
 from jlora.lora import Adapter, init_adapter
 
-__all__ = ["CONFIG_FILE", "TENSOR_FILE", "load_adapter", "save_adapter", "to_peft_tensors"]
+__all__ = [
+    "BASE_FILE",
+    "CONFIG_FILE",
+    "TENSOR_FILE",
+    "base_record",
+    "load_adapter",
+    "save_adapter",
+    "to_peft_tensors",
+]
 
 
-def save_adapter(directory: str | Path, adapter: Adapter) -> int:
+def save_adapter(
+    directory: str | Path, adapter: Adapter, base: dict[str, str] | None = None
+) -> int:
     """Writes the folder that ``PeftModel.from_pretrained`` takes, and reads it back.
 
     Parts of a fused projection (GPT-2's ``q_proj``) are written as LoRA on the whole of it, which
     is how PEFT can hold them. Tensors are float32.
+
+    Args:
+      directory: made if it is not there.
+      adapter: what to write.
+      base: ``base_record(params, adapter.config)`` of the base model, for ``load_adapter`` to know
+        it again; PEFT takes no notice of it.
 
     Returns:
       The size of the tensor file in bytes.
@@ -53,6 +71,8 @@ def save_adapter(directory: str | Path, adapter: Adapter) -> int:
     data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
     write_atomic(file, data)
     write_config(directory, adapter.config)
+    if base is not None:
+        write_record(directory, base)
     written = read_tensors(file)
     if any(not np.array_equal(written[name], value) for name, value in tensors.items()):
         raise DataError("what was written does not read back", where=str(file))
@@ -64,7 +84,7 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
 
     Raises:
       DataError: the folder is not a LoRA adapter, is damaged, or does not fit: every missing,
-        unknown and misshapen tensor is listed.
+        unknown and misshapen tensor is listed, and whether the base model is another one.
       ConfigError: it uses a feature of PEFT that jlora lacks, or its patterns match nothing.
     """
     file = Path(directory) / TENSOR_FILE
@@ -74,7 +94,8 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
     slots = slots_of(arrays, shapes.config)
     tensors = read_tensors(file)
     drop_bases(tensors, params, shapes.config, file)
-    if faults := mismatches(tensors, slots):
+    faults = [*mismatches(tensors, slots), *differences(directory, params, shapes.config)]
+    if faults:
         more = [f"… and {len(faults) - 20} more"] if faults[20:] else []
         listing = "\n  ".join(faults[:20] + more)
         raise DataError(

@@ -19,6 +19,8 @@ from jlora.targets import is_replaced, parameter_rank_of, rank_of
 
 TENSOR_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+WEIGHT = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+"""Our leaf keys → torch's, where that is another."""
 
 
 class Slot(NamedTuple):
@@ -53,7 +55,7 @@ def slots_of(arrays: Mapping[paths.Path, np.ndarray], config: LoraConfig) -> dic
             layer = leaf.value[i] if leaf.stack else leaf.value
             slot = _added(leaf, layer, module, config) if leaf.kind in ADDED else None
             if slot is None and leaf.kind not in ADDED and is_replaced(config, module, leaf.kind):
-                slot = _replaced(leaf, layer, module, config)
+                slot = _replaced(leaf, layer, module, config, _flips(leaf, config, arrays))
             if slot is not None:
                 found[PREFIX + slot[0]] = slot[1]
     return found
@@ -100,17 +102,22 @@ def _of_experts(
 
 
 def _replaced(
-    leaf: paths.Leaf, layer: np.ndarray, module: str, config: LoraConfig
+    leaf: paths.Leaf, layer: np.ndarray, module: str, config: LoraConfig, flips: bool
 ) -> tuple[str, Slot]:
-    """Name and slot of a leaf that is trained as a whole."""
+    """Name and slot of a leaf that is trained as a whole; torch has the transpose if it flips."""
     on_lora = "base_layer." if leaf.kind == "bias" and rank_of(config, module) else ""
-    suffix = on_lora + ("bias" if leaf.kind == "bias" else "weight")
-    value = layer.T if _flips(leaf, config) else layer
-    return f"{module}.{suffix}", Slot(value, value.shape)
+    value = layer.swapaxes(-1, -2) if flips else layer
+    return f"{module}.{on_lora}{WEIGHT.get(leaf.kind, leaf.kind)}", Slot(value, value.shape)
 
 
-def _flips(leaf: paths.Leaf, config: LoraConfig) -> bool:
-    """Whether torch has the transpose: of kernels, but for GPT-2's ``Conv1D``."""
+def _flips(leaf: paths.Leaf, config: LoraConfig, there: Any) -> bool:
+    """Whether torch has the transpose.
+
+    That is so for kernels, but for GPT-2's ``Conv1D``, and for gpt-oss's experts, which alone have
+    biases ``there`` beside them.
+    """
+    if leaf.kind in paths.EXPERTS:
+        return (*leaf.path[:-1], f"{leaf.kind}_bias") in there
     conv1d = config.fan_in_fan_out and leaf.path[-2] not in paths.OUTPUT_HEADS
     return leaf.kind == "kernel" and not conv1d
 

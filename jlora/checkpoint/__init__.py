@@ -11,14 +11,12 @@ without a word; here every file and every restored leaf is compared with its SHA
 With several processes all of them call ``save`` and ``restore``, on a folder that all of them see.
 """
 
-from jlora.checkpoint.fingerprint import fingerprint
 from jlora.checkpoint.manifest import discard_incomplete, discard_later, latest, steps
 from jlora.checkpoint.store import restore, save
 
 __all__ = [
     "discard_incomplete",
     "discard_later",
-    "fingerprint",
     "latest",
     "restore",
     "save",

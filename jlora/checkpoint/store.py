@@ -40,7 +40,7 @@ def save(
       tree: any pytree of arrays; leaf names come from its keys, and hold no ``/``.
       extra: JSON values that ``restore`` hands back (data position, best loss …).
       identity: the settings that a resumed run must share, as nested JSON values.
-      base_fingerprint: of the frozen parameters, see ``fingerprint``.
+      base_fingerprint: of the frozen parameters, see ``jlora.fingerprint``.
       keep: how many checkpoints stay, the new one included; None keeps all.
 
     Returns when everything is on the disk. Raises StorageError (disk full); what was saved before

@@ -25,7 +25,6 @@ def faults_of(
         *_not_adaptable(config, modules, candidates),
         *_unsupported(config, targets),
         *_tokens(config, leaves, targets),
-        *_experts_saved(config, leaves),
     ]
 
 
@@ -137,15 +136,6 @@ def _tokens(
             name in adapted or any(is_saved(name, m) for m in config.modules_to_save or ())
         ):
             yield f"trainable_token_indices: {name} is trained already, by LoRA or in full"
-
-
-def _experts_saved(config: LoraConfig, leaves: Sequence[paths.Leaf]) -> Iterator[str]:
-    """A message if experts would be trained in full: files of adapters know no such tensors yet."""
-    for m in config.modules_to_save or ():
-        for leaf in leaves:
-            if leaf.kind in paths.EXPERTS and any(is_saved(n, m) for n in leaf.modules()):
-                yield f"modules_to_save: {m!r} would train experts in full, which is not supported"
-                return
 
 
 def _near(pattern: str, names: Sequence[str]) -> str:
