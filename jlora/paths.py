@@ -2,10 +2,11 @@
 
 A parameter tree is nested mappings whose leaves are arrays (or pytrees that stand for one, such as
 ``NF4Array``). Lists and tuples count as mappings from numbers, other registered pytrees (Equinox
-modules, dataclasses) as mappings from their fields; an NNX ``Variable`` stands for its value; None
-is nothing. Leaf keys are Flax's: a linear layer is ``kernel`` (in, out), perhaps with a ``bias``,
-an embedding ``embedding`` (vocabulary, dim), a norm ``scale``, perhaps with a ``bias``. Layers that
-name or turn their matrix otherwise are seen so too (``FOREIGN``), and nothing else knows of it.
+modules, dataclasses) as mappings from their fields; an NNX ``Variable`` stands for its value; what
+has no shape (None, numbers and functions that a module holds) is nothing, and stays. Leaf keys are
+Flax's: a linear layer is ``kernel`` (in, out), perhaps with a ``bias``, an embedding ``embedding``
+(vocabulary, dim), a norm ``scale``, perhaps with a ``bias``. Layers that name or turn their matrix
+otherwise are seen so too (``FOREIGN``), and nothing else knows of it.
 
 The layers of a scanned decoder are stacked: every leaf below a ``layers`` or ``h`` node has a
 leading axis of length L. Such a leaf stands for L modules::
@@ -130,8 +131,8 @@ def walk(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     if children is not None:
         for key, child in children:
             yield from walk(child, (*path, str(key)))
-    elif tree is not None:
-        yield path, _value(tree)
+    elif _is_array(leaf := _value(tree)):
+        yield path, leaf
 
 
 def map_leaves(f: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> Any:
@@ -141,7 +142,8 @@ def map_leaves(f: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> Any
     """
     children = _children(tree)
     if children is None:
-        return None if tree is None else f(path, _value(tree))
+        leaf = _value(tree)
+        return f(path, leaf) if _is_array(leaf) else leaf
     new = {key: map_leaves(f, child, (*path, str(key))) for key, child in children}
     if isinstance(tree, Mapping):
         return new
@@ -154,7 +156,7 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
         return list(node.items())
     if type(node) in (list, tuple):
         return list(enumerate(node))
-    if node is None or hasattr(node, "shape") or hasattr(node, "get_value"):
+    if node is None or _is_array(node) or hasattr(node, "get_value"):
         return None
     fields, _ = _fields(node)
     if fields is None:
@@ -195,10 +197,14 @@ def turned(value: Any) -> Any:
     """The transposed matrix, or matrices; what has no ``mT`` but a shape gets another shape."""
     if hasattr(value, "mT"):
         return value.mT
-    if not hasattr(value, "shape"):
+    if not _is_array(value):
         return value
     *lead, rows, columns = value.shape
     return value.update(shape=(*lead, columns, rows), sharding=None)
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape")
 
 
 def _value(leaf: Any) -> Any:
@@ -235,7 +241,9 @@ def stacks(tree: Any) -> list[Path]:
     def visit(node: Any, path: Path) -> None:
         children = _children(node) or []
         if path and path[-1] in STACKED and not any(str(key).isdigit() for key, _ in children):
-            below = {p: leaf for p, leaf in walk(node) if hasattr(leaf, "shape")} if children else {}
+            below = (
+                {p: leaf for p, leaf in walk(node) if hasattr(leaf, "shape")} if children else {}
+            )
             layers = {leaf.shape[0] if leaf.shape else None for leaf in below.values()}
             axes = (len(leaf.shape) > LEAST_AXES.get(p[-1], 0) for p, leaf in below.items())
             if len(layers) == 1 and all(axes):
@@ -249,12 +257,10 @@ def stacks(tree: Any) -> list[Path]:
 
 
 def leaves(tree: Any) -> list[Leaf]:
-    """All leaves that are arrays or stand for one, with their stacking."""
+    """All leaves with their stacking."""
     nodes = stacks(tree)
     result = []
     for path, value in walk(tree):
-        if not hasattr(value, "shape"):  # a number, or a function that a module holds
-            continue
         stack = stack_of(path, nodes)
         result.append(Leaf(path, value, stack, value.shape[0] if stack else None))
     return result
