@@ -241,9 +241,7 @@ def stacks(tree: Any) -> list[Path]:
     def visit(node: Any, path: Path) -> None:
         children = _children(node) or []
         if path and path[-1] in STACKED and not any(str(key).isdigit() for key, _ in children):
-            below = (
-                {p: leaf for p, leaf in walk(node) if hasattr(leaf, "shape")} if children else {}
-            )
+            below = dict(walk(node)) if children else {}
             layers = {leaf.shape[0] if leaf.shape else None for leaf in below.values()}
             axes = (len(leaf.shape) > LEAST_AXES.get(p[-1], 0) for p, leaf in below.items())
             if len(layers) == 1 and all(axes):

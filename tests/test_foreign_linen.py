@@ -45,7 +45,7 @@ LAYERS = {
         (4, 8),
         (2, 3),
     ),
-    "einsum": (nn.Einsum((2, 8, 3), "btd,hdk->bhtk"), (2, 4, 8), "dr,rhk->hdk", (8,), (2, 3)),
+    "einsum": (nn.Einsum((2, 8, 3), "btd,hdk->bkth"), (2, 4, 8), "dr,rkh->hdk", (8,), (3, 2)),
     "einsum back": (
         nn.Einsum((2, 3, 8), "...hk,hkd->...d"),
         (4, 2, 3),
@@ -55,6 +55,9 @@ LAYERS = {
     ),
     "einsum [out, in]": (nn.Einsum((5, 8), "...i,oi->o..."), (2, 4, 8), "ir,ro->oi", (8,), (5,)),
 }
+
+
+IDS = np.arange(10).reshape(2, 5)
 
 
 def with_biases(variables):
@@ -114,6 +117,32 @@ def shapes_of_products(jaxpr):
     return found
 
 
+class Tied(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        table = nn.Embed(11, 8, name="wte")
+        return table(ids), table.attend(table(ids))
+
+
+def test_embeddings_are_read_with_lora_and_written_with_their_own_rows():
+    module = Tied()
+    variables = module.init(KEY, IDS)
+    model, params = jlora.from_linen(module, variables, IDS)
+    config = dataclasses.replace(CONFIG, target_modules=["wte"])
+    adapter = jlora.init_adapter(KEY, params, config)
+    pair = adapter.weights["wte"]
+    table = np.asarray(params["wte"]["embedding"])
+    moved = table + SCALE * np.asarray(pair["lora_embedding_A"] @ pair["lora_embedding_B"])
+    close(model(jlora.attach(params, adapter), IDS), (moved[IDS], moved[IDS] @ table.T))
+    config = dataclasses.replace(CONFIG, target_modules=[], trainable_token_indices={"wte": [3, 7]})
+    adapter = jlora.init_adapter(KEY, params, config)
+    own = jax.tree.map(lambda a: -2 * a, adapter.weights)
+    rows = table.copy()
+    rows[[3, 7]] *= -2
+    attached = jlora.attach(params, dataclasses.replace(adapter, weights=own))
+    close(model(attached, IDS), (rows[IDS], rows[IDS] @ rows.T))
+
+
 class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _):
@@ -133,9 +162,6 @@ class Transformer(nn.Module):
         )
         x, _ = stack()(wte(ids), None)
         return wte.attend(nn.Dense(8, name="last")(x))
-
-
-IDS = np.arange(10).reshape(2, 5)
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +276,25 @@ def test_what_cannot_be_factored_is_merged_and_named():
     close(got, module.apply(model.native(jlora.merge(params, adapter)), x))
     with pytest.raises(ConfigError, match=r"kernel \(3, 3, 3, 6\).*as_matrices"):
         jlora.init_adapter(KEY, params, dataclasses.replace(config, target_modules=["conv"]))
+
+
+def test_what_lora_bias_adds_is_not_lost_where_the_kernel_is_merged():
+    module, x = Vision(), normal(2, 5, 5, 3)
+    model, params = jlora.from_linen(module, module.init(KEY, x), x)
+    config = dataclasses.replace(CONFIG, target_modules=["own"], lora_bias=True)
+    with pytest.raises(ConfigError, match=r"own\.kernel: this layer's product"):
+        model(jlora.attach(params, jlora.init_adapter(KEY, params, config)), x)
+
+
+@pytest.mark.parametrize("variant", ["use_dora", "lora_bias"])
+def test_dora_and_lora_bias_are_factored(transformer, variant):
+    module, _, model, params = transformer
+    fields = {"target_modules": ["query", "up"], variant: True}
+    adapter = jlora.init_adapter(KEY, params, dataclasses.replace(CONFIG, **fields))
+    weights = jax.tree.map(lambda a: a * 1.3, adapter.weights)
+    adapter = dataclasses.replace(adapter, weights=weights)
+    want = module.apply(model.native(jlora.merge(params, adapter)), IDS)
+    close(model(jlora.attach(params, adapter), IDS), want)
 
 
 def test_convolutions_are_matrices_when_asked():

@@ -56,6 +56,9 @@ LAYERS = {
 CASES = [(name, False) for name in LAYERS] + [("linear", True), ("from heads", True)]
 
 
+IDS = np.arange(10).reshape(2, 5)
+
+
 def close(got, want, tolerance=1e-5):
     """Equal to ``tolerance`` of the largest value."""
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -94,6 +97,23 @@ def test_layers_compute_what_the_dense_sum_does(name, packed):
     close(got, want)
 
 
+class Tied(nnx.Module):
+    def __init__(self, rngs):
+        self.wte = nnx.Embed(11, 8, rngs=rngs)
+
+    def __call__(self, ids):
+        return self.wte(ids), self.wte.attend(self.wte(ids))
+
+
+def test_embeddings_are_read_with_lora_and_written_with_their_own_rows():
+    model, params = jlora.from_nnx(Tied(nnx.Rngs(0)))
+    adapter = jlora.init_adapter(KEY, params, dataclasses.replace(CONFIG, target_modules=["wte"]))
+    pair = adapter.weights["wte"]
+    table = np.asarray(params["wte"]["embedding"])
+    moved = table + SCALE * np.asarray(pair["lora_embedding_A"] @ pair["lora_embedding_B"])
+    close(model(jlora.attach(params, adapter), IDS), (moved[IDS], moved[IDS] @ table.T))
+
+
 class Block(nnx.Module):
     def __init__(self, rngs):
         self.attn = nnx.MultiHeadAttention(2, 8, rngs=rngs, decode=False)
@@ -126,9 +146,6 @@ class Transformer(nnx.Module):
             return block(x)
 
         return self.wte.attend(self.more[0](run(self.stack, self.wte(ids))))
-
-
-IDS = np.arange(10).reshape(2, 5)
 
 
 @pytest.fixture(scope="module")

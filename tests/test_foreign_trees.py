@@ -249,6 +249,24 @@ def test_equinox_modules_attach_detach_unmerge_and_quantize():
     assert all(np.any(np.asarray(g) != 0) for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.parametrize("variant", ["use_dora", "lora_bias"])
+def test_equinox_modules_take_dora_and_lora_bias(variant):
+    adapter = adapt(TOWER, target_modules=["inp"], **{variant: True})
+    weights = jax.tree.map(lambda a: a * 1.3, adapter.weights)
+    attached = jlora.attach(TOWER, jlora.Adapter(weights, adapter.config))
+    assert attached.inp.weight.shape == (6, 8)
+    np.testing.assert_array_equal(jlora.detach(attached).inp.weight, TOWER.inp.weight)
+    merged = jlora.merge(TOWER, jlora.Adapter(weights, adapter.config)).inp
+    total, bias = out_in(TOWER.inp.weight, weights["inp"]), TOWER.inp.bias
+    if variant == "use_dora":
+        magnitude = np.asarray(weights["inp"]["lora_magnitude_vector"])
+        total *= (magnitude / np.linalg.norm(total, axis=1))[:, None]
+    else:
+        bias += 2 * weights["inp"]["lora_bias"]
+    np.testing.assert_allclose(merged.weight, total, atol=1e-6)
+    np.testing.assert_allclose(merged.bias, bias, atol=1e-6)
+
+
 def test_equinox_adapters_save_and_load(tmp_path):
     adapter = adapt(TOWER, target_modules=["layers.0", "inp"], modules_to_save=["table"])
     jlora.save_adapter(tmp_path, adapter)

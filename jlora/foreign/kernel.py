@@ -16,7 +16,7 @@ from jlora.lora import LoraWeight
 
 
 class Layout(NamedTuple):
-    """How a layer's kernel is a matrix: ``axes_in`` are summed over, ``axes_out`` come out.
+    """How a layer's kernel is a matrix: ``axes_in`` are summed over, ``axes_out`` come out so.
 
     A projection to heads (D, H, hd) is Layout((D, H, hd), (0,), (1, 2)), a matrix (D, H·hd); one
     from heads (H, hd, D) is Layout((H, hd, D), (0, 1), (2,)).
@@ -49,6 +49,20 @@ class Layout(NamedTuple):
         apart = matrix.reshape(*matrix.shape[:lead], *(self.shape[i] for i in order))
         back = (lead + order.index(i) for i in range(len(order)))
         return apart.transpose(*range(lead), *back)
+
+
+class Flat(NamedTuple):
+    """A bias of many axes, which is a vector (out,) in its layer's ``Layout``."""
+
+    shape: tuple[int, ...]
+
+    def to_matrix(self, bias: Float[Array, "..."]) -> Float[Array, "*layers out"]:
+        """The bias, or those of stacked layers, as a vector."""
+        return bias.reshape(*bias.shape[: bias.ndim - len(self.shape)], -1)
+
+    def from_matrix(self, vector: Float[Array, "*layers out"]) -> Float[Array, "..."]:
+        """The inverse of ``to_matrix``."""
+        return vector.reshape(*vector.shape[:-1], *self.shape)
 
 
 @jax.tree_util.register_dataclass
@@ -139,7 +153,7 @@ def einsum_layout(equation: str, shape: tuple[int, ...]) -> Layout | None:
     if any(c not in of_out and c not in of_kernel for c in of_x):
         return None
     axes_in = tuple(i for i, c in enumerate(of_kernel) if c in of_x)
-    axes_out = tuple(i for i, c in enumerate(of_kernel) if c in of_out)
+    axes_out = tuple(of_kernel.index(c) for c in of_out if c in of_kernel)
     return Layout(tuple(shape), axes_in, axes_out)
 
 

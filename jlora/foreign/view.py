@@ -15,7 +15,7 @@ from typing import Any
 
 from jlora import paths
 from jlora.errors import ConfigError, did_you_mean
-from jlora.foreign.kernel import Kernel, Layout
+from jlora.foreign.kernel import Flat, Kernel, Layout
 
 Key = tuple[Any, ...]
 """A leaf's path in the foreign tree, its keys as they are there."""
@@ -27,10 +27,10 @@ class MergedWarning(UserWarning):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a leaf is seen, and as what: with a layout it is a matrix."""
+    """Where a leaf is seen, and as what: with a layout it is a matrix, or a vector."""
 
     path: paths.Path
-    layout: Layout | None = None
+    layout: Layout | Flat | None = None
     factored: bool = False
 
 
@@ -62,7 +62,7 @@ class View:
         def leaf(place: Place, weight: Any) -> Any:
             if not hasattr(weight, "dequantize"):
                 return _own(place, weight)
-            if place.layout and place.factored:
+            if place.factored and isinstance(place.layout, Layout):
                 return Kernel(weight, place.layout)
             if getattr(weight, "bias", None) is not None:
                 raise ConfigError(
@@ -112,7 +112,8 @@ def view(
         node = next((s for s in stacks if key[: len(s)] == s), ())
         lost = node and not any(str(k) in paths.STACKED for k in node[-1:])
         path = (*node, "layers", *key[len(node) :]) if lost else key
-        places[key] = Place(tuple(map(str, path)), layouts.get(key), key in layouts)
+        layout = layouts.get(key) or _bias(key, leaves, layouts)
+        places[key] = Place(tuple(map(str, path)), layout, key in layouts)
     for key in _named(as_matrices, leaves, layouts):
         shape = tuple(shapes.get(key, leaves[key].shape))
         layout = Layout(shape, tuple(range(len(shape) - 1)), (len(shape) - 1,))
@@ -126,6 +127,17 @@ def _own(place: Place, weight: Any) -> Any:
 
 def _dequantized(weight: Any) -> Any:
     return weight.dequantize() if hasattr(weight, "dequantize") else weight
+
+
+def _bias(key: Key, leaves: Mapping[Key, Any], layouts: Mapping[Key, Layout]) -> Flat | None:
+    """How a bias of many axes is seen, if it is the bias of a layer with a layout."""
+    kernel = (*key[:-1], "kernel")
+    if key[-1] != "bias" or kernel not in layouts:
+        return None
+    layers = len(leaves[kernel].shape) - len(layouts[kernel].shape)
+    shape = tuple(leaves[key].shape[layers:])
+    fits = [n for n in shape if n != 1] == [n for n in layouts[kernel].sizes_out if n != 1]
+    return Flat(shape) if fits and len(shape) > 1 else None
 
 
 def _stacking(leaf: Any, shape: tuple[int, ...]) -> int:

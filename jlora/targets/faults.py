@@ -121,7 +121,7 @@ def _many_axes(config: LoraConfig, leaves: Sequence[paths.Leaf]) -> Iterator[str
             yield (
                 f"target_modules: {leaf.module()} has a kernel {leaf.shape}, whose shape does not "
                 "say which axes are inputs; jlora.from_linen and jlora.from_nnx ask its layer "
-                "(name a convolution in their as_matrices)"
+                "(name a convolution in their as_matrices, or in exclude_modules)"
             )
 
 
