@@ -231,6 +231,12 @@ def test_equinox_modules_attach_detach_unmerge_and_quantize():
     assert type(attached) is Tower and attached.inp.weight.shape == (6, 8)
     np.testing.assert_array_equal(attached.inp.weight.mT.lora_A, adapter.weights["inp"]["lora_A"])
     np.testing.assert_array_equal(jlora.detach(attached).inp.weight, TOWER.inp.weight)
+    table = adapt(TOWER, target_modules=["table"])
+    ids = jnp.array([2, 5])
+    rows = jlora.embed(ids, jlora.attach(TOWER, table).table.weight)
+    pair = table.weights["table"]
+    delta = np.asarray(pair["lora_embedding_A"] @ pair["lora_embedding_B"])
+    np.testing.assert_allclose(rows, (TOWER.table.weight + 2 * delta)[ids], atol=1e-5)
     again = jlora.unmerge(jlora.merge(TOWER, adapter), adapter)
     arrays = [eqx.filter(m, eqx.is_array) for m in (again, TOWER)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *arrays)
