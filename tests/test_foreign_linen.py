@@ -117,6 +117,38 @@ def shapes_of_products(jaxpr):
     return found
 
 
+def test_the_layers_own_dtype_holds():
+    module, x = Layer(nn.DenseGeneral((2, 3), dtype=jnp.bfloat16)), normal(4, 8)
+    model, params = jlora.from_linen(module, with_biases(module.init(KEY, x)), x)
+    adapter = jlora.init_adapter(KEY, params, CONFIG)
+    got = model(jlora.attach(params, adapter), x)
+    want = module.apply(model.native(jlora.merge(params, adapter)), x)
+    assert got.dtype == want.dtype == jnp.bfloat16
+    close(got.astype(jnp.float32), want.astype(jnp.float32), 2**-7)
+
+
+class Ensemble(nn.Module):
+    """A layer that is itself the stacked node."""
+
+    @nn.compact
+    def __call__(self, x):
+        members = nn.vmap(
+            nn.Dense, in_axes=0, variable_axes={"params": 0}, split_rngs={"params": True}
+        )
+        return members(5, name="ensemble")(x)
+
+
+def test_vmapped_layers_are_stacked():
+    module, x = Ensemble(), normal(3, 4, 8)
+    variables = module.init(KEY, x)
+    model, params = jlora.from_linen(module, variables, x)
+    adapter = jlora.init_adapter(KEY, params, CONFIG)
+    assert adapter.config.target_modules == ("0", "1", "2")
+    pair = adapter.weights["ensemble"]["layers"]
+    kernel = variables["params"]["ensemble"]["kernel"] + SCALE * pair["lora_A"] @ pair["lora_B"]
+    close(model(jlora.attach(params, adapter), x), jnp.einsum("nbi,nio->nbo", x, kernel))
+
+
 class Tied(nn.Module):
     @nn.compact
     def __call__(self, ids):

@@ -97,6 +97,20 @@ def test_layers_compute_what_the_dense_sum_does(name, packed):
     close(got, want)
 
 
+def test_the_layers_own_dtype_holds():
+    layers = nnx.Linear(8, 5, dtype=jnp.bfloat16, rngs=RNGS), nnx.Linear(8, 5, rngs=RNGS)
+    x = normal(4, 8)
+    got, want = [], []
+    for layer in layers:
+        model, params = jlora.from_nnx(Layer(layer))
+        adapter = jlora.init_adapter(KEY, params, CONFIG)
+        got.append(model(jlora.attach(params, adapter), x))
+        want.append(model.native(jlora.merge(params, adapter))(x))
+    assert [y.dtype for y in got] == [y.dtype for y in want] == [jnp.bfloat16, jnp.float32]
+    for one, other in zip(got, want, strict=True):
+        close(one.astype(jnp.float32), other.astype(jnp.float32), 2**-7)
+
+
 class Tied(nnx.Module):
     def __init__(self, rngs):
         self.wte = nnx.Embed(11, 8, rngs=rngs)

@@ -79,7 +79,7 @@ class View:
         if merged:
             names = ", ".join(merged)
             message = f"jlora cannot factor the products of these, and merges them: {names}"
-            warnings.warn(message, MergedWarning, stacklevel=4)
+            warnings.warn(message, MergedWarning, stacklevel=3)
         return leaves
 
     def _leaves(self, params: Any, f: Callable[[Place, Any], Any]) -> dict[Key, Any]:
