@@ -379,13 +379,16 @@ class Normed(nn.Module):
 def test_collections_rngs_and_mutable_pass_through():
     module, x = Normed(), normal(8, 3)
     variables = module.init(KEY, x, train=False)
+    variables["batch_stats"] = jax.tree.map(lambda a: a + 3.0, variables["batch_stats"])
     model, params = jlora.from_linen(module, variables, x, train=False)
     adapter = jlora.init_adapter(KEY, params, CONFIG)
-    settings = {"train": True, "rngs": {"dropout": KEY}, "mutable": ["batch_stats"]}
-    got = model(jlora.attach(params, adapter), x, **settings)
-    want = module.apply(model.native(jlora.merge(params, adapter)), x, **settings)
-    close(got, want)
-    assert np.any(np.asarray(got[1]["batch_stats"]["BatchNorm_0"]["mean"]) != 0)
+    merged = model.native(jlora.merge(params, adapter))["params"]
+    training = {"train": True, "rngs": {"dropout": KEY}, "mutable": ["batch_stats"]}
+    for settings in ({"train": False}, training):
+        got = model(jlora.attach(params, adapter), x, **settings)
+        want = module.apply({**variables, "params": merged}, x, **settings)
+        close(got, want)
+    assert np.any(got[1]["batch_stats"]["BatchNorm_0"]["mean"] != 3.0)
 
 
 def test_adapters_of_a_scanned_module_save_and_load(transformer, tmp_path):

@@ -270,6 +270,7 @@ def test_equinox_modules_take_dora_and_lora_bias(variant):
     else:
         bias += 2 * weights["inp"]["lora_bias"]
     np.testing.assert_allclose(merged.weight, total, atol=1e-6)
+    np.testing.assert_allclose(attached.inp.weight.dequantize(), total, atol=1e-6)
     np.testing.assert_allclose(merged.bias, bias, atol=1e-6)
 
 

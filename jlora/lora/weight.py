@@ -78,11 +78,6 @@ class Transposed:
         return (*lead, fan_out, fan_in)
 
     @property
-    def ndim(self) -> int:
-        """The weight's rank."""
-        return self.mT.ndim
-
-    @property
     def dtype(self):
         """The base weight's dtype."""
         return self.mT.dtype
