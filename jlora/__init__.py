@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from jlora.combine import add_weighted_adapter, extract_adapter, reduce_rank
     from jlora.config import LoraConfig, QuantConfig
     from jlora.dot import dot, embed
+    from jlora.foreign.linen import from_linen
+    from jlora.foreign.nnx import from_nnx
     from jlora.lora import Adapter, attach, detach, init_adapter, merge, unmerge
     from jlora.models import load_pretrained, save_pretrained, untie
     from jlora.quantization import quantize_params as quantize
@@ -38,6 +40,8 @@ __all__ = [
     "dot",
     "embed",
     "extract_adapter",
+    "from_linen",
+    "from_nnx",
     "init_adapter",
     "load_adapter",
     "load_pretrained",
@@ -61,6 +65,8 @@ _HOME = {
     "dot": "dot",
     "embed": "dot",
     "extract_adapter": "combine",
+    "from_linen": "foreign.linen",
+    "from_nnx": "foreign.nnx",
     "init_adapter": "lora",
     "load_adapter": "adapter_io",
     "load_pretrained": "models",

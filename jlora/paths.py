@@ -1,9 +1,12 @@
 """Names of leaves in nested dicts of arrays, and PEFT's rules for matching them.
 
 A parameter tree is nested mappings whose leaves are arrays (or pytrees that stand for one, such as
-``NF4Array``). Lists and tuples count as mappings from numbers; an NNX ``Variable`` stands for its
-value; None is nothing. Leaf keys are Flax's: a linear layer is ``kernel`` (in, out), perhaps with a
-``bias``, an embedding ``embedding`` (vocabulary, dim), a norm ``scale``, perhaps with a ``bias``.
+``NF4Array``). Lists and tuples count as mappings from numbers, other registered pytrees (Equinox
+modules, dataclasses) as mappings from their fields; an NNX ``Variable`` stands for its value; what
+has no shape (None, numbers and functions that a module holds) is nothing, and stays. Leaf keys are
+Flax's: a linear layer is ``kernel`` (in, out), perhaps with a ``bias``, an embedding ``embedding``
+(vocabulary, dim), a norm ``scale``, perhaps with a ``bias``. Layers that name or turn their matrix
+otherwise are seen so too (``FOREIGN``), and nothing else knows of it.
 
 The layers of a scanned decoder are stacked: every leaf below a ``layers`` or ``h`` node has a
 leading axis of length L. Such a leaf stands for L modules::
@@ -11,7 +14,7 @@ leading axis of length L. Such a leaf stands for L modules::
     path    ("model", "layers", "self_attn", "q_proj", "kernel")      value (L, in, out)
     module  "model.layers.0.self_attn.q_proj" … "model.layers.{L-1}.self_attn.q_proj"
 
-Everything here works on names and shapes; no array is touched.
+Everything here works on names and shapes; no array is touched but those ``FOREIGN`` turns.
 """
 
 from __future__ import annotations
@@ -41,6 +44,12 @@ FUSED: dict[str, tuple[str, ...]] = {
 An adapter may have nodes for parts, below the projection's: ``(…, "c_attn", "q_proj")``. The part's
 name as a module is that of an unfused model: ``….attn.q_proj``.
 """
+
+FOREIGN = {
+    ("equinox", "Linear", "weight"): ("kernel", True),
+    ("equinox", "Embedding", "weight"): ("embedding", False),
+}
+"""(package, class, field) of other codebases' layers → Flax's key, and whether it is [out, in]."""
 
 LEAST_AXES = {"kernel": 2, "embedding": 2, "lora_A": 2, "lora_B": 2, "scale": 1, "bias": 1}
 LEAST_AXES |= {"lora_magnitude_vector": 1, "lora_bias": 1}
@@ -122,24 +131,80 @@ def walk(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     if children is not None:
         for key, child in children:
             yield from walk(child, (*path, str(key)))
-    elif tree is not None:
-        yield path, _value(tree)
+    elif _is_array(leaf := _value(tree)):
+        yield path, leaf
 
 
 def map_leaves(f: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> Any:
-    """The same nesting, mappings as plain dicts, with each leaf replaced by ``f(path, leaf)``."""
+    """The same nesting, mappings as plain dicts, with each leaf replaced by ``f(path, leaf)``.
+
+    Lists, tuples and other registered pytrees keep their types.
+    """
     children = _children(tree)
-    if children is not None:
-        new = {key: map_leaves(f, child, (*path, str(key))) for key, child in children}
-        return new if isinstance(tree, Mapping) else type(tree)(new.values())
-    return None if tree is None else f(path, _value(tree))
+    if children is None:
+        leaf = _value(tree)
+        return f(path, leaf) if _is_array(leaf) else leaf
+    new = {key: map_leaves(f, child, (*path, str(key))) for key, child in children}
+    if isinstance(tree, Mapping):
+        return new
+    return type(tree)(new.values()) if type(tree) in (list, tuple) else _rebuilt(tree, new)
 
 
 def _children(node: Any) -> list[tuple[Any, Any]] | None:
     """The children of a node by key; None for a leaf."""
     if isinstance(node, Mapping):
         return list(node.items())
-    return list(enumerate(node)) if type(node) in (list, tuple) else None
+    if type(node) in (list, tuple):
+        return list(enumerate(node))
+    if node is None or _is_array(node) or hasattr(node, "get_value"):
+        return None
+    fields, _ = _fields(node)
+    if fields is None:
+        return None
+    seen = [(_seen(node, field), child) for field, child in fields.items()]
+    return [(key, turned(child) if turn else child) for (key, turn), child in seen]
+
+
+def _rebuilt(node: Any, children: Mapping[Any, Any]) -> Any:
+    """A registered pytree with other children, by the keys of ``_children``."""
+    fields, treedef = _fields(node)
+    new = []
+    for field in fields or ():
+        key, turn = _seen(node, field)
+        new.append(turned(children[key]) if turn else children[key])
+    return treedef.unflatten(new)
+
+
+def _fields(node: Any) -> tuple[dict[str, Any] | None, Any]:
+    """The fields of a registered pytree, and its definition; no fields for what is a leaf."""
+    import jax
+
+    found, treedef = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    if any(not path for path, _ in found):
+        return None, treedef
+    return {jax.tree_util.keystr(path, simple=True): child for path, child in found}, treedef
+
+
+def _seen(node: Any, field: str) -> tuple[str, bool]:
+    """The key that a field of ``node`` goes by, and whether its matrix is seen transposed."""
+    for kind in type(node).__mro__:
+        if found := FOREIGN.get((kind.__module__.partition(".")[0], kind.__name__, field)):
+            return found
+    return field, False
+
+
+def turned(value: Any) -> Any:
+    """The transposed matrix, or matrices; what has no ``mT`` but a shape gets another shape."""
+    if hasattr(value, "mT"):
+        return value.mT
+    if not _is_array(value):
+        return value
+    *lead, rows, columns = value.shape
+    return value.update(shape=(*lead, columns, rows), sharding=None)
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape")
 
 
 def _value(leaf: Any) -> Any:

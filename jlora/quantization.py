@@ -58,7 +58,7 @@ def describe(config: QuantConfig) -> str:
     return f"{config.bnb_4bit_quant_type}{double}, blocks of {config.block_size}"
 
 
-def quantize_params(params: Any, config: QuantConfig) -> dict:
+def quantize_params(params: Any, config: QuantConfig) -> Any:
     """A tree with its linear layers packed: every floating ``kernel`` that is a matrix per layer.
 
     So are the matrices of experts (``paths.EXPERTS``), each for itself, and they stand as they are.

@@ -17,7 +17,7 @@ LAYERS = [
     {"quantization"},
     {"lora", "sharding", "nf4_kernel"},
     {"dot", "models", "combine"},
-    {"optim", "state", "step"},
+    {"optim", "state", "step", "foreign"},
     {"adapter_io", "checkpoint", "data", "metrics", "console", "report", "runtime", "decoding"},
     {"batches", "classes", "evaluation", "header", "job", "outputs", "progress", "cli"},
     {"train", "evaluate", "generate", "merge", "quantize"},

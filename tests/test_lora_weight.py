@@ -6,7 +6,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jlora import nf4
 from jlora.dot import columns, dot, embed, grouped_dot
@@ -140,9 +139,11 @@ def test_each_group_has_an_adapter_of_its_own():
     assert turned.shape == (3, 6, 4)
 
 
-def test_a_transpose_has_no_columns_to_scale():
-    with pytest.raises(AssertionError):
-        _ = dora().mT
+def test_a_transpose_with_columns_to_scale_stands_for_the_transposed_sum():
+    w = dora()
+    turned = w.mT
+    assert turned.mT is w and turned.shape == w.shape[::-1] and turned.dtype == w.dtype
+    np.testing.assert_array_equal(turned.dequantize(), w.dequantize().mT)
 
 
 def test_they_pass_through_transforms():

@@ -4,7 +4,9 @@ import functools
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,13 +22,17 @@ def test_set_up_stands_at_the_top():
     assert block.start() < 200
 
 
+def blocks_of(page) -> list[str]:
+    """A page's blocks of Python."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
 def run_python(page, folder, monkeypatch):
     """Runs a page's blocks of Python as one program in ``folder``; returns its names."""
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     (folder / "jlora").symlink_to(ROOT / "jlora")
     monkeypatch.chdir(folder)
     names: dict = {}
-    exec(compile("\n".join(blocks), page.name, "exec"), names)  # the file is ours
+    exec(compile("\n".join(blocks_of(page)), page.name, "exec"), names)  # the file is ours
     return names
 
 
@@ -80,3 +86,31 @@ def test_combining_adapters_is_what_the_page_says(tmp_path, monkeypatch):
 
 def kernel(params) -> np.ndarray:
     return np.asarray(params["model"]["layers"]["self_attn"]["q_proj"]["kernel"])
+
+
+EXAMPLES = dict(
+    zip(
+        ["linen", "nnx", "vit", "equinox"],
+        blocks_of(ROOT / "docs/your_own_model.md"),
+        strict=True,
+    )
+)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_your_own_models_are_adapted_as_the_page_says(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    with jax.numpy_dtype_promotion("standard"):  # optax.adam asks for it
+        exec(compile(EXAMPLES[name], "your_own_model.md", "exec"), names)  # the file is ours
+    if name == "equinox":
+        grads = jax.tree.leaves(names["grads"])
+        assert any(np.any(np.asarray(g) != 0) for g in grads)
+        return
+    jlora, adapter, params = names["jlora"], names["adapter"], names["params"]
+    loss = jax.jit(names["loss"])
+    assert loss(adapter) < loss(jlora.init_adapter(*_initial(names)))
+    loaded = jlora.load_adapter(f"{name}-adapter", params)
+    inputs = names["images"] if name == "vit" else names["ids"]
+    got = jax.jit(lambda a: names["model"](jlora.attach(params, a), inputs))(loaded)
+    np.testing.assert_allclose(got, names["tuned"], rtol=0, atol=1e-5 * np.abs(got).max())

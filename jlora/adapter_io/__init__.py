@@ -89,7 +89,8 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
     """
     file = Path(directory) / TENSOR_FILE
     fresh = functools.partial(init_adapter, config=read_config(directory))
-    shapes = jax.eval_shape(fresh, jax.random.key(0), params)
+    arrays = paths.nest({leaf.path: leaf.value for leaf in paths.leaves(params)})
+    shapes = jax.eval_shape(fresh, jax.random.key(0), arrays)
     arrays = {path: np.zeros(x.shape, np.float32) for path, x in paths.walk(shapes.weights)}
     slots = slots_of(arrays, shapes.config)
     tensors = read_tensors(file)

@@ -31,7 +31,8 @@ from jlora.config import LoraConfig
 from jlora.config.convert import FrozenMap
 from jlora.targets import scaling_of
 
-Tree = Mapping[str, Any]
+Tree = Any
+"""Nested mappings, lists and registered pytrees of arrays; see ``paths``."""
 
 DELTA = ("lora_A", "lora_B")
 EMBEDDING_DELTA = ("lora_embedding_A", "lora_embedding_B")

@@ -20,7 +20,7 @@ from jlora.lora.weight import LoraWeight, TokenWeight, dense
 from jlora.targets import is_replaced, rank_of, token_indices
 
 
-def attach(params: Tree, adapter: Adapter, *, dropout_key: Array | None = None) -> dict:
+def attach(params: Tree, adapter: Adapter, *, dropout_key: Array | None = None) -> Tree:
     """The tree with the adapter on it: kernels become ``LoraWeight``, and so do embeddings.
 
     Nothing is computed densely. DoRA's norms of the columns are computed here, once for all
@@ -54,7 +54,7 @@ def attach(params: Tree, adapter: Adapter, *, dropout_key: Array | None = None) 
     return paths.map_leaves(change, params)
 
 
-def detach(attached: Tree) -> dict:
+def detach(attached: Tree) -> Tree:
     """The tree without its adapters: ``detach(attach(params, adapter))`` has ``params``' leaves.
 
     Leaves that the adapter replaced (``bias``, ``modules_to_save``) stay replaced.

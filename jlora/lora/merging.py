@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jlora.lora.attaching import attach
 from jlora.lora.weight import LoraWeight, delta, dense, wide
 
 
-def merge(params: Tree, adapter: Adapter, *others: Adapter) -> dict:
+def merge(params: Tree, adapter: Adapter, *others: Adapter) -> Tree:
     """``params`` with one or more adapters folded in: every leaf a dense array of its base's dtype.
 
     Sums are computed in float32 and rounded once. Quantized leaves come out dense and are never
@@ -26,14 +25,14 @@ def merge(params: Tree, adapter: Adapter, *others: Adapter) -> dict:
       ConfigError: several are given, and one with DoRA, whose factors do not add up.
     """
     _check_several((adapter, *others))
-    attached: Any = params
+    attached = params
     for one in (adapter, *others):
         _check_tied(params, one)
         attached = attach(attached, one)
     return _with_biases(attached, sign=1.0, fold=lambda leaf: dense(leaf))
 
 
-def unmerge(merged: Tree, adapter: Adapter) -> dict:
+def unmerge(merged: Tree, adapter: Adapter) -> Tree:
     """Takes out of ``merged`` the deltas that ``merge`` folded in, to the rounding of its dtype.
 
     Raises:
@@ -56,7 +55,7 @@ def unmerge(merged: Tree, adapter: Adapter) -> dict:
     return _with_biases(attach(merged, adapter), sign=-1.0, fold=subtract)
 
 
-def _with_biases(attached: Mapping, sign: float, fold: Any) -> dict:
+def _with_biases(attached: Tree, sign: float, fold: Any) -> Tree:
     """The tree with its weights folded, and what they add to their products moved to the biases."""
     biases: dict[paths.Path, Any] = {}
     for path, leaf in paths.walk(attached):

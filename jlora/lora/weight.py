@@ -56,12 +56,35 @@ class LoraWeight(_Over):
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
     @property
-    def mT(self) -> LoraWeight:
-        """The transpose of every matrix; only where there is nothing but a delta."""
-        assert self.gain is None
-        assert self.bias is None
+    def mT(self) -> LoraWeight | Transposed:
+        """The transpose of every matrix; with more than a delta on it, it only stands for it."""
+        if self.gain is not None or self.bias is not None:
+            return Transposed(self)
         a, b = self.lora_B.mT, self.lora_A.mT
         return dataclasses.replace(self, base=self.base.mT, lora_A=a, lora_B=b)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Transposed:
+    """Stands for its ``mT``'s transpose, in trees that keep matrices as [out, in]."""
+
+    mT: LoraWeight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(…, out, in)."""
+        *lead, fan_in, fan_out = self.mT.shape
+        return (*lead, fan_out, fan_in)
+
+    @property
+    def dtype(self):
+        """The base weight's dtype."""
+        return self.mT.dtype
+
+    def dequantize(self) -> Array:
+        """The dense sum, in the base's dtype."""
+        return self.mT.dequantize().mT
 
 
 @jax.tree_util.register_dataclass

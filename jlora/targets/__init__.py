@@ -50,7 +50,8 @@ def find_targets(params: Any, config: LoraConfig) -> tuple[LoraConfig, list[Targ
     leaves = paths.leaves(params)
     candidates = _candidates(leaves)
     conv1d = any(c.path[-1] == "c_attn" for c in candidates)  # GPT-2 stores (in, out)
-    linear = [c.path for c in candidates if c.kind == "kernel" and not paths.is_part(c.path)]
+    whole = [c for c in candidates if c.kind == "kernel" and not paths.is_part(c.path)]
+    linear = [path for c in whole for path in _last_named(c)]
     config = dataclasses.replace(resolve(with_heads(config), linear), fan_in_fan_out=conv1d)
     ranked = [_ranked(c, config) for c in candidates]
     targets = [t for t in ranked if any(t.ranks)]
@@ -115,6 +116,13 @@ def _candidates(leaves: Sequence[paths.Leaf]) -> list[Target]:
                 part = (*module, name)
                 found.append(target(part, (shape[0], width), (), leaf.kind, 0, widths))
     return found
+
+
+def _last_named(target: Target) -> list[paths.Path]:
+    """Its path; of a layer that is itself the stacked node one for each number, its last name."""
+    if target.path != target.stack:
+        return [target.path]
+    return [tuple(name.split(".")) for name in target.names]
 
 
 def _ranked(target: Target, config: LoraConfig) -> Target:

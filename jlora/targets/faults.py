@@ -24,6 +24,7 @@ def faults_of(
         *_unmatched(config, modules, candidates, targets),
         *_not_adaptable(config, modules, candidates),
         *_unsupported(config, targets),
+        *_many_axes(config, leaves),
         *_tokens(config, leaves, targets),
     ]
 
@@ -110,6 +111,18 @@ def _unsupported(config: LoraConfig, targets: Sequence[Target]) -> Iterator[str]
                     f"magnitudes of a part: name {t.path[-2]}, or all its parts"
                 )
                 return
+
+
+def _many_axes(config: LoraConfig, leaves: Sequence[paths.Leaf]) -> Iterator[str]:
+    """A message if a kernel is named whose shape does not say which of its axes are inputs."""
+    for leaf in leaves:
+        named = leaf.kind == "kernel" and any(is_target(config, n) for n in leaf.modules())
+        if named and len(leaf.shape) > 2:
+            yield (
+                f"target_modules: {leaf.module()} has a kernel {leaf.shape}, whose shape does not "
+                "say which axes are inputs; jlora.from_linen and jlora.from_nnx ask its layer "
+                "(name a convolution in their as_matrices, or in exclude_modules)"
+            )
 
 
 def _tokens(
