@@ -8,14 +8,14 @@ from typing import Any
 import jax
 
 from jlora import runtime, sharding
-from jlora.config import in_lines
+from jlora.config import TrainConfig, in_lines
 from jlora.console import Console, Rows
 from jlora.data import Prepared
 from jlora.data.classification import listed
 from jlora.job import Job
 from jlora.models import Model
 from jlora.models.attention import Case, choose, cudnn
-from jlora.optim import warmup_steps
+from jlora.optim import moving, warmup_steps
 from jlora.progress import Plan
 from jlora.quantization import describe, is_packed, settings_of
 from jlora.targets import match_table
@@ -88,7 +88,8 @@ def attention(model: Model, platform: str, length: int) -> str:
 
 def _model(job: Job, length: int) -> Mapping[str, Any]:
     config = job.config
-    trainable, frozen = count(job.trainable), count(job.frozen)
+    trainable = count(moving(config.train, job.trainable))
+    frozen = count(job.frozen) + count(job.trainable) - trainable
     packed = [x for x in jax.tree.leaves(job.frozen, is_leaf=is_packed) if is_packed(x)]
     kind = "full fine-tuning"
     if config.lora:
@@ -130,12 +131,19 @@ def _run(job: Job, plan: Plan) -> Mapping[str, Any]:
         "batch": f"{plan.rows_per_step} rows a step ({settings.per_device_train_batch_size} a "
         f"device, {plan.accumulation} accumulated)",
         "steps": f"{plan.total_steps} ({plan.steps_per_epoch} an epoch)",
-        "optimizer": f"{settings.optim}, {settings.lr_scheduler_type} from "
+        "optimizer": f"{optimizer(settings)}, {settings.lr_scheduler_type} from "
         f"{settings.learning_rate:g} after {warm} warm-up steps, "
         f"weight decay {settings.weight_decay:g}, clip {settings.max_grad_norm}",
         "checkpointing": "on" if settings.gradient_checkpointing else "off",
         "seed": settings.seed,
     }
+
+
+def optimizer(settings: TrainConfig) -> str:
+    """The optimizer's name, with LoRA+ and LoRA-FA if they are on."""
+    ratio = settings.loraplus_lr_ratio
+    plus = [f"LoRA+ (B learns {ratio:g} times as fast)"] if ratio else []
+    return " with ".join([settings.optim, *plus, *["LoRA-FA"] * settings.lorafa])
 
 
 def _size(n: int) -> str:

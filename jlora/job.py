@@ -17,6 +17,7 @@ from jlora.config import Config
 from jlora.data import load_tokenizer
 from jlora.errors import ConfigError
 from jlora.models import Model, as_classifier, load_pretrained
+from jlora.optim import without_gradient_of_a
 from jlora.targets import Target, find_targets
 
 Load = Callable[[str, str], tuple[Model, Any]]
@@ -113,7 +114,8 @@ def _open_adapter(
     adapter = lora.Adapter(adapter.weights, named)
     adapter = sharding.place(adapter, sharding.adapter_shardings(adapter, mesh))
     _, targets = find_targets(params, adapter.config)
-    return Job(config, mesh, model, tokenizer, params, adapter, attach, tuple(targets))
+    bind = attach_fa if config.train.lorafa else attach
+    return Job(config, mesh, model, tokenizer, params, adapter, bind, tuple(targets))
 
 
 def _open_full(
@@ -142,6 +144,11 @@ def _result(config: Config, kind: str, file: str) -> str:
 def attach(frozen: Any, adapter: lora.Adapter, key: Any) -> Any:
     """The base with the adapter on it; ``key`` draws its dropout, None means none."""
     return lora.attach(frozen, adapter, dropout_key=key)
+
+
+def attach_fa(frozen: Any, adapter: lora.Adapter, key: Any) -> Any:
+    """``attach`` for LoRA-FA: no gradient flows to A."""
+    return attach(frozen, without_gradient_of_a(adapter), key)
 
 
 @dataclasses.dataclass(frozen=True)

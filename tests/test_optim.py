@@ -159,9 +159,9 @@ def test_optimizers_follow_their_formula(oracle, decay, clip):
 
 
 def test_biases_and_norm_scales_do_not_decay():
-    labels = optim.decay_groups({"lm_head": {"kernel": 0}, **tree(0)})
-    assert labels == {
-        "lm_head": {"kernel": "decay"},
+    leaves = {"lm_head": {"kernel": jnp.ones((5, 4)), "lora_bias": jnp.ones(4)}, **tree(0)}
+    assert optim.group_labels(settings(), leaves) == {
+        "lm_head": {"kernel": "decay", "lora_bias": "no_decay"},
         "q_proj": {
             "lora_A": "decay", "lora_B": "decay", "bias": "no_decay", "scale": "no_decay",
         },
