@@ -123,14 +123,19 @@ def _open_full(
 ) -> Job:
     name = _result(config, "model", "config.json") if trained else config.model.name_or_path
     model, params = load(name, "float32")
-    if model.config.prequantized:
-        raise ConfigError(
-            "the base model came packed, and packed weights cannot be trained in full",
-            where=f"model.name_or_path: {name}",
-            fix="add a lora section, or name the model that it was packed from",
-        )
+    check_trainable(config, model)
     bind = _Cast(config.compute_dtype)
     return Job(config, mesh, model, tokenizer, {}, params, bind, ())
+
+
+def check_trainable(config: Config, model: Model) -> None:
+    """ConfigError when a model that came packed is to be trained in full."""
+    if model.config.prequantized and config.lora is None:
+        raise ConfigError(
+            "the base model came packed, and packed weights cannot be trained in full",
+            where=f"model.name_or_path: {config.model.name_or_path}",
+            fix="add a lora section, or name the model that it was packed from",
+        )
 
 
 def _result(config: Config, kind: str, file: str) -> str:
