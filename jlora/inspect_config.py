@@ -16,16 +16,14 @@ import jax
 import numpy as np
 
 from jlora import header, lora, paths
-from jlora.adapter_io import load_adapter
 from jlora.adapter_io.for_peft import for_peft
 from jlora.adapter_io.tensors import views
 from jlora.classes import with_classes
 from jlora.config import Config, LoraConfig
 from jlora.console import Console, Rows
 from jlora.errors import ConfigError
-from jlora.job import check_trainable
-from jlora.models import Model, as_classifier, read_model
-from jlora.models.hf_folder import DESCRIPTION, find_folder
+from jlora.job import adapter_shapes, describe_model, open_tokenizer
+from jlora.models import Model
 from jlora.optim import check_optimizer, make_optimizer
 from jlora.quantization import describe, is_packed, quantize_params, settings_of
 from jlora.targets import (
@@ -50,7 +48,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators alone
     check_optimizer(config.train)
     config, _ = with_classes(config)
-    model = _model(config)
+    model = describe_model(config, open_tokenizer(config) if config.classifies else None)
     dtype = config.model.dtype if config.lora else "float32"  # all of it trains in float32
     shapes = dataclasses.replace(model, dtype=dtype).shapes
     base, adapter, targets = _plan(config, shapes)
@@ -62,17 +60,6 @@ def run(config: Config, options: argparse.Namespace) -> None:
     if config.quantization:
         sections["base"] = _kept(base)
     Console().header(f"jlora · {config.model.name_or_path}", sections)
-
-
-def _model(config: Config) -> Model:
-    """The base model without parameters; of a hub's only the description is downloaded."""
-    own = config.model
-    folder = find_folder(own.name_or_path, own.revision, DESCRIPTION)
-    model = read_model(folder, dtype=own.dtype, attention=own.attention)
-    check_trainable(config, model)
-    if own.num_labels is None:
-        return model
-    return dataclasses.replace(model, config=as_classifier(model.config, own.num_labels))
 
 
 def _plan(config: Config, shapes: Any) -> tuple[Any, Any, list[Target]]:
@@ -90,8 +77,8 @@ def _plan(config: Config, shapes: Any) -> tuple[Any, Any, list[Target]]:
         pack = functools.partial(quantize_params, config=asked)
         shapes = attempt(lambda: jax.eval_shape(pack, shapes), shapes)
     adapter, targets = None, []
-    if (settings := config.lora) is not None:
-        adapter = attempt(lambda: _adapter(settings, shapes), None)
+    if config.lora is not None:
+        adapter = attempt(lambda: adapter_shapes(config, shapes), None)
     if len(faults) > 1:
         raise ConfigError("\n".join(map(str, faults)))
     if faults:
@@ -99,13 +86,6 @@ def _plan(config: Config, shapes: Any) -> tuple[Any, Any, list[Target]]:
     if adapter is not None:
         _, targets = find_targets(shapes, adapter.config)
     return shapes, adapter, targets
-
-
-def _adapter(settings: LoraConfig, shapes: Any) -> lora.Adapter:
-    if settings.init_from:
-        return load_adapter(settings.init_from, shapes)
-    fresh = functools.partial(lora.init_adapter, config=settings)
-    return jax.eval_shape(fresh, jax.random.key(0), shapes)
 
 
 def _summary(config: Config, model: Model, base: Any, adapter: Any) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ from jlora.errors import ConfigError, StoppedError
 from jlora.files import storage_errors, write_atomic
 from jlora.job import Job
 from jlora.lora import Adapter
-from jlora.models import save_pretrained
+from jlora.models import Model, save_pretrained
 from jlora.progress import Plan, Progress
 from jlora.state import TrainState
 
@@ -38,14 +38,21 @@ FREE_TO_CHANGE = {
 
 def identity(config: Config, plan: Plan, data_fingerprint: str) -> dict[str, Any]:
     """What a checkpoint's run and the run that resumes it must have in common."""
-    settings = yaml.safe_load(to_yaml(config))
-    kept = {name: settings.get(name) for name in ("model", "quantization", "lora", "train")}
-    for section, names in FREE_TO_CHANGE.items():
-        kept[section] = {k: v for k, v in kept[section].items() if k not in names}
+    kept = settled(config, "model", "quantization", "lora", "train")
     kept["train"]["early_stopping"] = bool(config.train.early_stopping_patience)
     rows = {"rows_per_step": plan.rows_per_step, "total_steps": plan.total_steps}
     shuffle = {"fingerprint": data_fingerprint, "shuffle": config.data.shuffle}
     return {**kept, "data": shuffle, "plan": rows}
+
+
+def settled(config: Config, *sections: str) -> dict[str, Any]:
+    """The settings in these sections that a checkpoint's run may not change."""
+    settings, kept = yaml.safe_load(to_yaml(config)), {}
+    for section in sections:
+        kept[section] = settings.get(section)
+        for name in FREE_TO_CHANGE.get(section, ()):
+            kept[section].pop(name)
+    return kept
 
 
 class Checkpoints:
@@ -73,7 +80,7 @@ class Checkpoints:
             self._clear(checkpoint.discard_incomplete, "unfinished", console)
             step = checkpoint.latest(folder)
         else:
-            folder, step = _named(self._settings.resume)
+            folder, step = named(self._settings.resume, "train.resume")
         if step is None:
             return state, progress
         tree, extra = checkpoint.restore(folder, step, self._tree(state), **self._run)
@@ -112,14 +119,15 @@ class Checkpoints:
             multihost_utils.sync_global_devices(f"jlora {kind} checkpoints removed")
 
 
-def _named(resume: str) -> tuple[Path, int]:
-    """The folder and the step of ``…/checkpoints/<step>``."""
-    folder = Path(resume)
+def named(checkpoint_folder: str, key: str) -> tuple[Path, int]:
+    """The folder and the step of ``…/checkpoints/<step>``, which the setting ``key`` names."""
+    folder = Path(checkpoint_folder)
     if not folder.name.isdigit() or int(folder.name) not in checkpoint.steps(folder.parent):
+        whole = ", ".join(map(str, checkpoint.steps(folder.parent))) or "none"
         raise ConfigError(
             "is not a whole checkpoint",
-            where=f"train.resume: {resume}",
-            fix="name a folder such as outputs/run1/checkpoints/500, or use auto",
+            where=f"{key}: {folder}",
+            fix=f"name a folder such as outputs/run1/checkpoints/500; whole here: {whole}",
         )
     return folder.parent, int(folder.name)
 
@@ -158,20 +166,23 @@ def replies(job: Job, trainable: Any, rows: list[data.ReplyRow]) -> list[evaluat
     )
 
 
-def write_model(job: Job, trainable: Any) -> str:
-    """The adapter, or the fully trained model, with its tokenizer; says what was written."""
-    out, tree = Path(job.config.train.output_dir), sharding.gather(trainable)
+def write_model(out: Path, dtype: str, model: Model, tokenizer: Any, trained: Any) -> str:
+    """The adapter, or the fully trained model in ``dtype``, with its tokenizer; says what it wrote.
+
+    ``trained`` may lie on many devices; every process calls this.
+    """
+    tree = sharding.gather(trained)
     if jax.process_index() != 0:
         return ""
     if isinstance(tree, Adapter):
         size = save_adapter(out, tree)
         written = f"{out / 'adapter_model.safetensors'} ({size / 2**20:,.1f} MiB)"
     else:
-        dtype = jax.numpy.dtype(job.config.model.dtype)
-        save_pretrained(out, job.model, jax.tree.map(lambda leaf: leaf.astype(dtype), tree))
+        kept = jax.numpy.dtype(dtype)
+        save_pretrained(out, model, jax.tree.map(lambda leaf: leaf.astype(kept), tree))
         written = str(out / "model.safetensors")
     with storage_errors(out):
-        job.tokenizer.save_pretrained(out)
+        tokenizer.save_pretrained(out)
     return written
 
 
@@ -184,7 +195,8 @@ def finish(
     console: Console,
 ) -> None:
     """Writes the result and the report, shows samples, and says where everything lies."""
-    written = write_model(job, trained)
+    out, dtype = Path(job.config.train.output_dir), job.config.model.dtype
+    written = write_model(out, dtype, job.model, job.tokenizer, trained)
     if jax.process_index() != 0:
         return
     shown = [

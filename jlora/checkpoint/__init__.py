@@ -13,7 +13,7 @@ With several processes all of them call ``save`` and ``restore``, on a folder th
 
 from jlora.checkpoint.fingerprint import fingerprint
 from jlora.checkpoint.manifest import discard_incomplete, discard_later, latest, steps
-from jlora.checkpoint.store import restore, save
+from jlora.checkpoint.store import restore, restore_part, save
 
 __all__ = [
     "discard_incomplete",
@@ -21,6 +21,7 @@ __all__ = [
     "fingerprint",
     "latest",
     "restore",
+    "restore_part",
     "save",
     "steps",
 ]

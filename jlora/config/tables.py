@@ -27,6 +27,7 @@ from jlora.config.fields import (
     Section,
 )
 from jlora.config.weights import (
+    ExportConfig,
     LoraConfig,
     MergeConfig,
     ModelConfig,
@@ -306,6 +307,8 @@ class Config(Section):
     """Generation."""
     merge: MergeConfig = MergeConfig()
     """Merging."""
+    export: ExportConfig = ExportConfig()
+    """Exporting a checkpoint."""
     quantize: QuantizeConfig = QuantizeConfig()
     """Packing the base on disk."""
 
