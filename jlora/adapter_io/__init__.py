@@ -19,6 +19,7 @@ import safetensors.numpy
 from jlora import paths
 from jlora.adapter_io.for_peft import for_peft
 from jlora.adapter_io.peft_config import CONFIG_FILE, read_config, write_config
+from jlora.adapter_io.releases import with_new_names
 from jlora.adapter_io.tensors import TENSOR_FILE, drop_bases, mismatches, read_tensors, slots_of
 from jlora.errors import DataError
 from jlora.files import write_atomic
@@ -72,7 +73,7 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
     shapes = jax.eval_shape(fresh, jax.random.key(0), params)
     arrays = {path: np.zeros(x.shape, np.float32) for path, x in paths.walk(shapes.weights)}
     slots = slots_of(arrays, shapes.config)
-    tensors = read_tensors(file)
+    tensors = with_new_names(read_tensors(file), slots, shapes.config, file)
     drop_bases(tensors, params, shapes.config, file)
     if faults := mismatches(tensors, slots):
         more = [f"… and {len(faults) - 20} more"] if faults[20:] else []
