@@ -17,7 +17,7 @@ import numpy as np
 
 from jlora import header, lora, paths
 from jlora.adapter_io.for_peft import for_peft
-from jlora.adapter_io.tensors import views
+from jlora.adapter_io.tensors import slots_of
 from jlora.classes import with_classes
 from jlora.config import Config, LoraConfig
 from jlora.console import Console, Rows
@@ -117,7 +117,7 @@ def file_bytes(adapter: lora.Adapter) -> int:
     whole = jax.eval_shape(for_peft, adapter)
     zero = np.float32(0)
     arrays = {path: np.broadcast_to(zero, x.shape) for path, x in paths.walk(whole.weights)}
-    return sum(4 * value.size for value in views(arrays, whole.config).values())
+    return sum(4 * math.prod(slot.shape) for slot in slots_of(arrays, whole.config).values())
 
 
 def _matches(targets: list[Target], config: LoraConfig) -> Rows:

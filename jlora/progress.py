@@ -13,7 +13,7 @@ import jax
 
 from jlora.config import Config, TrainConfig
 from jlora.errors import DivergedError
-from jlora.optim import frozen_kinds, warmup_steps
+from jlora.optim import frozen_kinds, stays, warmup_steps
 
 LEARNING_BY = 3
 """Updates by which every leaf must have had a gradient: B moves first, then A (with a warm-up whose
@@ -190,19 +190,16 @@ def check_learning(progress: Progress, trainable: Any, plan: Plan) -> None:
     """Raises DivergedError, naming them, when some leaves had no gradient in the first updates."""
     if progress.updates != plan.learning_by:
         return
-    names = [
-        jax.tree_util.keystr(path, simple=True, separator=".")
-        for path, _ in jax.tree_util.tree_leaves_with_path(trainable)
-    ]
+    leaves = jax.tree_util.tree_leaves_with_path(trainable)
     dead = [
-        name
-        for name, alive in zip(names, progress.alive, strict=True)
-        if not alive and name.rpartition(".")[2] not in plan.frozen
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for (path, _), alive in zip(leaves, progress.alive, strict=True)
+        if not alive and not stays(path, plan.frozen)
     ]
     if not dead:
         return
     raise DivergedError(
-        f"no gradient reaches {len(dead)} of {len(names)} trainable leaves: {', '.join(dead[:5])}",
+        f"no gradient reaches {len(dead)} of {len(leaves)} trainable leaves: {', '.join(dead[:5])}",
         where=f"step {progress.step}",
         fix="leave these modules out of lora.target_modules or lora.modules_to_save",
     )

@@ -168,6 +168,16 @@ def test_biases_and_norm_scales_do_not_decay():
     }  # fmt: skip
 
 
+def test_what_an_adapter_started_from_stays():
+    """PiSSA's first A and B are part of the tree; decay must not shrink them."""
+    weights = {"q_proj": {k: v for k, v in tree(0)["q_proj"].items() if k.startswith("lora")}}
+    adapter = lora.Adapter(weights, LoraConfig(), initial=weights)
+    labels = optim.group_labels(settings(), adapter)
+    assert set(jax.tree.leaves(labels.initial)) == {"frozen"}
+    assert set(jax.tree.leaves(labels.weights)) == {"decay"}
+    assert len(optim.moving(settings(), adapter)) == 2
+
+
 @pytest.mark.parametrize(("name", "copies"), [("adamw", 2), ("lion", 1), ("sgd", 0)])
 def test_the_state_holds_nothing_of_the_base(name, copies):
     params = {

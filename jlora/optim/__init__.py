@@ -10,7 +10,7 @@ chain        the optimizer of a run
 """
 
 from jlora.optim.chain import OPTIMIZERS, check_optimizer, make_optimizer
-from jlora.optim.groups import frozen_kinds, group_labels, moving
+from jlora.optim.groups import frozen_kinds, group_labels, moving, stays
 from jlora.optim.lora_fa import without_gradient_of_a
 from jlora.optim.schedules import schedule, warmup_steps
 
@@ -22,6 +22,7 @@ __all__ = [
     "make_optimizer",
     "moving",
     "schedule",
+    "stays",
     "warmup_steps",
     "without_gradient_of_a",
 ]

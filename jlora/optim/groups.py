@@ -5,7 +5,7 @@ Rules of transformers (``get_decay_parameter_names``) and of peft (``create_lora
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,10 +34,16 @@ def frozen_kinds(config: TrainConfig) -> tuple[str, ...]:
     return ("lora_A",) if config.lorafa else ()
 
 
+def stays(path: Any, kinds: Sequence[str]) -> bool:
+    """Whether the leaf at a JAX key path is of these kinds, or in an adapter's ``initial``."""
+    names = _names(path)
+    return names[-1] in kinds or names[0] == "initial"
+
+
 def moving(config: TrainConfig, trainable: Any) -> list[Any]:
     """The leaves that an optimizer with these settings changes."""
     flat = jax.tree_util.tree_leaves_with_path(trainable)
-    return [leaf for path, leaf in flat if _names(path)[-1] not in frozen_kinds(config)]
+    return [leaf for path, leaf in flat if not stays(path, frozen_kinds(config))]
 
 
 def group_labels(config: TrainConfig, trainable: Any) -> Any:
@@ -55,7 +61,7 @@ def group_labels(config: TrainConfig, trainable: Any) -> Any:
     def label(path: Any, _: Any) -> str:
         names = _names(path)
         decay = "decay" if _decays(names[-1]) else "no_decay"
-        if names[-1] in frozen_kinds(config):
+        if stays(path, frozen_kinds(config)):
             return FROZEN
         if config.loraplus_lr_ratio is None:
             return decay
