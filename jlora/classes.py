@@ -8,7 +8,7 @@ from jlora.config import Config
 from jlora.data import find_classes, load_rows
 from jlora.data.rows import Labelled
 from jlora.models import as_classifier, read_model
-from jlora.models.hf_folder import find_folder
+from jlora.models.hf_folder import DESCRIPTION, find_folder
 
 
 def with_classes(config: Config) -> tuple[Config, str]:
@@ -26,7 +26,7 @@ def with_classes(config: Config) -> tuple[Config, str]:
     model = config.model
     names, origin = model.id2label, "the settings"
     if names is None:
-        folder = find_folder(model.name_or_path, model.revision)
+        folder = find_folder(model.name_or_path, model.revision, DESCRIPTION)
         own = read_model(folder).config
         if own.num_labels is not None:
             own = as_classifier(own, model.num_labels or own.num_labels)

@@ -38,9 +38,11 @@ COMMANDS = {
         "fine-tune a model: LoRA, QLoRA or in full",
         {"--show-batch": {"action": "store_true", "help": SHOW_BATCH}},
     ),
+    "inspect": Command("jlora.inspect_config", "what a run would train, without loading weights"),
     "evaluate": Command("jlora.evaluate", "loss, perplexity and exact match on held-out rows"),
     "generate": Command("jlora.generate", "generate replies with a base model and its adapter"),
     "merge": Command("jlora.merge", "fold an adapter into its base: a transformers folder"),
+    "export": Command("jlora.export", "a checkpoint's weights as a PEFT or transformers folder"),
     "quantize": Command("jlora.quantize", "pack a base model's weights: a transformers folder"),
 }
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from jlora import runtime, sharding
-from jlora.config import in_lines
+from jlora.config import Config, TrainConfig, in_lines
 from jlora.console import Console, Rows
 from jlora.data import Prepared
 from jlora.data.classification import listed
 from jlora.job import Job
 from jlora.models import Model
 from jlora.models.attention import Case, choose, cudnn
-from jlora.optim import warmup_steps
+from jlora.optim import moving, warmup_steps
 from jlora.progress import Plan
 from jlora.quantization import describe, is_packed, settings_of
 from jlora.targets import match_table
@@ -30,9 +30,7 @@ def show_header(
     """Prints model, matches, sizes, devices, data and how every setting was resolved."""
     sections: dict[str, Any] = {"model": _model(job, train.length)}
     if job.targets:
-        rows = match_table(job.targets)
-        names = list(rows[0])
-        sections["adapter"] = Rows(names, [[_text(row[n]) for n in names] for row in rows])
+        sections["adapter"] = table(match_table(job.targets))
     sections["data"] = _data(train, held_out)
     sections["run"] = _run(job, plan)
     lines = in_lines(job.config)
@@ -51,8 +49,8 @@ def show_header(
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays of a tree, counted once however they are sharded."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    """Bytes of all arrays of a tree (or of its shapes), counted once however they are sharded."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def count(tree: Any) -> int:
@@ -67,7 +65,10 @@ def layout(tree: Any, mesh: jax.sharding.Mesh) -> Rows:
     rows = sharding.describe(tree, mesh)
     return Rows(
         names,
-        [(r.leaves, r.kind, r.layout, _size(r.total_bytes), _size(r.device_bytes)) for r in rows],
+        [
+            (r.leaves, r.kind, r.layout, size_text(r.total_bytes), size_text(r.device_bytes))
+            for r in rows
+        ],
     )
 
 
@@ -88,27 +89,35 @@ def attention(model: Model, platform: str, length: int) -> str:
 
 def _model(job: Job, length: int) -> Mapping[str, Any]:
     config = job.config
-    trainable, frozen = count(job.trainable), count(job.frozen)
-    packed = [x for x in jax.tree.leaves(job.frozen, is_leaf=is_packed) if is_packed(x)]
-    kind = "full fine-tuning"
-    if config.lora:
-        kind = "QLoRA" if packed else "LoRA"
     rows: dict[str, Any] = {
         "base": config.model.name_or_path,
-        "method": kind,
-        "trainable": f"{trainable:,} of {trainable + frozen:,} parameters "
-        f"({trainable / (trainable + frozen):.2%})",
-        "memory": f"{_size(tree_bytes(job.frozen))} frozen, "
-        f"{_size(tree_bytes(job.trainable))} trainable",
-        "types": f"weights {config.model.dtype}, computation {config.compute_dtype}",
+        **sizes(config, job.frozen, job.trainable),
         "attention": attention(job.model, job.mesh.devices.flat[0].platform, length),
     }
     if names := config.model.id2label:
         rows["classes"] = f"{len(names)}: {listed(names)}"
+    if job.model.config.prequantized and "quantization" in rows:
+        rows["quantization"] += " (the base came packed)"
+    return rows
+
+
+def sizes(config: Config, frozen: Any, trainable: Any) -> dict[str, str]:
+    """The method, how much of the model is trained, and what it takes; the trees may be shapes."""
+    moves, every = count(moving(config.train, trainable)), count(frozen) + count(trainable)
+    packed = [x for x in jax.tree.leaves(frozen, is_leaf=is_packed) if is_packed(x)]
+    kind = "full fine-tuning"
+    if config.lora:
+        kind = "QLoRA" if packed else "LoRA"
+    rows = {
+        "method": kind,
+        "trainable": f"{moves:,} of {every:,} parameters ({moves / every:.2%})",
+        "memory": f"{size_text(tree_bytes(frozen))} frozen, "
+        f"{size_text(tree_bytes(trainable))} trainable",
+        "types": f"weights {config.model.dtype}, computation {config.compute_dtype}",
+    }
     if packed:
-        came = " (the base came packed)" if job.model.config.prequantized else ""
         kinds = dict.fromkeys(describe(settings_of(leaf)) for leaf in packed)
-        rows["quantization"] = "; ".join(kinds) + came
+        rows["quantization"] = "; ".join(kinds)
     return rows
 
 
@@ -130,7 +139,7 @@ def _run(job: Job, plan: Plan) -> Mapping[str, Any]:
         "batch": f"{plan.rows_per_step} rows a step ({settings.per_device_train_batch_size} a "
         f"device, {plan.accumulation} accumulated)",
         "steps": f"{plan.total_steps} ({plan.steps_per_epoch} an epoch)",
-        "optimizer": f"{settings.optim}, {settings.lr_scheduler_type} from "
+        "optimizer": f"{optimizer(settings)}, {settings.lr_scheduler_type} from "
         f"{settings.learning_rate:g} after {warm} warm-up steps, "
         f"weight decay {settings.weight_decay:g}, clip {settings.max_grad_norm}",
         "checkpointing": "on" if settings.gradient_checkpointing else "off",
@@ -138,12 +147,31 @@ def _run(job: Job, plan: Plan) -> Mapping[str, Any]:
     }
 
 
-def _size(n: int) -> str:
+def optimizer(settings: TrainConfig) -> str:
+    """The optimizer's name, with LoRA+ and LoRA-FA if they are on."""
+    ratio = settings.loraplus_lr_ratio
+    plus = [f"LoRA+ (B learns {ratio:g} times as fast)"] if ratio else []
+    return " with ".join([settings.optim, *plus, *["LoRA-FA"] * settings.lorafa])
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Rows:
+    """Rows with the same names, as a table."""
+    names = list(rows[0])
+    return Rows(names, [[_text(row[name]) for name in names] for row in rows])
+
+
+def size_text(n: int) -> str:
+    """Bytes for people: ``12.5 MiB``."""
     unit, power = next(
         u for u in (("GiB", 30), ("MiB", 20), ("KiB", 10)) if n >= 2 ** u[1] or u[1] == 10
     )
     return f"{n / 2**power:,.1f} {unit}"
 
 
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape for people: ``4096 × 14336``."""
+    return " × ".join(map(str, shape))
+
+
 def _text(value: Any) -> Any:
-    return " × ".join(map(str, value)) if isinstance(value, tuple) else value
+    return shape_text(value) if isinstance(value, tuple) else value

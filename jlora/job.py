@@ -16,7 +16,9 @@ from jlora.adapter_io import CONFIG_FILE, load_adapter
 from jlora.config import Config
 from jlora.data import load_tokenizer
 from jlora.errors import ConfigError
-from jlora.models import Model, as_classifier, load_pretrained
+from jlora.models import Model, as_classifier, load_pretrained, read_model
+from jlora.models.hf_folder import DESCRIPTION, find_folder
+from jlora.optim import without_gradient_of_a
 from jlora.targets import Target, find_targets
 
 Load = Callable[[str, str], tuple[Model, Any]]
@@ -101,19 +103,55 @@ def _open_adapter(
                 where=str(source),
                 fix="name one that was trained with SEQ_CLS, or leave it out",
             )
-        kept = dataclasses.replace(adapter.config, lora_dropout=config.lora.lora_dropout)
-        adapter = lora.Adapter(adapter.weights, kept)
     else:
         adapter = lora.init_adapter(jax.random.key(config.train.seed), params, config.lora)
-    named = dataclasses.replace(
-        adapter.config,
-        base_model_name_or_path=config.lora.base_model_name_or_path or config.model.name_or_path,
-        revision=config.lora.revision or config.model.revision,
-    )
-    adapter = lora.Adapter(adapter.weights, named)
+    adapter = _named(config, adapter)
     adapter = sharding.place(adapter, sharding.adapter_shardings(adapter, mesh))
     _, targets = find_targets(params, adapter.config)
-    return Job(config, mesh, model, tokenizer, params, adapter, attach, tuple(targets))
+    bind = attach_fa if config.train.lorafa else attach
+    return Job(config, mesh, model, tokenizer, params, adapter, bind, tuple(targets))
+
+
+def _named(config: Config, adapter: lora.Adapter) -> lora.Adapter:
+    """The adapter with the base's name in its config, and the dropout of the settings."""
+    own = config.lora
+    assert own is not None
+    named = dataclasses.replace(
+        adapter.config,
+        lora_dropout=own.lora_dropout,
+        base_model_name_or_path=own.base_model_name_or_path or config.model.name_or_path,
+        revision=own.revision or config.model.revision,
+    )
+    return dataclasses.replace(adapter, config=named)
+
+
+def adapter_shapes(config: Config, shapes: Any) -> lora.Adapter:
+    """What a run would train on a base of these shapes: the adapter's shapes, and its config.
+
+    Raises ConfigError for every pattern that matches nothing.
+    """
+    assert config.lora is not None
+    if config.lora.init_from:
+        adapter = load_adapter(config.lora.init_from, shapes)
+        adapter = jax.eval_shape(lambda a: a, adapter)
+    else:
+        fresh = functools.partial(lora.init_adapter, config=config.lora)
+        adapter = jax.eval_shape(fresh, jax.random.key(0), shapes)
+    return _named(config, adapter)
+
+
+def describe_model(config: Config, tokenizer: Any) -> Model:
+    """The model that ``open_job`` would open, without its parameters.
+
+    Of a hub's repository only the description is downloaded.
+    """
+    name, revision = config.model.name_or_path, config.model.revision
+    folder = find_folder(name, revision, DESCRIPTION)
+    model = read_model(folder, dtype=config.model.dtype, attention=config.model.attention)
+    check_trainable(config, model)
+    if (classes := config.model.num_labels) is not None:
+        model = dataclasses.replace(model, config=as_classifier(model.config, classes))
+    return _settled(config, model, tokenizer)
 
 
 def _open_full(
@@ -121,14 +159,19 @@ def _open_full(
 ) -> Job:
     name = _result(config, "model", "config.json") if trained else config.model.name_or_path
     model, params = load(name, "float32")
-    if model.config.prequantized:
-        raise ConfigError(
-            "the base model came packed, and packed weights cannot be trained in full",
-            where=f"model.name_or_path: {name}",
-            fix="add a lora section, or name the model that it was packed from",
-        )
+    check_trainable(config, model)
     bind = _Cast(config.compute_dtype)
     return Job(config, mesh, model, tokenizer, {}, params, bind, ())
+
+
+def check_trainable(config: Config, model: Model) -> None:
+    """ConfigError when a model that came packed is to be trained in full."""
+    if model.config.prequantized and config.lora is None:
+        raise ConfigError(
+            "the base model came packed, and packed weights cannot be trained in full",
+            where=f"model.name_or_path: {config.model.name_or_path}",
+            fix="add a lora section, or name the model that it was packed from",
+        )
 
 
 def _result(config: Config, kind: str, file: str) -> str:
@@ -142,6 +185,11 @@ def _result(config: Config, kind: str, file: str) -> str:
 def attach(frozen: Any, adapter: lora.Adapter, key: Any) -> Any:
     """The base with the adapter on it; ``key`` draws its dropout, None means none."""
     return lora.attach(frozen, adapter, dropout_key=key)
+
+
+def attach_fa(frozen: Any, adapter: lora.Adapter, key: Any) -> Any:
+    """``attach`` for LoRA-FA: no gradient flows to A."""
+    return attach(frozen, without_gradient_of_a(adapter), key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +223,11 @@ def _load(
         num_labels=config.model.num_labels,
         seed=config.train.seed,
     )
+    return _settled(config, model, tokenizer), params
+
+
+def _settled(config: Config, model: Model, tokenizer: Any) -> Model:
+    """The model with its classes' names, and computing as the settings say."""
     if config.classifies:
         names = config.model.id2label or ()
         named = as_classifier(model.config, len(names), names, tokenizer.pad_token_id)
@@ -182,10 +235,8 @@ def _load(
     elif model.config.num_labels:
         raise ConfigError(
             "holds a classifier, but the rows have no classes",
-            where=f"model.name_or_path: {name}",
+            where=f"model.name_or_path: {config.model.name_or_path}",
             fix="name a language model, or rows of format: classification",
         )
     remat = config.train.gradient_checkpointing
-    return dataclasses.replace(
-        model, dtype=config.compute_dtype, gradient_checkpointing=remat
-    ), params
+    return dataclasses.replace(model, dtype=config.compute_dtype, gradient_checkpointing=remat)

@@ -13,7 +13,7 @@ import yaml
 from jax.experimental import multihost_utils
 
 from jlora import checkpoint, data, evaluation, metrics, report, sharding
-from jlora.adapter_io import base_record, save_adapter
+from jlora.adapter_io import base_record, save_adapter, write_record
 from jlora.config import Config, TrainConfig, to_yaml
 from jlora.console import Console
 from jlora.errors import ConfigError, StoppedError
@@ -21,7 +21,7 @@ from jlora.files import storage_errors, write_atomic
 from jlora.fingerprint import fingerprint
 from jlora.job import Job
 from jlora.lora import Adapter
-from jlora.models import save_pretrained
+from jlora.models import Model, save_pretrained
 from jlora.progress import Plan, Progress
 from jlora.state import TrainState
 
@@ -39,14 +39,21 @@ FREE_TO_CHANGE = {
 
 def identity(config: Config, plan: Plan, data_fingerprint: str) -> dict[str, Any]:
     """What a checkpoint's run and the run that resumes it must have in common."""
-    settings = yaml.safe_load(to_yaml(config))
-    kept = {name: settings.get(name) for name in ("model", "quantization", "lora", "train")}
-    for section, names in FREE_TO_CHANGE.items():
-        kept[section] = {k: v for k, v in kept[section].items() if k not in names}
+    kept = settled(config, "model", "quantization", "lora", "train")
     kept["train"]["early_stopping"] = bool(config.train.early_stopping_patience)
     rows = {"rows_per_step": plan.rows_per_step, "total_steps": plan.total_steps}
     shuffle = {"fingerprint": data_fingerprint, "shuffle": config.data.shuffle}
     return {**kept, "data": shuffle, "plan": rows}
+
+
+def settled(config: Config, *sections: str) -> dict[str, Any]:
+    """The settings in these sections that a checkpoint's run may not change."""
+    settings, kept = yaml.safe_load(to_yaml(config)), {}
+    for section in sections:
+        kept[section] = settings.get(section)
+        for name in FREE_TO_CHANGE.get(section, ()):
+            kept[section].pop(name)
+    return kept
 
 
 class Checkpoints:
@@ -74,7 +81,7 @@ class Checkpoints:
             self._clear(checkpoint.discard_incomplete, "unfinished", console)
             step = checkpoint.latest(folder)
         else:
-            folder, step = _named(self._settings.resume)
+            folder, step = named(self._settings.resume, "train.resume")
         if step is None:
             return state, progress
         tree, extra = checkpoint.restore(folder, step, self._tree(state), **self._run)
@@ -113,14 +120,15 @@ class Checkpoints:
             multihost_utils.sync_global_devices(f"jlora {kind} checkpoints removed")
 
 
-def _named(resume: str) -> tuple[Path, int]:
-    """The folder and the step of ``…/checkpoints/<step>``."""
-    folder = Path(resume)
+def named(checkpoint_folder: str, key: str) -> tuple[Path, int]:
+    """The folder and the step of ``…/checkpoints/<step>``, which the setting ``key`` names."""
+    folder = Path(checkpoint_folder)
     if not folder.name.isdigit() or int(folder.name) not in checkpoint.steps(folder.parent):
+        whole = ", ".join(map(str, checkpoint.steps(folder.parent))) or "none"
         raise ConfigError(
             "is not a whole checkpoint",
-            where=f"train.resume: {resume}",
-            fix="name a folder such as outputs/run1/checkpoints/500, or use auto",
+            where=f"{key}: {folder}",
+            fix=f"name a folder such as outputs/run1/checkpoints/500; whole here: {whole}",
         )
     return folder.parent, int(folder.name)
 
@@ -133,10 +141,18 @@ def stopped(step: int, signum: int, settings: TrainConfig) -> StoppedError:
     )
 
 
-def write_settings(config: Config) -> None:
-    """``config.yaml``: every setting as it was resolved; the same command line runs it again."""
-    if jax.process_index() == 0:
-        write_atomic(Path(config.train.output_dir) / "config.yaml", to_yaml(config))
+def write_settings(job: Job) -> None:
+    """``config.yaml``: every setting as it was resolved; the same command line runs it again.
+
+    Beside it, for an adapter, which base model it is trained on.
+    """
+    out = Path(job.config.train.output_dir)
+    base = base_record(job.frozen, job.trainable.config) if job.config.lora else None
+    if jax.process_index() != 0:
+        return
+    write_atomic(out / "config.yaml", to_yaml(job.config))
+    if base is not None:
+        write_record(out, base)
 
 
 def prompts(job: Job) -> list[data.ReplyRow]:
@@ -159,21 +175,23 @@ def replies(job: Job, trainable: Any, rows: list[data.ReplyRow]) -> list[evaluat
     )
 
 
-def write_model(job: Job, trainable: Any) -> str:
-    """The adapter, or the fully trained model, with its tokenizer; says what was written."""
-    out, tree = Path(job.config.train.output_dir), sharding.gather(trainable)
-    base = base_record(job.frozen, tree.config) if isinstance(tree, Adapter) else None
+def write_model(out: Path, dtype: str, model: Model, tokenizer: Any, trained: Any) -> str:
+    """The adapter, or the fully trained model in ``dtype``, with its tokenizer; says what it wrote.
+
+    ``trained`` may lie on many devices; every process calls this.
+    """
+    tree = sharding.gather(trained)
     if jax.process_index() != 0:
         return ""
     if isinstance(tree, Adapter):
-        size = save_adapter(out, tree, base)
+        size = save_adapter(out, tree)
         written = f"{out / 'adapter_model.safetensors'} ({size / 2**20:,.1f} MiB)"
     else:
-        dtype = jax.numpy.dtype(job.config.model.dtype)
-        save_pretrained(out, job.model, jax.tree.map(lambda leaf: leaf.astype(dtype), tree))
+        kept = jax.numpy.dtype(dtype)
+        save_pretrained(out, model, jax.tree.map(lambda leaf: leaf.astype(kept), tree))
         written = str(out / "model.safetensors")
     with storage_errors(out):
-        job.tokenizer.save_pretrained(out)
+        tokenizer.save_pretrained(out)
     return written
 
 
@@ -186,7 +204,8 @@ def finish(
     console: Console,
 ) -> None:
     """Writes the result and the report, shows samples, and says where everything lies."""
-    written = write_model(job, trained)
+    out, dtype = Path(job.config.train.output_dir), job.config.model.dtype
+    written = write_model(out, dtype, job.model, job.tokenizer, trained)
     if jax.process_index() != 0:
         return
     shown = [

@@ -13,7 +13,7 @@ import jax
 
 from jlora.config import Config, TrainConfig
 from jlora.errors import DivergedError
-from jlora.optim import warmup_steps
+from jlora.optim import frozen_kinds, stays, warmup_steps
 
 LEARNING_BY = 3
 """Updates by which every leaf must have had a gradient: B moves first, then A (with a warm-up whose
@@ -33,6 +33,8 @@ class Plan:
     learning_by: int
     """Updates by which every leaf must have had a gradient; a B that a long warm-up keeps tiny may
     be zero in float16, and A has none until then."""
+    frozen: tuple[str, ...] = ()
+    """Names of leaves that are to have no gradient."""
 
     @classmethod
     def of(
@@ -49,8 +51,8 @@ class Plan:
             total = math.ceil(settings.num_train_epochs * steps)
         fp16 = config.compute_dtype == "float16"
         learning_by = LEARNING_BY + (warmup_steps(settings, total) if fp16 else 0)
-        held_out = eval_rows(config, mesh)
-        return cls(rows, held_out, accumulation, steps, total, fp16, learning_by)
+        held_out, frozen = eval_rows(config, mesh), frozen_kinds(settings)
+        return cls(rows, held_out, accumulation, steps, total, fp16, learning_by, frozen)
 
 
 def eval_rows(config: Config, mesh: jax.sharding.Mesh) -> int:
@@ -186,15 +188,18 @@ def check_evaluation(loss: float, progress: Progress) -> None:
 
 def check_learning(progress: Progress, trainable: Any, plan: Plan) -> None:
     """Raises DivergedError, naming them, when some leaves had no gradient in the first updates."""
-    if progress.updates != plan.learning_by or all(progress.alive):
+    if progress.updates != plan.learning_by:
         return
-    names = [
+    leaves = jax.tree_util.tree_leaves_with_path(trainable)
+    dead = [
         jax.tree_util.keystr(path, simple=True, separator=".")
-        for path, _ in jax.tree_util.tree_leaves_with_path(trainable)
+        for (path, _), alive in zip(leaves, progress.alive, strict=True)
+        if not alive and not stays(path, plan.frozen)
     ]
-    dead = [name for name, alive in zip(names, progress.alive, strict=True) if not alive]
+    if not dead:
+        return
     raise DivergedError(
-        f"no gradient reaches {len(dead)} of {len(names)} trainable leaves: {', '.join(dead[:5])}",
+        f"no gradient reaches {len(dead)} of {len(leaves)} trainable leaves: {', '.join(dead[:5])}",
         where=f"step {progress.step}",
         fix="leave these modules out of lora.target_modules or lora.modules_to_save",
     )

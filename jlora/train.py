@@ -85,7 +85,7 @@ def train(
     eval_step = make_eval_step(job.model, job.bind)
     checkpoints = outputs.Checkpoints(out / "checkpoints", job, plan, rows.fingerprint)
     state, progress = checkpoints.resume(state, Progress(), console)
-    outputs.write_settings(job.config)
+    outputs.write_settings(job)
     log.truncate_to(progress.lines)
     meter, prompts = Meter(), outputs.prompts(job)
 

@@ -359,6 +359,14 @@ def test_full_fine_tuning_of_packed_weights_is_refused(write):
     assert config.load(path, ["lora={}"]).lora == LoraConfig()
 
 
+@pytest.mark.parametrize("name", ["lorafa: true", "loraplus_lr_ratio: 16"])
+def test_optimizers_of_adapters_need_one(write, name):
+    path = write(MINIMAL + f"  {name}\n")
+    message = f"train.{name.split(':')[0]}: means nothing without an adapter"
+    assert message in fault(path) and "add a lora section" in fault(path)
+    config.load(path, ["lora={}"])
+
+
 def test_files_that_cannot_be_read(write, tmp_path):
     path = write(MINIMAL)
     assert "did you mean 'c.yaml'?" in fault(path.with_name("cc.yaml"))

@@ -20,7 +20,7 @@ LAYERS = [
     {"optim", "state", "step", "foreign"},
     {"adapter_io", "checkpoint", "data", "metrics", "console", "report", "runtime", "decoding"},
     {"batches", "classes", "evaluation", "header", "job", "outputs", "progress", "cli"},
-    {"train", "evaluate", "generate", "merge", "quantize"},
+    {"train", "inspect_config", "evaluate", "generate", "merge", "export", "quantize"},
 ]
 """Lowest first: a module imports from lower layers, or from its own where that is not closed."""
 

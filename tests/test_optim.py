@@ -159,13 +159,23 @@ def test_optimizers_follow_their_formula(oracle, decay, clip):
 
 
 def test_biases_and_norm_scales_do_not_decay():
-    labels = optim.decay_groups({"lm_head": {"kernel": 0}, **tree(0)})
-    assert labels == {
-        "lm_head": {"kernel": "decay"},
+    leaves = {"lm_head": {"kernel": jnp.ones((5, 4)), "lora_bias": jnp.ones(4)}, **tree(0)}
+    assert optim.group_labels(settings(), leaves) == {
+        "lm_head": {"kernel": "decay", "lora_bias": "no_decay"},
         "q_proj": {
             "lora_A": "decay", "lora_B": "decay", "bias": "no_decay", "scale": "no_decay",
         },
     }  # fmt: skip
+
+
+def test_what_an_adapter_started_from_stays():
+    """PiSSA's first A and B are part of the tree; decay must not shrink them."""
+    weights = {"q_proj": {k: v for k, v in tree(0)["q_proj"].items() if k.startswith("lora")}}
+    adapter = lora.Adapter(weights, LoraConfig(), initial=weights)
+    labels = optim.group_labels(settings(), adapter)
+    assert set(jax.tree.leaves(labels.initial)) == {"frozen"}
+    assert set(jax.tree.leaves(labels.weights)) == {"decay"}
+    assert len(optim.moving(settings(), adapter)) == 2
 
 
 @pytest.mark.parametrize(("name", "copies"), [("adamw", 2), ("lion", 1), ("sgd", 0)])

@@ -212,3 +212,15 @@ def test_a_gradient_in_any_update_is_enough():
     counted.add(metrics(alive=(False, True)))
     with pytest.raises(DivergedError, match="lora_A"):
         check_learning(counted, TREE, plan)
+
+
+def test_leaves_that_are_frozen_need_no_gradient():
+    plan, counted = dataclasses.replace(plan_of(), frozen=("lora_A",)), Progress()
+    for _ in range(3):
+        counted.add(metrics(alive=(False, True)))
+    check_learning(counted, TREE, plan)
+    counted = Progress()
+    for _ in range(3):
+        counted.add(metrics(alive=(False, False)))
+    with pytest.raises(DivergedError, match=r"1 of 2 trainable leaves: q_proj\.lora_B"):
+        check_learning(counted, TREE, plan)

@@ -13,8 +13,9 @@ from safetensors.numpy import load
 from tiny_runs import Place
 
 import jlora
-from jlora import config, data, metrics, train
-from jlora.job import open_tokenizer
+from jlora import config, data, metrics, paths, train
+from jlora.adapter_io import to_peft_tensors
+from jlora.job import open_job, open_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +194,31 @@ def test_show_batch_prints_and_trains_nothing(place, capsys):
     shown = capsys.readouterr().out
     assert "say" in shown and "<|im_end|>" in shown
     assert not place.output.exists()
+
+
+def test_lorafa_and_loraplus_train_b_alone(place, capsys):
+    """A is as it was drawn, no check stops that, and 8-bit moments and LoRA+ go with it."""
+    place.settings_for_loss()
+    own = {"lorafa": True, "loraplus_lr_ratio": 4.0, "optim": "adamw_8bit", "max_steps": 4}
+    place.run(train={**own, "save_steps": None}, lora={"lora_dropout": 0.0})
+    said = capsys.readouterr().out
+    assert "adamw_8bit with LoRA+ (B learns 4 times as fast) with LoRA-FA" in said
+    _, params = jlora.load_pretrained(place.base, "float32")
+    settings = config.load(place.output)
+    fresh = jlora.init_adapter(jax.random.key(settings.train.seed), params, settings.lora)
+    drawn = to_peft_tensors(fresh)
+    trained = load(place.adapter())
+    assert set(trained) == set(drawn)
+    for name, value in trained.items():
+        assert np.array_equal(value, drawn[name]) == ("lora_A" in name), name
+    moving = sum(value.size for name, value in trained.items() if "lora_B" in name)
+    assert f"{moving:,} of" in said
+    job = open_job(settings, open_tokenizer(settings), trained=True)
+
+    def total(adapter):
+        logits = job.model(job.bind(job.frozen, adapter, None), np.arange(8)[None])
+        return (logits * np.arange(8, dtype=np.float32)[:, None]).sum()
+
+    gradient = jax.grad(total)(job.trainable).weights
+    for path, value in paths.walk(gradient):
+        assert np.any(value) == (path[-1] == "lora_B"), path

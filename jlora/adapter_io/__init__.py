@@ -21,6 +21,7 @@ from jlora.adapter_io.base_model import BASE_FILE, differences, write_record
 from jlora.adapter_io.base_model import record as base_record
 from jlora.adapter_io.for_peft import for_peft
 from jlora.adapter_io.peft_config import CONFIG_FILE, read_config, write_config
+from jlora.adapter_io.releases import with_new_names
 from jlora.adapter_io.tensors import TENSOR_FILE, drop_bases, mismatches, read_tensors, slots_of
 from jlora.errors import DataError
 from jlora.files import write_atomic
@@ -34,6 +35,7 @@ __all__ = [
     "load_adapter",
     "save_adapter",
     "to_peft_tensors",
+    "write_record",
 ]
 
 
@@ -93,7 +95,7 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
     shapes = jax.eval_shape(fresh, jax.random.key(0), arrays)
     arrays = {path: np.zeros(x.shape, np.float32) for path, x in paths.walk(shapes.weights)}
     slots = slots_of(arrays, shapes.config)
-    tensors = read_tensors(file)
+    tensors = with_new_names(read_tensors(file), slots, shapes.config, file)
     drop_bases(tensors, params, shapes.config, file)
     faults = [*mismatches(tensors, slots), *differences(directory, params, shapes.config)]
     if faults:

@@ -38,7 +38,7 @@ OTHER_KEYS: dict[str, Any] = {
 """PEFT's keys that jlora has no setting for, with the value that means "not used"."""
 
 IGNORED = {"auto_mapping", "inference_mode", "megatron_core", "peft_version", "runtime_config"}
-IGNORED |= {"qalora_group_size", "ensure_weight_tying", "loftq_config"}
+IGNORED |= {"qalora_group_size", "ensure_weight_tying", "loftq_config", "eva_config"}
 """Keys that change nothing for a loaded LoRA adapter, whatever their value."""
 
 

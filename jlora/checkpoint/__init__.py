@@ -12,13 +12,14 @@ With several processes all of them call ``save`` and ``restore``, on a folder th
 """
 
 from jlora.checkpoint.manifest import discard_incomplete, discard_later, latest, steps
-from jlora.checkpoint.store import restore, save
+from jlora.checkpoint.store import restore, restore_part, save
 
 __all__ = [
     "discard_incomplete",
     "discard_later",
     "latest",
     "restore",
+    "restore_part",
     "save",
     "steps",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -88,18 +88,35 @@ def read(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """DataError naming the first file (and its leaf) that is missing or not as it was written."""
-    found = _file_digests(folder)
+def check_files(folder: Path, manifest: Mapping[str, Any], part: str = "") -> None:
+    """DataError naming the first file (and its leaf) that is missing or not as it was written.
+
+    Of the leaves only those whose names begin with ``part`` are looked at.
+    """
+    others = {name for name in manifest["leaves"] if not name.startswith(part)}
+    found = _file_digests(folder, others)
     for name, digest in manifest["files"].items():
-        if found.get(name) != digest:
+        if Path(name).parts[1] not in others and found.get(name) != digest:
             leaf = Path(name).parts[1]
             raise damaged(folder, folder / name, leaf if leaf in manifest["leaves"] else None)
 
 
 def check_identity(folder: Path, manifest: Mapping[str, Any], identity: Any, base: str) -> None:
     """ConfigError listing the settings in which this run differs from the one that saved."""
-    old, new = _flat(manifest["identity"]), _flat(as_json(identity))
+    sections = {**manifest["identity"], **identity}
+    check_settings(folder, manifest, {name: identity.get(name) for name in sections})
+    if manifest["base_fingerprint"] != base:
+        raise ConfigError(
+            "the checkpoint was made on another base model: its weights differ",
+            where=str(folder),
+            fix="check model.name_or_path and model.revision, or choose another train.output_dir",
+        )
+
+
+def check_settings(folder: Path, manifest: Mapping[str, Any], sections: Mapping) -> None:
+    """ConfigError listing the settings in which these sections differ from those saved."""
+    there = {name: manifest["identity"].get(name) for name in sections}
+    old, new = _flat(there), _flat(as_json(sections))
     different = [
         f"{key}: {old.get(key, 'unset')!r} there, {new.get(key, 'unset')!r} here"
         for key in sorted({**old, **new})
@@ -110,12 +127,6 @@ def check_identity(folder: Path, manifest: Mapping[str, Any], identity: Any, bas
             "the checkpoint was made with other settings:\n    " + "\n    ".join(different),
             where=str(folder),
             fix="restore these settings, or set train.resume=never or another train.output_dir",
-        )
-    if manifest["base_fingerprint"] != base:
-        raise ConfigError(
-            "the checkpoint was made on another base model: its weights differ",
-            where=str(folder),
-            fix="check model.name_or_path and model.revision, or choose another train.output_dir",
         )
 
 
@@ -147,9 +158,15 @@ def _own_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _file_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file below ``folder/state``, by its path below ``folder``."""
-    files = sorted(f for f in (folder / "state").rglob("*") if f.is_file())
+def _file_digests(folder: Path, without: Collection[str] = ()) -> dict[str, str]:
+    """SHA-256 of each file below ``folder/state``, by its path below ``folder``.
+
+    The folders of the leaves ``without`` are left out.
+    """
+    state = folder / "state"
+    files = sorted(
+        f for f in state.rglob("*") if f.is_file() and f.relative_to(state).parts[0] not in without
+    )
 
     def digest(file: Path) -> str:
         with file.open("rb") as stream:

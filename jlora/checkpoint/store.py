@@ -99,12 +99,39 @@ def restore(
     _check_leaves(folder, manifest["leaves"], wanted)
     if jax.process_index() == 0:
         manifests.check_files(folder, manifest)
+    return _restored(folder, manifest, wanted, like), manifest["extra"]
+
+
+def restore_part(directory: Path, step: int, part: str, like: Any, run: Mapping[str, Any]) -> Any:
+    """One part of a checkpoint's tree, ``state.trainable`` say; no other leaf is read.
+
+    Args:
+      directory: the run's ``checkpoints`` folder.
+      step: the checkpoint's name.
+      part: the names that lead to the part, with dots between them.
+      like: what it looks like, see ``restore``.
+      run: the sections of the identity that must be the checkpoint's.
+
+    Raises ConfigError and DataError as ``restore`` does.
+    """
+    folder = Path(directory).resolve() / str(step)
+    manifest = manifests.read(folder)
+    manifests.check_settings(folder, manifest, run)
+    wanted = {f"{part}.{name}": leaf for name, leaf in _named_leaves(like).items()}
+    saved = {k: v for k, v in manifest["leaves"].items() if k.startswith(f"{part}.")}
+    _check_leaves(folder, saved, wanted)
+    manifests.check_files(folder, manifest, part)
+    return _restored(folder, manifest, wanted, like)
+
+
+def _restored(folder: Path, manifest: Mapping[str, Any], wanted: Mapping, like: Any) -> Any:
+    """The leaves ``wanted`` in ``like``'s structure, each with the digest it was saved with."""
     restored = _read(folder, {name: leaf for name, leaf in wanted.items() if _size(leaf)})
     for name, value in restored.items():
         if _digest(value) != manifest["leaves"][name]["sha256"]:
             raise manifests.damaged(folder, folder / "state" / name, name)
     values = [restored.get(name, leaf) for name, leaf in wanted.items()]
-    return jax.tree.unflatten(jax.tree.structure(like), values), manifest["extra"]
+    return jax.tree.unflatten(jax.tree.structure(like), values)
 
 
 def _write(folder: Path, leaves: Mapping[str, Any], content: Mapping[str, Any]) -> None:
@@ -143,7 +170,7 @@ def _check_space(folder: Path, leaves: Mapping[str, Any]) -> None:
 
 def _read(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     arguments = {name: _restore_args(leaf) for name, leaf in wanted.items()}
-    args = ocp.args.PyTreeRestore(item=dict(wanted), restore_args=arguments)
+    args = ocp.args.PyTreeRestore(dict(wanted), restore_args=arguments, partial_restore=True)
     try:
         with _quiet(), ocp.Checkpointer(_handler()) as reader:
             return reader.restore(folder / "state", args=args)

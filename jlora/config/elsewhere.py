@@ -121,6 +121,7 @@ ELSEWHERE: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "tf32": ((None,), "set train.bf16"),
         "no_cuda": (OFF, "set the environment variable JAX_PLATFORMS=cpu"),
         "use_cpu": (OFF, "set the environment variable JAX_PLATFORMS=cpu"),
+        "loraplus_weight_decay": ((), "write train.weight_decay"),
         "optim_target_modules": ((None,), "GaLore and APOLLO are not supported"),
         "label_smoothing_factor": ((0, 0.0), "label smoothing is not supported"),
         "neftune_noise_alpha": ((None,), "NEFTune is not supported"),

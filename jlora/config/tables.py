@@ -27,6 +27,7 @@ from jlora.config.fields import (
     Section,
 )
 from jlora.config.weights import (
+    ExportConfig,
     LoraConfig,
     MergeConfig,
     ModelConfig,
@@ -167,6 +168,12 @@ class TrainConfig(Section):
     """Optimizer. 8bit: moments in 8 bits; paged: in host memory; or one of optax by its name."""
     optim_args: Mapping[str, int | float | bool | str | None] = FrozenMap()
     """Arguments of an optax.NAME, such as {b1: 0.95}."""
+    loraplus_lr_ratio: Positive | None = None
+    """LoRA+: B, biases and other vectors learn at this many times learning_rate; null: off."""
+    loraplus_lr_embedding: Positive = 1e-6
+    """LoRA+: the learning rate of adapted embeddings."""
+    lorafa: bool = False
+    """LoRA-FA: A stays as it was drawn, and B follows the full weight's gradient."""
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass instead of keeping its activations."""
     bf16: bool | None = None
@@ -300,6 +307,8 @@ class Config(Section):
     """Generation."""
     merge: MergeConfig = MergeConfig()
     """Merging."""
+    export: ExportConfig = ExportConfig()
+    """Exporting a checkpoint."""
     quantize: QuantizeConfig = QuantizeConfig()
     """Packing the base on disk."""
 
@@ -326,6 +335,13 @@ class Config(Section):
                 "packed weights cannot be trained in full",
                 "add a lora section, or leave quantization out",
             )
+        for name, given in (
+            ("loraplus_lr_ratio", self.train.loraplus_lr_ratio),
+            ("lorafa", self.train.lorafa),
+        ):
+            if given and not self.lora:
+                fix = "add a lora section, or leave it out"
+                yield Fault((f"train.{name}", "lora"), "means nothing without an adapter", fix)
         if self.train.early_stopping_patience:
             key = "train.early_stopping_patience"
             if not self.data.eval:

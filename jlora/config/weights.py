@@ -212,6 +212,16 @@ class MergeConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportConfig(Section):
+    """Which weights of a run ``export`` writes, and where."""
+
+    checkpoint: Natural | LocalPath | None = None
+    """A checkpoint's step, such as 500, or its folder; null: the newest whole one."""
+    output_dir: str | None = None
+    """Folder for the adapter or the model; null: exported/<step>, below train.output_dir."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantizeConfig(Section):
     """Where ``quantize`` writes; how it packs is in ``quantization``."""
 

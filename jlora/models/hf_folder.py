@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,18 @@ SPAN = 2**24
 """Bytes, about: what is compared or cast at a time."""
 
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+DESCRIPTION = ["config.json", "generation_config.json"]
 UNWANTED = ["*/*", "consolidated*"]
-"""Which files of a hub repository are downloaded: its top folder's weights and tokenizer."""
+"""Which files of a hub repository are downloaded: its top folder's weights and tokenizer, or what
+describes the model only."""
 
 
-def find_folder(name: str | Path, revision: str | None = None) -> Path:
+def find_folder(
+    name: str | Path, revision: str | None = None, wanted: Sequence[str] = WANTED
+) -> Path:
     """The local folder ``name``, or the snapshot of the hub repository of that name.
+
+    Of a repository the files that match ``wanted`` are downloaded.
 
     Raises:
       ConfigError: neither exists. StorageError: the hub cannot be reached.
@@ -50,16 +56,16 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
         raise ConfigError(
             "there is no such folder", where=text, fix="name a transformers folder or a hub model"
         )
-    return _download(text, revision)
+    return _download(text, revision, wanted)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED
+                name, revision=revision, allow_patterns=list(wanted), ignore_patterns=UNWANTED
             )
         )
     except (

@@ -6,6 +6,7 @@ host memory are those of bitsandbytes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -16,38 +17,46 @@ import optax
 from jlora.config import OPTAX, TrainConfig
 from jlora.optim.by_name import from_optax, refused
 from jlora.optim.eight_bit import eight_bit
+from jlora.optim.groups import FROZEN, group_labels, speeds
+from jlora.optim.lora_fa import precondition_b
 from jlora.optim.paged import paged
 from jlora.optim.schedules import schedule
-
-NO_DECAY = ("bias", "scale")
-"""Leaf names that weight decay leaves alone: biases and norm scales, as transformers does."""
 
 
 def make_optimizer(
     config: TrainConfig, total_steps: int, trainable: Any
 ) -> optax.GradientTransformation:
-    """Clipping by the global norm, then the optimizer, weight decay off for biases and norms.
+    """Clipping by the global norm, LoRA-FA, then the optimizer on each group of leaves.
 
     Args:
       config: the ``train`` section.
       total_steps: optimizer steps of the whole run; the schedule ends there.
-      trainable: the tree to be trained (or its shapes), which decides the groups.
+      trainable: the tree to be trained (or its shapes), which decides the groups. LoRA+ and
+        LoRA-FA take an Adapter.
 
     Raises:
       ConfigError: see ``from_optax``.
     """
     rate = schedule(config, total_steps)
     make = from_optax if config.optim.startswith(OPTAX) else OPTIMIZERS[config.optim]
-    groups: dict[Hashable, optax.GradientTransformation] = {
-        "decay": make(config, rate, config.weight_decay),
-        "no_decay": make(config, rate, 0.0),
-    }
+    groups: dict[Hashable, optax.GradientTransformation] = {FROZEN: optax.set_to_zero()}
+    for prefix, factor in speeds(config).items():
+        own = _times(factor, rate)
+        groups[f"{prefix}decay"] = make(config, own, config.weight_decay)
+        groups[f"{prefix}no_decay"] = make(config, own, 0.0)
     clip = (
         optax.clip_by_global_norm(config.max_grad_norm)
         if config.max_grad_norm
         else optax.identity()
     )
-    return optax.chain(clip, optax.partition(groups, decay_groups(trainable)))
+    steps = [clip, optax.partition(groups, group_labels(config, trainable))]
+    if config.lorafa:
+        steps.insert(1, precondition_b())
+    return optax.chain(*steps)
+
+
+def _times(factor: float, rate: optax.Schedule) -> optax.Schedule:
+    return rate if factor == 1.0 else lambda step: factor * rate(step)
 
 
 def check_optimizer(config: TrainConfig) -> None:
@@ -56,23 +65,13 @@ def check_optimizer(config: TrainConfig) -> None:
     Raises ConfigError: see ``from_optax``.
     """
     params = {"kernel": jnp.zeros((1, 2, 2)), "bias": jnp.zeros((1, 2))}
-    optimizer = make_optimizer(config, 1, params)
+    optimizer = make_optimizer(dataclasses.replace(config, lorafa=False), 1, params)
     try:
         with jax.numpy_dtype_promotion("standard"):  # optax does not promote strictly
             state = jax.eval_shape(optimizer.init, params)
             jax.eval_shape(optimizer.update, params, state, params)
     except Exception as error:
         raise refused(config, error) from error
-
-
-def decay_groups(trainable: Any) -> Any:
-    """The tree with ``"decay"`` or ``"no_decay"`` in place of every leaf."""
-
-    def label(path, _):
-        name = str(getattr(path[-1], "key", path[-1]))
-        return "no_decay" if name in NO_DECAY else "decay"
-
-    return jax.tree_util.tree_map_with_path(label, trainable)
 
 
 def _adam(config: TrainConfig) -> optax.GradientTransformation:

@@ -1,0 +1,44 @@
+"""What earlier releases of PEFT wrote otherwise than the newest.
+
+====================  ======================================================================
+0.5 and before        biases of adapted layers are ``q_proj.bias``, later ``q_proj.base_layer.bias``
+0.6 to 0.17, at least  with ``bias="lora_only"`` the trained biases are not in the file at all
+====================  ======================================================================
+
+``adapter_config.json`` has gained keys and lost none; a key that is not there has its default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+from jlora.config import LoraConfig
+from jlora.errors import DataError
+
+BASE_BIAS = ".base_layer.bias"
+
+
+def with_new_names(
+    tensors: dict[str, np.ndarray], slots: Collection[str], config: LoraConfig, file: Path
+) -> dict[str, np.ndarray]:
+    """The tensors under the names that PEFT gives them today; ``slots`` are those expected.
+
+    Raises:
+      DataError: the release that wrote the file lost the biases it had trained.
+    """
+    biases = [name for name in slots if name.endswith(BASE_BIAS)]
+    old = {name.replace(BASE_BIAS, ".bias"): name for name in biases}
+    named = {old.get(name, name): value for name, value in tensors.items()}
+    others = set(slots) - set(biases)
+    if config.bias == "lora_only" and biases and named.keys() == others:
+        raise DataError(
+            f"the biases that were trained are not in the file ({len(biases)} tensors, such as "
+            f"{biases[0]}): some releases of PEFT lost them when they saved",
+            where=str(file),
+            fix='to use the adapter without them, as PEFT does, write "bias": "none" in '
+            "adapter_config.json",
+        )
+    return named

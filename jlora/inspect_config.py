@@ -1,0 +1,156 @@
+"""``jlora inspect CONFIG``: what a run would train, of the base's ``config.json`` alone."""
+
+from jlora import cli
+
+if __name__ == "__main__":  # settings are checked before the imports below, which take seconds
+    cli.leave(cli.main("inspect"))
+
+import argparse
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jlora import header, lora, paths
+from jlora.adapter_io.for_peft import for_peft
+from jlora.adapter_io.tensors import slots_of
+from jlora.classes import with_classes
+from jlora.config import Config, LoraConfig
+from jlora.console import Console, Rows
+from jlora.errors import ConfigError
+from jlora.job import adapter_shapes, describe_model, open_tokenizer
+from jlora.models import Model
+from jlora.optim import check_optimizer, make_optimizer
+from jlora.quantization import describe, is_packed, quantize_params, settings_of
+from jlora.targets import (
+    Target,
+    find_targets,
+    is_replaced,
+    match_table,
+    replaced_leaves,
+    scaling_of,
+)
+
+main = functools.partial(cli.main, "inspect")
+
+
+def run(config: Config, options: argparse.Namespace) -> None:
+    """Prints what is adapted, trained in full and packed, and what it takes; loads no weights.
+
+    Raises:
+      ConfigError: every pattern of ``lora`` and ``quantization`` that matches nothing.
+    """
+    del options
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators alone
+    check_optimizer(config.train)
+    config, _ = with_classes(config)
+    model = describe_model(config, open_tokenizer(config) if config.classifies else None)
+    dtype = config.model.dtype if config.lora else "float32"  # all of it trains in float32
+    shapes = dataclasses.replace(model, dtype=dtype).shapes
+    base, adapter, targets = _plan(config, shapes)
+    sections: dict[str, Any] = {"model": _summary(config, model, base, adapter)}
+    if targets:
+        sections["adapter"] = _matches(targets, adapter.config)
+    if adapter is not None and (rows := _in_full(base, adapter.config)).rows:
+        sections["in full"] = rows
+    if config.quantization:
+        sections["base"] = _kept(base)
+    Console().header(f"jlora · {config.model.name_or_path}", sections)
+
+
+def _plan(config: Config, shapes: Any) -> tuple[Any, Any, list[Target]]:
+    """Shapes of the base, perhaps packed, and of the adapter on it (None in full fine-tuning)."""
+    faults: list[ConfigError] = []
+
+    def attempt(work: Callable[[], Any], otherwise: Any) -> Any:
+        try:
+            return work()
+        except ConfigError as fault:
+            faults.append(fault)
+            return otherwise
+
+    if (asked := config.quantization) is not None:
+        pack = functools.partial(quantize_params, config=asked)
+        shapes = attempt(lambda: jax.eval_shape(pack, shapes), shapes)
+    adapter, targets = None, []
+    if config.lora is not None:
+        adapter = attempt(lambda: adapter_shapes(config, shapes), None)
+    if len(faults) > 1:
+        raise ConfigError("\n".join(map(str, faults)))
+    if faults:
+        raise faults[0]
+    if adapter is not None:
+        _, targets = find_targets(shapes, adapter.config)
+    return shapes, adapter, targets
+
+
+def _summary(config: Config, model: Model, base: Any, adapter: Any) -> Mapping[str, Any]:
+    trainable = base if adapter is None else adapter
+    frozen = {} if adapter is None else base
+    own = model.config
+    rows = {
+        "base": config.model.name_or_path,
+        "architecture": f"{own.model_type}: {own.num_hidden_layers} layers of {own.hidden_size}, "
+        f"vocabulary {own.vocab_size:,}",
+        **header.sizes(config, frozen, trainable),
+    }
+    if adapter is None:
+        rows["trains"] = "all of it, in float32"
+    else:
+        rows["file"] = f"adapter of {header.size_text(file_bytes(adapter))}"
+    if own.prequantized:
+        rows["quantization"] = f"the base comes packed ({own.quant_method}): it takes less"
+    optimizer = make_optimizer(config.train, 1, trainable)
+    with jax.numpy_dtype_promotion("standard"):  # optax does not promote strictly
+        state = jax.eval_shape(optimizer.init, trainable)
+    text = header.size_text(header.tree_bytes(state))
+    rows["optimizer"] = f"{header.optimizer(config.train)}: {text} of state"
+    return rows
+
+
+def file_bytes(adapter: lora.Adapter) -> int:
+    """Bytes of the tensors that ``save_adapter`` writes for an adapter of these shapes."""
+    whole = jax.eval_shape(for_peft, adapter)
+    zero = np.float32(0)
+    arrays = {path: np.broadcast_to(zero, x.shape) for path, x in paths.walk(whole.weights)}
+    return sum(4 * math.prod(slot.shape) for slot in slots_of(arrays, whole.config).values())
+
+
+def _matches(targets: list[Target], config: LoraConfig) -> Rows:
+    """The run header's table, with the factor that every delta is multiplied by."""
+    rows = []
+    for target, row in zip(targets, match_table(targets), strict=True):
+        used = [name for name, r in zip(target.names, target.ranks, strict=True) if r]
+        scales = sorted({scaling_of(config, name) for name in used})
+        ends = dict.fromkeys((scales[0], scales[-1]))
+        trained = row.pop("parameters")
+        scale = "–".join(f"{scale:g}" for scale in ends)
+        rows.append({**row, "scale": scale, "parameters": trained})
+    return header.table(rows)
+
+
+def _in_full(base: Any, config: LoraConfig) -> Rows:
+    """The leaves that are trained as a whole: biases, ``modules_to_save``."""
+    rows = []
+    for leaf in replaced_leaves(base, config):
+        layers = sum(is_replaced(config, name, leaf.kind) for name in leaf.modules())
+        size = layers * math.prod(leaf.shape)
+        rows.append((f"{leaf.module()}.{leaf.kind}", layers, header.shape_text(leaf.shape), size))
+    return Rows(("leaf", "layers", "shape", "parameters"), rows)
+
+
+def _kept(base: Any) -> Rows:
+    """How every matrix of the base is kept, and what it takes."""
+    rows = []
+    for leaf in paths.leaves(base):
+        if len(leaf.shape) > 1:
+            name = f"{leaf.module()}.{leaf.kind}" if leaf.kind in paths.EXPERTS else leaf.module()
+            packed = is_packed(leaf.value)
+            how = describe(settings_of(leaf.value)).split()[0] if packed else leaf.value.dtype.name
+            size = header.size_text(header.tree_bytes(leaf.value))
+            rows.append((name, leaf.layers or 1, header.shape_text(leaf.shape), how, size))
+    return Rows(("module", "layers", "shape", "kept as", "size"), rows)

@@ -1,0 +1,123 @@
+"""A checkpoint's weights as training would have written them, without the base's weights."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import Place
+
+from jlora import cli, config, outputs, train
+from jlora.job import open_job, open_tokenizer
+from jlora.optim import make_optimizer
+from jlora.progress import Plan, Progress
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory, tiny_base, tiny_cache):
+    """Two steps with a checkpoint after each, on a base whose weights are gone since."""
+    place = Place(tmp_path_factory.mktemp("ran"), tiny_base, tiny_cache)
+    place.settings_for_loss()
+    base = shutil.copytree(tiny_base, place.folder / "base")
+    place.defaults["model"] = {"name_or_path": str(base)}
+    place.defaults["train"] = {"max_steps": 2, "save_steps": 1, "gradient_accumulation_steps": 1}
+    place.run(lora={"rank_pattern": {"q_proj": 2}, "modules_to_save": ["model.norm"]})
+    (base / "model.safetensors").unlink()
+    return place
+
+
+def export(place, *overrides):
+    return cli.main("export", [str(place.output), *overrides])
+
+
+def content(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def test_the_last_checkpoint_is_what_training_wrote(ran):
+    assert export(ran) == 0
+    got, wrote = content(ran.output / "exported" / "2"), content(ran.output)
+    assert {"adapter_model.safetensors", "adapter_config.json", *TOKENIZER} <= got.keys()
+    assert got == {name: wrote[name] for name in got}
+
+
+def test_a_checkpoint_is_named_by_step_or_folder(ran, tmp_path):
+    folder = ran.output / "checkpoints" / "1"
+    assert export(ran, "export.checkpoint=1") == 0
+    assert export(ran, f"export.checkpoint={folder}", f"export.output_dir={tmp_path / 'one'}") == 0
+    first = content(tmp_path / "one")
+    assert first == content(ran.output / "exported" / "1")
+    weights = "adapter_model.safetensors"
+    assert first[weights] != ran.adapter() and len(first[weights]) == len(ran.adapter())
+
+
+def test_an_export_trains_on_as_a_start(ran, tmp_path, tiny_base):
+    """What comes out is a whole adapter: a run begins with it, on the base with its weights."""
+    assert export(ran, "export.checkpoint=1", f"export.output_dir={tmp_path / 'one'}") == 0
+    overrides = [f"lora.init_from={tmp_path / 'one'}", f"model.name_or_path={tiny_base}"]
+    overrides.append("lora.lora_dropout=0.3")
+    settings = config.load(ran.output, overrides)
+    job = open_job(settings, open_tokenizer(settings), trained=False)
+    assert job.trainable.config.lora_dropout == 0.3
+    out = tmp_path / "again"
+    outputs.write_model(out, "float32", job.model, job.tokenizer, job.trainable)
+    weights = "adapter_model.safetensors"
+    assert (out / weights).read_bytes() == (tmp_path / "one" / weights).read_bytes()
+
+
+def test_what_cannot_be_exported_is_refused(ran, capsys, tmp_path):
+    def refused(*overrides):
+        code = export(ran, *overrides, f"export.output_dir={tmp_path / 'none'}")
+        return code, capsys.readouterr().err
+
+    code, said = refused("export.checkpoint=7")
+    assert code == 2 and "export.checkpoint" in said and "whole here: 1, 2" in said
+    code, said = refused("lora.lora_alpha=16", "lora.r=2")
+    assert code == 2 and "lora.lora_alpha: 8 there, 16 here" in said and "lora.r: 4" in said
+    code, said = refused(f"train.output_dir={tmp_path}")
+    assert code == 2 and "holds no whole checkpoint" in said
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_damaged_leaf_is_named_and_the_optimizer_is_not_read(ran, capsys, tmp_path):
+    copied = shutil.copytree(ran.output, tmp_path / "copy")
+    state = copied / "checkpoints" / "2" / "state"
+    for folder in state.glob("state.opt_state.*"):
+        shutil.rmtree(folder)
+    there = f"export.checkpoint={copied / 'checkpoints' / '2'}"
+    assert export(ran, there, f"export.output_dir={tmp_path / 'out'}") == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == ran.adapter()
+    name = "state.trainable.weights.model.norm.scale"
+    chunk = max(
+        (f for f in (state / name).rglob("*") if f.is_file()), key=lambda f: f.stat().st_size
+    )
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 1
+    chunk.write_bytes(bytes(data))
+    assert export(ran, there, f"export.output_dir={tmp_path / 'no'}") == 65
+    said = capsys.readouterr().err
+    assert f"{chunk}: the file is damaged" in said and f"(leaf {name})" in said
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_fully_trained_model_becomes_a_transformers_folder(place):
+    """As ``write_model`` writes the state that was saved; masters are float32, files bfloat16."""
+    place.settings_for_loss()
+    file = place.write(lora=None, model={"dtype": "bfloat16"})
+    settings = config.load(file)
+    job = open_job(settings, open_tokenizer(settings), trained=False)
+    keys = iter(jax.random.split(jax.random.key(3), 99))
+    trained = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), job.trainable)
+    plan = Plan.of(settings, job.mesh, lambda rows: 4)
+    state = train.init_state(trained, make_optimizer(settings.train, 4, trained))
+    checkpoints = outputs.Checkpoints(place.output / "checkpoints", job, plan, "rows")
+    checkpoints.save(state, Progress(step=5))
+    wanted = place.folder / "wanted"
+    outputs.write_model(wanted, "bfloat16", job.model, job.tokenizer, trained)
+    assert cli.main("export", [str(file)]) == 0
+    got = content(place.output / "exported" / "5")
+    assert got == content(wanted) and "config.json" in got
+    size = sum(np.prod(x.shape) for x in jax.tree.leaves(trained))
+    assert 2 * size < len(got["model.safetensors"]) < 3 * size
