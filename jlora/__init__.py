@@ -23,7 +23,16 @@ if TYPE_CHECKING:
     from jlora.dot import dot, embed
     from jlora.foreign.linen import from_linen
     from jlora.foreign.nnx import from_nnx
-    from jlora.lora import Adapter, attach, detach, init_adapter, merge, unmerge
+    from jlora.lora import (
+        Adapter,
+        AdapterStack,
+        attach,
+        detach,
+        init_adapter,
+        merge,
+        stack_adapters,
+        unmerge,
+    )
     from jlora.models import load_pretrained, save_pretrained, untie
     from jlora.quantization import quantize_params as quantize
 
@@ -31,6 +40,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "AdapterStack",
     "LoraConfig",
     "QuantConfig",
     "__version__",
@@ -51,12 +61,14 @@ __all__ = [
     "reduce_rank",
     "save_adapter",
     "save_pretrained",
+    "stack_adapters",
     "unmerge",
     "untie",
 ]
 
 _HOME = {
     "Adapter": "lora",
+    "AdapterStack": "lora",
     "LoraConfig": "config",
     "QuantConfig": "config",
     "add_weighted_adapter": "combine",
@@ -75,6 +87,7 @@ _HOME = {
     "reduce_rank": "combine",
     "save_adapter": "adapter_io",
     "save_pretrained": "models",
+    "stack_adapters": "lora",
     "unmerge": "lora",
     "untie": "models",
 }

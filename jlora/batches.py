@@ -5,7 +5,7 @@ Whether the rows fit the model, and are the same in all processes, is checked be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -26,6 +26,11 @@ def prepare(config: Config, tokenizer: Any, role: Literal["train", "eval"]) -> d
     return data.prepare(sources, tokenizer, config.data, role, id2label=names)
 
 
+def parts(rows: data.Prepared, adapters: Sequence[str]) -> list[data.Prepared]:
+    """The rows of each of several adapters that are trained together; else all rows."""
+    return [rows.of(adapter) for adapter in adapters] or [rows]
+
+
 def batch_at(
     mesh: jax.sharding.Mesh, rows: data.Prepared, order: data.Order, accumulation: int
 ) -> Callable[[int], Batch]:
@@ -35,6 +40,24 @@ def batch_at(
     def at(step: int) -> Batch:
         batch = data.batch_at(rows, order, step, accumulation)
         return {name: sharding.place(array, target) for name, array in batch.items()}
+
+    return at
+
+
+def batches_at(
+    mesh: jax.sharding.Mesh,
+    parts: Sequence[tuple[data.Prepared, data.Order]],
+    accumulation: int,
+) -> Callable[[int], Batch]:
+    """``batch_at`` of several adapters, each with its rows: (adapters, accumulation, B, T)."""
+    spec = jax.sharding.PartitionSpec(None, *sharding.batch_sharding(mesh).spec)
+    target = jax.sharding.NamedSharding(mesh, spec)
+
+    def at(step: int) -> Batch:
+        each = [data.batch_at(rows, order, step, accumulation) for rows, order in parts]
+        return {
+            name: sharding.place(np.stack([one[name] for one in each]), target) for name in each[0]
+        }
 
     return at
 

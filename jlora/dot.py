@@ -24,6 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from jlora import nf4_kernel
+from jlora.errors import DataError
 from jlora.lora import LoraWeight, TokenWeight
 from jlora.quantization import is_packed
 
@@ -77,6 +78,9 @@ def embed(ids: Int[Array, "*batch"], w: Weight) -> Float[Array, "*batch dim"]:
     """Rows ``ids`` of an embedding (vocabulary, dim), in the embedding's dtype."""
     if isinstance(w, LoraWeight):
         rows = embed(ids, w.base)
+        if w.adapter_ids is not None:
+            own = _row_by_row(_ids_of(ids, w), ids)
+            return _with_own_deltas(rows, w.lora_A[own, ids], w)
         delta = w.scale * jnp.take(w.lora_A, ids, axis=0) @ w.lora_B
         if w.gain is not None:
             return ((rows.astype(jnp.float32) + delta) * w.gain).astype(rows.dtype)
@@ -123,6 +127,8 @@ def _adapted(x: Array, w: LoraWeight, dtype: Any) -> Array:
     Where there is dropout, DoRA's change of the base's columns is to what it leaves, as in peft.
     """
     base, kept = dot(x, w.base, dtype), _dropout(x, w)
+    if w.adapter_ids is not None:
+        return _with_own_deltas(base, _each(x, w.lora_A, _ids_of(x, w)), w)
     delta = dot(dot(kept, w.lora_A), w.lora_B) * w.scale.astype(x.dtype)
     if w.bias is not None:
         delta = delta + w.bias.astype(delta.dtype)
@@ -134,6 +140,31 @@ def _adapted(x: Array, w: LoraWeight, dtype: Any) -> Array:
     left = dot(kept, w.base, jnp.float32)
     total = base + (w.gain - 1) * left + w.gain * delta
     return total.astype(x.dtype if dtype is None else dtype)
+
+
+def _with_own_deltas(base: Array, inner: Array, w: LoraWeight) -> Array:
+    """``base + scale * inner @ B`` with each row's own B; ``base`` itself in rows without one."""
+    ids = w.adapter_ids
+    assert ids is not None
+    delta = _each(inner, w.lora_B, ids) * _row_by_row(w.scale[ids], base).astype(inner.dtype)
+    if w.bias is not None:
+        delta = delta + _row_by_row(w.bias[ids], base).astype(delta.dtype)
+    return jnp.where(_row_by_row(ids >= 0, base), base + delta.astype(base.dtype), base)
+
+
+def _ids_of(batch: Array, w: LoraWeight) -> Array:
+    """The adapter of each row of a batch."""
+    ids = w.adapter_ids
+    assert ids is not None
+    if ids.shape[0] != batch.shape[0]:
+        rows = f"{ids.shape[0]} ids for a batch of {batch.shape[0]} rows"
+        raise DataError(rows, where="adapter_ids", fix="give one to each row")
+    return ids
+
+
+def _row_by_row(values: Array, like: Array) -> Array:
+    """One value, or a vector of the last axis, for every row of a batch, to meet ``like``."""
+    return values.reshape(values.shape[0], *(1,) * (like.ndim - values.ndim), *values.shape[1:])
 
 
 def _dropout(x: Array, w: LoraWeight) -> Array:
@@ -299,6 +330,46 @@ def _grouped_bwd(saved, g):
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd, symbolic_zeros=True)
+
+
+def _each_product(x: Array, w: Array, ids: Array, w_axis: int) -> Array:
+    """Contracts the last axis of ``x`` (rows, …) with ``w_axis`` of each row's own matrix."""
+    dims = (((x.ndim - 1,), (w_axis,)), ((0,), (0,)))
+    own = w.astype(x.dtype)[ids]
+    out = jax.lax.dot_general(x, own, dims, preferred_element_type=jnp.float32)
+    return out.astype(x.dtype)
+
+
+@jax.custom_vjp
+def _each(x: Array, w: Array, ids: Array) -> Array:
+    """``x[b] @ w[ids[b]]`` of x (rows, …, in) and w (matrices, in, out), in ``x.dtype``.
+
+    A matrix that no row names has no gradient; a negative id names none.
+    """
+    return _each_product(x, w, ids, 1)
+
+
+def _each_fwd(x, w, ids):
+    saved = _kept(x.value, w.perturbed), _kept(w.value, x.perturbed)
+    return _each_product(x.value, w.value, ids.value, 1), (*saved, ids.value, w.value[:, 0, 0])
+
+
+def _each_bwd(saved, g):
+    x, w, ids, like = saved
+    if isinstance(g, SymbolicZero):
+        return None, None, None
+    dx = _each_product(g, w, ids, 2) if w.ndim else None
+    if not x.ndim:
+        return dx, None, None
+    middle = tuple(range(1, x.ndim - 1))
+    dims = ((middle, middle), ((0,), (0,)))
+    each = jax.lax.dot_general(x, g, dims, preferred_element_type=jnp.float32)
+    # A sum that is masked, not scattered: GPUs scatter in no fixed order.
+    named = (ids == jnp.arange(like.size)[:, None])[..., None, None]
+    return dx, jnp.sum(jnp.where(named, each, 0.0), axis=1).astype(like.dtype), None
+
+
+_each.defvjp(_each_fwd, _each_bwd, symbolic_zeros=True)
 
 
 @jax.custom_vjp

@@ -96,6 +96,25 @@ def held_out(
     return HeldOut(loss, count, float(classes[0].sum() / max(count, 1)), f1_score(classes))
 
 
+def mean_loss(results: Sequence[HeldOut]) -> float:
+    """The loss over all labelled tokens of several results."""
+    return sum(r.loss * r.tokens for r in results) / max(sum(r.tokens for r in results), 1)
+
+
+def figures(results: Sequence[HeldOut], adapters: Sequence[str]) -> dict[str, float]:
+    """What a line of metrics.jsonl holds of one result, or of one for each of several adapters.
+
+    Those are ``eval_loss/NAME`` and so on, besides the ``eval_loss`` over all tokens; adapters
+    without held-out rows are left out.
+    """
+    if not adapters:
+        return results[0].figures
+    line = {"eval_loss": mean_loss(results)}
+    for adapter, result in zip(adapters, results, strict=True):
+        line |= {f"{k}/{adapter}": v for k, v in result.figures.items() if result.tokens}
+    return line
+
+
 def f1_score(counts: Int[np.ndarray, "3 classes"]) -> float:
     """F1, the harmonic mean of precision and recall, as scikit-learn's function of this name.
 

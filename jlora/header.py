@@ -94,6 +94,8 @@ def _model(job: Job, length: int) -> Mapping[str, Any]:
         **sizes(config, job.frozen, job.trainable),
         "attention": attention(job.model, job.mesh.devices.flat[0].platform, length),
     }
+    if job.adapters:
+        rows["adapters"] = f"{', '.join(job.adapters)}: trained together, each on its own rows"
     if names := config.model.id2label:
         rows["classes"] = f"{len(names)}: {listed(names)}"
     if job.model.config.prequantized and "quantization" in rows:
@@ -125,6 +127,7 @@ def _data(train: Prepared, held_out: Prepared | None) -> Rows:
     rows = []
     for role, prepared in (("train", train), ("eval", held_out)):
         for s in prepared.sources if prepared else ():
+            role = f"{role}, {s.adapter}" if s.adapter else role
             rows.append((role, s.path, s.format, s.rows, s.packed_rows, s.tokens, s.target_tokens))
     names = ("", "source", "format", "rows", "packed", "tokens", "targets")
     return Rows(names, rows)

@@ -30,7 +30,8 @@ class Job:
     """A model with its frozen parameters, what is trained, and how the two go together.
 
     With an adapter ``frozen`` is the base and ``trainable`` the Adapter; in full fine-tuning
-    ``frozen`` is empty and ``trainable`` the parameters in float32.
+    ``frozen`` is empty and ``trainable`` the parameters in float32. Several adapters that are
+    trained together are one Adapter whose leaves have a leading axis.
     """
 
     config: Config
@@ -41,6 +42,22 @@ class Job:
     trainable: Any
     bind: Callable[[Any, Any, Any], Any]
     targets: tuple[Target, ...]
+
+    def each(self, trainable: Any) -> list[tuple[Job, Any]]:
+        """The job of every adapter, with its share of ``trainable``: of several trained together,
+        as if they were trained apart.
+        """
+        jobs = [dataclasses.replace(self, config=c) for c in map(self.config.alone, self.adapters)]
+        if not jobs:
+            return [(self, trainable)]
+        return [
+            (job, jax.tree.map(lambda leaf, i=i: leaf[i], trainable)) for i, job in enumerate(jobs)
+        ]
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of adapters that are trained together."""
+        return self.config.adapters
 
     @property
     def params(self) -> Any:
@@ -82,6 +99,12 @@ def open_job(
         ``lora.init_from``), or the base model to be trained in full.
       progress: see ``load_pretrained``.
     """
+    if trained and config.adapters:
+        raise ConfigError(
+            f"there are {len(config.adapters)} adapters: {', '.join(config.adapters)}",
+            where=config.train.output_dir,
+            fix=f"name one's folder, such as {config.train.output_dir}/{config.adapters[0]}",
+        )
     mesh = sharding.make_mesh(config.mesh)
     open_ = _open_adapter if config.lora else _open_full
     load = functools.partial(_load, config, mesh, progress, tokenizer)
@@ -106,6 +129,8 @@ def _open_adapter(
     else:
         adapter = lora.init_adapter(jax.random.key(config.train.seed), params, config.lora)
     adapter = _named(config, adapter)
+    if names := config.adapters:
+        adapter = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(names)), adapter)
     adapter = sharding.place(adapter, sharding.adapter_shardings(adapter, mesh))
     _, targets = find_targets(params, adapter.config)
     bind = attach_fa if config.train.lorafa else attach

@@ -204,8 +204,13 @@ def finish(
     console: Console,
 ) -> None:
     """Writes the result and the report, shows samples, and says where everything lies."""
-    out, dtype = Path(job.config.train.output_dir), job.config.model.dtype
-    written = write_model(out, dtype, job.model, job.tokenizer, trained)
+    each, dtype = job.each(trained), job.config.model.dtype
+    written = ", ".join(
+        [
+            write_model(Path(one.config.train.output_dir), dtype, job.model, job.tokenizer, own)
+            for one, own in each
+        ]
+    )
     if jax.process_index() != 0:
         return
     shown = [
@@ -213,6 +218,8 @@ def finish(
         for b, a in zip(before, after, strict=False)
     ]
     console.samples(shown)
+    for one, _ in each:
+        write_settings(one.config)
     html = _write_report(job, plan, shown)
     _final_card(console, job, written, html)
 
@@ -231,6 +238,7 @@ def _write_report(job: Job, plan: Plan, samples: list[dict[str, str]]) -> Path:
 def _final_card(console: Console, job: Job, written: str, html: Path) -> None:
     """Where everything lies and what to run next."""
     out = job.config.train.output_dir
+    result = f"{out}/{job.adapters[0]}" if job.adapters else out
     where = {
         "adapter" if job.config.lora else "model": written,
         "report": html,
@@ -238,9 +246,9 @@ def _final_card(console: Console, job: Job, written: str, html: Path) -> None:
         "checkpoints": Path(out) / "checkpoints",
         "settings": Path(out) / "config.yaml",
     }
-    commands = [f"jlora evaluate {out}"]
+    commands = [f"jlora evaluate {result}"]
     if not job.config.classifies:
-        commands.insert(0, f'jlora generate {out} generate.prompt="…"')
+        commands.insert(0, f'jlora generate {result} generate.prompt="…"')
     if job.config.lora:
-        commands.append(f"jlora merge {out}")
+        commands.append(f"jlora merge {result}")
     console.card("done", where, commands)

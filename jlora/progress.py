@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
 
 from jlora.config import Config, TrainConfig
 from jlora.errors import DivergedError
@@ -83,6 +84,8 @@ class Progress:
     stopped_early: bool = False
     finished: bool = False
     before: list[str] = dataclasses.field(default_factory=list)
+    each: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    """Of several adapters: name → the sum of its losses since the last line, and of how many."""
 
     def add(self, metrics: Mapping[str, Any]) -> None:
         """Counts one step's fetched metrics."""
@@ -91,6 +94,8 @@ class Progress:
         if math.isfinite(metrics["loss"]):
             self.interval_loss += float(metrics["loss"]) * int(metrics["target_tokens"])
             self.interval_targets += int(metrics["target_tokens"])
+        for name, new in metrics.get("each", {}).items():
+            self.each[name] = [a + b for a, b in zip(self.each.get(name, (0, 0)), new, strict=True)]
         self.last = {"grad_norm": float(metrics["grad_norm"])}
         self.updates += bool(metrics["finite"])
         if metrics["finite"]:
@@ -101,8 +106,10 @@ class Progress:
         """A training line of metrics.jsonl: means over the steps since the last one."""
         loss = self.interval_loss / max(self.interval_targets, 1)
         self.interval_loss, self.interval_targets = 0.0, 0
+        each, self.each = self.each, {}
         return {
             "loss": loss,
+            **{f"loss/{name}": total / max(targets, 1) for name, (total, targets) in each.items()},
             "learning_rate": learning_rate,
             **self.last,
             "epoch": round(self.step / plan.steps_per_epoch, 4),
@@ -119,6 +126,26 @@ class Progress:
             patience = settings.early_stopping_patience
             self.stopped_early = bool(patience and self.evaluations_since_best >= patience)
         return better
+
+
+def together(metrics: Mapping[str, Any], adapters: Sequence[str]) -> dict[str, Any]:
+    """The metrics of a step of several adapters (``make_train_step``) as those of one run.
+
+    The loss is that of all labelled tokens, the norm that of all gradients.
+    """
+    targets = np.asarray(metrics["target_tokens"])
+    losses = np.asarray(metrics["loss"]) * targets
+    pairs = zip(losses.tolist(), targets.tolist(), strict=True)
+    return {
+        "loss": losses.sum() / max(targets.sum(), 1),
+        "grad_norm": np.sqrt(np.sum(np.square(metrics["grad_norm"]))),
+        "target_tokens": targets.sum(),
+        "tokens": np.sum(metrics["tokens"]),
+        "finite": np.all(metrics["finite"]),
+        "weights_finite": np.all(metrics["weights_finite"]),
+        "alive": np.ravel(metrics["alive"]),
+        "each": {name: list(pair) for name, pair in zip(adapters, pairs, strict=True)},
+    }
 
 
 class Meter:
@@ -186,14 +213,17 @@ def check_evaluation(loss: float, progress: Progress) -> None:
         )
 
 
-def check_learning(progress: Progress, trainable: Any, plan: Plan) -> None:
+def check_learning(
+    progress: Progress, trainable: Any, plan: Plan, adapters: Sequence[str] = ()
+) -> None:
     """Raises DivergedError, naming them, when some leaves had no gradient in the first updates."""
     if progress.updates != plan.learning_by:
         return
-    leaves = jax.tree_util.tree_leaves_with_path(trainable)
+    owners = [f"{adapter}: " for adapter in adapters] or [""]
+    leaves = [(o, p) for o in owners for p, _ in jax.tree_util.tree_leaves_with_path(trainable)]
     dead = [
-        jax.tree_util.keystr(path, simple=True, separator=".")
-        for (path, _), alive in zip(leaves, progress.alive, strict=True)
+        owner + jax.tree_util.keystr(path, simple=True, separator=".")
+        for (owner, path), alive in zip(leaves, progress.alive, strict=True)
         if not alive and not stays(path, plan.frozen)
     ]
     if not dead:

@@ -124,6 +124,7 @@ def make_train_step(
     *,
     seed: int = 0,
     state_shardings: Any = None,
+    several: bool = False,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Array]]]:
     """The jitted step ``(state, frozen, batch) -> (state, metrics)``; ``state`` is donated.
 
@@ -134,6 +135,10 @@ def make_train_step(
     Metrics: ``loss``, ``grad_norm`` (before clipping), ``target_tokens``, ``tokens`` (all that are
     not padding), ``finite`` (loss and gradient are), ``weights_finite`` (after the update), and
     ``alive``: for each trainable leaf, in tree order, whether its gradient is not all zero.
+
+    With ``several`` the state, the batch and the metrics have a leading axis of trainable trees:
+    each is trained on its own part of the batch as if it were alone, and the frozen parameters are
+    read once for all.
     """
 
     def train_step(state: TrainState, frozen: Any, batch: Batch):
@@ -166,6 +171,8 @@ def make_train_step(
         return state, metrics
 
     shardings = None if state_shardings is None else (state_shardings, None)
+    if several:
+        train_step = jax.vmap(train_step, in_axes=(0, None, 0))
     return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
 
 

@@ -7,13 +7,22 @@ if __name__ == "__main__":  # settings are checked before the imports below, whi
 
 import argparse
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jlora import data, evaluation, outputs, runtime, sharding
-from jlora.batches import batch_at, check_fit, check_same, eval_batches, prepare
+from jlora.batches import (
+    batch_at,
+    batches_at,
+    check_fit,
+    check_same,
+    eval_batches,
+    parts,
+    prepare,
+)
 from jlora.classes import with_classes
 from jlora.config import Config
 from jlora.console import Console
@@ -22,7 +31,15 @@ from jlora.header import show_header
 from jlora.job import Job, open_job, open_tokenizer
 from jlora.metrics import MetricsLog
 from jlora.optim import check_optimizer, make_optimizer, schedule
-from jlora.progress import Meter, Plan, Progress, check_evaluation, check_finite, check_learning
+from jlora.progress import (
+    Meter,
+    Plan,
+    Progress,
+    check_evaluation,
+    check_finite,
+    check_learning,
+    together,
+)
 from jlora.state import TrainState, init_state
 from jlora.step import make_eval_step, make_train_step
 
@@ -40,7 +57,8 @@ def run(config: Config, options: argparse.Namespace) -> None:
     config, origin = with_classes(config)
     tokenizer = open_tokenizer(config)
     if options.show_batch:
-        console.text(_first_batch(config, tokenizer))
+        for text in _first_batches(config, tokenizer):
+            console.text(text)
         return
     with (
         runtime.RunLock(out, enabled=first),
@@ -59,7 +77,8 @@ def run(config: Config, options: argparse.Namespace) -> None:
             if prepared:
                 check_fit(job, prepared)
                 check_same(prepared, what)
-        plan = Plan.of(config, job.mesh, lambda batch: rows.order(batch, 0).steps_per_epoch)
+        own = parts(rows, job.adapters)
+        plan = Plan.of(config, job.mesh, lambda n: max(p.order(n, 0).steps_per_epoch for p in own))
         show_header(console, job, plan, rows, held_out)
         with jax.set_mesh(job.mesh):
             train(job, plan, rows, held_out, console, log, signals)
@@ -80,17 +99,24 @@ def train(
     learning_rate = schedule(settings, plan.total_steps)
     state, shardings = _first_state(job, plan, optimizer)
     train_step = make_train_step(
-        job.model, job.bind, optimizer, seed=settings.seed, state_shardings=shardings
+        job.model,
+        job.bind,
+        optimizer,
+        seed=settings.seed,
+        state_shardings=shardings,
+        several=bool(job.adapters),
     )
     eval_step = make_eval_step(job.model, job.bind)
     checkpoints = outputs.Checkpoints(out / "checkpoints", job, plan, rows.fingerprint)
+    held_out_parts = parts(held_out, job.adapters) if held_out else []
     state, progress = checkpoints.resume(state, Progress(), console)
     outputs.write_settings(job)
     log.truncate_to(progress.lines)
-    meter, prompts = Meter(), outputs.prompts(job)
+    meter, prompts = Meter(), [outputs.prompts(one) for one, _ in job.each(job.trainable)]
 
     def reply(trainable: Any) -> list[evaluation.Sample]:
-        return outputs.replies(job, trainable, prompts)
+        asked = zip(job.each(trainable), prompts, strict=True)
+        return [sample for (one, own), p in asked for sample in outputs.replies(one, own, p)]
 
     def record(line: dict[str, float]) -> None:
         """Logs a line, and counts it: a run that resumes keeps as many as its checkpoint counts."""
@@ -102,19 +128,23 @@ def train(
         """The held-out loss as part of a line, noted for early stopping."""
         if held_out is None:
             return {}
-        batches = eval_batches(job.mesh, held_out, plan.eval_rows)
-        result = evaluation.held_out(eval_step, state.trainable, job.frozen, batches)
-        check_evaluation(result.loss, progress)
-        if progress.note_evaluation(result.loss, settings):
+        results = []
+        for (_, own), part in zip(job.each(state.trainable), held_out_parts, strict=True):
+            batches = eval_batches(job.mesh, part, plan.eval_rows)
+            results.append(evaluation.held_out(eval_step, own, job.frozen, batches))
+        loss = evaluation.mean_loss(results)
+        check_evaluation(loss, progress)
+        if progress.note_evaluation(loss, settings):
             checkpoints.keep_best(state.trainable)
-        return result.figures
+        return evaluation.figures(results, job.adapters)
 
     def finish_step(metrics: dict[str, Any]) -> None:
         """Fetches a step's metrics, while the next step is under way, and logs them."""
         values = jax.device_get(metrics)
+        values = together(values, job.adapters) if job.adapters else values
         check_finite(values, progress, plan)
         progress.add(values)
-        check_learning(progress, job.trainable, plan)
+        check_learning(progress, job.trainable, plan, job.adapters)
         meter.add(int(values["tokens"]))
         console.advance(progress.step)
         if progress.step % settings.logging_steps == 0 or progress.step == plan.total_steps:
@@ -123,13 +153,19 @@ def train(
 
     if progress.step == 0:
         before = reply(state.trainable)
-        progress.before = [s.reply for s in before[: job.config.evaluate.samples]]
+        progress.before = [s.reply for s in before[: job.config.evaluate.samples * len(prompts)]]
         if job.config.evaluate.exact_match:
             record(evaluate(state) | {"eval_exact_match": evaluation.exact_match(before)})
 
     steps = range(progress.step, 0 if progress.stopped_early else plan.total_steps)
-    order = rows.order(plan.rows_per_step, settings.seed, job.config.data.shuffle)
-    batches = data.prefetch(batch_at(job.mesh, rows, order, plan.accumulation), steps)
+    shuffle = job.config.data.shuffle
+    own = [
+        (p, p.order(plan.rows_per_step, settings.seed, shuffle)) for p in parts(rows, job.adapters)
+    ]
+    make = batches_at(job.mesh, own, plan.accumulation)
+    if not job.adapters:
+        make = batch_at(job.mesh, *own[0], plan.accumulation)
+    batches = data.prefetch(make, steps)
     pending = None
     with console.progress(plan.total_steps, progress.step):
         for step, batch in enumerate(batches, progress.step + 1):
@@ -174,14 +210,15 @@ def train(
 def _first_state(job: Job, plan: Plan, optimizer: Any) -> tuple[TrainState, Any]:
     """The state before the first step, each leaf where it belongs, and those places."""
     start = functools.partial(init_state, optimizer=optimizer, fp16=plan.fp16)
+    start = jax.vmap(start) if job.adapters else start
     places = sharding.shardings(sharding.typed(start, job.trainable), job.mesh)
     return jax.jit(start, out_shardings=places)(job.trainable), places
 
 
-def _first_batch(config: Config, tokenizer: Any) -> Any:
-    """The first batch as text, its targets marked."""
+def _first_batches(config: Config, tokenizer: Any) -> Iterator[Any]:
+    """The first batch as text, its targets marked; one for each adapter."""
     rows = prepare(config, tokenizer, "train")
     size, shuffle = config.train.per_device_train_batch_size, config.data.shuffle
-    order = rows.order(size, config.train.seed, shuffle)
-    batch = data.batch_at(rows, order, 0)
-    return data.show_batch(batch, tokenizer, id2label=config.model.id2label or ())
+    for part in parts(rows, config.adapters):
+        batch = data.batch_at(part, part.order(size, config.train.seed, shuffle), 0)
+        yield data.show_batch(batch, tokenizer, id2label=config.model.id2label or ())

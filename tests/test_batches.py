@@ -21,7 +21,7 @@ def prepared(rows=10, length=8, largest=30):
     ids = np.arange(rows * length, dtype=np.int32).reshape(rows, length) % (largest + 1)
     packed = Packed(ids, np.roll(ids, -1, axis=1), np.ones_like(ids))
     names = {f.name: 0 for f in dataclasses.fields(SourceReport)}
-    texts = {"path": "rows", "format": "text", "skipped_notes": ()}
+    texts = {"path": "rows", "format": "text", "skipped_notes": (), "adapter": None}
     report = SourceReport(**names | texts | {"packed_rows": rows, "weight": 1.0})
     return Prepared(packed, (report,), (), "00")
 

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from jlora.config import load
+
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,6 +84,27 @@ def test_combining_adapters_is_what_the_page_says(tmp_path, monkeypatch):
         u, s, vh = np.linalg.svd(exact, full_matrices=False)
         close(got, u[..., :r] * s[:, None, :r] @ vh[:, :r])
     assert (tmp_path / "outputs/both/adapter_model.safetensors").is_file()
+
+
+def test_many_adapters_is_what_the_page_says(tmp_path, monkeypatch):
+    page = ROOT / "docs/many_adapters.md"
+    names = run_python(page, tmp_path, monkeypatch)
+    model, params, ids, jlora = (names[n] for n in ("model", "params", "ids", "jlora"))
+    alone = {None: model(params, ids)}
+    alone |= {n: model(jlora.attach(params, names[n]), ids) for n in ("fr", "de", "it")}
+    for got, adapters in (
+        ("logits", ("de", None, "fr", "de")),
+        ("before", ("de", None, "fr", "de")),
+        ("after", ("de", None, "it", "de")),
+    ):
+        for row, adapter in enumerate(adapters):
+            want = np.asarray(alone[adapter][row])
+            np.testing.assert_allclose(names[got][row], want, atol=1e-5 * np.abs(want).max())
+    assert np.abs(alone["it"] - alone["fr"]).max() > 0.1
+    assert names["answer"]._cache_size() == 1
+    (settings,) = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "two.yaml").write_text(settings)
+    assert load(tmp_path / "two.yaml").adapters == ("first", "second")
 
 
 def kernel(params) -> np.ndarray:

@@ -8,10 +8,12 @@ Nothing here imports jax.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
+from jlora.config.between import CLASSIFICATION, classification_faults, together_faults
 from jlora.config.convert import Bounds, FrozenMap
 from jlora.config.fields import (
     OPTAX,
@@ -50,6 +52,16 @@ class SourceConfig(Section):
     """Split of a hub data set."""
     name: str | None = None
     """Configuration name of a hub data set."""
+    adapter: str | None = None
+    """The adapter that these rows train, in a run that trains several; its folder has this name."""
+
+    def check(self) -> Iterator[Fault]:
+        """See Section."""
+        if self.adapter is None:
+            return
+        if not re.fullmatch(r"[\w-]+", self.adapter) or self.adapter in ("checkpoints", "merged"):
+            cause = f"{self.adapter!r} cannot be a folder of the run"
+            yield Fault(("adapter",), cause, "use letters, digits, _ and -")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +91,16 @@ class DataConfig(Section):
         """See Section."""
         if not self.train:
             yield Fault(("train",), "no source to train on", "add {path: …, format: messages}")
+        named = [s.adapter for s in self.train or ()]
+        if any(named) and not all(named):
+            yield Fault(
+                ("train",), "some sources name an adapter, others do not", "name all or none"
+            )
+        for i, source in enumerate(self.eval):
+            if bool(source.adapter) != any(named) or source.adapter not in (*named, None):
+                fix = f"name one of {', '.join(map(str, named))}" if any(named) else "leave it out"
+                yield Fault((f"eval.{i}.adapter",), f"{source.adapter} is not trained", fix)
 
-
-CLASSIFICATION = "classification"
-"""The format of rows with classes."""
 
 SCHEDULES: Mapping[str, tuple[str, ...]] = {
     "linear": (),
@@ -322,13 +340,29 @@ class Config(Section):
         return "bfloat16" if self.train.bf16 else "float32"
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters that are trained together, as the data names them; none: one alone."""
+        return tuple(dict.fromkeys(s.adapter for s in self.data.train if s.adapter))
+
+    def alone(self, adapter: str) -> Config:
+        """The settings of a run that trains one of several adapters only, in its folder."""
+
+        def own(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+            return tuple(replace(s, adapter=None) for s in sources if s.adapter == adapter)
+
+        data = replace(self.data, train=own(self.data.train), eval=own(self.data.eval))
+        folder = f"{self.train.output_dir.rstrip('/')}/{adapter}"
+        return replace(self, data=data, train=replace(self.train, output_dir=folder))
+
+    @property
     def classifies(self) -> bool:
         """Whether the rows have classes to learn, instead of text."""
         return self.data.train[0].format == CLASSIFICATION
 
     def check(self) -> Iterator[Fault]:
         """See Section."""
-        yield from _classification_faults(self)
+        yield from classification_faults(self)
+        yield from together_faults(self)
         if self.quantization and not self.lora:
             yield Fault(
                 ("quantization", "lora"),
@@ -348,27 +382,3 @@ class Config(Section):
                 yield Fault((key, "data.eval"), "needs held-out rows", "add data.eval")
             if self.train.eval_steps is None:
                 yield Fault((key, "train.eval_steps"), "needs evaluations", "set train.eval_steps")
-
-
-def _classification_faults(config: Config) -> Iterator[Fault]:
-    """What contradicts the format of the rows, which says whether the model is a classifier."""
-    formats = {s.format for s in (*(config.data.train or ()), *config.data.eval)} - {None}
-    task, lora_key = config.lora and config.lora.task_type, "lora.task_type"
-    if CLASSIFICATION not in formats:
-        format = f"format: {CLASSIFICATION}"
-        if task == "SEQ_CLS":
-            yield Fault(
-                (lora_key, "data"), "SEQ_CLS learns classes, and the rows have none", format
-            )
-        for key in ("num_labels", "id2label"):
-            if getattr(config.model, key) is not None:
-                yield Fault((f"model.{key}", "data"), "the rows have no classes", format)
-        return
-    if len(formats) > 1:
-        others = ", ".join(sorted(formats - {CLASSIFICATION}))
-        yield Fault(("data",), f"rows with classes are mixed with {others}", "train them apart")
-    if config.lora and task != "SEQ_CLS":
-        yield Fault((lora_key, "data"), f"is {task}, but the rows have classes", "write SEQ_CLS")
-    if config.evaluate.exact_match:
-        fix = "leave it out: accuracy and F1 are always reported"
-        yield Fault(("evaluate.exact_match", "data"), "a classifier writes no replies", fix)

@@ -12,7 +12,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,8 @@ class SourceReport:
     packed_rows: int
     tokens: int
     target_tokens: int
+    adapter: str | None = None
+    """Whose rows they are, where several adapters are trained together."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,15 @@ class Prepared:
     def fill(self) -> float:
         """The share of the rows' tokens that is not padding."""
         return self.tokens / self.packed.input_ids.size
+
+    def of(self, adapter: str) -> Prepared:
+        """The rows of one of several adapters, numbered and ordered as if there were no others."""
+        sizes = [s.packed_rows for s in self.sources]
+        own = np.repeat([s.adapter == adapter for s in self.sources], sizes)
+        packed = Packed(*(array[own] for array in _arrays(self.packed)))
+        return replace(
+            self, packed=packed, sources=tuple(s for s in self.sources if s.adapter == adapter)
+        )
 
     def order(self, batch: int, seed: int, shuffle: bool = True) -> Order:
         """The order of training with ``batch`` rows a step."""
@@ -198,6 +209,7 @@ def _report(
         packed_rows=len(packed),
         tokens=len(examples.ids),
         target_tokens=int((examples.labels != IGNORE).sum()),
+        adapter=source.adapter,
     )
 
 
@@ -228,9 +240,8 @@ def _warnings(
 
 def _digest(packed: Packed, reports: Sequence[SourceReport]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(
-        repr([packed.input_ids.shape, *((r.packed_rows, r.weight) for r in reports)]).encode()
-    )
+    sizes = [(r.packed_rows, r.weight, *([r.adapter] if r.adapter else [])) for r in reports]
+    digest.update(repr([packed.input_ids.shape, *sizes]).encode())
     for array in _arrays(packed):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -15,6 +15,7 @@ from jlora.lora.adapter import DELTA, EMBEDDING_DELTA, MAGNITUDE, TOKENS, Adapte
 from jlora.lora.attaching import attach, detach
 from jlora.lora.init import init_adapter
 from jlora.lora.merging import merge, unmerge
+from jlora.lora.stack import AdapterStack, stack_adapters
 from jlora.lora.terms import combine
 from jlora.lora.weight import LoraWeight, TokenWeight
 
@@ -24,6 +25,7 @@ __all__ = [
     "MAGNITUDE",
     "TOKENS",
     "Adapter",
+    "AdapterStack",
     "LoraWeight",
     "TokenWeight",
     "attach",
@@ -32,5 +34,6 @@ __all__ = [
     "init_adapter",
     "merge",
     "scaling",
+    "stack_adapters",
     "unmerge",
 ]

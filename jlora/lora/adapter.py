@@ -29,7 +29,7 @@ from jaxtyping import Float
 from jlora import paths
 from jlora.config import LoraConfig
 from jlora.config.convert import FrozenMap
-from jlora.targets import scaling_of
+from jlora.targets import rank_of, scaling_of
 
 Tree = Any
 """Nested mappings, lists and registered pytrees of arrays; see ``paths``."""
@@ -89,3 +89,16 @@ def scaling(
     names = paths.module_names(path, stack, layers)
     values = np.array([scaling_of(config, name) for name in names], np.float32)
     return values if stack else values.reshape(())
+
+
+def bias_scaling(
+    config: LoraConfig, path: paths.Path, stack: paths.Path | None, layers: int | None
+) -> Float[np.ndarray, "*layers"]:
+    """``scaling`` of a ``lora_bias``: 0 in layers that are not adapted, where none may train.
+
+    A and B need no such zeros, being zero there themselves.
+    """
+    names = paths.module_names(path, stack, layers)
+    scale = scaling(config, path, stack, layers)
+    adapted = np.array([rank_of(config, name) > 0 for name in names]).reshape(scale.shape)
+    return np.where(adapted, scale, np.float32(0.0))

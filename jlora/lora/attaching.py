@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jax.core import Tracer
+from jaxtyping import Array, Int
 
 from jlora import paths
 from jlora.config import LoraConfig
@@ -16,11 +18,18 @@ from jlora.errors import DataError
 from jlora.lora import adapter as kinds
 from jlora.lora import terms
 from jlora.lora.adapter import Adapter, Tree, changed
+from jlora.lora.stack import BIAS_SCALING, SCALING, AdapterStack
 from jlora.lora.weight import LoraWeight, TokenWeight, dense
 from jlora.targets import is_replaced, rank_of, token_indices
 
 
-def attach(params: Tree, adapter: Adapter, *, dropout_key: Array | None = None) -> Tree:
+def attach(
+    params: Tree,
+    adapter: Adapter | AdapterStack,
+    *,
+    dropout_key: Array | None = None,
+    adapter_ids: Int[Array | np.ndarray, " rows"] | None = None,
+) -> Tree:
     """The tree with the adapter on it: kernels become ``LoraWeight``, and so do embeddings.
 
     Nothing is computed densely. DoRA's norms of the columns are computed here, once for all
@@ -28,13 +37,22 @@ def attach(params: Tree, adapter: Adapter, *, dropout_key: Array | None = None) 
 
     Args:
       params: the frozen tree.
-      adapter: an adapter made for it.
+      adapter: an adapter made for it, or several (``stack_adapters``).
       dropout_key: draws the dropout of ``config.lora_dropout`` when given (training); every module
-        and layer gets a key of its own.
+        and layer gets a key of its own. A stack has no dropout.
+      adapter_ids: which adapter of a stack each row of the batch uses; -1: none, and what the model
+        computes of that row is the base model's, bitwise.
 
     Raises:
-      DataError: the adapter has nodes that ``params`` lacks, or of another shape.
+      DataError: the adapter has nodes that ``params`` lacks, or of another shape; ``adapter_ids``
+        name adapters that the stack lacks (where they are known: under ``jit`` their rows are NaN).
     """
+    if isinstance(adapter, AdapterStack):
+        return _attach_stack(params, adapter, adapter_ids, dropout_key)
+    if adapter_ids is not None:
+        raise DataError(
+            "there is one adapter, for all rows", where="adapter_ids", fix="stack_adapters([…])"
+        )
     leaves = {leaf.path: leaf for leaf in paths.leaves(params)}
     own, first = by_weight(adapter.weights, leaves), by_weight(adapter.initial or {}, leaves)
 
@@ -50,6 +68,38 @@ def attach(params: Tree, adapter: Adapter, *, dropout_key: Array | None = None) 
         if not changes:
             return value
         return _with_delta(leaf, value, changes, first.get(path), adapter, dropout_key)
+
+    return paths.map_leaves(change, params)
+
+
+def _attach_stack(
+    params: Tree, stack: AdapterStack, adapter_ids: Any, dropout_key: Array | None
+) -> Tree:
+    if adapter_ids is None or dropout_key is not None:
+        raise DataError(
+            "a stack of adapters needs adapter_ids, one a row, and has no dropout",
+            where="attach",
+            fix="attach(params, stack, adapter_ids=stack.ids([name, …]))",
+        )
+    traced = isinstance(adapter_ids, Tracer)
+    if not traced and (most := np.max(np.asarray(adapter_ids), initial=-1)) >= len(stack):
+        raise DataError(f"{most} is no adapter: there are {len(stack)}", where="adapter_ids")
+    leaves = {leaf.path: leaf for leaf in paths.leaves(params)}
+    own = by_weight(stack.weights, leaves)
+    scales = dict(paths.walk(jax.lax.stop_gradient(stack.scales)))
+
+    def change(path: paths.Path, value: Any) -> Any:
+        if path not in own:
+            return value
+        leaf, changes = leaves[path], own[path]
+        _check_shapes(leaf, changes, stack.parts, (len(stack),))
+        where = list(terms.columns(leaf, changes, stack.parts))
+        own_scales = [scales[(*c.module, SCALING)] for c in where]
+        a, b, scale = terms.side_by_side(leaf, changes, where, own_scales)
+        ids = jnp.asarray(adapter_ids, jnp.int32)
+        ids = jnp.broadcast_to(ids, (leaf.layers, *ids.shape)) if leaf.layers else ids
+        bias = _bias(changes, where, [scales.get((*c.module, BIAS_SCALING)) for c in where])
+        return LoraWeight(value, a, b, scale, bias=bias, adapter_ids=ids)
 
     return paths.map_leaves(change, params)
 
@@ -119,8 +169,11 @@ def _with_delta(
     dropout_key: Array | None,
 ) -> LoraWeight:
     config, parts = adapter.config, adapter.parts
-    _check_shapes(leaf, own, adapter)
-    a, b, scale = terms.combine(leaf, own, config, parts)
+    _check_shapes(leaf, own, parts)
+    where = list(terms.columns(leaf, own, parts))
+    scales = [jnp.asarray(kinds.scaling(config, c.module, leaf.stack, leaf.layers)) for c in where]
+    bias_scales = [kinds.bias_scaling(config, c.module, leaf.stack, leaf.layers) for c in where]
+    a, b, scale = terms.side_by_side(leaf, own, where, scales)
     if first is not None:
         a, b, scale = terms.without((a, b, scale), terms.combine(leaf, first, config, parts))
     if leaf.kind in paths.EXPERTS:  # they lie [out, in]
@@ -135,18 +188,17 @@ def _with_delta(
         lora_B=b,
         scale=scale,
         gain=_gain(leaf, base, own, (a, b, scale), adapter),
-        bias=_bias(leaf, own, adapter),
+        bias=_bias(own, where, bias_scales),
         dropout_key=key if dropout else None,
         dropout=dropout,
     )
 
 
-def _bias(leaf: paths.Leaf, own: dict[paths.Path, Any], adapter: Adapter) -> Array | None:
+def _bias(own: terms.Leaves, where: Sequence[terms.Columns], scales: Sequence[Any]) -> Array | None:
     """The scaled biases of a kernel's modules, in their columns."""
     found = []
-    for c in terms.columns(leaf, own, adapter.parts):
+    for c, scale in zip(where, scales, strict=True):
         if (value := own.get((*c.module, kinds.LORA_BIAS))) is not None:
-            scale = kinds.scaling(adapter.config, c.module, leaf.stack, leaf.layers)
             found.append(c.place(jnp.asarray(scale)[..., None] * value))
     return sum(found[1:], found[0]) if found else None
 
@@ -171,13 +223,19 @@ def _gain(
     return gain
 
 
-def _check_shapes(leaf: paths.Leaf, own: dict[paths.Path, Any], adapter: Adapter) -> None:
-    """DataError unless every A, B, bias and magnitude fits the weight."""
+def _check_shapes(
+    leaf: paths.Leaf, own: terms.Leaves, parts: terms.Parts, adapters: tuple[int, ...] = ()
+) -> None:
+    """DataError unless every A, B, bias and magnitude fits the weight.
+
+    ``adapters`` is the axis that a stack has after the layers'.
+    """
     *lead, fan_in, fan_out = leaf.value.shape
+    lead += adapters
     if leaf.kind in paths.EXPERTS:
         fan_in, fan_out = fan_out, fan_in
     first, second = terms.pair(leaf)
-    for c in terms.columns(leaf, own, adapter.parts):
+    for c in terms.columns(leaf, own, parts):
         a, b = own[(*c.module, first)], own[(*c.module, second)]
         width = fan_out if c.total is None else c.width
         fits = a.shape[:-1] == (*lead, fan_in) and b.shape == (*lead, a.shape[-1], width)

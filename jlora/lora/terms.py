@@ -6,7 +6,7 @@ own in the kernel, and what it adds is placed there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,21 +49,23 @@ def pair(leaf: paths.Leaf) -> tuple[str, str]:
 
 
 def columns(leaf: paths.Leaf, own: Leaves, parts: Parts) -> Iterator[Columns]:
-    """The modules among the ``own`` leaves of a weight: the whole, or parts of a projection."""
+    """The modules among the ``own`` leaves of a weight: the whole, parts of a projection.
+
+    Only a stack of adapters has both.
+    """
     module = module_of(leaf)
     if any(path[:-1] == module for path in own):
         yield Columns(module)
-        return
-    names = paths.FUSED[module[-1]]
-    widths = parts.get(module[-1]) or (_width(own),) * len(names)
+    names = paths.FUSED.get(module[-1], ())
     for i, name in enumerate(names):
         if any(path[:-1] == (*module, name) for path in own):
+            widths = parts.get(module[-1]) or (_width(own, (*module, name)),) * len(names)
             yield Columns((*module, name), sum(widths[:i]), widths[i], sum(widths))
 
 
-def _width(own: Leaves) -> int:
+def _width(own: Leaves, part: paths.Path) -> int:
     """The columns of each part, where all have as many."""
-    return next(value.shape[-1] for path, value in own.items() if path[-1] == DELTA[1])
+    return own[(*part, DELTA[1])].shape[-1]
 
 
 def combine(
@@ -80,10 +82,17 @@ def combine(
       config: gives the scales.
       parts: see ``Adapter``.
     """
-    first, second = pair(leaf)
     where = list(columns(leaf, own, parts))
     scales = [jnp.asarray(scaling(config, c.module, leaf.stack, leaf.layers)) for c in where]
-    if where[0].total is None:
+    return side_by_side(leaf, own, where, scales)
+
+
+def side_by_side(
+    leaf: paths.Leaf, own: Leaves, where: Sequence[Columns], scales: Sequence[Array]
+) -> tuple[Any, Any, Array]:
+    """``combine`` of the modules ``where``, with a scale for each."""
+    first, second = pair(leaf)
+    if len(where) == 1 and where[0].total is None:
         module = where[0].module
         return own[(*module, first)], own[(*module, second)], scales[0]
     placed = [

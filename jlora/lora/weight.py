@@ -41,7 +41,9 @@ class LoraWeight(_Over):
     """A weight with a low-rank delta: stands for ``(base + scale * lora_A @ lora_B) * gain``.
 
     All children may carry a leading layer axis, which ``lax.scan`` slices off; ``matrices`` are the
-    axes of experts, which have a matrix each.
+    axes of experts, which have a matrix each. With ``adapter_ids``, lora_A, lora_B, scale and bias
+    have an axis of adapters after the layers', and row b of a batch uses the adapter of the number
+    ``adapter_ids[b]``, or none if that is negative.
     """
 
     base: Any
@@ -52,6 +54,7 @@ class LoraWeight(_Over):
     """DoRA's factor of every column: its magnitude over the norm of ``base + scale * A @ B``."""
     bias: Float[Array, "*layers out"] | None = None
     """Added to the product with the weight; it belongs to the module's bias once it is merged."""
+    adapter_ids: Int[Array, "*stack rows"] | None = None
     dropout_key: Array | None = None
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
@@ -60,6 +63,7 @@ class LoraWeight(_Over):
         """The transpose of every matrix; with more than a delta on it, it only stands for it."""
         if self.gain is not None or self.bias is not None:
             return Transposed(self)
+        assert self.adapter_ids is None, "every row has a delta of its own"
         a, b = self.lora_B.mT, self.lora_A.mT
         return dataclasses.replace(self, base=self.base.mT, lora_A=a, lora_B=b)
 
@@ -125,5 +129,6 @@ def wide(leaf: Any) -> Float[Array, "..."]:
 
 def delta(w: LoraWeight) -> Float[Array, "..."]:
     """``scale * lora_A @ lora_B``, dense, in float32."""
+    assert w.adapter_ids is None, "every row has a delta of its own"
     product = jnp.matmul(w.lora_A, w.lora_B, precision="highest")
     return product * w.scale.reshape(*w.scale.shape, *(1,) * (product.ndim - w.scale.ndim))

@@ -1,0 +1,241 @@
+"""``AdapterStack``: several adapters side by side, so that each row of a batch can use its own.
+
+The stack has the leaves of all its adapters, each with an axis that counts adapters::
+
+    adapters   lora_A (…, in, r)     lora_B (…, r, out)       "…": the layers, if they are stacked
+    stack      lora_A (…, N, in, r)  lora_B (…, N, r, out)    r: the largest rank
+
+An adapter of a lower rank has zero columns, one that lacks a module has zeros there, and their
+gradients are exactly zero. What differs between adapters is data, so that another adapter in the
+place of one compiles nothing anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jlora import paths
+from jlora.config.convert import FrozenMap
+from jlora.errors import DataError, did_you_mean
+from jlora.lora import terms
+from jlora.lora.adapter import DELTA, EMBEDDING_DELTA, LORA_BIAS, Adapter, bias_scaling, scaling
+
+SCALING, BIAS_SCALING = SCALES = ("scaling", "bias_scaling")
+AXIS = {**dict.fromkeys((*DELTA, *EMBEDDING_DELTA), -3), LORA_BIAS: -2, **dict.fromkeys(SCALES, -1)}
+"""Leaf → the axis of a stack's leaf that counts adapters."""
+
+RANK: dict[str, int] = {}
+RANK |= dict.fromkeys((DELTA[0], EMBEDDING_DELTA[0]), -1)
+RANK |= dict.fromkeys((DELTA[1], EMBEDDING_DELTA[1]), -2)
+"""Leaf → the axis of an adapter's leaf that counts ranks."""
+
+Flat = dict[paths.Path, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdapterStack:
+    """Adapters side by side; see the module's header and ``stack_adapters``.
+
+    A gradient with respect to it is in ``weights`` only, each adapter's from its own rows.
+    """
+
+    weights: dict[str, Any]
+    scales: dict[str, Any]
+    """``scaling`` (…, N) at the node of every module, and ``bias_scaling`` where there is a
+    lora_bias, 0 for adapters without one. No gradient reaches them."""
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    parts: Mapping[str, tuple[int, ...]] = dataclasses.field(
+        default=FrozenMap(), metadata={"static": True}
+    )
+    """See ``Adapter``."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def ids(self, names: Sequence[str | None]) -> Int[Array, " rows"]:
+        """``adapter_ids`` of rows from the names of their adapters; None is the base model.
+
+        Raises:
+          DataError: there is no such adapter.
+        """
+        return jnp.array([-1 if n is None else self._index(n) for n in names], jnp.int32)
+
+    def replace(self, which: str | int, adapter: Adapter) -> AdapterStack:
+        """The stack with ``adapter`` in the place of another, of which it takes over the name.
+
+        Shapes and static parts stay, so that nothing is compiled anew.
+
+        Raises:
+          DataError: the adapter has what the stack has no room for: modules that no adapter of it
+            has, or a higher rank. The message lists all of it.
+        """
+        i, new = self._index(which), _leaves(adapter)
+        old = self._flat()
+        room = {p: _without_axis(leaf, p) for p, leaf in old.items()}
+        faults = [*_unfit(adapter, new, room)]
+        if any(self.parts.get(name) != widths for name, widths in adapter.parts.items()):
+            faults.append("its parts of fused projections have other widths")
+        if faults:
+            raise _error([f"{self.names[i]}: {fault}" for fault in faults])
+        flat = {
+            p: leaf.at[(..., i, *(slice(None),) * (-1 - AXIS[p[-1]]))].set(_padded(new, p, room[p]))
+            for p, leaf in old.items()
+        }
+        return _of(flat, self.names, self.parts)
+
+    def adapter(self, which: str | int, like: Adapter) -> Adapter:
+        """One adapter out of the stack: ``like``, which was stacked there, with its present values.
+
+        Raises:
+          DataError: its base has a part of it (``initial``): the stack holds both as one adapter.
+        """
+        if like.initial is not None:
+            raise DataError("a stacked adapter with an initial part cannot be taken out again")
+        i, flat = self._index(which), dict(paths.walk(self.weights))
+
+        def cut(path: paths.Path, value: Any) -> Array:
+            own = jnp.take(flat[path], i, axis=AXIS[path[-1]])
+            return own[tuple(slice(size) for size in value.shape)]
+
+        return dataclasses.replace(like, weights=paths.map_leaves(cut, like.weights))
+
+    def _index(self, which: str | int) -> int:
+        if which in self.names:
+            return self.names.index(str(which))
+        if isinstance(which, int) and 0 <= which < len(self):
+            return which
+        fix = did_you_mean(str(which), self.names) or f"there are {', '.join(self.names)}"
+        raise DataError(f"no adapter {which!r} in the stack", where="adapter", fix=fix)
+
+    def _flat(self) -> Flat:
+        return dict(paths.walk(self.weights)) | dict(paths.walk(self.scales))
+
+
+def stack_adapters(
+    adapters: Sequence[Adapter] | Mapping[str, Adapter], *, r: int | None = None
+) -> AdapterStack:
+    """Adapters for one base side by side; their ranks, scales and modules may differ.
+
+    ``attach(params, stack, adapter_ids=ids)`` then gives each row of a batch its own.
+
+    Args:
+      adapters: in the order in which ``adapter_ids`` count them; a sequence names them "0", "1" ….
+      r: the rank to have room for, if an adapter of a higher one may take a place later.
+
+    Raises:
+      DataError: what a row cannot have of its own (leaves of the base that an adapter replaces,
+        rows of embeddings, DoRA, experts), or adapters of different bases. It lists all of it.
+    """
+    listed = isinstance(adapters, Sequence)
+    named = {str(i): a for i, a in enumerate(adapters)} if listed else dict(adapters)
+    if not named:
+        raise DataError("there is nothing to stack", where="adapters", fix="give one at least")
+    each = {name: _leaves(adapter) for name, adapter in named.items()}
+    room: dict[paths.Path, tuple[int, ...]] = {}
+    parts: dict[str, tuple[int, ...]] = {}
+    for name, flat in each.items():
+        parts |= named[name].parts
+        for path, leaf in flat.items():
+            rank = _rank(path, leaf.shape)
+            largest = max(rank, r or 0, _rank(path, room.get(path, leaf.shape)))
+            room.setdefault(path, _with_rank(path, leaf.shape, largest))
+            room[path] = _with_rank(path, room[path], largest)
+    faults = [
+        f"{name}: {f}" for name, flat in each.items() for f in _unfit(named[name], flat, room)
+    ]
+    for name, adapter in named.items():
+        if any(parts[key] != widths for key, widths in adapter.parts.items()):
+            faults.append(f"{name}: its parts of fused projections have other widths")
+    if r is not None and (most := max(_rank(p, s) for p, s in room.items())) > r:
+        faults.append(f"there are adapters of rank {most}, above r={r}")
+    if faults:
+        raise _error(faults)
+    flat = {
+        path: jnp.stack([_padded(own, path, shape) for own in each.values()], AXIS[path[-1]])
+        for path, shape in room.items()
+    }
+    return _of(flat, tuple(named), FrozenMap(parts))
+
+
+def _of(flat: Flat, names: tuple[str, ...], parts: Mapping[str, tuple[int, ...]]) -> AdapterStack:
+    scales = {path: leaf for path, leaf in flat.items() if path[-1] in SCALES}
+    weights = {path: leaf for path, leaf in flat.items() if path[-1] not in SCALES}
+    return AdapterStack(paths.nest(weights), paths.nest(scales), names, parts)
+
+
+def _leaves(adapter: Adapter) -> Flat:
+    """What the stack holds of an adapter, with its scales; what the base has of it is taken off."""
+    flat: Flat = {}
+    first = dict(paths.walk(adapter.initial or {}))
+    for leaf in paths.leaves(adapter.weights):
+        *node, kind = leaf.path
+        if kind not in AXIS:
+            continue
+        flat[leaf.path] = leaf.value
+        name, scale = (BIAS_SCALING, bias_scaling) if kind == LORA_BIAS else (SCALING, scaling)
+        scale = scale(adapter.config, tuple(node), leaf.stack, leaf.layers)
+        flat[(*node, name)] = jnp.asarray(scale)
+    for path in [p for p in first if p[-1] in (DELTA[0], EMBEDDING_DELTA[0])]:
+        a, b = path, (*path[:-1], path[-1].replace("_A", "_B"))
+        scale = flat[(*path[:-1], SCALING)]
+        pair = terms.without((flat[a], flat[b], scale), (first[a], first[b], scale))
+        flat[a], flat[b], flat[(*path[:-1], SCALING)] = pair
+    return flat
+
+
+def _unfit(adapter: Adapter, flat: Flat, room: Mapping[paths.Path, tuple[int, ...]]) -> Iterator:
+    """What a stack with ``room`` for these shapes cannot hold of an adapter."""
+    for path, _ in paths.walk(adapter.weights):
+        if path[-1] not in AXIS:
+            yield f"{'.'.join(path)} cannot differ between the rows of a batch"
+    for name in adapter.config.target_parameters or ():
+        yield f"the experts {name} cannot have adapters that differ between rows"
+    for path, leaf in flat.items():
+        name, there = ".".join(path), room.get(path)
+        if there is None:
+            if path[-1] not in SCALES:
+                yield f"{name} is of a module that no adapter of the stack has"
+        elif _rank(path, leaf.shape) > _rank(path, there):
+            yield f"{name} has rank {_rank(path, leaf.shape)}, above {_rank(path, there)}"
+        elif _with_rank(path, leaf.shape, _rank(path, there)) != there:
+            yield f"{name} {leaf.shape} does not fit {there}: it is of another base"
+
+
+def _error(faults: Sequence[str]) -> DataError:
+    return DataError(
+        "; ".join(faults),
+        where="adapters",
+        fix="stack adapters of one base that have lora_A, lora_B and lora_bias only; attach or "
+        "merge others by themselves",
+    )
+
+
+def _rank(path: paths.Path, shape: tuple[int, ...]) -> int:
+    return shape[RANK[path[-1]]] if path[-1] in RANK else 0
+
+
+def _with_rank(path: paths.Path, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """The shape with another rank, where it has one."""
+    axis = RANK.get(path[-1])
+    return shape if axis is None else (*shape[:axis], rank, *shape[len(shape) + axis + 1 :])
+
+
+def _without_axis(leaf: Array, path: paths.Path) -> tuple[int, ...]:
+    """The shape of one adapter's share of a stack's leaf."""
+    axis = leaf.ndim + AXIS[path[-1]]
+    return (*leaf.shape[:axis], *leaf.shape[axis + 1 :])
+
+
+def _padded(flat: Flat, path: paths.Path, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """An adapter's leaf in its place in a stack; zeros if it has none."""
+    empty = jnp.zeros(shape)
+    if path not in flat:
+        return empty
+    return empty.at[tuple(slice(size) for size in flat[path].shape)].set(flat[path])
