@@ -218,8 +218,8 @@ def finish(
         for b, a in zip(before, after, strict=False)
     ]
     console.samples(shown)
-    for one, _ in each:
-        write_settings(one.config)
+    for one, _ in each if job.adapters else ():
+        write_settings(one)
     html = _write_report(job, plan, shown)
     _final_card(console, job, written, html)
 
