@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jlora import nf4
     from jlora.adapter_io import load_adapter, save_adapter
+    from jlora.bases import loftq, residual
     from jlora.combine import add_weighted_adapter, extract_adapter, reduce_rank
     from jlora.config import LoraConfig, QuantConfig
     from jlora.dot import dot, embed
@@ -45,10 +46,12 @@ __all__ = [
     "init_adapter",
     "load_adapter",
     "load_pretrained",
+    "loftq",
     "merge",
     "nf4",
     "quantize",
     "reduce_rank",
+    "residual",
     "save_adapter",
     "save_pretrained",
     "unmerge",
@@ -70,9 +73,11 @@ _HOME = {
     "init_adapter": "lora",
     "load_adapter": "adapter_io",
     "load_pretrained": "models",
+    "loftq": "bases",
     "merge": "lora",
     "quantize": "quantization:quantize_params",
     "reduce_rank": "combine",
+    "residual": "bases",
     "save_adapter": "adapter_io",
     "save_pretrained": "models",
     "unmerge": "lora",

@@ -64,7 +64,7 @@ class Checkpoints:
         self._settings = job.config.train
         self._run = {
             "identity": identity(job.config, plan, data_fingerprint),
-            "base_fingerprint": fingerprint(job.frozen),
+            "base_fingerprint": fingerprint(job.base),
         }
         self.best: Any = None
         """The trainable tree of the last better evaluation; kept only with early stopping."""
@@ -147,7 +147,7 @@ def write_settings(job: Job) -> None:
     Beside it, for an adapter, which base model it is trained on.
     """
     out = Path(job.config.train.output_dir)
-    base = base_record(job.frozen, job.trainable.config) if job.config.lora else None
+    base = base_record(job.base, job.trainable.config) if job.config.lora else None
     if jax.process_index() != 0:
         return
     write_atomic(out / "config.yaml", to_yaml(job.config))
@@ -205,6 +205,8 @@ def finish(
 ) -> None:
     """Writes the result and the report, shows samples, and says where everything lies."""
     out, dtype = Path(job.config.train.output_dir), job.config.model.dtype
+    if isinstance(trained, Adapter):
+        trained = dataclasses.replace(trained, initial=job.initial)
     written = write_model(out, dtype, job.model, job.tokenizer, trained)
     if jax.process_index() != 0:
         return

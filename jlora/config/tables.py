@@ -335,6 +335,7 @@ class Config(Section):
                 "packed weights cannot be trained in full",
                 "add a lora section, or leave quantization out",
             )
+        yield from _loftq_faults(self)
         for name, given in (
             ("loraplus_lr_ratio", self.train.loraplus_lr_ratio),
             ("lorafa", self.train.lorafa),
@@ -348,6 +349,20 @@ class Config(Section):
                 yield Fault((key, "data.eval"), "needs held-out rows", "add data.eval")
             if self.train.eval_steps is None:
                 yield Fault((key, "train.eval_steps"), "needs evaluations", "set train.eval_steps")
+
+
+def _loftq_faults(config: Config) -> Iterator[Fault]:
+    """What LoftQ cannot start from in a run, whose base is not kept."""
+    lora, key, packing = config.lora, "lora.init_lora_weights", config.quantization
+    if lora is None or lora.init_lora_weights != "loftq" or lora.init_from:
+        return
+    if packing is None or packing.load_in_8bit or packing.bnb_4bit_quant_type != "nf4":
+        fix = "write quantization: {load_in_4bit: true}"
+        yield Fault((key, "quantization"), "loftq needs a base quantized to nf4", fix)
+    if lora.loftq_config.loftq_iter > 1:
+        cause = "more than one iteration changes the base, which a run does not write"
+        fix = "make base and adapter with jlora.loftq, save both, and name them"
+        yield Fault(("lora.loftq_config.loftq_iter",), cause, fix)
 
 
 def _classification_faults(config: Config) -> Iterator[Fault]:

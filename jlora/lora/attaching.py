@@ -36,7 +36,8 @@ def attach(params: Tree, adapter: Adapter, *, dropout_key: Array | None = None) 
       DataError: the adapter has nodes that ``params`` lacks, or of another shape.
     """
     leaves = {leaf.path: leaf for leaf in paths.leaves(params)}
-    own, first = by_weight(adapter.weights, leaves), by_weight(adapter.initial or {}, leaves)
+    own = by_weight(adapter.weights, leaves)
+    first = by_weight(jax.lax.stop_gradient(adapter.initial or {}), leaves)
 
     def change(path: paths.Path, value: Any) -> Any:
         if path not in own:
