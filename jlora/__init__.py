@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jlora.dot import dot, embed
     from jlora.foreign.linen import from_linen
     from jlora.foreign.nnx import from_nnx
-    from jlora.lora import Adapter, attach, detach, init_adapter, merge, unmerge
+    from jlora.lora import Adapter, attach, detach, eva, init_adapter, merge, unmerge
     from jlora.models import load_pretrained, save_pretrained, untie
     from jlora.quantization import quantize_params as quantize
 
@@ -40,6 +40,7 @@ __all__ = [
     "detach",
     "dot",
     "embed",
+    "eva",
     "extract_adapter",
     "from_linen",
     "from_nnx",
@@ -67,6 +68,7 @@ _HOME = {
     "detach": "lora",
     "dot": "dot",
     "embed": "dot",
+    "eva": "lora",
     "extract_adapter": "combine",
     "from_linen": "foreign.linen",
     "from_nnx": "foreign.nnx",
