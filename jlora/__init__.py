@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jlora import nf4
     from jlora.adapter_io import load_adapter, save_adapter
+    from jlora.bases import loftq, residual
     from jlora.combine import add_weighted_adapter, extract_adapter, reduce_rank
     from jlora.config import LoraConfig, QuantConfig
     from jlora.dot import dot, embed
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         AdapterStack,
         attach,
         detach,
+        eva,
         init_adapter,
         merge,
         stack_adapters,
@@ -49,16 +51,19 @@ __all__ = [
     "detach",
     "dot",
     "embed",
+    "eva",
     "extract_adapter",
     "from_linen",
     "from_nnx",
     "init_adapter",
     "load_adapter",
     "load_pretrained",
+    "loftq",
     "merge",
     "nf4",
     "quantize",
     "reduce_rank",
+    "residual",
     "save_adapter",
     "save_pretrained",
     "stack_adapters",
@@ -76,15 +81,18 @@ _HOME = {
     "detach": "lora",
     "dot": "dot",
     "embed": "dot",
+    "eva": "lora",
     "extract_adapter": "combine",
     "from_linen": "foreign.linen",
     "from_nnx": "foreign.nnx",
     "init_adapter": "lora",
     "load_adapter": "adapter_io",
     "load_pretrained": "models",
+    "loftq": "bases",
     "merge": "lora",
     "quantize": "quantization:quantize_params",
     "reduce_rank": "combine",
+    "residual": "bases",
     "save_adapter": "adapter_io",
     "save_pretrained": "models",
     "stack_adapters": "lora",

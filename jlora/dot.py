@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from jlora import nf4_kernel
 from jlora.errors import DataError
 from jlora.lora import LoraWeight, TokenWeight
+from jlora.lora.probe import InputProbe, observe
 from jlora.quantization import is_packed
 
 Weight = Any
@@ -49,6 +50,8 @@ def dot(x: Float[Array, "*batch in"], w: Weight, dtype: Any = None) -> Float[Arr
         return _adapted(x, w, dtype)
     if isinstance(w, TokenWeight):
         return _tied(x, w, dtype)
+    if isinstance(w, InputProbe):
+        return observe(dot(x, w.base, dtype), x, w.slot, w.directions, w.mask)
     if is_packed(w):
         return _packed(x, w, jnp.dtype(x.dtype if dtype is None else dtype))
     return _dense(x, w, jnp.dtype(x.dtype if dtype is None else dtype))

@@ -91,7 +91,7 @@ def _model(job: Job, length: int) -> Mapping[str, Any]:
     config = job.config
     rows: dict[str, Any] = {
         "base": config.model.name_or_path,
-        **sizes(config, job.frozen, job.trainable),
+        **sizes(config, job.base, job.trainable, job.initial),
         "attention": attention(job.model, job.mesh.devices.flat[0].platform, length),
     }
     if job.adapters:
@@ -103,8 +103,11 @@ def _model(job: Job, length: int) -> Mapping[str, Any]:
     return rows
 
 
-def sizes(config: Config, frozen: Any, trainable: Any) -> dict[str, str]:
-    """The method, how much of the model is trained, and what it takes; the trees may be shapes."""
+def sizes(config: Config, frozen: Any, trainable: Any, initial: Any = None) -> dict[str, str]:
+    """The method, how much of the model is trained, and what it takes; the trees may be shapes.
+
+    ``initial`` is no part of the model, but takes memory.
+    """
     moves, every = count(moving(config.train, trainable)), count(frozen) + count(trainable)
     packed = [x for x in jax.tree.leaves(frozen, is_leaf=is_packed) if is_packed(x)]
     kind = "full fine-tuning"
@@ -113,7 +116,7 @@ def sizes(config: Config, frozen: Any, trainable: Any) -> dict[str, str]:
     rows = {
         "method": kind,
         "trainable": f"{moves:,} of {every:,} parameters ({moves / every:.2%})",
-        "memory": f"{size_text(tree_bytes(frozen))} frozen, "
+        "memory": f"{size_text(tree_bytes((frozen, initial)))} frozen, "
         f"{size_text(tree_bytes(trainable))} trainable",
         "types": f"weights {config.model.dtype}, computation {config.compute_dtype}",
     }

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import lora, sharding
+from jlora import bases, lora, sharding
 from jlora.adapter_io import CONFIG_FILE, load_adapter
-from jlora.config import Config
+from jlora.config import Config, QuantConfig
 from jlora.data import load_tokenizer
 from jlora.errors import ConfigError
 from jlora.models import Model, as_classifier, load_pretrained, read_model
@@ -29,19 +29,26 @@ Load = Callable[[str, str], tuple[Model, Any]]
 class Job:
     """A model with its frozen parameters, what is trained, and how the two go together.
 
-    With an adapter ``frozen`` is the base and ``trainable`` the Adapter; in full fine-tuning
-    ``frozen`` is empty and ``trainable`` the parameters in float32. Several adapters that are
-    trained together are one Adapter whose leaves have a leading axis.
+    With an adapter ``base`` is the model's parameters, ``initial`` what the adapter started from
+    (see ``Adapter``), and ``trainable`` the Adapter without it; in full fine-tuning ``base`` is
+    empty and ``trainable`` the parameters in float32. Several adapters that are trained together
+    are one Adapter whose leaves have a leading axis.
     """
 
     config: Config
     mesh: jax.sharding.Mesh
     model: Model
     tokenizer: Any
-    frozen: Any
+    base: Any
     trainable: Any
     bind: Callable[[Any, Any, Any], Any]
-    targets: tuple[Target, ...]
+    targets: tuple[Target, ...] = ()
+    initial: Any = None
+
+    @property
+    def frozen(self) -> Any:
+        """What ``bind`` takes besides what is trained."""
+        return self.base, self.initial
 
     def each(self, trainable: Any) -> list[tuple[Job, Any]]:
         """The job of every adapter, with its share of ``trainable``: of several trained together,
@@ -88,6 +95,7 @@ def open_job(
     tokenizer: Any,
     *,
     trained: bool,
+    dense: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Job:
     """Loads the model that the settings name, and what is trained of it.
@@ -97,6 +105,7 @@ def open_job(
       tokenizer: see ``open_tokenizer``.
       trained: take the result of the run in ``train.output_dir``; else a fresh adapter (or
         ``lora.init_from``), or the base model to be trained in full.
+      dense: leave the base as it is where the settings would quantize it.
       progress: see ``load_pretrained``.
     """
     if trained and config.adapters:
@@ -107,7 +116,9 @@ def open_job(
         )
     mesh = sharding.make_mesh(config.mesh)
     open_ = _open_adapter if config.lora else _open_full
-    load = functools.partial(_load, config, mesh, progress, tokenizer)
+    loftq = config.lora and config.lora.begins_with == "loftq" and not trained
+    quantization = None if dense or loftq else config.quantization  # LoftQ packs the base itself
+    load = functools.partial(_load, config, quantization, mesh, progress, tokenizer)
     with jax.set_mesh(mesh):
         return open_(config, mesh, load, tokenizer, trained)
 
@@ -127,14 +138,31 @@ def _open_adapter(
                 fix="name one that was trained with SEQ_CLS, or leave it out",
             )
     else:
-        adapter = lora.init_adapter(jax.random.key(config.train.seed), params, config.lora)
+        params, adapter = _fresh_adapter(config, mesh, params)
     adapter = _named(config, adapter)
+    trainable, initial = dataclasses.replace(adapter, initial=None), adapter.initial
     if names := config.adapters:
-        adapter = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(names)), adapter)
-    adapter = sharding.place(adapter, sharding.adapter_shardings(adapter, mesh))
+        trainable = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(names)), trainable)
+    trainable, initial = (
+        sharding.place(tree, sharding.adapter_shardings(tree, mesh))
+        for tree in (trainable, initial)
+    )
     _, targets = find_targets(params, adapter.config)
     bind = attach_fa if config.train.lorafa else attach
-    return Job(config, mesh, model, tokenizer, params, adapter, bind, tuple(targets))
+    return Job(config, mesh, model, tokenizer, params, trainable, bind, tuple(targets), initial)
+
+
+def _fresh_adapter(
+    config: Config, mesh: jax.sharding.Mesh, params: Any
+) -> tuple[Any, lora.Adapter]:
+    """The base and the first adapter; LoftQ packs the base, which was read dense for it."""
+    assert config.lora is not None
+    key = jax.random.key(config.train.seed)
+    if config.lora.begins_with != "loftq":
+        return params, lora.init_adapter(key, params, config.lora)
+    assert config.quantization is not None
+    params, adapter = bases.loftq(key, params, config.lora, config.quantization)
+    return sharding.place(params, sharding.shardings(params, mesh)), adapter
 
 
 def _named(config: Config, adapter: lora.Adapter) -> lora.Adapter:
@@ -160,9 +188,11 @@ def adapter_shapes(config: Config, shapes: Any) -> lora.Adapter:
         adapter = load_adapter(config.lora.init_from, shapes)
         adapter = jax.eval_shape(lambda a: a, adapter)
     else:
-        fresh = functools.partial(lora.init_adapter, config=config.lora)
+        own = config.lora  # LoftQ's first values have the shapes of any other's
+        plain = dataclasses.replace(own, init_lora_weights=True) if own.needs_more else own
+        fresh = functools.partial(lora.init_adapter, config=plain)
         adapter = jax.eval_shape(fresh, jax.random.key(0), shapes)
-    return _named(config, adapter)
+    return dataclasses.replace(_named(config, adapter), initial=None)
 
 
 def describe_model(config: Config, tokenizer: Any) -> Model:
@@ -186,7 +216,7 @@ def _open_full(
     model, params = load(name, "float32")
     check_trainable(config, model)
     bind = _Cast(config.compute_dtype)
-    return Job(config, mesh, model, tokenizer, {}, params, bind, ())
+    return Job(config, mesh, model, tokenizer, {}, params, bind)
 
 
 def check_trainable(config: Config, model: Model) -> None:
@@ -209,7 +239,8 @@ def _result(config: Config, kind: str, file: str) -> str:
 
 def attach(frozen: Any, adapter: lora.Adapter, key: Any) -> Any:
     """The base with the adapter on it; ``key`` draws its dropout, None means none."""
-    return lora.attach(frozen, adapter, dropout_key=key)
+    base, initial = frozen
+    return lora.attach(base, dataclasses.replace(adapter, initial=initial), dropout_key=key)
 
 
 def attach_fa(frozen: Any, adapter: lora.Adapter, key: Any) -> Any:
@@ -230,6 +261,7 @@ class _Cast:
 
 def _load(
     config: Config,
+    quantization: QuantConfig | None,
     mesh: jax.sharding.Mesh,
     progress: Callable[[int, int], None] | None,
     tokenizer: Any,
@@ -240,7 +272,7 @@ def _load(
     model, params = load_pretrained(
         name,
         dtype=dtype,
-        quantization=config.quantization,
+        quantization=quantization,
         mesh=mesh,
         revision=revision,
         attention=config.model.attention,

@@ -62,13 +62,12 @@ def run(config: Config, options: argparse.Namespace) -> None:
         if untied := _needs_own_head(job):
             job = _with_own_head(job)
             rows["output head"] = "no longer tied: the adapter changes the embedding only"
-        merged = lora.merge(job.frozen, job.trainable)
+        merged = lora.merge(job.base, job.trainable)
         if config.quantization and not packed:
-            dense = dataclasses.replace(config, quantization=None)
             with console.loading() as progress:
-                original = open_job(dense, tokenizer, trained=True, progress=progress)
+                original = open_job(config, tokenizer, trained=True, dense=True, progress=progress)
             original = _with_own_head(original) if untied else original
-            other = lora.merge(original.frozen, job.trainable)
+            other = lora.merge(original.base, job.trainable)
             rows["base"] = config.merge.base
             rows["logit difference, dequantized base"] = _difference(job, trained, merged)
             rows["logit difference, original base"] = _difference(job, trained, other)
@@ -89,8 +88,8 @@ def _needs_own_head(job: Job) -> bool:
 
 
 def _with_own_head(job: Job) -> Job:
-    model, frozen = untie(job.model, job.frozen)
-    return dataclasses.replace(job, model=model, frozen=frozen)
+    model, base = untie(job.model, job.base)
+    return dataclasses.replace(job, model=model, base=base)
 
 
 def _logits(job: Job, params: Any) -> np.ndarray:

@@ -64,7 +64,7 @@ class Checkpoints:
         self._settings = job.config.train
         self._run = {
             "identity": identity(job.config, plan, data_fingerprint),
-            "base_fingerprint": fingerprint(job.frozen),
+            "base_fingerprint": fingerprint(job.base),
         }
         self.best: Any = None
         """The trainable tree of the last better evaluation; kept only with early stopping."""
@@ -147,7 +147,7 @@ def write_settings(job: Job) -> None:
     Beside it, for an adapter, which base model it is trained on.
     """
     out = Path(job.config.train.output_dir)
-    base = base_record(job.frozen, job.trainable.config) if job.config.lora else None
+    base = base_record(job.base, job.trainable.config) if job.config.lora else None
     if jax.process_index() != 0:
         return
     write_atomic(out / "config.yaml", to_yaml(job.config))
@@ -205,12 +205,14 @@ def finish(
 ) -> None:
     """Writes the result and the report, shows samples, and says where everything lies."""
     each, dtype = job.each(trained), job.config.model.dtype
-    written = ", ".join(
-        [
-            write_model(Path(one.config.train.output_dir), dtype, job.model, job.tokenizer, own)
-            for one, own in each
-        ]
-    )
+    written = []
+    for one, own in each:
+        if isinstance(own, Adapter):
+            own = dataclasses.replace(own, initial=job.initial)
+        if job.adapters:
+            write_settings(one)
+        out = Path(one.config.train.output_dir)
+        written.append(write_model(out, dtype, job.model, job.tokenizer, own))
     if jax.process_index() != 0:
         return
     shown = [
@@ -218,10 +220,8 @@ def finish(
         for b, a in zip(before, after, strict=False)
     ]
     console.samples(shown)
-    for one, _ in each if job.adapters else ():
-        write_settings(one)
     html = _write_report(job, plan, shown)
-    _final_card(console, job, written, html)
+    _final_card(console, job, ", ".join(written), html)
 
 
 def _write_report(job: Job, plan: Plan, samples: list[dict[str, str]]) -> Path:

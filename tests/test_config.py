@@ -103,7 +103,11 @@ def test_defaults_are_the_contracts():
             "layers_to_transform: means nothing where target_modules is a regular expression",
         ),
         ({"layers_to_transform": [-1]}, "must be at least 0"),
-        ({"init_lora_weights": "pissa"}, "expected true or false or 'gaussian', got 'pissa'"),
+        ({"init_lora_weights": "pisa"}, "did you mean 'pissa'?"),
+        ({"init_lora_weights": "pissa_niter_"}, "expected a number after pissa_niter_"),
+        ({"init_lora_weights": "orthogonal", "r": 6, "rank_pattern": {"q": 3}}, "even ranks"),
+        ({"init_lora_weights": "olora", "lora_bias": True}, "only possible with true or false"),
+        ({"loftq_config": {"loftq_bit": 4}}, "did you mean 'loftq_bits'?"),
     ],
 )
 def test_a_wrong_value_is_named_in_python_too(values, words):

@@ -16,7 +16,7 @@ LAYERS = [
     {"targets", "nf4", "int8", "fingerprint"},
     {"quantization"},
     {"lora", "sharding", "nf4_kernel"},
-    {"dot", "models", "combine"},
+    {"bases", "combine", "dot", "models"},
     {"optim", "state", "step", "foreign"},
     {"adapter_io", "checkpoint", "data", "metrics", "console", "report", "runtime", "decoding"},
     {"batches", "classes", "evaluation", "header", "job", "outputs", "progress", "cli"},

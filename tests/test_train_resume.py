@@ -1,5 +1,6 @@
 """However a run is interrupted, the same command ends in what the uninterrupted run gives."""
 
+import json
 import random
 import shutil
 import signal
@@ -200,3 +201,23 @@ def test_switching_early_stopping_on_is_refused_by_name(done):
     held_out = {"eval": [{"path": str(done.held_out), "format": "messages"}]}
     with pytest.raises(ConfigError, match=r"train\.early_stopping: False there, True here"):
         done.run("train.early_stopping_patience=2", data=held_out)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "loftq"])
+def test_first_values_of_the_base_are_made_again_to_the_last_bit(place, kind):
+    """A and B come from the base again; only what was trained is in a checkpoint."""
+    place.settings_for_loss()
+    train = {"max_steps": 4, "save_steps": 2, "logging_steps": 1}
+    settings = {"lora": {"init_lora_weights": kind, "use_dora": kind == "pissa"}, "train": train}
+    if kind == "loftq":
+        settings["quantization"] = {"load_in_4bit": True}
+    place.run(**settings)
+    adapter, log = place.adapter(), place.log()
+    shutil.rmtree(place.output / "checkpoints" / "4")
+    (place.output / "adapter_model.safetensors").unlink()
+    place.run(**settings)
+    assert place.adapter() == adapter and place.log() == log
+    config = json.loads((place.output / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] is True
+    rank = 8 if kind == "pissa" else 4  # what it started from is subtracted, by as many ranks again
+    assert rank in {config["r"], *config["rank_pattern"].values()}

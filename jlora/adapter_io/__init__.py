@@ -19,6 +19,7 @@ import safetensors.numpy
 from jlora import paths
 from jlora.adapter_io.base_model import BASE_FILE, differences, write_record
 from jlora.adapter_io.base_model import record as base_record
+from jlora.adapter_io.first_values import first_values
 from jlora.adapter_io.for_peft import for_peft
 from jlora.adapter_io.peft_config import CONFIG_FILE, read_config, write_config
 from jlora.adapter_io.releases import with_new_names
@@ -56,11 +57,20 @@ def save_adapter(
     Returns:
       The size of the tensor file in bytes.
 
+    What PiSSA and OLoRA started from is subtracted: the file is an ordinary LoRA for the base as it
+    is, of twice the rank. See ``jlora.residual`` for the other way.
+
     Raises:
-      DataError: the adapter is empty or not finite: nothing is written.
+      DataError: the adapter is empty, not finite or without its ``initial``: nothing is written.
       StorageError: the disk is full or not writable; files already there stay whole.
     """
     adapter = for_peft(adapter)
+    if adapter.config.from_weights:
+        raise DataError(
+            f"a {adapter.config.init_lora_weights} adapter without what it started from",
+            where=str(directory),
+            fix="put its initial back (dataclasses.replace), or make both with jlora.residual",
+        )
     tensors = to_peft_tensors(adapter)
     faults = [name for name, value in tensors.items() if not np.all(np.isfinite(value))]
     if faults or not tensors:
@@ -84,13 +94,19 @@ def save_adapter(
 def load_adapter(directory: str | Path, params: Any) -> Adapter:
     """Reads a PEFT adapter for the model whose parameters (or their shapes) are ``params``.
 
+    A ``pissa`` or ``olora`` adapter is for a base that gave up its first A and B: they are computed
+    again, as PEFT does when it loads one, and become ``initial``. That needs values.
+
     Raises:
       DataError: the folder is not a LoRA adapter, is damaged, or does not fit: every missing,
         unknown and misshapen tensor is listed, and whether the base model is another one.
-      ConfigError: it uses a feature of PEFT that jlora lacks, or its patterns match nothing.
+      ConfigError: it uses a feature of PEFT that jlora lacks, its patterns match nothing, or the
+        base that it was trained on cannot be computed from ``params``.
     """
     file = Path(directory) / TENSOR_FILE
-    fresh = functools.partial(init_adapter, config=read_config(directory))
+    config = read_config(directory)
+    plain = dataclasses.replace(config, init_lora_weights=True)
+    fresh = functools.partial(init_adapter, config=plain)
     arrays = paths.nest({leaf.path: leaf.value for leaf in paths.leaves(params)})
     shapes = jax.eval_shape(fresh, jax.random.key(0), arrays)
     arrays = {path: np.zeros(x.shape, np.float32) for path, x in paths.walk(shapes.weights)}
@@ -109,7 +125,7 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
     for name, slot in slots.items():
         slot.write(tensors[name])
     weights = paths.nest({path: jnp.asarray(array) for path, array in arrays.items()})
-    return dataclasses.replace(shapes, weights=weights)
+    return first_values(dataclasses.replace(shapes, weights=weights), params, config, file)
 
 
 def to_peft_tensors(adapter: Adapter) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jlora import paths
@@ -94,10 +95,8 @@ def _in_columns(leaf: paths.Leaf, own: Leaves, adapter: Adapter) -> Leaves:
         scale = scaling(adapter.config, c.module, leaf.stack, leaf.layers)
         for kind, factor in ((LORA_BIAS, np.asarray(scale)[..., None]), (MAGNITUDE, 1.0)):
             if (*c.module, kind) in own:
-                where, placed = (
-                    (*terms.module_of(leaf), kind),
-                    c.place(factor * own[(*c.module, kind)]),
-                )
+                where = (*terms.module_of(leaf), kind)
+                placed = c.place(jnp.asarray(factor * own[(*c.module, kind)]))
                 found[where] = found.get(where, 0.0) + placed
     return found
 

@@ -20,11 +20,9 @@ OTHER_KEYS: dict[str, Any] = {
     "auto_mapping": None,
     "corda_config": None,
     "ensure_weight_tying": False,
-    "eva_config": None,
     "inference_mode": True,
     "kasa_config": None,
     "layer_replication": None,
-    "loftq_config": {},
     "lora_ga_config": None,
     "megatron_config": None,
     "megatron_core": "megatron.core",
@@ -38,7 +36,7 @@ OTHER_KEYS: dict[str, Any] = {
 """PEFT's keys that jlora has no setting for, with the value that means "not used"."""
 
 IGNORED = {"auto_mapping", "inference_mode", "megatron_core", "peft_version", "runtime_config"}
-IGNORED |= {"qalora_group_size", "ensure_weight_tying", "loftq_config", "eva_config"}
+IGNORED |= {"qalora_group_size", "ensure_weight_tying"}
 """Keys that change nothing for a loaded LoRA adapter, whatever their value."""
 
 
@@ -73,6 +71,9 @@ def write_config(directory: str | Path, config: LoraConfig) -> None:
     """Writes ``adapter_config.json`` as PEFT does; ``config`` is one that PEFT can hold."""
     ours = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
     del ours["init_from"]
+    for kind, unused in (("loftq", {}), ("eva", None)):
+        if config.init_lora_weights != kind:
+            ours[f"{kind}_config"] = unused
     text = json.dumps({**OTHER_KEYS, **ours}, indent=2, sort_keys=True)
     write_atomic(Path(directory) / CONFIG_FILE, text)
 
@@ -80,4 +81,6 @@ def write_config(directory: str | Path, config: LoraConfig) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     return list(value) if isinstance(value, tuple) else value

@@ -17,15 +17,25 @@ from jlora.config.tables import (
     TrainConfig,
 )
 from jlora.config.text import Option, in_lines, options, to_yaml
-from jlora.config.weights import PRESETS, LoraConfig, MergeConfig, ModelConfig, QuantConfig
+from jlora.config.weights import (
+    PRESETS,
+    EvaConfig,
+    LoftQConfig,
+    LoraConfig,
+    MergeConfig,
+    ModelConfig,
+    QuantConfig,
+)
 
 __all__ = [
     "OPTAX",
     "PRESETS",
     "Config",
     "DataConfig",
+    "EvaConfig",
     "EvaluateConfig",
     "GenerateConfig",
+    "LoftQConfig",
     "LoraConfig",
     "MergeConfig",
     "MeshConfig",

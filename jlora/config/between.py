@@ -33,6 +33,20 @@ def together_faults(config: Any) -> Iterator[Fault]:
         yield Fault(("evaluate.exact_match", "data.train"), "is for one adapter", fix)
 
 
+def loftq_faults(config: Any) -> Iterator[Fault]:
+    """What LoftQ cannot start from in a run, whose base is not kept."""
+    lora, key, packing = config.lora, "lora.init_lora_weights", config.quantization
+    if lora is None or lora.init_lora_weights != "loftq" or lora.init_from:
+        return
+    if packing is None or packing.load_in_8bit or packing.bnb_4bit_quant_type != "nf4":
+        fix = "write quantization: {load_in_4bit: true}"
+        yield Fault((key, "quantization"), "loftq needs a base quantized to nf4", fix)
+    if lora.loftq_config.loftq_iter > 1:
+        cause = "more than one iteration changes the base, which a run does not write"
+        fix = "make base and adapter with jlora.loftq, save both, and name them"
+        yield Fault(("lora.loftq_config.loftq_iter",), cause, fix)
+
+
 def classification_faults(config: Any) -> Iterator[Fault]:
     """What contradicts the format of the rows, which says whether the model is a classifier."""
     formats = {s.format for s in (*(config.data.train or ()), *config.data.eval)} - {None}

@@ -66,6 +66,8 @@ class Prefix:
     """What a string begins with, attached to its type by ``Annotated``."""
 
     text: str
+    rest: str = "NAME"
+    """What follows, for people."""
 
 
 class BadValueError(Exception):
@@ -108,8 +110,8 @@ def describe(hint: Any) -> str:
         return f"a list ({describe(args[0])} each)"
     if origin is Mapping:
         return f"names and values ({describe(args[1])} each)"
-    if prefixes := [p.text for p in extra if isinstance(p, Prefix)]:
-        return f"{prefixes[0]}NAME"
+    if prefixes := [p for p in extra if isinstance(p, Prefix)]:
+        return prefixes[0].text + prefixes[0].rest
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     name = "null" if base is type(None) else names.get(base, f"a {base.__name__} section")
     return name + "".join(bounds)
@@ -152,7 +154,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, Mapping)
     if base in (int, float):
         return isinstance(value, int | base) and not isinstance(value, bool)
-    return isinstance(value, base)
+    return isinstance(value, base | Mapping if dataclasses.is_dataclass(base) else base)
 
 
 def _convert_one(value: Any, hint: Any) -> Any:
@@ -166,6 +168,8 @@ def _convert_one(value: Any, hint: Any) -> Any:
         if bad:
             raise BadValueError(f"expected names as keys, got {show(bad[0])}", "put it in quotes")
         return FrozenMap({key: convert(item, args[1]) for key, item in value.items()})
+    if isinstance(value, Mapping):
+        return _table(value, base)
     if base is float:
         value = float(value)
         if not math.isfinite(value):
@@ -174,6 +178,16 @@ def _convert_one(value: Any, hint: Any) -> Any:
         if isinstance(bounds, Bounds) and not bounds.allow(value):
             raise BadValueError(f"must be {bounds}, got {value:g}")
     return value
+
+
+def _table(values: Mapping, table: type) -> Any:
+    """A table of settings from names and values."""
+    known = [f.name for f in dataclasses.fields(table)]
+    for name in values:
+        if name not in known:
+            near = errors.did_you_mean(str(name), known) or f"known here: {', '.join(known)}"
+            raise BadValueError(f"unknown key {show(name)}", near)
+    return table(**values)
 
 
 def _remedy(value: Any, options: Sequence[Any]) -> str | None:

@@ -13,7 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
-from jlora.config.between import CLASSIFICATION, classification_faults, together_faults
+from jlora.config.between import (
+    CLASSIFICATION,
+    classification_faults,
+    loftq_faults,
+    together_faults,
+)
 from jlora.config.convert import Bounds, FrozenMap
 from jlora.config.fields import (
     OPTAX,
@@ -369,6 +374,7 @@ class Config(Section):
                 "packed weights cannot be trained in full",
                 "add a lora section, or leave quantization out",
             )
+        yield from loftq_faults(self)
         for name, given in (
             ("loraplus_lr_ratio", self.train.loraplus_lr_ratio),
             ("lorafa", self.train.lorafa),

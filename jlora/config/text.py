@@ -82,6 +82,8 @@ def _options(section: str, table: type[Section]) -> Iterator[Option]:
             yield Option(section, field.name, "a list of sources", default, texts[field.name])
             if required:  # the first list shows what an entry holds
                 yield from _options(f"{section}.{field.name}.0", inner[0])
+        elif isinstance(hint, type) and issubclass(hint, Section):
+            yield from _options(f"{section}.{field.name}", hint)
         else:
             yield Option(section, field.name, describe(hint), default, texts[field.name])
 

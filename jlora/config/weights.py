@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from jlora.config.convert import Bounds, FrozenMap
+from jlora.config.convert import Bounds, FrozenMap, Prefix
 from jlora.config.fields import (
     Count,
     Fault,
@@ -98,6 +98,38 @@ class QuantConfig(Section):
             yield Fault(("block_size",), f"must be a power of two, got {self.block_size}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoftQConfig(Section):
+    """How ``init_lora_weights: loftq`` makes base and adapter together."""
+
+    loftq_bits: Literal[4] = 4
+    """Bits of the base; how it is packed is in ``quantization``, which has to be nf4."""
+    loftq_iter: Count = 1
+    """How often the base is packed and the adapter made of what is lost; a training run does it
+    once: more change the base, which then has to be kept (jlora.loftq)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaConfig(Section):
+    """How ``init_lora_weights: eva`` makes adapters of the data's own directions."""
+
+    rho: Annotated[float, Bounds(1)] = 2.0
+    """A module gets at most rho * r ranks; they go where they explain most. 1: all get r."""
+    tau: Annotated[float, Bounds(0, 1)] = 0.99
+    """Cosine similarity of directions between two passes over the data that ends the search."""
+    use_label_mask: bool = True
+    """Look at the tokens that are trained on only, not at all that are no padding."""
+    label_mask_value: Literal[-100] = -100
+    """Label of a token that is not trained on."""
+    whiten: bool = False
+    """Divide each direction by the square root of its singular value."""
+    adjust_scaling_factors: bool = True
+    """Scale lora_alpha with the rank that a module gets."""
+
+
+FROM_WEIGHTS = re.compile(r"pissa(_niter_\d+)?|olora")
+"""Values of init_lora_weights that take the first A and B out of the base."""
+
 PRESETS = ("all-linear", "attention", "mlp")
 """Values of target_modules that are not regular expressions."""
 
@@ -139,8 +171,19 @@ class LoraConfig(Section):
     """Names or suffixes of bare parameters to adapt: mlp.experts.gate_up_proj and down_proj."""
     trainable_token_indices: Sequence[Natural] | Mapping[str, Sequence[Natural]] | None = None
     """Rows of the input embedding (or of those named) to train, and no others."""
-    init_lora_weights: bool | Literal["gaussian"] = True
-    """true: A kaiming-uniform, B zero; gaussian: A normal / r, B zero; false: both random."""
+    init_lora_weights: (
+        bool
+        | Literal["gaussian", "orthogonal", "pissa", "olora", "loftq", "eva"]
+        | Annotated[str, Prefix("pissa_niter_", "N")]
+    ) = True
+    """true: A kaiming-uniform, B zero; gaussian: A normal / r, B zero; false: both random;
+    orthogonal: A and B orthogonal; pissa: the weight's largest singular vectors (pissa_niter_N:
+    nearly, and faster); olora: of its QR decomposition; loftq: of what quantization loses; eva: A
+    of the data's own directions."""
+    loftq_config: LoftQConfig = LoftQConfig()
+    """More about loftq."""
+    eva_config: EvaConfig = EvaConfig()
+    """More about eva."""
     fan_in_fan_out: bool = False
     """Accepted for GPT-2 recipes; jlora sees itself how a weight is stored."""
     task_type: Literal["CAUSAL_LM", "SEQ_CLS"] | None = "CAUSAL_LM"
@@ -152,8 +195,25 @@ class LoraConfig(Section):
     revision: str | None = None
     """The base model's revision, as written to adapter_config.json."""
 
+    @property
+    def from_weights(self) -> bool:
+        """Whether the first A and B are a part of the base, which gives it up."""
+        kind = self.init_lora_weights
+        return isinstance(kind, str) and FROM_WEIGHTS.fullmatch(kind) is not None
+
+    @property
+    def needs_more(self) -> bool:
+        """Whether first values need more than the parameters: the original ones, or data."""
+        return self.init_lora_weights in ("loftq", "eva")
+
+    @property
+    def begins_with(self) -> bool | str | None:
+        """``init_lora_weights``, or None where ``init_from`` takes its place."""
+        return None if self.init_from else self.init_lora_weights
+
     def check(self) -> Iterator[Fault]:
         """See Section."""
+        yield from _init_faults(self)
         for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
             patterns = [value] if isinstance(value, str) else value or ()
@@ -192,6 +252,17 @@ class LoraConfig(Section):
         for indices in rows.values() if isinstance(rows, Mapping) else [rows or ()]:
             if len(set(indices)) < len(indices):
                 yield Fault(("trainable_token_indices",), "names a row twice")
+
+
+def _init_faults(config: LoraConfig) -> Iterator[Fault]:
+    kind, key = config.init_lora_weights, "init_lora_weights"
+    if isinstance(kind, str) and kind.startswith("pissa") and not FROM_WEIGHTS.fullmatch(kind):
+        yield Fault((key,), f"expected a number after pissa_niter_, got {kind!r}", "try 16")
+    if isinstance(kind, str) and config.lora_bias:
+        yield Fault(("lora_bias", key), f"is only possible with true or false, not {kind}")
+    odd = [r for r in (config.r, *config.rank_pattern.values()) if r % 2]
+    if kind == "orthogonal" and odd:
+        yield Fault((key, "r", "rank_pattern"), f"orthogonal needs even ranks, got {odd[0]}")
 
 
 def _regex_faults(key: str, pattern: str) -> Iterator[Fault]:

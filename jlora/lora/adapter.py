@@ -50,8 +50,8 @@ class Adapter:
 
     PiSSA and OLoRA start from a part of the base itself. ``initial`` then holds the A and B that
     they started from, which ``attach`` takes off the base again: the adapter means the same on the
-    base as it is, and nothing else has to know. No gradient reaches ``initial``; it is None
-    otherwise.
+    base as it is, and nothing else has to know. No gradient reaches ``initial``, but weight decay
+    would: an optimizer is to be given ``weights``. It is None otherwise.
     """
 
     weights: dict[str, Any]

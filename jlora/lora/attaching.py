@@ -54,7 +54,8 @@ def attach(
             "there is one adapter, for all rows", where="adapter_ids", fix="stack_adapters([…])"
         )
     leaves = {leaf.path: leaf for leaf in paths.leaves(params)}
-    own, first = by_weight(adapter.weights, leaves), by_weight(adapter.initial or {}, leaves)
+    own = by_weight(adapter.weights, leaves)
+    first = by_weight(jax.lax.stop_gradient(adapter.initial or {}), leaves)
 
     def change(path: paths.Path, value: Any) -> Any:
         if path not in own:

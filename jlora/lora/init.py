@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +15,8 @@ from jaxtyping import Array
 from jlora import paths
 from jlora.config import LoraConfig
 from jlora.config.convert import FrozenMap
-from jlora.lora import terms
+from jlora.errors import ConfigError
+from jlora.lora import factors, terms
 from jlora.lora.adapter import (
     DELTA,
     EMBEDDING_DELTA,
@@ -28,43 +32,72 @@ from jlora.lora.weight import dense
 from jlora.targets import Target, find_targets, replaced_leaves, token_rows
 
 
-def init_adapter(key: Array, params: Tree, config: LoraConfig) -> Adapter:
+def init_adapter(
+    key: Array, params: Tree, config: LoraConfig, *, original: Tree | None = None
+) -> Adapter:
     """A fresh adapter for ``params``: with it the model is the base model, bitwise.
 
     A is drawn as PEFT draws it (kaiming-uniform with a=√5, that is U(-1/√in, 1/√in); a normal of
     standard deviation 1/r for ``init_lora_weights="gaussian"``) and B is zero; for embeddings A is
-    zero and B is normal. ``init_lora_weights=False`` draws both, for tests. DoRA's magnitudes are
-    the norms of the base's columns, which is the base model up to rounding.
+    zero and B is normal. ``init_lora_weights=False`` draws both, for tests.
+
+    Others are the base model up to rounding. DoRA's magnitudes are the norms of the base's columns.
+    A and B of ``orthogonal`` have the product zero. PiSSA (``pissa``, ``pissa_niter_N``) and OLoRA
+    take theirs out of each kernel: the result's ``initial`` holds them once more, to be subtracted,
+    and only ``weights`` are to be trained. Embeddings start as with True. ``loftq`` makes A and B
+    of what packing took from each kernel: the model is near the one that was packed.
 
     Args:
       key: a JAX random key.
       params: a tree of arrays (see ``paths``); shapes are enough (``jax.ShapeDtypeStruct``) unless
         values are copied or computed from (``bias``, ``modules_to_save``, ``use_dora``,
-        ``trainable_token_indices``).
+        ``trainable_token_indices``, and whatever is taken out of kernels).
       config: what to adapt; every pattern in it must match something.
+      original: for ``loftq``, the dense parameters that ``params`` were packed from.
 
     Raises:
-      ConfigError: a pattern matches nothing; the message lists near names.
+      ConfigError: a pattern matches nothing, and the message lists near names; or more than
+        ``params`` is needed, ``original`` or data.
     """
+    _check_given(config, original)
     config, targets = find_targets(params, config)
     flat: dict[paths.Path, Any] = {}
-    bases = dict(paths.walk(params))
+    bases, originals = dict(paths.walk(params)), dict(paths.walk(original or {}))
     for target in targets:
-        flat |= _first_values(fold(key, target.path), bases[target.leaf], target, config)
+        base, whole = bases[target.leaf], originals.get(target.leaf)
+        flat |= _first_values(fold(key, target.path), base, whole, target, config)
+    initial = None
+    if config.from_weights:  # a copy: what trains may be donated
+        taken = {path: leaf for path, leaf in flat.items() if path[-1] in DELTA}
+        initial = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), paths.nest(taken)) or None
     for leaf, rows in token_rows(params, config):
         values = jnp.take(dense(leaf.value), jnp.asarray(rows), axis=0)
         flat[(*leaf.path[:-1], TOKENS)] = values.astype(jnp.float32)
     for leaf in replaced_leaves(params, config):
         flat[leaf.path] = jnp.array(dense(leaf.value), jnp.float32, copy=True)
     widths = {t.path[-2]: t.widths for t in targets if paths.is_part(t.path)}
-    return Adapter(paths.nest(flat), config, parts=FrozenMap(widths))
+    if config.init_lora_weights == "loftq":  # from now on it is as any other
+        config = dataclasses.replace(config, init_lora_weights=True)
+    return Adapter(paths.nest(flat), config, initial, FrozenMap(widths))
+
+
+def _check_given(config: LoraConfig, original: Tree | None) -> None:
+    """ConfigError if first values of this kind need more than the parameters."""
+    kind, where = config.init_lora_weights, "lora.init_lora_weights"
+    if kind == "loftq" and original is None:
+        cause = "loftq needs the parameters as they were before they were packed"
+        fix = "packed, adapter = jlora.loftq(key, params, config, quantization)"
+        raise ConfigError(cause, where=where, fix=fix)
+    if kind == "eva":
+        cause, fix = "eva needs data", "adapter = jlora.eva(key, loss, params, batches, config)"
+        raise ConfigError(cause, where=where, fix=fix)
 
 
 def _first_values(
-    key: Array, base: Any, target: Target, config: LoraConfig
+    key: Array, base: Any, original: Any, target: Target, config: LoraConfig
 ) -> dict[paths.Path, Array]:
     """The leaves of one target by path."""
-    a, b = _init_pair(key, target, config)
+    a, b = _init_pair(key, base, original, target, config)
     names = EMBEDDING_DELTA if target.kind == "embedding" else DELTA
     leaves = {(*target.path, names[0]): a, (*target.path, names[1]): b}
     if config.lora_bias:
@@ -74,11 +107,14 @@ def _first_values(
             bias = _uniform(fold(key, (LORA_BIAS,)), bias.shape, r)
         leaves[(*target.path, LORA_BIAS)] = bias
     if config.use_dora:
-        leaves[(*target.path, MAGNITUDE)] = _magnitude(base, target, (a, b), config)
+        share = jnp.zeros_like(b) if config.from_weights else b  # what is added is the base's own
+        leaves[(*target.path, MAGNITUDE)] = _magnitude(base, target, (a, share), config)
     return leaves
 
 
-def _init_pair(key: Array, target: Target, config: LoraConfig) -> tuple[Array, Array]:
+def _init_pair(
+    key: Array, base: Any, original: Any, target: Target, config: LoraConfig
+) -> tuple[Array, Array]:
     """A and B of a target; see ``init_adapter``."""
     (fan_in, fan_out), r = target.shape, max(target.ranks)
     lead = (len(target.ranks),) if target.stack else ()
@@ -92,6 +128,15 @@ def _init_pair(key: Array, target: Target, config: LoraConfig) -> tuple[Array, A
         a = jnp.zeros(shape_a)
         a = jax.random.normal(key_a, shape_a) if config.init_lora_weights is False else a
         b = jax.random.normal(key_b, shape_b)
+    elif config.init_lora_weights == "orthogonal":
+        draw = functools.partial(factors.orthogonal, fan_in=fan_in, fan_out=fan_out)
+        a, b = _by_layer(lambda x: draw(x[0], r, x[1]), target, key, (used[..., 0, :],))
+    elif config.from_weights or (
+        config.init_lora_weights == "loftq" and hasattr(base, "dequantize")
+    ):
+        scale = jnp.asarray(scaling(config, target.path, target.stack, len(target.ranks)))
+        take = functools.partial(_taken, target, config, r)
+        a, b = _by_layer(take, target, key, (base, original, scale))
     else:
         a = _uniform(key_a, shape_a, fan_in)
         if config.init_lora_weights == "gaussian":
@@ -100,6 +145,30 @@ def _init_pair(key: Array, target: Target, config: LoraConfig) -> tuple[Array, A
         if config.init_lora_weights is False:  # peft has the Bs of all experts in one layer
             b = _uniform(key_b, shape_b, rank * max(target.experts, 1))
     return jnp.where(used, a, 0.0), jnp.where(used.mT, b, 0.0)
+
+
+def _by_layer(
+    make: Callable[[Any], tuple[Array, Array]], target: Target, key: Array, values: tuple
+) -> tuple[Array, Array]:
+    """``make((key, *values))`` for every layer of the values, one after the other."""
+    if target.stack is None:
+        return make((key, *values))
+    return jax.lax.map(make, (jax.random.split(key, len(target.ranks)), *values))
+
+
+def _taken(target: Target, config: LoraConfig, r: int, layer: tuple) -> tuple[Array, Array]:
+    """A and B out of one layer's kernel, or of what it lacks of the original."""
+    key, base, original, scale = layer
+    kind, end = str(config.init_lora_weights), target.start + target.shape[1]
+    w = dense(base).astype(jnp.float32)
+    if original is not None:
+        w = dense(original).astype(jnp.float32) - w
+    w = w[:, target.start : end]
+    if kind == "olora":
+        return factors.triangular(w, r)
+    if niter := kind.partition("_niter_")[2]:
+        return factors.nearly_principal(key, w, r, scale, niter=int(niter))
+    return factors.principal(w, r, scale)
 
 
 def _magnitude(base: Any, target: Target, pair: tuple[Array, Array], config: LoraConfig) -> Array:

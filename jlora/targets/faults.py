@@ -100,6 +100,13 @@ def _unsupported(config: LoraConfig, targets: Sequence[Target]) -> Iterator[str]
     for key in ("lora_dropout", "use_dora", "lora_bias"):
         if experts and getattr(config, key):
             yield f"{key}: is not possible for parameters of experts (target_parameters)"
+    kind = config.init_lora_weights
+    if experts and isinstance(kind, str) and kind != "gaussian":
+        yield f"init_lora_weights: {kind} is not possible for experts (target_parameters)"
+    for t in targets:
+        taken = t.kind == "kernel" and (config.from_weights or kind == "loftq")
+        if taken and max(t.ranks) > min(t.shape):
+            yield f"init_lora_weights: {t.names[0]} {t.shape} has no {max(t.ranks)} directions"
     if config.lora_bias and any(t.kind == "embedding" for t in targets):
         yield "lora_bias: is not possible for embeddings"
     for t in targets:

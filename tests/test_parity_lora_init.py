@@ -1,0 +1,385 @@
+"""First values against peft and NumPy: PiSSA, OLoRA, orthogonal, LoftQ, and files of such adapters.
+
+Singular vectors have no sign of their own: products are compared. What a product of the first r is
+wrong by is float32's rounding of the matrix over the gap of two singular values, 1/100 of the
+largest here: 1e-4 is allowed, and 1e-5 of logits, which do not depend on it.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_peers import (
+    FAST,
+    IDS,
+    PEERS_TALK,
+    assert_close,
+    copy,
+    jlora_logits,
+    make_base,
+    peft,
+    torch,
+    torch_logits,
+    transformers,
+)
+
+import jlora
+from jlora import adapter_io, paths
+from jlora.errors import ConfigError, DataError
+from jlora.lora import factors
+from jlora.targets import find_targets, scaling_of
+
+pytestmark = [
+    *PEERS_TALK,
+    pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA with rank_pattern:UserWarning"),
+]
+
+LLAMA = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"]}
+GPT2 = {"r": 3, "lora_alpha": 5, "target_modules": ["c_attn", "c_fc"]}
+TAKEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "pissa": (
+        "llama",
+        {
+            **LLAMA,
+            "use_rslora": True,
+            "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 2},
+            "alpha_pattern": {"down_proj": 3},
+            "layers_to_transform": [1, 2],
+        },
+    ),
+    "olora": ("llama", LLAMA),
+    "pissa, gpt2": ("gpt2", GPT2),
+    "pissa, DoRA": ("llama", {**LLAMA, "target_modules": ["v_proj"], "use_dora": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return {name: make_base(name, tmp_path_factory.mktemp(name)) for name in ("llama", "gpt2")}
+
+
+def first(base, fields, key=0):
+    make = jax.jit(lambda p: jlora.init_adapter(jax.random.key(key), p, config))
+    config = jlora.LoraConfig(**fields)
+    return make(base.params)
+
+
+def products(adapter):
+    """s·A@B of every adapted module by its name, (in, out)."""
+    tensors = adapter_io.to_peft_tensors(dataclasses.replace(adapter, initial=None))
+    names = [n.removesuffix(".lora_A.weight") for n in tensors if n.endswith("lora_A.weight")]
+    found = {}
+    for name in names:
+        a, b = (tensors[f"{name}.lora_{x}.weight"].astype(np.float64) for x in "AB")
+        short = name.removeprefix("base_model.model.")
+        found[short] = scaling_of(adapter.config, short) * (b @ a).T
+    return found
+
+
+def kernels(params, names):
+    """The kernels of modules by their names."""
+    found = {}
+    for leaf in paths.leaves(params):
+        for i, name in enumerate(leaf.modules()):
+            if name in names and leaf.kind == "kernel":
+                found[name] = np.asarray(leaf.value[i] if leaf.stack else leaf.value, np.float64)
+    return found
+
+
+def moved(adapter, size=0.1):
+    """The adapter after a step of noise."""
+    leaves, tree = jax.tree.flatten(adapter.weights)
+    rng = np.random.default_rng(0)
+    noise = [jnp.asarray(size * rng.standard_normal(x.shape), jnp.float32) for x in leaves]
+    pairs = zip(leaves, noise, strict=True)
+    weights = jax.tree.unflatten(tree, [jnp.where(x == 0, x, x + n) for x, n in pairs])
+    return dataclasses.replace(adapter, weights=weights)
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_taken_out_of_the_base_as_in_peft(bases, name, tmp_path):
+    base, fields = bases[TAKEN[name][0]], TAKEN[name][1] | {"init_lora_weights": name.split(",")[0]}
+    adapter = first(base, fields)
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base.module), peft.LoraConfig(**fields, task_type="CAUSAL_LM")
+    )
+    untouched = torch_logits(base.module)
+    assert_close(jlora_logits(base, base.params, adapter), untouched, 1e-5, "the base model")
+
+    want = {
+        n: m.get_delta_weight("default").detach().numpy().T
+        for n, m in theirs.base_model.model.named_modules()
+        if hasattr(m, "get_delta_weight")
+    }
+    got = products(adapter)
+    assert set(got) == set(want)
+    conv1d = base is bases["gpt2"]
+    for key, value in want.items():
+        assert_close(got[key], value.T if conv1d else value, 1e-4, key)
+    bare, plain = jlora.residual(base.params, adapter)
+    assert plain.initial is None and plain.config.init_lora_weights is True
+    for key, value in kernels(bare, want).items():
+        theirs_now = theirs.base_model.model.get_submodule(key).base_layer.weight.detach().numpy()
+        assert_close(value, theirs_now if conv1d else theirs_now.T, 1e-4, key)
+
+    trained = moved(adapter)
+    logits = jlora_logits(base, base.params, trained)
+    assert np.abs(logits - untouched).max() > 0.03 * np.abs(untouched).max()
+    ordinary, pair = tmp_path / "ordinary", tmp_path / "pair"
+    jlora.save_adapter(ordinary, trained)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base.module), ordinary)
+    assert_close(torch_logits(again.eval()), logits, 1e-5, "an ordinary LoRA for the base as it is")
+    assert_close(
+        jlora_logits(base, base.params, jlora.load_adapter(ordinary, base.params)), logits, 1e-5
+    )
+
+    left, plain = jlora.residual(base.params, trained)
+    jlora.save_pretrained(pair / "base", base.model, left)
+    jlora.save_adapter(pair / "adapter", plain)
+    module = transformers.AutoModelForCausalLM.from_pretrained(
+        pair / "base", attn_implementation="eager", dtype=torch.float32
+    )
+    assert_close(
+        torch_logits(peft.PeftModel.from_pretrained(module, pair / "adapter").eval()),
+        logits,
+        1e-5,
+        "the residual base and its adapter",
+    )
+    merged = jlora.merge(base.params, trained)
+    assert_close(jlora_logits(base, merged), logits, 1e-5, "merged")
+    if not adapter.config.use_dora:
+        back = kernels(jlora.unmerge(merged, trained), want)
+        for key, value in kernels(base.params, want).items():
+            assert_close(back[key], value, 1e-5, key)
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora", "pissa, gpt2"])
+def test_files_of_peft_without_conversion_are_for_the_base_that_they_change(bases, name, tmp_path):
+    base, fields = bases[TAKEN[name][0]], TAKEN[name][1] | {"init_lora_weights": name.split(",")[0]}
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base.module), peft.LoraConfig(**fields, task_type="CAUSAL_LM")
+    )
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for key, weight in theirs.named_parameters():
+            if "lora_" in key:
+                weight.add_(0.1 * torch.randn_like(weight))
+    theirs.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base.module), tmp_path).eval()
+    adapter = jlora.load_adapter(tmp_path, base.params)
+    assert_close(jlora_logits(base, base.params, adapter), torch_logits(again), 1e-5)
+    ignored = dataclasses.replace(adapter, initial=None)
+    gap = np.abs(jlora_logits(base, base.params, ignored) - torch_logits(again)).max()
+    assert gap > 0.05, "what it started from shows"
+    with pytest.raises(DataError, match="without what it started from"):
+        jlora.save_adapter(tmp_path / "no", ignored)
+    with pytest.raises(ConfigError, match="needs the base's values"):
+        jlora.load_adapter(tmp_path, jax.eval_shape(lambda: base.params))
+    packed = jlora.quantize(base.params, jlora.QuantConfig())
+    with pytest.raises(ConfigError, match="a base that was quantized then"):
+        jlora.load_adapter(tmp_path, packed)
+
+
+@pytest.mark.parametrize(
+    ("base_name", "kind", "words"),
+    [
+        ("llama", "pissa_niter_4", "drew random numbers"),
+        ("gpt2", "olora", "takes Conv1D's inputs for outputs"),
+    ],
+)
+def test_files_that_peft_cannot_read_as_they_were_are_refused(
+    bases, base_name, kind, words, tmp_path
+):
+    base = bases[base_name]
+    fields = {"init_lora_weights": kind, "r": 2}
+    fields |= {"target_modules": ["q_proj" if base_name == "llama" else "attn.c_proj"]}
+    config = peft.LoraConfig(**fields, task_type="CAUSAL_LM")
+    peft.get_peft_model(copy.deepcopy(base.module), config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        jlora.load_adapter(tmp_path, base.params)
+
+
+def test_no_gradient_reaches_what_was_taken(bases):
+    base = bases["llama"]
+    adapter = first(base, {**LLAMA, "init_lora_weights": "pissa"})
+
+    def loss(adapter):
+        logits = base.model(jlora.attach(base.params, adapter), jnp.asarray(IDS))
+        return jnp.sum(jnp.sin(logits))
+
+    grads = jax.jit(jax.grad(loss), compiler_options=FAST)(adapter)
+    assert all(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(grads.weights))
+    assert not any(np.any(g) for g in jax.tree.leaves(grads.initial))
+
+
+def test_pissa_on_a_part_of_a_projection_is_of_its_columns(bases):
+    base = bases["gpt2"]
+    fields = {"r": 3, "lora_alpha": 6, "target_modules": ["k_proj"], "init_lora_weights": "pissa"}
+    adapter = first(base, fields)
+    leaves = {path: np.asarray(leaf, np.float64) for path, leaf in paths.walk(adapter.weights)}
+    a, b = (next(x for p, x in leaves.items() if p[-1] == f"lora_{n}") for n in "AB")
+    for i, w in enumerate(np.asarray(base.params["transformer"]["h"]["attn"]["c_attn"]["kernel"])):
+        u, s, vt = np.linalg.svd(w[:, 32:64].astype(np.float64), full_matrices=False)
+        assert_close(2 * a[i] @ b[i], (u[:, :3] * s[:3]) @ vt[:3], 1e-4)
+    assert_close(jlora_logits(base, base.params, adapter), torch_logits(base.module), 1e-5)
+
+
+def small_tree(decay=0.7):
+    """Two layers with two kernels whose singular values fall off."""
+    rng, kernels = np.random.default_rng(3), {}
+    for name, shape in (("q_proj", (48, 64)), ("v_proj", (32, 64))):
+        whole = []
+        for _ in range(2):
+            u, _, vt = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
+            whole.append((u * decay ** np.arange(len(vt))) @ vt)
+        kernels[name] = {"kernel": jnp.asarray(np.stack(whole), jnp.float32)}
+    return {"layers": kernels}
+
+
+def wide(params):
+    """The kernels of ``small_tree``, dense, in float64."""
+    return {n: np.asarray(dense(x["kernel"]), np.float64) for n, x in params["layers"].items()}
+
+
+def dense(leaf):
+    return leaf.dequantize() if hasattr(leaf, "dequantize") else leaf
+
+
+def low_rank(w, r):
+    u, s, vt = np.linalg.svd(w, full_matrices=False)
+    return (u[:, :r] * s[:r]) @ vt[:r]
+
+
+SMALL = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj"]}
+
+
+def test_pissa_of_a_packed_base_leaves_the_packed_model():
+    settings = jlora.QuantConfig(llm_int8_skip_modules=["v_proj"])
+    packed = jlora.quantize(small_tree(), settings)
+    config = jlora.LoraConfig(**SMALL, init_lora_weights="pissa")
+    adapter = jlora.init_adapter(jax.random.key(0), packed, config)
+    held = wide(packed)["q_proj"]
+    assert_close(wide(jlora.attach(packed, adapter))["q_proj"], held, 1e-6)
+    with pytest.raises(ConfigError, match="name how to pack it"):
+        jlora.residual(packed, adapter)
+    left, plain = jlora.residual(packed, adapter, requantize=settings)
+    rest = np.stack([w - low_rank(w, 4) for w in held])
+    again = {"layers": {"q_proj": {"kernel": jnp.asarray(rest, jnp.float32)}}}
+    want = wide(jlora.quantize(again, jlora.QuantConfig()))["q_proj"]
+    flips = np.abs(wide(left)["q_proj"] - want) > 1e-3 * np.abs(want).max()
+    assert np.mean(flips) < 0.01, "but for values between two codes, the residual is packed"
+    assert plain.initial is None and "q_proj" in plain.weights["layers"]
+
+
+def test_pissa_niter_comes_as_near_as_torch():
+    params = small_tree()
+    config = jlora.LoraConfig(**SMALL, init_lora_weights="pissa_niter_4")
+    adapter = jlora.init_adapter(jax.random.key(1), params, config)
+    assert_close(wide(jlora.attach(params, adapter))["q_proj"], wide(params)["q_proj"], 1e-6)
+    w = params["layers"]["q_proj"]["kernel"][0]
+    best = low_rank(np.asarray(w, np.float64), 4)
+
+    def gap(got):
+        return np.abs(np.asarray(got) - best).max() / np.abs(best).max()
+
+    assert gap(products(adapter)["layers.0.q_proj"]) < 0.1
+    medians = {}
+    for niter in (0, 4):
+        draw = functools.partial(factors.nearly_principal, niter=niter)
+        a, b = jax.jit(jax.vmap(lambda key, draw=draw: draw(key, w, 4, jnp.float32(3))))(
+            jax.random.split(jax.random.key(0), 16)
+        )
+        theirs = []
+        for seed in range(16):  # what peft calls
+            torch.manual_seed(seed)
+            u, s, v = torch.svd_lowrank(torch.tensor(np.array(w).T), 4, niter=niter)
+            theirs.append(gap(((u * s) @ v.T).numpy().T))
+        ours = np.median([gap(3 * (x @ y)) for x, y in zip(a, b, strict=True)])
+        medians[niter] = ours
+        assert 1 / 3 < ours / np.median(theirs) < 3
+    assert medians[4] < 0.1 * medians[0]
+
+
+def test_orthogonal_factors_are_drawn_as_pefts(bases):
+    base = bases["llama"]
+    fields = {"r": 16, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": "orthogonal"}
+    fields |= {"rank_pattern": {"layers.1.self_attn.q_proj": 4}}
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(copy.deepcopy(base.module), peft.LoraConfig(**fields))
+    want = peft.get_peft_model_state_dict(theirs)
+    adapter = first(base, fields)
+    got = adapter_io.to_peft_tensors(adapter)
+    assert set(got) == set(want)
+    for key, tensor in want.items():
+        value, free = tensor.numpy(), tensor.numel() / 2  # of r directions half are used
+        assert got[key].shape == value.shape
+        np.testing.assert_allclose(got[key].std(), value.std(), rtol=6 / math.sqrt(free))
+    for name, product in products(adapter).items():
+        a = got[f"base_model.model.{name}.lora_A.weight"]
+        assert np.linalg.matrix_rank(a, 1e-4) == len(a) // 2, "as in peft"
+        assert np.abs(product).max() < 1e-6
+    assert_close(jlora_logits(base, base.params, adapter), torch_logits(base.module), 1e-5)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_loftq_is_the_best_of_what_packing_loses(rounds, tmp_path):
+    params = small_tree()
+    packing = jlora.QuantConfig(bnb_4bit_use_double_quant=False, llm_int8_skip_modules=["v_proj"])
+    fields = {**SMALL, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": "loftq"}
+    config = jlora.LoraConfig(**fields, loftq_config={"loftq_iter": rounds})
+    packed, adapter = jlora.loftq(jax.random.key(0), params, config, packing)
+    assert adapter.config.init_lora_weights is True and adapter.initial is None
+    got = products(adapter)
+    for i, w in enumerate(wide(params)["q_proj"]):
+        rest = w
+        for _ in range(rounds):  # LoftQ's algorithm 1
+            code = jlora.nf4.quantize(jnp.asarray(rest.T, jnp.float32), 64, False, "nf4")
+            held = np.asarray(code.dequantize(), np.float64).T
+            low = low_rank(w - held, 4)
+            rest = w - low
+        assert_close(wide(packed)["q_proj"][i], held, 1e-6)
+        assert_close(got[f"layers.{i}.q_proj"], low, 1e-4)
+        assert np.linalg.norm(w - held - low) < 0.9 * np.linalg.norm(w - held)
+        assert not got[f"layers.{i}.v_proj"].any(), "it is not packed: it starts as ever"
+    assert np.all(adapter.weights["layers"]["v_proj"]["lora_A"] != 0)
+    plain = wide(jlora.quantize(params, packing))
+    assert np.array_equal(wide(packed)["q_proj"], plain["q_proj"]) == (rounds == 1)
+
+    said = dataclasses.replace(adapter.config, init_lora_weights="loftq")
+    jlora.save_adapter(tmp_path, dataclasses.replace(adapter, config=said))
+    if rounds > 1:
+        with pytest.raises(ConfigError, match="changed its base 2 times"):
+            jlora.load_adapter(tmp_path, packed)
+        return
+    with pytest.raises(ConfigError, match="trained on a quantized base"):
+        jlora.load_adapter(tmp_path, params)
+    everything = jlora.quantize(params, jlora.QuantConfig(bnb_4bit_use_double_quant=False))
+    again = jlora.load_adapter(tmp_path, everything)
+    assert again.config == adapter.config
+    for a, b in zip(*map(jax.tree.leaves, (again.weights, adapter.weights)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_cannot_be_is_refused_with_a_remedy():
+    params, key = small_tree(), jax.random.key(0)
+    loftq = jlora.LoraConfig(**SMALL, init_lora_weights="loftq")
+    with pytest.raises(ConfigError, match=r"jlora\.loftq\("):
+        jlora.init_adapter(key, params, loftq)
+    with pytest.raises(ConfigError, match="nf4"):
+        jlora.loftq(key, params, loftq, jlora.QuantConfig(bnb_4bit_quant_type="fp4"))
+    packed = jlora.quantize(params, jlora.QuantConfig())
+    with pytest.raises(ConfigError, match="load it dense"):
+        jlora.loftq(key, packed, loftq, jlora.QuantConfig())
+    with pytest.raises(ConfigError, match="has no 50 directions"):
+        find_targets(params, jlora.LoraConfig(**SMALL | {"r": 50}, init_lora_weights="pissa"))
+    experts = {"mlp": {"experts": {"gate_up_proj": jnp.zeros((2, 8, 6))}}}
+    config = jlora.LoraConfig(
+        target_modules=(), target_parameters=["experts.gate_up_proj"], init_lora_weights="olora"
+    )
+    with pytest.raises(ConfigError, match="olora is not possible for experts"):
+        find_targets(experts, config)
