@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -19,7 +20,7 @@ from jlora.config import Config
 from jlora.console import Console
 from jlora.errors import ConfigError
 from jlora.files import write_atomic
-from jlora.job import adapter_shapes, describe_model, open_tokenizer
+from jlora.job import adapter_shapes, describe_model, open_job, open_tokenizer
 
 main = functools.partial(cli.main, "export")
 
@@ -30,11 +31,22 @@ PART = "state.trainable"
 def run(config: Config, options: argparse.Namespace) -> None:
     """Writes a checkpoint's weights to ``export.output_dir`` as training writes its last ones.
 
-    Of the checkpoint only these are read, and of the base only its description. With early stopping
+    Of the checkpoint only these are read, and of the base only its description, unless the adapter
+    started from a part of it (PiSSA, OLoRA). With early stopping
     they are the step's own; the best are in the run's folder when it is done.
     """
     del options
-    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators alone
+    if names := config.adapters:
+        raise ConfigError(
+            f"a checkpoint of {len(names)} adapters cannot be exported",
+            where=config.train.output_dir,
+            fix="let the run end, which writes each to a folder of its own",
+        )
+    from_weights = (
+        config.lora is not None and config.lora.from_weights and not config.lora.init_from
+    )
+    if not from_weights:  # nothing is computed: leave accelerators alone
+        jax.config.update("jax_platforms", "cpu")
     folder, step = _chosen(config)
     config, _ = with_classes(config)
     tokenizer = open_tokenizer(config)
@@ -46,6 +58,8 @@ def run(config: Config, options: argparse.Namespace) -> None:
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)  # on one device
     run = outputs.settled(config, "model", "quantization", "lora")
     trained = checkpoint.restore_part(folder, step, PART, like, run)
+    if from_weights:
+        trained = dataclasses.replace(trained, initial=_initial(config, tokenizer))
     out = Path(config.export.output_dir or Path(config.train.output_dir) / "exported" / str(step))
     written = outputs.write_model(out, config.model.dtype, model, tokenizer, trained)
     kind = "adapter" if config.lora else "model"
@@ -54,6 +68,12 @@ def run(config: Config, options: argparse.Namespace) -> None:
         write_atomic(out / BASE_FILE, base.read_bytes())
     rows = {"checkpoint": folder / str(step), "steps": step, kind: written, "tokenizer": out}
     Console().card("exported", rows)
+
+
+def _initial(config: Config, tokenizer: Any) -> Any:
+    """What PiSSA and OLoRA started from: computed from the base, which is read for it."""
+    with Console().loading() as progress:
+        return open_job(config, tokenizer, trained=False, progress=progress).initial
 
 
 def _chosen(config: Config) -> tuple[Path, int]:

@@ -143,10 +143,8 @@ def _open_adapter(
     trainable, initial = dataclasses.replace(adapter, initial=None), adapter.initial
     if names := config.adapters:
         trainable = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(names)), trainable)
-    trainable, initial = (
-        sharding.place(tree, sharding.adapter_shardings(tree, mesh))
-        for tree in (trainable, initial)
-    )
+    both = trainable, initial
+    trainable, initial = sharding.place(both, sharding.adapter_shardings(both, mesh))
     _, targets = find_targets(params, adapter.config)
     bind = attach_fa if config.train.lorafa else attach
     return Job(config, mesh, model, tokenizer, params, trainable, bind, tuple(targets), initial)

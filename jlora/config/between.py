@@ -33,10 +33,13 @@ def together_faults(config: Any) -> Iterator[Fault]:
         yield Fault(("evaluate.exact_match", "data.train"), "is for one adapter", fix)
 
 
-def loftq_faults(config: Any) -> Iterator[Fault]:
-    """What LoftQ cannot start from in a run, whose base is not kept."""
+def first_value_faults(config: Any) -> Iterator[Fault]:
+    """What a run cannot start from: it keeps no base for LoftQ, and reads no data for EVA."""
     lora, key, packing = config.lora, "lora.init_lora_weights", config.quantization
-    if lora is None or lora.init_lora_weights != "loftq" or lora.init_from:
+    if lora and lora.begins_with == "eva":
+        fix = "make the adapter with jlora.eva, save it, and name its folder in lora.init_from"
+        yield Fault((key,), "eva needs inputs of the model, which a run does not look at", fix)
+    if lora is None or lora.begins_with != "loftq":
         return
     if packing is None or packing.load_in_8bit or packing.bnb_4bit_quant_type != "nf4":
         fix = "write quantization: {load_in_4bit: true}"

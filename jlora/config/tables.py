@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar, Literal
 from jlora.config.between import (
     CLASSIFICATION,
     classification_faults,
-    loftq_faults,
+    first_value_faults,
     together_faults,
 )
 from jlora.config.convert import Bounds, FrozenMap
@@ -374,7 +374,7 @@ class Config(Section):
                 "packed weights cannot be trained in full",
                 "add a lora section, or leave quantization out",
             )
-        yield from loftq_faults(self)
+        yield from first_value_faults(self)
         for name, given in (
             ("loraplus_lr_ratio", self.train.loraplus_lr_ratio),
             ("lorafa", self.train.lorafa),
