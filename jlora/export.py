@@ -35,6 +35,12 @@ def run(config: Config, options: argparse.Namespace) -> None:
     """
     del options
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators alone
+    if names := config.adapters:
+        raise ConfigError(
+            f"a checkpoint of {len(names)} adapters cannot be exported",
+            where=config.train.output_dir,
+            fix="let the run end, which writes each to a folder of its own",
+        )
     folder, step = _chosen(config)
     config, _ = with_classes(config)
     tokenizer = open_tokenizer(config)

@@ -211,6 +211,8 @@ def finish(
             for one, own in each
         ]
     )
+    for one, _ in each if job.adapters else ():
+        write_settings(one)
     if jax.process_index() != 0:
         return
     shown = [
@@ -218,8 +220,6 @@ def finish(
         for b, a in zip(before, after, strict=False)
     ]
     console.samples(shown)
-    for one, _ in each:
-        write_settings(one.config)
     html = _write_report(job, plan, shown)
     _final_card(console, job, written, html)
 
