@@ -121,3 +121,14 @@ def test_a_fully_trained_model_becomes_a_transformers_folder(place):
     assert got == content(wanted) and "config.json" in got
     size = sum(np.prod(x.shape) for x in jax.tree.leaves(trained))
     assert 2 * size < len(got["model.safetensors"]) < 3 * size
+
+
+def test_what_pissa_started_from_is_computed_from_the_base_again(tmp_path, tiny_base, tiny_cache):
+    place = Place(tmp_path, tiny_base, tiny_cache)
+    place.settings_for_loss()
+    place.defaults["train"] = {"max_steps": 2, "save_steps": 1, "gradient_accumulation_steps": 1}
+    place.run(lora={"init_lora_weights": "pissa", "use_dora": True})
+    assert export(place) == 0
+    got, wrote = content(place.output / "exported" / "2"), content(place.output)
+    assert got == {name: wrote[name] for name in got}
+    assert cli.main("merge", [str(place.output)]) == 0
