@@ -20,7 +20,8 @@ from jlora.config import Config
 from jlora.console import Console
 from jlora.errors import ConfigError
 from jlora.files import write_atomic
-from jlora.job import adapter_shapes, describe_model, open_job, open_tokenizer
+from jlora.job import adapter_shapes, describe_model, each_adapter, open_job, open_tokenizer
+from jlora.models import Model
 
 main = functools.partial(cli.main, "export")
 
@@ -32,42 +33,41 @@ def run(config: Config, options: argparse.Namespace) -> None:
     """Writes a checkpoint's weights to ``export.output_dir`` as training writes its last ones.
 
     Of the checkpoint only these are read, and of the base only its description, unless the adapter
-    started from a part of it (PiSSA, OLoRA). With early stopping
-    they are the step's own; the best are in the run's folder when it is done.
+    started from a part of it (PiSSA, OLoRA). With early stopping they are the step's own; the best
+    are in the run's folder when it is done. Adapters that were trained together get a folder each.
     """
     del options
-    if names := config.adapters:
-        raise ConfigError(
-            f"a checkpoint of {len(names)} adapters cannot be exported",
-            where=config.train.output_dir,
-            fix="let the run end, which writes each to a folder of its own",
-        )
-    from_weights = (
-        config.lora is not None and config.lora.from_weights and not config.lora.init_from
-    )
+    from_weights = config.lora is not None and config.lora.begins_from_weights
     if not from_weights:  # nothing is computed: leave accelerators alone
         jax.config.update("jax_platforms", "cpu")
     folder, step = _chosen(config)
     config, _ = with_classes(config)
     tokenizer = open_tokenizer(config)
     model = describe_model(config, tokenizer)
-    if config.lora:
-        like = adapter_shapes(config, model.shapes)
-    else:
-        like = dataclasses.replace(model, dtype="float32").shapes
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)  # on one device
     run = outputs.settled(config, "model", "quantization", "lora")
-    trained = checkpoint.restore_part(folder, step, PART, like, run)
-    if from_weights:
-        trained = dataclasses.replace(trained, initial=_initial(config, tokenizer))
-    out = Path(config.export.output_dir or Path(config.train.output_dir) / "exported" / str(step))
-    written = outputs.write_model(out, config.model.dtype, model, tokenizer, trained)
+    trained = checkpoint.restore_part(folder, step, PART, _like(config, model), run)
+    initial = _initial(config, tokenizer) if from_weights else None
+    ran = Path(config.train.output_dir)
+    out = Path(config.export.output_dir or ran / "exported" / str(step))
+    written = []
+    for one, own in each_adapter(config, trained):
+        if config.lora:
+            own = dataclasses.replace(own, initial=initial)
+        where = out / Path(one.train.output_dir).relative_to(ran)
+        written.append(outputs.write_model(where, config.model.dtype, model, tokenizer, own))
+        if config.lora and (ran / BASE_FILE).is_file():
+            write_atomic(where / BASE_FILE, (ran / BASE_FILE).read_bytes())
     kind = "adapter" if config.lora else "model"
-    base = Path(config.train.output_dir) / BASE_FILE
-    if config.lora and base.is_file():
-        write_atomic(out / BASE_FILE, base.read_bytes())
-    rows = {"checkpoint": folder / str(step), "steps": step, kind: written, "tokenizer": out}
-    Console().card("exported", rows)
+    rows = {"checkpoint": folder / str(step), "steps": step, kind: ", ".join(written)}
+    Console().card("exported", rows | {"tokenizer": out})
+
+
+def _like(config: Config, model: Model) -> Any:
+    """The shapes of what was trained, on one device."""
+    shapes = dataclasses.replace(model, dtype="float32").shapes
+    like = adapter_shapes(config, model.shapes) if config.lora else shapes
+    several = (len(config.adapters),) if config.adapters else ()
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*several, *x.shape), x.dtype), like)
 
 
 def _initial(config: Config, tokenizer: Any) -> Any:

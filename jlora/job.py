@@ -54,11 +54,9 @@ class Job:
         """The job of every adapter, with its share of ``trainable``: of several trained together,
         as if they were trained apart.
         """
-        jobs = [dataclasses.replace(self, config=c) for c in map(self.config.alone, self.adapters)]
-        if not jobs:
-            return [(self, trainable)]
         return [
-            (job, jax.tree.map(lambda leaf, i=i: leaf[i], trainable)) for i, job in enumerate(jobs)
+            (dataclasses.replace(self, config=config), own)
+            for config, own in each_adapter(self.config, trainable)
         ]
 
     @property
@@ -76,6 +74,16 @@ class Job:
         """The tokens that end a reply: the model's and the tokenizer's."""
         own = self.tokenizer.eos_token_id
         return tuple({*self.model.config.eos_token_ids, *([] if own is None else [own])})
+
+
+def each_adapter(config: Config, trainable: Any) -> list[tuple[Config, Any]]:
+    """The settings and the share of ``trainable`` of every adapter; all, where there is one."""
+    if not config.adapters:
+        return [(config, trainable)]
+    return [
+        (config.alone(name), jax.tree.map(lambda leaf, i=i: leaf[i], trainable))
+        for i, name in enumerate(config.adapters)
+    ]
 
 
 def open_tokenizer(config: Config) -> Any:

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from tiny_runs import ADAPTER, Place
 
 import jlora
-from jlora import config, metrics
+from jlora import cli, config, metrics
 from jlora.errors import ConfigError
 
 TRAIN = {
@@ -123,6 +123,15 @@ def test_resuming_is_bitwise(here, together):
     _, resumed = run(here, None, "data.eval=[]", **again)
     for name in NAMES:
         assert (resumed / name / ADAPTER).read_bytes() == (out / name / ADAPTER).read_bytes()
+
+
+def test_each_is_exported_from_a_checkpoint(together):
+    _, out = together
+    assert cli.main("export", [str(out), "export.checkpoint=5"]) == 0
+    for name in NAMES:
+        exported = out / "exported" / "5" / name
+        for file in (ADAPTER, "adapter_config.json", "base_model.json"):
+            assert (exported / file).read_bytes() == (out / name / file).read_bytes()
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")

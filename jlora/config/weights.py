@@ -202,6 +202,11 @@ class LoraConfig(Section):
         return isinstance(kind, str) and FROM_WEIGHTS.fullmatch(kind) is not None
 
     @property
+    def begins_from_weights(self) -> bool:
+        """``from_weights`` of a run that does not begin with an adapter's folder."""
+        return self.from_weights and not self.init_from
+
+    @property
     def needs_more(self) -> bool:
         """Whether first values need more than the parameters: the original ones, or data."""
         return self.init_lora_weights in ("loftq", "eva")
