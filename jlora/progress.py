@@ -16,9 +16,9 @@ from jlora.config import Config, TrainConfig
 from jlora.errors import DivergedError
 from jlora.optim import frozen_kinds, stays, warmup_steps
 
-LEARNING_BY = 3
-"""Updates by which every leaf must have had a gradient: B moves first, then A (with a warm-up whose
-first rate is zero, one step later)."""
+LEARNING_BY = 2
+"""Updates by which every leaf must have had a gradient: B moves first, then A. With a warm-up, whose
+first rate is zero, it is one step later."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Plan:
         if total < 0:
             total = math.ceil(settings.num_train_epochs * steps)
         fp16 = config.compute_dtype == "float16"
-        learning_by = LEARNING_BY + (warmup_steps(settings, total) if fp16 else 0)
+        warm = warmup_steps(settings, total)
+        learning_by = LEARNING_BY + (warm > 0) + (warm if fp16 else 0)
         held_out, frozen = eval_rows(config, mesh), frozen_kinds(settings)
         return cls(rows, held_out, accumulation, steps, total, fp16, learning_by, frozen)
 

@@ -73,6 +73,7 @@ def test_float16_is_given_the_warm_up_to_learn_in():
     assert plan_of(fp16=True, bf16=False, **warm).fp16
     assert plan_of(fp16=True, bf16=False, **warm).learning_by == 23
     assert plan_of(**warm).learning_by == 3
+    assert plan_of(warmup_ratio=0.0, max_steps=100).learning_by == 2
 
 
 # Progress
