@@ -55,7 +55,7 @@ def test_a_step_is_rows_of_a_device_times_devices_times_accumulation():
     plan = plan_of(mesh=MeshConfig(data=2, fsdp=2, tensor=2), num_train_epochs=3, **batch)
     assert plan == Plan(
         rows_per_step=3 * 4 * 2, eval_rows=3 * 4, accumulation=2, steps_per_epoch=5,
-        total_steps=15, fp16=False, learning_by=3,
+        total_steps=15, fp16=False, learning_by=2,
     )  # fmt: skip
     plan = plan_of(per_device_eval_batch_size=5, **batch)
     assert (plan.rows_per_step, plan.eval_rows) == (3 * 8 * 2, 5 * 8)
