@@ -17,8 +17,8 @@ from jlora.errors import DivergedError
 from jlora.optim import frozen_kinds, stays, warmup_steps
 
 LEARNING_BY = 2
-"""Updates by which every leaf must have had a gradient: B moves first, then A; with a warm-up, whose
-first rate is zero, one step later."""
+"""Updates by which every leaf must have had a gradient: B moves first, then A. With a warm-up it is
+one more, since its first rate is zero."""
 
 
 @dataclasses.dataclass(frozen=True)
