@@ -64,11 +64,13 @@ def in_lines(config: Config) -> dict[str, str]:
 def options() -> Iterator[Option]:
     """Every setting of every section, in order."""
     for section, hint in hints(Config).items():
-        yield from _options(section, _table(hint))
+        for table in _tables(hint):
+            yield from _options(section, table)
 
 
-def _table(hint: Any) -> type[Section]:
-    return next(t for t in alternatives(hint) if isinstance(t, type) and issubclass(t, Section))
+def _tables(hint: Any) -> list[type[Section]]:
+    """The section that a value of this type is, if it is one; null aside."""
+    return [t for t in alternatives(hint) if isinstance(t, type) and issubclass(t, Section)]
 
 
 def _options(section: str, table: type[Section]) -> Iterator[Option]:
@@ -82,8 +84,8 @@ def _options(section: str, table: type[Section]) -> Iterator[Option]:
             yield Option(section, field.name, "a list of sources", default, texts[field.name])
             if required:  # the first list shows what an entry holds
                 yield from _options(f"{section}.{field.name}.0", inner[0])
-        elif isinstance(hint, type) and issubclass(hint, Section):
-            yield from _options(f"{section}.{field.name}", hint)
+        elif nested := _tables(hint):
+            yield from _options(f"{section}.{field.name}", nested[0])
         else:
             yield Option(section, field.name, describe(hint), default, texts[field.name])
 

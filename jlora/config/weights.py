@@ -182,8 +182,8 @@ class LoraConfig(Section):
     of the data's own directions."""
     loftq_config: LoftQConfig = LoftQConfig()
     """More about loftq."""
-    eva_config: EvaConfig = EvaConfig()
-    """More about eva."""
+    eva_config: EvaConfig | None = None
+    """More about eva; null: its defaults."""
     fan_in_fan_out: bool = False
     """Accepted for GPT-2 recipes; jlora sees itself how a weight is stored."""
     task_type: Literal["CAUSAL_LM", "SEQ_CLS"] | None = "CAUSAL_LM"

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jlora import paths
-from jlora.config import LoraConfig
+from jlora.config import EvaConfig, LoraConfig
 from jlora.errors import ConfigError
 from jlora.lora.adapter import DELTA, Adapter, Tree
 from jlora.lora.init import init_adapter
@@ -82,9 +82,13 @@ class _Found:
     """(…), how much there is"""
 
 
+def _settings(config: LoraConfig) -> EvaConfig:
+    return config.eva_config or EvaConfig()
+
+
 def _most(target: Target, config: LoraConfig) -> list[int]:
     """The most ranks that the module may get, by layer."""
-    return [round(r * config.eva_config.rho) for r in target.ranks]
+    return [round(r * _settings(config).rho) for r in target.ranks]
 
 
 def _check_sizes(targets: Sequence[Target], batches: Sequence, config: LoraConfig) -> None:
@@ -135,7 +139,7 @@ def _components(
         sums = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *reports)
         before, found = found, {p: _ritz(directions[p], sums[p], count) for p in wanted}
         directions = {path: new for path, (*_, new) in found.items()}
-        if number and _alike(before, found, wanted, config.eva_config.tau):
+        if number and _alike(before, found, wanted, _settings(config).tau):
             break
     host = jax.device_get({path: values[:3] for path, values in found.items()})
     return {path: _Found(*values) for path, values in host.items()}
@@ -214,7 +218,7 @@ def _redistributed(
     alphas = {}
     for name, r in final.items():
         alpha = paths.pattern_value(config.alpha_pattern, name, config.lora_alpha)
-        adjusts = config.eva_config.adjust_scaling_factors and r != before[name]
+        adjusts = _settings(config).adjust_scaling_factors and r != before[name]
         alphas[name] = alpha * r / before[name] if adjusts else alpha
     return dataclasses.replace(
         config,
@@ -232,7 +236,7 @@ def _first_a(
 ) -> Array:
     """A (…, in, r) of directions, as many as each layer has ranks."""
     values, r = found.directions[..., : fresh.shape[-1]], fresh.shape[-1]
-    if config.eva_config.whiten:  # by the roots of the singular values
+    if _settings(config).whiten:  # by the roots of the singular values
         values = values / found.scatter[..., None, :r] ** 0.25
     used = np.arange(r) < np.array([ranks[name] for name in target.names])[:, None, None]
     return jnp.where(used if target.stack else used[0], jnp.asarray(values), 0.0)
