@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jlora.lora.weight import Over
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class InputProbe:
+class InputProbe(Over):
     """Stands for ``base``; the gradient of ``slot`` is ``xᵀ[x@directions, 1, x²]`` of the inputs x.
 
     That is: the products of x's scatter matrix with some directions, the sum of all x (second to
@@ -26,21 +28,6 @@ class InputProbe:
     directions: Float[Array, "*layers in k"]
     mask: Bool[Array, "*layers batch length"]
     """Which of the inputs count."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The base weight's shape."""
-        return tuple(self.base.shape)
-
-    @property
-    def ndim(self) -> int:
-        """The base weight's rank."""
-        return len(self.base.shape)
-
-    @property
-    def dtype(self):
-        """The base weight's dtype."""
-        return self.base.dtype
 
 
 @jax.custom_vjp

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-class _Over:
+class Over:
     """What lies over a base weight and stands for another one of its shape and dtype."""
 
     base: Any
@@ -37,7 +37,7 @@ class _Over:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LoraWeight(_Over):
+class LoraWeight(Over):
     """A weight with a low-rank delta: stands for ``(base + scale * lora_A @ lora_B) * gain``.
 
     All children may carry a leading layer axis, which ``lax.scan`` slices off; ``matrices`` are the
@@ -93,7 +93,7 @@ class Transposed:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TokenWeight(_Over):
+class TokenWeight(Over):
     """An embedding of which a few rows are others: ``rows[i]`` stands for row ``indices[i]``.
 
     ``transposed``, it is the output head tied to such an embedding, (dim, vocabulary).
@@ -124,6 +124,8 @@ def wide(leaf: Any) -> Float[Array, "..."]:
         table = wide(leaf.base)
         place = (..., leaf.indices) if leaf.transposed else leaf.indices
         return table.at[place].set(leaf.rows.mT if leaf.transposed else leaf.rows)
+    if isinstance(leaf, Over):
+        return wide(leaf.base)
     return dense(leaf).astype(jnp.float32)
 
 
