@@ -66,7 +66,7 @@ def steps(asked: argparse.Namespace) -> dict[str, Any]:
 
         def one() -> None:
             nonlocal state
-            state, metrics = step(state, params, batch)
+            state, metrics = step(state, (params, None), batch)
             jax.block_until_ready(metrics)
 
         return one

@@ -110,7 +110,7 @@ def lower_step(hf: dict, row: Row, batch: int, length: int, device: Any) -> Any:
     step = make_train_step(model, attach, optimizer, state_shardings=places)
     given = (
         placed(state, places),
-        placed(frozen, sharding.shardings(frozen, mesh)),
+        (placed(frozen, sharding.shardings(frozen, mesh)), None),
         placed(rows, dict.fromkeys(rows, sharding.batch_sharding(mesh))),
     )
     sizes = {"base": frozen, "adapter": state.trainable, "optimizer": state.opt_state}

@@ -140,7 +140,9 @@ def test_qlora_compiles_as_written_on_the_shapes_it_names(name):
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
     rows = dict.fromkeys(("input_ids", "labels", "positions", "segment_ids"), tokens)
     with jax.numpy_dtype_promotion("standard"):  # as optax needs it
-        compiled = make_train_step(model, attach, optimizer).lower(state, frozen, rows).compile()
+        compiled = (
+            make_train_step(model, attach, optimizer).lower(state, (frozen, None), rows).compile()
+        )
     memory = compiled.memory_analysis()
     tables = 2 * 2 * hf["vocab_size"] * hf["hidden_size"]  # embedding and head, in bfloat16
     packed, trained = sum(q.nbytes for q in kernels), 4 * 3 * _size(adapter)
