@@ -497,7 +497,7 @@ def test_every_setting_has_help_and_a_default_that_loads(write):
     ]
     c = config.load(write(MINIMAL), [v for v in given if v != "train.eval_steps=100"])
     assert c == dataclasses.replace(
-        config.load(write(MINIMAL)), lora=LoraConfig(), quantization=QuantConfig()
+        config.load(write(MINIMAL)), lora=LoraConfig(eva_config={}), quantization=QuantConfig()
     )
 
 

@@ -10,7 +10,7 @@ from unittest import mock
 
 import jax
 import numpy as np
-from tiny_runs import Place
+from tiny_runs import OFF, Place
 
 import jlora
 from jlora import config, sharding
@@ -31,8 +31,7 @@ def run(
     place: Place, command: ModuleType, *overrides: str, lora: Any = LORA, **sections: Any
 ) -> None:
     """The command's ``run`` on one device; errors are raised."""
-    off = "train.compilation_cache=false"  # it would be turned on for all other tests, too
-    settings = config.load(place.write(lora=lora, **sections), [off, *overrides])
+    settings = config.load(place.write(lora=lora, **sections), [OFF, *overrides])
     mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
     with mock.patch.object(sharding, "make_mesh", mesh):
         command.run(settings, Namespace())

@@ -46,6 +46,10 @@ class Run(NamedTuple):
     err: str
 
 
+OFF = "train.compilation_cache=false"
+"""The cache would be turned on for all other tests of the process, too."""
+
+
 class Place:
     """A folder with a model, data and one output folder; ``settings`` are the defaults here."""
 
@@ -123,8 +127,7 @@ class Place:
 
     def run(self, *overrides: str, devices: int = 1, **sections: Any) -> None:
         """The same in this process, on its first devices; errors are raised."""
-        off = "train.compilation_cache=false"  # it would be turned on for all other tests, too
-        settings = config.load(self.write(**sections), [off, *overrides])
+        settings = config.load(self.write(**sections), [OFF, *overrides])
         mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
         standard = jax.numpy_dtype_promotion("standard")  # optax does not promote strictly
         with mock.patch.object(sharding, "make_mesh", mesh), standard:
@@ -132,7 +135,7 @@ class Place:
 
     def main(self, *arguments: str, **sections: Any) -> int:
         """The command in this process, for what ends before a step: its exit code."""
-        return cli.main("train", [str(self.write(**sections)), *arguments])
+        return cli.main("train", [str(self.write(**sections)), OFF, *arguments])
 
     def log(self) -> list[dict[str, Any]]:
         """metrics.jsonl without what depends on the clock."""
