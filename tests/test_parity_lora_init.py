@@ -229,10 +229,10 @@ def test_pissa_on_a_part_of_a_projection_is_of_its_columns(bases):
     assert_close(jlora_logits(base, base.params, adapter), torch_logits(base.module), 1e-5)
 
 
-def small_tree(decay=0.7):
+def small_tree(decay=0.7, fan_in=48):
     """Two layers with two kernels whose singular values fall off."""
     rng, kernels = np.random.default_rng(3), {}
-    for name, shape in (("q_proj", (48, 64)), ("v_proj", (32, 64))):
+    for name, shape in (("q_proj", (fan_in, 64)), ("v_proj", (32, 64))):
         whole = []
         for _ in range(2):
             u, _, vt = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
@@ -363,6 +363,42 @@ def test_loftq_is_the_best_of_what_packing_loses(rounds, tmp_path):
     assert again.config == adapter.config
     for a, b in zip(*map(jax.tree.leaves, (again.weights, adapter.weights)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture
+def cuda_is_the_cpu(monkeypatch):
+    """peft asks LoftQ's device by name; bitsandbytes packs on the CPU just as well."""
+    pytest.importorskip("bitsandbytes")
+    to = torch.Tensor.to
+
+    def moved(device):
+        named = isinstance(device, str | torch.device) and torch.device(device).type == "cuda"
+        return "cpu" if named else device
+
+    def here(tensor, *args, **kwargs):
+        return to(tensor, *map(moved, args), **{k: moved(v) for k, v in kwargs.items()})
+
+    monkeypatch.setattr(torch.Tensor, "to", here)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_loftq_is_pefts(rounds, cuda_is_the_cpu):
+    """Where lora_alpha is r: peft leaves the scale out. A row of the weight is whole blocks: of others
+    bitsandbytes' CPU code does not give back what it packed.
+    """
+    from peft.utils.loftq_utils import loftq_init
+
+    params = small_tree(fan_in=64)
+    fields = {**SMALL, "lora_alpha": SMALL["r"], "loftq_config": {"loftq_iter": rounds}}
+    config = jlora.LoraConfig(**fields, init_lora_weights="loftq")
+    packing = jlora.QuantConfig(bnb_4bit_use_double_quant=False)
+    packed, adapter = jlora.loftq(jax.random.key(0), params, config, packing)
+    got, held = products(adapter), wide(packed)["q_proj"]
+    for i, w in enumerate(params["layers"]["q_proj"]["kernel"]):
+        weight = torch.tensor(np.asarray(w).T.copy())
+        base, a, b = loftq_init(weight, 4, SMALL["r"], num_iter=rounds)
+        assert_close(held[i], base.numpy().T, 1e-5)
+        assert_close(got[f"layers.{i}.q_proj"], (b @ a).numpy().T, 1e-4)
 
 
 def test_what_cannot_be_is_refused_with_a_remedy():
