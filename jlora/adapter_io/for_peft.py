@@ -17,8 +17,8 @@ import numpy as np
 
 from jlora import paths
 from jlora.config import LoraConfig
-from jlora.lora import DELTA, EMBEDDING_DELTA, MAGNITUDE, TOKENS, Adapter, scaling, terms
-from jlora.lora.adapter import ADDED, LORA_BIAS
+from jlora.lora import DELTA, EMBEDDING_DELTA, MAGNITUDE, TOKENS, Adapter, terms
+from jlora.lora.adapter import ADDED, LORA_BIAS, bias_scaling
 from jlora.targets import is_target_parameter, parameter_rank_of, rank_of
 
 
@@ -92,7 +92,7 @@ def _in_columns(leaf: paths.Leaf, own: Leaves, adapter: Adapter) -> Leaves:
     """The biases and magnitudes of a projection's parts, as those of the whole."""
     found: Leaves = {}
     for c in terms.columns(leaf, own, adapter.parts):
-        scale = scaling(adapter.config, c.module, leaf.stack, leaf.layers)
+        scale = bias_scaling(adapter.config, c.module, leaf.stack, leaf.layers)
         for kind, factor in ((LORA_BIAS, np.asarray(scale)[..., None]), (MAGNITUDE, 1.0)):
             if (*c.module, kind) in own:
                 where = (*terms.module_of(leaf), kind)

@@ -13,11 +13,9 @@ import numpy as np
 from jlora import paths
 from jlora.config import LoraConfig
 from jlora.config.convert import FrozenMap
-from jlora.lora import DELTA, EMBEDDING_DELTA, Adapter
+from jlora.lora import Adapter
+from jlora.lora.adapter import PAIRS
 from jlora.targets import rank_of, scaling_of
-
-PAIRS: dict[str, str] = dict([DELTA, EMBEDDING_DELTA])
-"""The key of an A → that of its B."""
 
 
 class Factors(NamedTuple):

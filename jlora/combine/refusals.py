@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from jaxtyping import Array
 
 from jlora import paths
-from jlora.combine.factors import PAIRS, Factors, other_leaves
+from jlora.combine.factors import Factors, other_leaves
 from jlora.errors import ConfigError, did_you_mean
 from jlora.lora import Adapter
+from jlora.lora.adapter import PAIRS
 
 PRUNES = {
     "svd": None,

@@ -36,6 +36,8 @@ Tree = Any
 
 DELTA = ("lora_A", "lora_B")
 EMBEDDING_DELTA = ("lora_embedding_A", "lora_embedding_B")
+PAIRS: dict[str, str] = dict([DELTA, EMBEDDING_DELTA])
+"""The key of an A → that of its B."""
 LORA_BIAS = "lora_bias"
 MAGNITUDE = "lora_magnitude_vector"
 TOKENS = "trainable_tokens_delta"

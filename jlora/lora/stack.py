@@ -24,15 +24,13 @@ from jlora import paths
 from jlora.config.convert import FrozenMap
 from jlora.errors import DataError, did_you_mean
 from jlora.lora import terms
-from jlora.lora.adapter import DELTA, EMBEDDING_DELTA, LORA_BIAS, Adapter, bias_scaling, scaling
+from jlora.lora.adapter import LORA_BIAS, PAIRS, Adapter, bias_scaling, scaling
 
 SCALING, BIAS_SCALING = SCALES = ("scaling", "bias_scaling")
-AXIS = {**dict.fromkeys((*DELTA, *EMBEDDING_DELTA), -3), LORA_BIAS: -2, **dict.fromkeys(SCALES, -1)}
+AXIS = {**dict.fromkeys((*PAIRS, *PAIRS.values()), -3), LORA_BIAS: -2, **dict.fromkeys(SCALES, -1)}
 """Leaf → the axis of a stack's leaf that counts adapters."""
 
-RANK: dict[str, int] = {}
-RANK |= dict.fromkeys((DELTA[0], EMBEDDING_DELTA[0]), -1)
-RANK |= dict.fromkeys((DELTA[1], EMBEDDING_DELTA[1]), -2)
+RANK = {**dict.fromkeys(PAIRS, -1), **dict.fromkeys(PAIRS.values(), -2)}
 """Leaf → the axis of an adapter's leaf that counts ranks."""
 
 Flat = dict[paths.Path, Array]
@@ -182,8 +180,8 @@ def _leaves(adapter: Adapter) -> Flat:
         name, scale = (BIAS_SCALING, bias_scaling) if kind == LORA_BIAS else (SCALING, scaling)
         scale = scale(adapter.config, tuple(node), leaf.stack, leaf.layers)
         flat[(*node, name)] = jnp.asarray(scale)
-    for path in [p for p in first if p[-1] in (DELTA[0], EMBEDDING_DELTA[0])]:
-        a, b = path, (*path[:-1], path[-1].replace("_A", "_B"))
+    for path in [p for p in first if p[-1] in PAIRS]:
+        a, b = path, (*path[:-1], PAIRS[path[-1]])
         scale = flat[(*path[:-1], SCALING)]
         pair = terms.without((flat[a], flat[b], scale), (first[a], first[b], scale))
         flat[a], flat[b], flat[(*path[:-1], SCALING)] = pair
