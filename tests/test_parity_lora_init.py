@@ -383,8 +383,8 @@ def cuda_is_the_cpu(monkeypatch):
 
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_loftq_is_pefts(rounds, cuda_is_the_cpu):
-    """Where lora_alpha is r: peft leaves the scale out. A row of the weight is whole blocks: of others
-    bitsandbytes' CPU code does not give back what it packed.
+    """Where lora_alpha is r: peft leaves the scale out. A row of the weight is whole blocks, since
+    bitsandbytes' CPU code does not give back what it packed otherwise.
     """
     from peft.utils.loftq_utils import loftq_init
 
