@@ -4,18 +4,17 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tiny_peers import (
     CASES,
-    FAST,
     IDS,
     NUMBERS,
     PEERS_TALK,
     assert_close,
     both_bases,
+    compare,
     copy,
     jlora_logits,
     make_peft,
@@ -57,30 +56,6 @@ def test_the_adapted_modules_are_pefts(bases, name):
     assert sorted(ours) == sorted(names)
     again, _ = find_targets(base.params, config)
     assert again == config, "what was resolved resolves to itself"
-
-
-def compare(base, theirs, adapter):
-    """Logits, and every gradient of a function of them, to 1e-5 of the largest value."""
-
-    def loss(adapter):
-        logits = base.model(jlora.attach(base.params, adapter), jnp.asarray(IDS))
-        return jnp.sum(jnp.sin(logits)), logits
-
-    (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)(
-        adapter
-    )
-    out = theirs(input_ids=torch.tensor(IDS).long()).logits
-    assert_close(logits, out.detach().numpy(), 1e-5)
-    moved = np.abs(torch_logits(base.module) - out.detach().numpy()).max()
-    assert moved > 1e-3 * np.abs(logits).max(), "the adapter shows"
-
-    out.sin().sum().backward()
-    trained = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
-    want = peft.get_peft_model_state_dict(theirs, trained, save_embedding_layers=False)
-    got = adapter_io.to_peft_tensors(grads)
-    assert set(got) == set(want)
-    for key, value in want.items():
-        assert_close(got[key], value.numpy(), 1e-5, key)
 
 
 @pytest.mark.parametrize("name", NUMBERS)

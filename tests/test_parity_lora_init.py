@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from tiny_peers import (
     FAST,
     IDS,
     PEERS_TALK,
     assert_close,
+    compare,
     copy,
     jlora_logits,
     make_base,
@@ -170,9 +172,11 @@ def test_files_of_peft_without_conversion_are_for_the_base_that_they_change(base
             if "lora_" in key:
                 weight.add_(0.1 * torch.randn_like(weight))
     theirs.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(copy.deepcopy(base.module), tmp_path).eval()
+    again = peft.PeftModel.from_pretrained(
+        copy.deepcopy(base.module), tmp_path, is_trainable=True
+    ).eval()
     adapter = jlora.load_adapter(tmp_path, base.params)
-    assert_close(jlora_logits(base, base.params, adapter), torch_logits(again), 1e-5)
+    compare(base, again, adapter)
     ignored = dataclasses.replace(adapter, initial=None)
     gap = np.abs(jlora_logits(base, base.params, ignored) - torch_logits(again)).max()
     assert gap > 0.05, "what it started from shows"
@@ -183,6 +187,11 @@ def test_files_of_peft_without_conversion_are_for_the_base_that_they_change(base
     packed = jlora.quantize(base.params, jlora.QuantConfig())
     with pytest.raises(ConfigError, match="a base that was quantized then"):
         jlora.load_adapter(tmp_path, packed)
+    again.merge_and_unload().save_pretrained(tmp_path / "want")
+    jlora.save_pretrained(tmp_path / "got", base.model, jlora.merge(base.params, adapter))
+    want, got = (load_file(tmp_path / d / "model.safetensors") for d in ("want", "got"))
+    for key, value in got.items():
+        assert_close(value, want[key], 1e-5, key)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import jlora
+from jlora import adapter_io
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -293,3 +294,27 @@ def assert_close(got: Any, want: Any, bound: float, name: str = "") -> None:
     np.testing.assert_allclose(
         got, want, rtol=0, atol=bound * np.abs(want).max() + 1e-12, err_msg=name
     )
+
+
+def compare(base: Base, theirs: Any, adapter: Any) -> None:
+    """Logits, and every gradient of a function of them, to 1e-5 of the largest value."""
+
+    def loss(adapter):
+        logits = base.model(jlora.attach(base.params, adapter), jnp.asarray(IDS))
+        return jnp.sum(jnp.sin(logits)), logits
+
+    (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)(
+        adapter
+    )
+    out = theirs(input_ids=torch.tensor(IDS).long()).logits
+    assert_close(logits, out.detach().numpy(), 1e-5)
+    moved = np.abs(torch_logits(base.module) - out.detach().numpy()).max()
+    assert moved > 1e-3 * np.abs(logits).max(), "the adapter shows"
+
+    out.sin().sum().backward()
+    trained = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    want = peft.get_peft_model_state_dict(theirs, trained, save_embedding_layers=False)
+    got = adapter_io.to_peft_tensors(dataclasses.replace(grads, initial=None))
+    assert set(got) == set(want)
+    for key, value in want.items():
+        assert_close(got[key], value.numpy(), 1e-5, key)
