@@ -13,11 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
-from jlora import header, lora, paths
-from jlora.adapter_io.for_peft import for_peft
-from jlora.adapter_io.tensors import slots_of
+from jlora import header, paths
+from jlora.adapter_io import file_bytes
 from jlora.classes import with_classes
 from jlora.config import Config, LoraConfig
 from jlora.console import Console, Rows
@@ -110,14 +108,6 @@ def _summary(config: Config, model: Model, base: Any, adapter: Any) -> Mapping[s
     text = header.size_text(header.tree_bytes(state))
     rows["optimizer"] = f"{header.optimizer(config.train)}: {text} of state"
     return rows
-
-
-def file_bytes(adapter: lora.Adapter) -> int:
-    """Bytes of the tensors that ``save_adapter`` writes for an adapter of these shapes."""
-    whole = jax.eval_shape(for_peft, adapter)
-    zero = np.float32(0)
-    arrays = {path: np.broadcast_to(zero, x.shape) for path, x in paths.walk(whole.weights)}
-    return sum(4 * math.prod(slot.shape) for slot in slots_of(arrays, whole.config).values())
 
 
 def _matches(targets: list[Target], config: LoraConfig) -> Rows:

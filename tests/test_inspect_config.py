@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from tiny_runs import LLAMA
 
 import jlora
-from jlora import cli, header, inspect_config
+from jlora import adapter_io, cli, header
 from jlora.models import Model
 
 GPT2 = {
@@ -47,7 +47,7 @@ def test_it_counts_what_a_run_has(place, capsys, tmp_path):
     assert f"memory {header.size_text(arrays)} frozen, {header.size_text(4 * size)} train" in out
     jlora.save_adapter(tmp_path, adapter)
     written = sum(x.nbytes for x in load_file(tmp_path / "adapter_model.safetensors").values())
-    assert inspect_config.file_bytes(adapter) == written
+    assert adapter_io.file_bytes(adapter) == written
     assert f"file adapter of {header.size_text(written)}" in out
     assert f"adamw: {header.size_text(8 * size + 8)} of state" in out
     assert "model.layers.*.mlp.up_proj 2 32 × 64 3 2.66667 576" in out
@@ -115,7 +115,7 @@ def test_the_file_of_fused_parts_holds_whole_projections(tmp_path):
     adapter, size = fresh(model.shapes, r=2, target_modules=["q_proj", "v_proj"])
     jlora.save_adapter(tmp_path, adapter)
     written = load_file(tmp_path / "adapter_model.safetensors").values()
-    assert inspect_config.file_bytes(adapter) == sum(x.nbytes for x in written) > 4 * size
+    assert adapter_io.file_bytes(adapter) == sum(x.nbytes for x in written) > 4 * size
 
 
 def test_what_came_packed_is_not_trained_in_full(place, capsys):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ __all__ = [
     "CONFIG_FILE",
     "TENSOR_FILE",
     "base_record",
+    "file_bytes",
     "load_adapter",
     "save_adapter",
     "to_peft_tensors",
@@ -126,6 +128,14 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
         slot.write(tensors[name])
     weights = paths.nest({path: jnp.asarray(array) for path, array in arrays.items()})
     return first_values(dataclasses.replace(shapes, weights=weights), params, config, file)
+
+
+def file_bytes(adapter: Adapter) -> int:
+    """Bytes of the tensors that ``save_adapter`` writes for an adapter of these shapes."""
+    whole = jax.eval_shape(for_peft, adapter)
+    zero = np.float32(0)
+    arrays = {path: np.broadcast_to(zero, x.shape) for path, x in paths.walk(whole.weights)}
+    return sum(4 * math.prod(slot.shape) for slot in slots_of(arrays, whole.config).values())
 
 
 def to_peft_tensors(adapter: Adapter) -> dict[str, np.ndarray]:

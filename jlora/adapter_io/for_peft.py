@@ -7,7 +7,6 @@ which jlora does not have and cannot know of.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,7 +18,7 @@ from jlora import paths
 from jlora.config import LoraConfig
 from jlora.lora import DELTA, EMBEDDING_DELTA, MAGNITUDE, TOKENS, Adapter, terms
 from jlora.lora.adapter import ADDED, LORA_BIAS, bias_scaling
-from jlora.targets import is_target_parameter, parameter_rank_of, rank_of
+from jlora.targets import is_target_parameter, listed, parameter_rank_of, rank_of
 
 
 def for_peft(adapter: Adapter) -> Adapter:
@@ -30,9 +29,9 @@ def for_peft(adapter: Adapter) -> Adapter:
     An adapter that is so already comes back as it is.
     """
     leaves = {leaf.path: leaf for leaf in paths.leaves(adapter.weights)}
-    listed = not isinstance(adapter.config.target_modules, str)
+    by_names = not isinstance(adapter.config.target_modules, str)
     in_parts = any(paths.is_part(path[:-1]) for path in leaves)
-    if listed and not in_parts and adapter.initial is None:
+    if by_names and not in_parts and adapter.initial is None:
         return adapter
     first = dict(paths.walk(adapter.initial or {}))
     weights = {
@@ -58,12 +57,9 @@ def for_peft(adapter: Adapter) -> Adapter:
     experts = {name for name in settings if is_target_parameter(adapter.config, name)}
     ranks = {name: r for name, (r, _) in settings.items()}
     alphas = {name: alpha for name, (_, alpha) in settings.items()}
-    config = dataclasses.replace(
+    config = listed(
         adapter.config,
-        target_modules=tuple(name for name in settings if name not in experts),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
+        [name for name in settings if name not in experts],
         rank_pattern=paths.pattern_table(ranks, adapter.config.r),
         alpha_pattern=paths.pattern_table(alphas, adapter.config.lora_alpha),
         init_lora_weights=True if first else adapter.config.init_lora_weights,
@@ -103,14 +99,18 @@ def _in_columns(leaf: paths.Leaf, own: Leaves, adapter: Adapter) -> Leaves:
 
 def _own_settings(leaf: paths.Leaf, config: LoraConfig) -> dict[str, tuple[int, float]]:
     """Name → (rank, alpha) of each layer that is adapted as a whole."""
-    bare = leaf.kind in paths.EXPERTS
-    names = paths.module_names(terms.module_of(leaf), leaf.stack, leaf.layers)
-    rank = parameter_rank_of if bare else rank_of
     return {
         name: (r, paths.pattern_value(config.alpha_pattern, name, config.lora_alpha))
-        for name in names
-        if (r := rank(config, name))
+        for name, r in _ranks(leaf, terms.module_of(leaf), config).items()
+        if r
     }
+
+
+def _ranks(leaf: paths.Leaf, module: paths.Path, config: LoraConfig) -> dict[str, int]:
+    """Name → rank in each layer of a weight's ``module``, which may be a part of it."""
+    rank = parameter_rank_of if leaf.kind in paths.EXPERTS else rank_of
+    names = paths.module_names(module, leaf.stack, leaf.layers)
+    return {name: rank(config, name) for name in names}
 
 
 def _joint_settings(
@@ -119,10 +119,7 @@ def _joint_settings(
     """Name of the whole → (rank, alpha) of each layer where it or a part of it is adapted."""
     alpha, found = math.sqrt(total) if adapter.config.use_rslora else total, {}
     wholes = paths.module_names(terms.module_of(leaf), leaf.stack, leaf.layers)
-    rank = parameter_rank_of if leaf.kind in paths.EXPERTS else rank_of
     for c in terms.columns(leaf, own, adapter.parts):
-        names = paths.module_names(c.module, leaf.stack, leaf.layers)
-        for name, whole in zip(names, wholes, strict=True):
-            if rank(adapter.config, name):
-                found[whole] = (total, alpha)
+        ranks = _ranks(leaf, c.module, adapter.config).values()
+        found |= {whole: (total, alpha) for whole, r in zip(wholes, ranks, strict=True) if r}
     return found

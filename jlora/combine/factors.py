@@ -15,7 +15,7 @@ from jlora.config import LoraConfig
 from jlora.config.convert import FrozenMap
 from jlora.lora import Adapter
 from jlora.lora.adapter import PAIRS
-from jlora.targets import rank_of, scaling_of
+from jlora.targets import listed, rank_of, scaling_of
 
 
 class Factors(NamedTuple):
@@ -118,10 +118,4 @@ def joint_targets(adapters: Sequence[Adapter], modules: Mapping[paths.Path, Fact
         for name, r in zip(f.leaf.modules(), f.ranks, strict=True)
         if r
     ]
-    return replace(
-        configs[0],
-        target_modules=tuple(full),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-    )
+    return listed(configs[0], full)

@@ -23,7 +23,7 @@ from jlora.errors import ConfigError
 from jlora.lora.adapter import DELTA, Adapter, Tree
 from jlora.lora.init import init_adapter
 from jlora.lora.probe import InputProbe
-from jlora.targets import Target, find_targets
+from jlora.targets import Target, find_targets, listed
 
 MOST_PASSES = 32
 """Directions that explain nearly as much as each other turn for ever."""
@@ -220,14 +220,11 @@ def _redistributed(
         alpha = paths.pattern_value(config.alpha_pattern, name, config.lora_alpha)
         adjusts = _settings(config).adjust_scaling_factors and r != before[name]
         alphas[name] = alpha * r / before[name] if adjusts else alpha
-    return dataclasses.replace(
+    return listed(
         config,
-        target_modules=tuple(final),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-        rank_pattern={n: r for n, r in final.items() if r != config.r},
-        alpha_pattern={n: a for n, a in alphas.items() if a != config.lora_alpha},
+        tuple(final),
+        rank_pattern=paths.pattern_table(final, config.r),
+        alpha_pattern=paths.pattern_table(alphas, config.lora_alpha),
     )
 
 

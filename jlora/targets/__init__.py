@@ -10,7 +10,7 @@ from jlora import paths
 from jlora.config import LoraConfig
 from jlora.errors import ConfigError
 from jlora.targets.faults import faults_of
-from jlora.targets.names import resolve, with_heads
+from jlora.targets.names import listed, resolve, with_heads
 from jlora.targets.rules import (
     is_replaced,
     is_saved,
@@ -30,6 +30,7 @@ __all__ = [
     "is_saved",
     "is_target",
     "is_target_parameter",
+    "listed",
     "match_table",
     "parameter_rank_of",
     "rank_of",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from jlora import paths
 from jlora.config import PRESETS, LoraConfig
@@ -59,6 +60,18 @@ def resolve(config: LoraConfig, linear: Sequence[paths.Path]) -> LoraConfig:
             fix=f"name the layers to adapt, for example {names}, or use all-linear",
         )
     return config
+
+
+def listed(config: LoraConfig, names: Sequence[str], **fields: Any) -> LoraConfig:
+    """The config whose targets are these names, given in full, and nothing else says which."""
+    return dataclasses.replace(
+        config,
+        target_modules=tuple(names),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        **fields,
+    )
 
 
 def _preset(wanted: str, linear: Sequence[paths.Path]) -> tuple[str, ...]:
