@@ -36,7 +36,7 @@ OTHER_KEYS: dict[str, Any] = {
 """PEFT's keys that jlora has no setting for, with the value that means "not used"."""
 
 IGNORED = {"auto_mapping", "inference_mode", "megatron_core", "peft_version", "runtime_config"}
-IGNORED |= {"qalora_group_size", "ensure_weight_tying"}
+IGNORED |= {"qalora_group_size"}
 """Keys that change nothing for a loaded LoRA adapter, whatever their value."""
 
 
