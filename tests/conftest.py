@@ -26,6 +26,17 @@ checked = [f"jlora.{m.name}" for m in pkgutil.iter_modules(folders) if m.name !=
 install_import_hook(checked, "checker.check")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """A file's compiled programs go with it.
+
+    Every program of XLA's CPU backend holds several memory maps; a process that keeps those of
+    all files meets Linux's limit (``vm.max_map_count``, 65530) and dies inside the compiler.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def assets() -> Path:
     """The folder with the public small models and data sets, or a skip."""
