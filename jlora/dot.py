@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from jlora import nf4_kernel
 from jlora.errors import DataError
+from jlora.kept import keep
 from jlora.lora import LoraWeight, TokenWeight
 from jlora.lora.probe import InputProbe, observe
 from jlora.quantization import is_packed
@@ -71,7 +72,7 @@ def grouped_dot(
     its own; a packed array is a constant.
     """
     if isinstance(w, LoraWeight):
-        inner = grouped_dot(x, w.lora_A, sizes)
+        inner = keep(grouped_dot(x, w.lora_A, sizes))
         delta = grouped_dot(inner, w.lora_B, sizes) * w.scale.astype(x.dtype)
         return grouped_dot(x, w.base, sizes) + delta
     return _grouped_packed(x, w, sizes) if is_packed(w) else _grouped(x, w, sizes)
@@ -131,8 +132,8 @@ def _adapted(x: Array, w: LoraWeight, dtype: Any) -> Array:
     """
     base, kept = dot(x, w.base, dtype), _dropout(x, w)
     if w.adapter_ids is not None:
-        return _with_own_deltas(base, _each(x, w.lora_A, _ids_of(x, w)), w)
-    delta = dot(dot(kept, w.lora_A), w.lora_B) * w.scale.astype(x.dtype)
+        return _with_own_deltas(base, keep(_each(x, w.lora_A, _ids_of(x, w))), w)
+    delta = dot(keep(dot(kept, w.lora_A)), w.lora_B) * w.scale.astype(x.dtype)
     if w.bias is not None:
         delta = delta + w.bias.astype(delta.dtype)
     if w.gain is None:
@@ -174,8 +175,8 @@ def _dropout(x: Array, w: LoraWeight) -> Array:
     """``x`` with some of its elements zero and the others larger; ``x`` itself without a key."""
     if w.dropout_key is None or not w.dropout:
         return x
-    keep = jax.random.bernoulli(w.dropout_key, 1 - w.dropout, x.shape)
-    return jnp.where(keep, x / (1 - w.dropout), after(x, jnp.zeros((), x.dtype)))
+    left = keep(jax.random.bernoulli(w.dropout_key, 1 - w.dropout, x.shape))
+    return jnp.where(left, x / (1 - w.dropout), after(x, jnp.zeros((), x.dtype)))
 
 
 def _tied(x: Array, w: TokenWeight, dtype: Any) -> Array:
@@ -237,6 +238,9 @@ def _weight_gradient(x: Array, g: Array, dtype) -> Array:
     """``xᵀ @ g`` over all leading axes, accumulated in float32 and not rounded on the way."""
     batch = tuple(range(x.ndim - 1))
     dims = ((batch, batch), ((), ()))
+    if 8 * g.shape[-1] <= x.shape[-1]:  # of lora_A: CPUs copy the side on the left
+        out = jax.lax.dot_general(g, x, dims, preferred_element_type=jnp.float32)
+        return jax.lax.optimization_barrier(out).mT.astype(dtype)
     out = jax.lax.dot_general(x, g, dims, preferred_element_type=jnp.float32)
     return out.astype(dtype)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from jlora import evaluation, outputs, runtime
+from jlora import evaluation, outputs, runtime, sharding
 from jlora.batches import check_fit, eval_batches, prepare
 from jlora.classes import with_classes
 from jlora.config import Config
@@ -48,7 +48,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
         job = open_job(config, tokenizer, trained=True, progress=progress)
     check_fit(job, rows)
     with jax.set_mesh(job.mesh):
-        step = make_eval_step(job.model, job.bind)
+        step = make_eval_step(job.model, job.bind, sharding.compiler_options(job.mesh))
         batches = eval_batches(job.mesh, rows, eval_rows(config, job.mesh))
         held_out = evaluation.held_out(step, job.trainable, job.frozen, batches)
         counted = "eval_samples" if config.classifies else "eval_tokens"

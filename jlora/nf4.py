@@ -287,7 +287,25 @@ def _values(q: NF4Array, codes: Array, absmax: Any, dtype: Any) -> Array:
     table = jax.lax.optimization_barrier((absmax, jnp.asarray(FOUR_BIT[q.quant_type])))[1]
     halves = codes >> 4, codes & 15
     parts = [(look_up(table, c) * a).astype(dtype) for c, a in zip(halves, absmax, strict=True)]
-    return jnp.stack(parts, axis=-1).reshape(*codes.shape[:-1], -1)
+    return _interleaved(*parts).reshape(*codes.shape[:-1], -1)
+
+
+def _interleaved(even: Float[Array, "*n"], odd: Float[Array, "*n"]) -> Float[Array, "*n 2"]:
+    """Both values of each pair side by side."""
+    if even.dtype.itemsize != 2:
+        return _stacked(even, odd)
+    return jax.lax.platform_dependent(even, odd, cpu=_joined, default=_stacked)
+
+
+def _stacked(even: Array, odd: Array) -> Array:
+    return jnp.stack((even, odd), axis=-1)
+
+
+def _joined(even: Array, odd: Array) -> Array:
+    """Two values of 16 bits as one word: CPUs do it eight times as fast as a stack."""
+    bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (even, odd))
+    low, high = (x.astype(jnp.uint32) for x in bits)
+    return jax.lax.bitcast_convert_type(low | high << 16, even.dtype)
 
 
 def look_up(table: Array | np.ndarray, codes: Array) -> Array:

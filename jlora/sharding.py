@@ -54,6 +54,19 @@ EXPERT_AXES = {"gate_up_proj": ("tensor", "fsdp"), "down_proj": ("fsdp", "tensor
 """A leaf with a matrix [out, in] for every expert → the axes of the two dimensions."""
 
 
+COMPILER_OPTIONS = {"cpu": {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}}
+"""Platform → what XLA is told beside its defaults.
+
+On CPUs XLA widens the slices of a bfloat16 array to float32, and this pass moves the widening out
+of the loop over layers: all layers' weights and activations at once (seen in jaxlib 0.10.2).
+"""
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """XLA's options for programs that loop over layers on these devices, for ``jax.jit``."""
+    return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh (data, fsdp, tensor) of all devices, in an order that suits their network.
 

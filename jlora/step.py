@@ -125,6 +125,7 @@ def make_train_step(
     seed: int = 0,
     state_shardings: Any = None,
     several: bool = False,
+    compiler_options: dict[str, str] | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Array]]]:
     """The jitted step ``(state, frozen, batch) -> (state, metrics)``; ``state`` is donated.
 
@@ -138,7 +139,7 @@ def make_train_step(
 
     With ``several`` the state, the batch and the metrics have a leading axis of trainable trees:
     each is trained on its own part of the batch as if it were alone, and the frozen parameters are
-    read once for all.
+    read once for all. ``compiler_options`` are XLA's (``sharding.compiler_options``).
     """
 
     def train_step(state: TrainState, frozen: Any, batch: Batch):
@@ -173,11 +174,12 @@ def make_train_step(
     shardings = None if state_shardings is None else (state_shardings, None)
     if several:
         train_step = jax.vmap(train_step, in_axes=(0, None, 0))
-    return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
+    options = {"donate_argnums": 0, "out_shardings": shardings}
+    return jax.jit(train_step, compiler_options=compiler_options, **options)
 
 
 def make_eval_step(
-    model: Any, bind: Bind
+    model: Any, bind: Bind, compiler_options: dict[str, str] | None = None
 ) -> Callable[[Any, Any, Batch], tuple[Array, Array, Array | None]]:
     """The jitted ``(trainable, frozen, batch) -> (loss, count, classes)``; no dropout.
 
@@ -193,7 +195,7 @@ def make_eval_step(
             return total, count, None
         return total, count, class_counts(model.head(params, features), batch["labels"])
 
-    return jax.jit(eval_step)
+    return jax.jit(eval_step, compiler_options=compiler_options)
 
 
 def class_counts(

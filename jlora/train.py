@@ -105,8 +105,9 @@ def train(
         seed=settings.seed,
         state_shardings=shardings,
         several=bool(job.adapters),
+        compiler_options=sharding.compiler_options(job.mesh),
     )
-    eval_step = make_eval_step(job.model, job.bind)
+    eval_step = make_eval_step(job.model, job.bind, sharding.compiler_options(job.mesh))
     checkpoints = outputs.Checkpoints(out / "checkpoints", job, plan, rows.fingerprint)
     held_out_parts = parts(held_out, job.adapters) if held_out else []
     state, progress = checkpoints.resume(state, Progress(), console)

@@ -26,14 +26,14 @@ PACKED = "made for cuda; packed rows: chunked"
 @pytest.mark.parametrize(
     ("platform", "changes", "backend", "why"),
     [
-        ("cpu", {}, "chunked", "1024 tokens are more than a chunk of 256"),
-        ("cpu", {"length": 256}, "reference", "256 tokens are no more than a chunk of 256"),
+        ("cpu", {}, "chunked", "1024 tokens are more than a chunk of 64"),
+        ("cpu", {"length": 64}, "reference", "64 tokens are no more than a chunk of 64"),
         ("cuda", {"capability": HOPPER}, "cudnn", "made for cuda"),
         ("cuda", {"capability": AMPERE}, "cudnn", PACKED),
         ("cuda", {"capability": AMPERE, "head_dim": 64}, "cudnn", "made for cuda"),
         ("cuda", {"dtype": "float16", "head_dim": 64}, "cudnn", PACKED),
         ("cuda", {"segments": False}, "cudnn", "made for cuda"),
-        ("cuda", {"length": 200}, "cudnn", "made for cuda; packed rows: reference"),
+        ("cuda", {"length": 200}, "cudnn", "made for cuda; packed rows: chunked"),
         ("cuda", {"dtype": "float32"}, "chunked", "16 bits, not in float32; 1024 tokens"),
         ("cuda", {"head_dim": 256, "capability": HOPPER}, "cudnn", PACKED),
         ("cuda", {"head_dim": 256, "capability": AMPERE}, "chunked", "8, 16, … 128 here, not 256"),

@@ -157,7 +157,8 @@ def test_quantizing_needs_less_than_two_more_matrices(cols, dtype):
     assert needs <= 2 * w.size * w.dtype.itemsize
     q = jax.eval_shape(nf4.quantize, w)
     memory = jax.jit(nf4.dequantize).lower(q).compile().memory_analysis()
-    assert memory.temp_size_in_bytes <= 4 * w.size / 16 + 4096
+    words = 2 * w.size if dtype == jnp.bfloat16 else 0  # CPUs join pairs of 16 bits there
+    assert memory.temp_size_in_bytes <= words + 4 * w.size / 16 + 4096
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (48, 40)])

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jlora import kept
 from jlora.errors import ConfigError, did_you_mean
 from jlora.models.attention import attend, attend_cached, needs_static_window
 from jlora.models.config import DecoderConfig
@@ -142,8 +143,8 @@ def scan_layers(
 ) -> tuple[Array, KV | None]:
     """Runs stacked layers in order: one layer's code is compiled, whatever the depth.
 
-    ``remat`` recomputes each layer in the backward pass instead of keeping its activations: True
-    keeps only the layer's input, a name is that policy of ``jax.checkpoint_policies``.
+    ``remat`` is what the backward pass computes again: True all but the layer's input, False what
+    lies between the products (see ``kept``); a name is that policy of ``jax.checkpoint_policies``.
     """
     graph, state = nnx.split(layers)
 
@@ -153,9 +154,8 @@ def scan_layers(
         x, kv = block(carry[0], call, index, carry[1])
         return (x, kv), None
 
-    if remat:
-        # Within a scan nothing can be merged across the barrier that prevent_cse puts up.
-        body = jax.checkpoint(body, policy=policy(remat), prevent_cse=False)
+    # Within a scan nothing can be merged across the barrier that prevent_cse puts up.
+    body = jax.checkpoint(body, policy=policy(remat), prevent_cse=False)
     index = jnp.arange(call.config.num_hidden_layers)
     (x, kv), _ = jax.lax.scan(body, (x, kv), (index, state))
     return x, kv
@@ -164,7 +164,7 @@ def scan_layers(
 def policy(name: bool | str) -> Callable | None:
     """What a rematerialised layer keeps; ConfigError for an unknown name."""
     if isinstance(name, bool):
-        return None
+        return None if name else kept.policy
     if name not in REMAT:
         raise ConfigError(
             f"there is no rematerialisation policy {name!r}",

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jlora.dot import dot, grouped_dot
+from jlora.kept import keep
 from jlora.models.config import DecoderConfig, Experts
 from jlora.models.layers import Linear, activation
 from jlora.sharding import by_rows
@@ -63,10 +64,10 @@ class GatedExperts(nnx.Module):
         self, x: Float[Array, "rows D"], sizes: Int[Array, " experts"]
     ) -> Float[Array, "rows D"]:
         """Each row through its expert; rows are sorted by expert, ``sizes`` rows to each."""
-        gate_up = grouped_dot(x, self.gate_up_proj.get_value().mT, sizes)
+        gate_up = keep(grouped_dot(x, self.gate_up_proj.get_value().mT, sizes))
         gate, up = jnp.split(gate_up, 2, axis=-1)
         inner = activation(self.act)(gate) * up
-        return grouped_dot(inner, self.down_proj.get_value().mT, sizes)
+        return keep(grouped_dot(inner, self.down_proj.get_value().mT, sizes))
 
 
 class ClampedExperts(nnx.Module):
@@ -88,12 +89,12 @@ class ClampedExperts(nnx.Module):
     ) -> Float[Array, "rows D"]:
         """Each row through its expert; rows are sorted by expert, ``sizes`` rows to each."""
         gate_up = grouped_dot(x, self.gate_up_proj.get_value().mT, sizes)
-        gate_up = gate_up + _of_rows(self.gate_up_proj_bias, gate_up, sizes)
+        gate_up = keep(gate_up + _of_rows(self.gate_up_proj_bias, gate_up, sizes))
         gate = jnp.minimum(gate_up[..., ::2], self.limit)
         up = jnp.clip(gate_up[..., 1::2], -self.limit, self.limit)
         inner = (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
         out = grouped_dot(inner, self.down_proj.get_value().mT, sizes)
-        return out + _of_rows(self.down_proj_bias, out, sizes)
+        return keep(out + _of_rows(self.down_proj_bias, out, sizes))
 
 
 def _of_rows(bias: nnx.Param, like: Array, sizes: Array) -> Array:

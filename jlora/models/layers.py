@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jlora.dot import Weight, after, columns, dot, embed
+from jlora.kept import keep
 from jlora.sharding import split_rows
 
 
@@ -27,7 +28,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*B in"]) -> Float[Array, "*B out"]:
         """The product plus the bias, in ``x.dtype``."""
         y = dot(x, self.kernel.get_value())
-        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
+        return keep(y if self.bias is None else y + self.bias.get_value().astype(y.dtype))
 
 
 class Embedding(nnx.Module):
@@ -122,8 +123,12 @@ def _float32(param: nnx.Param) -> Array:
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-    """The function that transformers calls ``name`` (see ``config.ACTIVATIONS``)."""
-    return _ACTIVATIONS[name]
+    """The function that transformers calls ``name`` (see ``config.ACTIVATIONS``).
+
+    It computes in float32 and rounds once, as torch's do.
+    """
+    act = _ACTIVATIONS[name]
+    return lambda x: act(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def _tanh_gelu(x: Array) -> Array:

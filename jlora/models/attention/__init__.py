@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jlora.kept import keep
 from jlora.models.attention import chunked, cudnn, reference, splash
 from jlora.models.attention.case import Case
 from jlora.models.attention.choice import (
@@ -119,7 +120,7 @@ def attend_cached(
 
 def _reference(q, k, v, segment_ids, sinks, *, scale, window, softcap):
     mask = reference.seen_in_rows(q.shape[1], segment_ids, window)
-    return _with_sinks(*reference.attend(q, k, v, mask, scale, softcap), sinks)
+    return keep(_with_sinks(*reference.attend(q, k, v, mask, scale, softcap), sinks))
 
 
 def _chunked(q, k, v, segment_ids, sinks, *, scale, window, softcap):

@@ -22,6 +22,10 @@ class Choice(NamedTuple):
     why: str
 
 
+SHORT = chunked.CPU_CHUNKS[-1]
+"""Rows of so many tokens are attended to at once, where no kernel does it."""
+
+
 def check_backend(name: str) -> str:
     """``name`` itself; ConfigError when there is no such backend."""
     if name not in BACKENDS:
@@ -54,12 +58,12 @@ def choose(platform: str, case: Case, backend: str = "auto") -> Choice:
         reason = f"{declined}; "
     name = fallback(case.length)
     than = "more than" if name == "chunked" else "no more than"
-    return Choice(name, f"{reason}{case.length} tokens are {than} a chunk of {chunked.CHUNK}")
+    return Choice(name, f"{reason}{case.length} tokens are {than} a chunk of {SHORT}")
 
 
 def fallback(length: int) -> str:
     """The backend for all that no kernel does."""
-    return "chunked" if length > chunked.CHUNK else "reference"
+    return "chunked" if length > SHORT else "reference"
 
 
 def needs_static_window(backend: str) -> bool:

@@ -11,16 +11,24 @@ Reverse mode only, once: neither forward mode nor second derivatives.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jlora.kept import keep
 from jlora.models.attention.reference import MASKED, seen, softcapped
 
 CHUNK = 256
-"""Tokens that are computed at once."""
+"""Tokens that are computed at once, on an accelerator."""
+
+CPU_CHUNKS = (256, 128, 64)
+"""And on a CPU: the first of them that computes no more than ``CPU_SCORES`` scores at once."""
+
+CPU_SCORES = 2**20
+"""4 MiB of float32, which stay in a CPU's caches (docs/log.md)."""
 
 
 class _Masks(NamedTuple):
@@ -40,22 +48,41 @@ def attend(
     window: int | Int[Array, ""] | None,
     scale: float | Float[Array, ""],
     softcap: float | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "B T heads dim"], Float[Array, "B T heads"]]:
-    """Results, and the logarithm of each softmax's denominator; both are differentiable."""
-    T = q.shape[1]
-    chunk = min(chunk, T)
-    q, k, v = (_padded(x, chunk) for x in (q, k, v))
-    starts = jnp.arange(0, q.shape[1], chunk)
+    """Results, and the logarithm of each softmax's denominator; both are differentiable.
+
+    ``chunk`` is how many tokens are computed at once; None is what suits the device.
+    """
+    return _attend(q, k, v, segment_ids, window, scale, softcap, chunk)
+
+
+def _by_device(compute: Callable[..., Any], chunk: int | None, q: Array, *others: Any) -> Any:
+    """``compute(chunk, q, *others)`` with the chunk that is asked for, or suits the device."""
+    B, T, heads, _ = q.shape
+    fits = (c for c in CPU_CHUNKS if B * heads * c * c <= CPU_SCORES)
+    on_cpu = min(chunk or next(fits, CPU_CHUNKS[-1]), T)
+    elsewhere = min(chunk or CHUNK, T)
+    if on_cpu == elsewhere:
+        return compute(on_cpu, q, *others)
+    cpu, default = (functools.partial(compute, c) for c in (on_cpu, elsewhere))
+    return jax.lax.platform_dependent(q, *others, cpu=cpu, default=default)
+
+
+def _masks(
+    length: int,
+    segment_ids: Int[Array, "B T"] | None,
+    window: int | Int[Array, ""] | None,
+    chunk: int,
+) -> _Masks:
+    starts = jnp.arange(0, length, chunk)
     first = jnp.zeros_like(starts) if window is None else jnp.maximum(starts - window + 1, 0)
     if segment_ids is not None:
         segment_ids = _padded(segment_ids, chunk)
         documents = _chunks(_document_start(segment_ids), chunk).min(axis=(1, 2))
         first = jnp.maximum(first, documents)
         segment_ids = _chunks(segment_ids, chunk)
-    masks = _Masks(segment_ids, window, first // chunk)
-    out, logsumexp = _attend(q, k, v, masks, scale, softcap, chunk)
-    return out[:, :T], logsumexp[:, :T]
+    return _Masks(segment_ids, window, first // chunk)
 
 
 def _document_start(ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -114,21 +141,25 @@ def _scores(
     if masks.segment_ids is not None:
         ids, key_ids = (masks.segment_ids[i] for i in pair)
         mask = mask & (ids[:, :, None] == key_ids[:, None, :])
-    grouped = scores.reshape(*scores.shape[:2], -1, chunk, chunk)
-    return jnp.where(mask[:, None, None], grouped, MASKED).reshape(scores.shape), slope
+    # A reshape between two elementwise operations would cost CPUs their vector instructions.
+    mask = jnp.tile(mask, (1, scores.shape[2] // chunk, 1))
+    return jnp.where(mask[:, None], scores, MASKED), slope
 
 
 def _forward(
+    softcap: float | None,
+    chunk: int,
     q: Array,
     k: Array,
     v: Array,
-    masks: _Masks,
+    segment_ids: Array | None,
+    window: int | Array | None,
     scale: float | Array,
-    softcap: float | None,
-    chunk: int,
 ) -> tuple[Array, Array]:
-    queries = _query_chunks(q, k.shape[2], chunk)
-    keys, values = (_key_chunks(x, chunk) for x in (k, v))
+    length, kv_heads = k.shape[1:3]
+    masks = _masks(length, segment_ids, window, chunk)
+    queries = _query_chunks(_padded(q, chunk), kv_heads, chunk)
+    keys, values = (_key_chunks(_padded(x, chunk), chunk) for x in (k, v))
 
     def of_queries(_, i):
         def add(j, so_far):
@@ -147,21 +178,42 @@ def _forward(
         return None, (out, peak + jnp.log(denominator))
 
     _, (out, logsumexp) = jax.lax.scan(of_queries, None, jnp.arange(len(queries)))
-    return _rows(out, chunk), _rows(logsumexp, chunk)
+    return _rows(out, chunk)[:, :length], _rows(logsumexp, chunk)[:, :length]
 
 
-def _forward_saving(q, k, v, masks, scale, softcap, chunk):
-    out, logsumexp = _forward(q, k, v, masks, scale, softcap, chunk)
-    return (out, logsumexp), (q, k, v, masks, scale, out, logsumexp)
+def _forward_saving(q, k, v, segment_ids, window, scale, softcap, chunk):
+    given = q, k, v, segment_ids, window, scale
+    out, logsumexp = map(keep, _attend(*given, softcap, chunk))
+    return (out, logsumexp), (given, out, logsumexp)
 
 
 def _backward(softcap, chunk, saved, gradients):
-    q, k, v, masks, scale, out, logsumexp = saved
+    given, out, logsumexp = saved
     d_out, d_logsumexp = gradients
     mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_logsumexp
-    of_query = functools.partial(_query_chunks, kv_heads=k.shape[2], chunk=chunk)
-    queries, d_outs, means, logs = map(of_query, (q, d_out, mean, logsumexp))
-    keys, values = (_key_chunks(x, chunk) for x in (k, v))
+    compute = functools.partial(_gradients, softcap)
+    return *_by_device(compute, chunk, *given, logsumexp, mean, d_out), None, None, None
+
+
+def _gradients(
+    softcap: float | None,
+    chunk: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    window: int | Array | None,
+    scale: float | Array,
+    logsumexp: Array,
+    mean: Array,
+    d_out: Array,
+) -> tuple[Array, Array, Array]:
+    length, kv_heads = k.shape[1:3]
+    masks = _masks(length, segment_ids, window, chunk)
+    queries, d_outs, means, logs = (
+        _query_chunks(_padded(x, chunk), kv_heads, chunk) for x in (q, d_out, mean, logsumexp)
+    )
+    keys, values = (_key_chunks(_padded(x, chunk), chunk) for x in (k, v))
 
     def of_queries(so_far, i):
         def add(j, so_far):
@@ -180,9 +232,14 @@ def _backward(softcap, chunk, saved, gradients):
 
     start = jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
     (dk, dv), dq = jax.lax.scan(of_queries, start, jnp.arange(len(queries)))
-    dq, dk, dv = (_rows(x, chunk) for x in (dq, dk, dv))
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
+    dq, dk, dv = (_rows(x, chunk)[:, :length] for x in (dq, dk, dv))
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-_attend = jax.custom_vjp(_forward, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attend(q, k, v, segment_ids, window, scale, softcap, chunk):
+    compute = functools.partial(_forward, softcap)
+    return _by_device(compute, chunk, q, k, v, segment_ids, window, scale)
+
+
 _attend.defvjp(_forward_saving, _backward)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jlora.kept import NAME
 from jlora.models.attention.case import Case
 
 BLOCKS = (512, 256, 128)
@@ -72,6 +73,7 @@ def attend(
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=softcap,
+        residual_checkpoint_name=NAME,
         interpret=interpret,
     )
 
