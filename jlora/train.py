@@ -32,6 +32,7 @@ from jlora.header import show_header
 from jlora.job import Job, open_job, open_tokenizer
 from jlora.metrics import MetricsLog
 from jlora.optim import check_optimizer, schedule
+from jlora.plan.check import compile_checked
 from jlora.program import Program
 from jlora.progress import (
     Meter,
@@ -98,7 +99,7 @@ def train(
     settings, out = job.config.train, Path(job.config.train.output_dir)
     learning_rate = schedule(settings, plan.total_steps)
     program = Program.of(job, plan, rows.length)
-    train_step = program.compile()
+    train_step = compile_checked(program, rows)
     state = program.start(job.trainable)
     eval_step = make_eval_step(job.model, job.bind)
     checkpoints = outputs.Checkpoints(out / "checkpoints", job, plan, rows.fingerprint)

@@ -191,8 +191,7 @@ def _work(counted: flops.Flops, text: str) -> Work:
         return Work(counted.total, counted.attention, None, None, None)
     done = hlo.work_of(text)
     collectives = tuple(done.exchanges())
-    kernels = tuple(sorted(name for name in done.calls if name))
-    return Work(counted.total, counted.attention, done.flops, done.bytes, collectives, kernels)
+    return Work(counted.total, counted.attention, done.flops, done.bytes, collectives, done.kernels)
 
 
 def _best(config: Config, program: Program) -> int:

@@ -28,6 +28,7 @@ LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
 GROUPS = re.compile(r"replica_groups=(?:\[(?:\d+,)*(\d+)\]<=|\{\{([\d,]*)\})")
 TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
+KERNELS = re.compile(r"fmha|tpu_custom_call|triton_kernel|mosaic")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
@@ -83,6 +84,11 @@ class Work:
     """(kind, devices in a group) → (how many, bytes)."""
     calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Custom call's target → how often it is called."""
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Named kernels of attention and of Pallas; the rest are products and copies."""
+        return tuple(sorted(name for name in self.calls if KERNELS.search(name)))
 
     def __add__(self, other: Work) -> Work:
         both = dict(self.collectives)
@@ -162,7 +168,7 @@ class Module:
             names = BRANCHES.search(one.rest)
             branches = NAME.findall(names[1]) if names else CALLED.findall(one.rest)
             works = [self.work(branch, fused) for branch in branches]
-            return max(works, key=lambda work: (work.flops, work.bytes, sum(work.calls.values())))
+            return max(works, key=lambda work: (len(work.kernels), work.flops, work.bytes))
         within = fused or one.opcode not in ("while", "call", "async-start")
         for called in CALLED.findall(one.rest):
             inner += self.work(called, within).times(self._trips(one))

@@ -9,7 +9,8 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from jlora.errors import ConfigError, did_you_mean
@@ -116,20 +117,36 @@ def _topology(hardware: Hardware, count: int) -> Any:
 def chosen_for(target: Target) -> Iterator[None]:
     """In the block attention is chosen as on the target's GPUs, not as on those that are here.
 
-    The choice asks for this process's GPU, and tries it; what cannot be tried is taken to work.
+    The choice, ours and JAX's, asks for this process's GPU, and ours tries it; what cannot be tried
+    is taken to work. There is no public way to answer for another GPU.
     """
-    from jlora.models.attention import cudnn
-
     if target.hardware is None or target.hardware.chip is None:
         yield
         return
-    capability, own = target.hardware.chip.capability, (cudnn.capability, cudnn.fault)
-    setattr(cudnn, "capability", lambda: capability)  # noqa: B010
-    setattr(cudnn, "fault", lambda *_, **__: None)  # noqa: B010
+    from jax._src.cudnn import fused_attention_stablehlo as theirs
+
+    from jlora.models.attention import cudnn
+
+    capability = target.hardware.chip.capability
+
+    def at_least(asked: str) -> bool:
+        return capability >= tuple(map(int, asked.split(".")))
+
+    with ExitStack() as answers:
+        answers.enter_context(_instead(cudnn, "capability", lambda: capability))
+        answers.enter_context(_instead(cudnn, "fault", lambda *_, **__: None))
+        answers.enter_context(_instead(theirs, "check_compute_capability", at_least))
+        yield
+
+
+@contextmanager
+def _instead(module: Any, name: str, value: Any) -> Iterator[None]:
+    own = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        cudnn.capability, cudnn.fault = own
+        setattr(module, name, own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,15 +177,30 @@ def _of_table(hardware: Hardware) -> Memory:
 
 
 def _memory_here(found: Sequence[Any]) -> Memory:
-    first = found[0]
+    import jax
+
+    first = next(d for d in found if d.process_index == jax.process_index())
     limit = (first.memory_stats() or {}).get("bytes_limit")
     if limit:
         known = of_kind(first.device_kind)
         return Memory(limit, "what JAX has here", known.memory if known else limit)
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    ram = main_memory()
     local = sum(device.process_index == first.process_index for device in found)
     source = "this machine's memory" + (f", shared by {local} devices" if local > 1 else "")
     return Memory(ram // max(local, 1), source, ram // max(local, 1))
+
+
+def main_memory() -> int:
+    """Bytes of this machine's memory, or of the container's that this process is in."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            text = (Path("/sys/fs/cgroup") / name).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            return min(whole, int(text))
+    return whole
 
 
 def hardware_of(target: Target, found: Sequence[Any] | None) -> Hardware | None:
