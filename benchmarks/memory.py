@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py --target h200 [--models 7B,65B] [--ranks 16,64] [--length 512]
 
-The step is the one that ``jlora train`` runs, compiled from shapes alone as ``jlora plan`` does. Peak is
-arguments + temporaries + outputs - aliases, what the device holds while a step runs, in GB of 1e9
-bytes. Targets are those of ``plan`` (GPUs need ``jax[cuda13]``, TPUs ``jax[tpu]``, neither needs the
-device), or ``cpu``, which is what is here. Results are merged into
+The step is the one that ``jlora train`` runs, compiled from shapes alone as ``jlora plan`` does.
+Peak is arguments + temporaries + outputs - aliases, what the device holds while a step runs, in GB
+of 1e9 bytes. Targets are those of ``plan`` (GPUs need ``jax[cuda13]``, TPUs ``jax[tpu]``, neither
+needs the device), or ``cpu``, which is what is here. Results are merged into
 ``benchmarks/results/memory-TARGET.json``, from which the printed table is made.
 """
 

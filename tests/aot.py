@@ -75,7 +75,7 @@ def main(file: str, name: str) -> None:
         f"{dtype}[{dims}]"
         for one in hlo.Module(kept[0]).instructions()
         for dtype, dims in hlo.SHAPE.findall(one.type)
-        if math.prod(map(int, dims.split(","))) >= stacked
+        if dims and math.prod(map(int, dims.split(","))) >= stacked
     } if kept else set()  # fmt: skip
     print(json.dumps(report.for_machines(result, []) | {"large": sorted(types)}))
 
