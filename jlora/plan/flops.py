@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.extend.core import jaxprs_in_params
 
 from jlora.job import Job
-from jlora.models.config import DecoderConfig
 from jlora.program import Program
 from jlora.progress import Plan
 
@@ -48,13 +48,13 @@ def of_step(job: Job, plan: Plan, length: int) -> Flops:
         traced = program.step.trace(program.state, job.frozen, program.batch)  # pyright: ignore
     batched = 2 + bool(job.adapters)
     products, attention = _count(traced.jaxpr.jaxpr, batched)
-    return Flops(products, attention * seen(job.model.config, length))
+    return Flops(products, attention * seen(job.model.config.windows, length))
 
 
-def seen(config: DecoderConfig, length: int) -> float:
-    """The part of all pairs of a row's tokens that attention is about, over all layers."""
+def seen(windows: Sequence[int | None], length: int) -> float:
+    """The part of all pairs of a row's tokens that attention is about, in layers of these windows."""
     parts = []
-    for window in config.windows:
+    for window in windows:
         w = min(window or length, length)
         parts.append((w * (w + 1) / 2 + (length - w) * w) / length**2)
     return sum(parts) / len(parts)
