@@ -23,15 +23,16 @@ HERE = target.Target()
 QLORA = {"quantization": {"load_in_4bit": True, "block_size": 32}}
 CASES = {
     "LoRA": ({}, 1),
-    "QLoRA": (QLORA, 1),
-    "in full": ({"lora": None}, 1),
-    "LoRA, data": ({}, 4),
     "QLoRA, fsdp and tensor": ({**QLORA, "mesh": {"fsdp": 2, "tensor": 2}}, 4),
-    "in full, fsdp": ({"lora": None, "mesh": {"data": 1, "fsdp": 4}}, 4),
-    "PiSSA": ({"lora": {"init_lora_weights": "pissa"}}, 1),
-    "paged": ({"train": {"optim": "paged_adamw_32bit"}}, 2),
-    "8 bits, fp16": ({"train": {"optim": "adamw_8bit", "fp16": True}}, 1),
-    "LoRA-FA, LoRA+": ({"train": {"lorafa": True, "loraplus_lr_ratio": 4.0}}, 1),
+    "in full, fsdp": ({"lora": None, "mesh": {"data": 1, "fsdp": 2}}, 2),
+    "PiSSA, paged, data": (
+        {"lora": {"init_lora_weights": "pissa"}, "train": {"optim": "paged_adamw_32bit"}},
+        2,
+    ),
+    "8 bits, fp16, LoRA-FA, LoRA+": (
+        {"train": {"optim": "adamw_8bit", "fp16": True, "lorafa": True, "loraplus_lr_ratio": 4.0}},
+        1,
+    ),
 }
 
 

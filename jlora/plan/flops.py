@@ -52,7 +52,7 @@ def of_step(job: Job, plan: Plan, length: int) -> Flops:
 
 
 def seen(windows: Sequence[int | None], length: int) -> float:
-    """The part of all pairs of a row's tokens that attention is about, in layers of these windows."""
+    """The part of all pairs of a row's tokens that see each other in layers of these windows."""
     parts = []
     for window in windows:
         w = min(window or length, length)
