@@ -6,6 +6,7 @@ import functools
 import json
 from typing import Any
 
+from jlora import runtime
 from jlora.batches import prepare
 from jlora.classes import with_classes
 from jlora.config import Config
@@ -25,6 +26,8 @@ def plan(config: Config, aim: Target, *, as_json: bool = False) -> None:
     Raises:
       ConfigError: it does not fit; the message says what to change. And see ``describe_job``.
     """
+    if config.train.compilation_cache and aim.hardware is None:
+        runtime.compilation_cache()  # what is compiled here, the run need not compile again
     check_optimizer(config.train)
     config, _ = with_classes(config)
     tokenizer, rows = _read(config)
