@@ -133,6 +133,7 @@ def test_tests_mirror_files():
         "peers",
         "packaging",
         "launchers",
+        "aot",
         "readme",
         "benchmarks",
         "foreign_trees",
