@@ -26,6 +26,8 @@ TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 CONTRACTED = re.compile(r"lhs_contracting_dim(?:ension)?s\"?[=:][{\[]([\d,\"]*)[}\]]")
 LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
 GROUPS = re.compile(r"replica_groups=(?:\[(?:\d+,)*(\d+)\]<=|\{\{([\d,]*)\})")
+MESH = re.compile(r"replica_groups=@?\w*\[([^\]]*)\] ?\{([^}]*)\}")
+PARTITIONS = re.compile(r"num_partitions=(\d+)")
 TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
 KERNELS = re.compile(r"fmha|tpu_custom_call|triton_kernel|mosaic")
@@ -126,6 +128,8 @@ class Module:
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
+        count = PARTITIONS.search(text[: text.find("\n")])
+        self.devices = int(count[1]) if count else 1
         current: dict[str, Instruction] = {}
         for line in text.splitlines():
             if line[:1] in ("%", "E") and line.endswith("{"):
@@ -155,7 +159,9 @@ class Module:
         kind = one.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             size = sum(n_bytes(own[name].type) for name in one.operands if name in own)
-            return Work(bytes=moved, collectives={(kind, _group(one.rest)): (1, size)})
+            return Work(
+                bytes=moved, collectives={(kind, _group(one.rest, self.devices)): (1, size)}
+            )
         if one.opcode in ("dot", "convolution"):
             return Work(_product(one, own), moved)
         if one.opcode == "custom-call":
@@ -263,10 +269,17 @@ def _product(one: Instruction, own: Mapping[str, Instruction]) -> float:
     return 2.0 * results * math.prod(left[axis] for axis in _numbers(match[1]))
 
 
-def _group(rest: str) -> int:
+def _group(rest: str, devices: int) -> int:
+    """How many devices exchange with each other; all where no groups are named."""
+    if "source_target_pairs" in rest:
+        return 2
+    if match := MESH.search(rest):  # mesh['axis_0'=4,'axis_1'=2] {'axis_0'}; parts: 'axis_0':(1)2
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
     match = GROUPS.search(rest)
     if match is None:
-        return 2 if "source_target_pairs" in rest else 1
+        return devices
     return int(match[1]) if match[1] else len(_numbers(match[2]))
 
 
