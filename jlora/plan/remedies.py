@@ -43,8 +43,6 @@ Look = Callable[[Config], Forecast]
 def find_remedies(result: Forecast, look: Look) -> list[Remedy]:
     """Every change alone; and where none is enough, one after the other until they are."""
     found = list(_more_of_the_device(result))
-    if any(remedy.fits for remedy in found):
-        return found
     changes = list(changes_of(result))
     found += [_try(look, result.config, [change]) for change in changes]
     if not any(remedy.fits for remedy in found):
@@ -60,7 +58,7 @@ def _try(look: Look, config: Config, changes: Sequence[Change]) -> Remedy:
     for change in changes:
         config = change.apply(config)
     settings = tuple(setting for change in changes for setting in change.settings)
-    cost = changes[0].cost if len(changes) == 1 else "all of these together"
+    cost = changes[0].cost if len(changes) == 1 else "all of these"
     after = look(config)
     peak = None if after.memory is None else after.memory.peak
     return Remedy(settings, cost, peak, after.fits)
@@ -84,7 +82,7 @@ def changes_of(result: Forecast) -> Iterator[Change]:
     if (rows := train.per_device_train_batch_size) > 1:
         steps = train.gradient_accumulation_steps * rows
         yield _train(
-            "a little time; the result is the same",
+            "a little time",
             per_device_train_batch_size=1,
             gradient_accumulation_steps=steps,
         )
@@ -94,16 +92,16 @@ def changes_of(result: Forecast) -> Iterator[Change]:
     if train.optim in PAGED:
         yield _train("traffic with the host's memory", optim=PAGED[train.optim])
     if train.optim in EIGHT_BIT:
-        yield _train("moments in 8 bits", optim=EIGHT_BIT[train.optim])
+        yield _train("precision of the moments", optim=EIGHT_BIT[train.optim])
     if config.lora and not config.quantization and not result.job.model.config.prequantized:
         packed = "quantization.load_in_4bit=true"
-        yield Change((packed,), "QLoRA: some time, and the base in 4 bits", _packed)
+        yield Change((packed,), "some time and the base's precision (QLoRA)", _packed)
     length = config.data.max_length
     if length >= 128:
         half = length // 2
         yield Change(
             (f"data.max_length={half}",),
-            "longer examples are cut",
+            "what is cut off longer examples",
             lambda c: dataclasses.replace(c, data=dataclasses.replace(c.data, max_length=half)),
         )
 
@@ -144,8 +142,8 @@ def text(remedies: Sequence[Remedy]) -> str:
     lines = []
     for remedy in remedies:
         peak = "too much to say" if remedy.peak is None else size_text(remedy.peak)
-        verdict = "fits" if remedy.fits else "not enough alone"
-        lines.append(f"  {' '.join(remedy.settings)}  → {peak}: {verdict} ({remedy.cost})")
+        verdict = "fits" if remedy.fits else "not enough"
+        lines.append(f"  {' '.join(remedy.settings)} → {peak}, {verdict}; costs {remedy.cost}")
     if not any(remedy.fits for remedy in remedies):
         lines.append("  a device with more memory, more devices, or a smaller model")
     return "one of these, or several\n" + "\n".join(lines)
