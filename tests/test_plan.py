@@ -211,6 +211,7 @@ def test_a_loop_counts_as_often_as_it_runs():
         ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_0'}", 4),
         ("mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}", 8),
         ("mesh['axis_0'=8] {'axis_0':(1)2}", 2),
+        ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_2'}", 2),
         ("{}", 8),
     ],
 )

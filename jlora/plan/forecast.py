@@ -137,6 +137,7 @@ def forecast(
       found: the devices of ``aim``, or None: then memory is estimated.
       whole: count work, too; else memory only.
     """
+    rows = dataclasses.replace(rows, length=min(rows.length, config.data.max_length))
     job = describe_job(config, tokenizer, found or stand_in(aim))
     plan = Plan.of(config, job.mesh, rows.steps_per_epoch or (lambda n: 1))
     program = Program.of(job, plan, rows.length)

@@ -26,7 +26,7 @@ TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 CONTRACTED = re.compile(r"lhs_contracting_dim(?:ension)?s\"?[=:][{\[]([\d,\"]*)[}\]]")
 LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
 GROUPS = re.compile(r"replica_groups=(?:\[(?:\d+,)*(\d+)\]<=|\{\{([\d,]*)\})")
-MESH = re.compile(r"replica_groups=@?\w*\[([^\]]*)\] ?\{([^}]*)\}")
+MESH = re.compile(r"replica_groups=@?\w*\[([^\]]*)\](?:, device_ids=\([^{]*\))? ?\{([^}]*)\}")
 PARTITIONS = re.compile(r"num_partitions=(\d+)")
 TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
