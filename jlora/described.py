@@ -29,7 +29,7 @@ def describe_job(config: Config, tokenizer: Any, devices: Sequence[Any] | None =
     Every shape knows where the array would lie: a step that is compiled for them is the run's.
     ``devices`` are all of JAX's, or those of a machine that is not there.
     """
-    mesh = sharding.make_mesh(config.mesh, devices)
+    mesh = sharding.make_mesh(config.mesh, devices=devices)
     model = describe_model(config, tokenizer)
     base = base_shapes(config, model)
     bind = binding(config)
