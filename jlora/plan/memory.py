@@ -72,10 +72,15 @@ def device_bytes(tree: Any, kind: str | None = None) -> int:
 
 
 def refused_memory(program: Program, said: str) -> Memory | None:
-    """From what the compiler of TPUs says: ``Used 18.71G of 15.75G hbm``."""
-    match = re.search(r"Used ([\d.]+)([GM]) of [\d.]+[GM] hbm", said)
+    """From what the compiler of TPUs says when it gives up; None when it names no size.
+
+    ``Used 18.71G of 15.75G hbm``, or ``HLO temporaries (17.38G) exceeds available HBM (15.75G)``.
+    """
+    whole = re.search(r"Used ([\d.]+)([GM]) of [\d.]+[GM] hbm", said)
+    only = re.search(r"HLO temporaries \(([\d.]+)([GM])\)", said)
+    match = whole or only
     if match is None:
         return None
-    used = int(float(match[1]) * 2 ** {"G": 30, "M": 20}[match[2]])
-    parts = arguments(program)
-    return Memory(**parts, temporaries=used - sum(parts.values()), outputs=0, padding=0)
+    size, parts = int(float(match[1]) * 2 ** {"G": 30, "M": 20}[match[2]]), arguments(program)
+    temporaries = size - sum(parts.values()) if whole else size
+    return Memory(**parts, temporaries=temporaries, outputs=0, padding=0)
