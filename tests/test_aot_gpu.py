@@ -2,6 +2,8 @@
 
 import functools
 import importlib.util
+import math
+import re
 
 import pytest
 from aot import LLAMA_8B, compiled_for
@@ -48,10 +50,20 @@ def test_flops_are_four_for_a_parameter_and_what_is_recomputed(packed):
 
 def test_no_dequantized_matrix_outlives_its_layer():
     """What is as large as a stack of matrices, and no codes: the embedding, what layers read."""
-    allowed = {"128256,4096", "4096,128256", "32,1,2048,4096", "32,2048,4096"}
-    large = step("h200", True)["large"]
-    floats = {t.partition("[")[2][:-1] for t in large if t.startswith(("f", "bf"))}
-    assert floats <= allowed
+    large = [t for t in step("h200", True)["large"] if t.startswith(("f", "bf"))]
+    sizes = {math.prod(map(int, re.findall(r"\d+", t.partition("[")[2]))) for t in large}
+    assert sizes == {HEAD, 32 * LENGTH * 4096}
+
+
+def test_devices_of_fsdp_gather_layers_and_reduce_gradients():
+    result = step("h200x8", False, data=2, fsdp=4)
+    found = {(c["kind"], c["group"]): c["bytes"] for c in result["work"]["collectives"]}
+    assert found["all-gather", 4] > 2 * 2 * MATRICES / 4  # forward and backward, in bfloat16
+    kinds = {kind for kind, _ in found}
+    assert kinds <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
+    reduced = sum(n for (kind, _), n in found.items() if kind in ("all-reduce", "reduce-scatter"))
+    assert 4 * ADAPTER / 4 < reduced < 3 * 4 * ADAPTER
+    assert result["memory"]["peak"] < 7.2 * GiB
 
 
 def test_qlora_of_8b_takes_what_is_said():

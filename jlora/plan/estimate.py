@@ -24,6 +24,10 @@ from jlora.step import CHUNK_ELEMENTS
 TOLERANCE = 0.25
 """By which part of the compiled peak an estimate was off at most, where it is tested."""
 
+KEPT = 2.5
+"""What a layer that is not recomputed keeps for the backward pass, in the size of what it computes:
+norms, activations and products are kept in float32, too."""
+
 
 def memory(program: Program, plan: Plan, length: int) -> Memory:
     """What a step takes of a device's memory, about."""
@@ -47,7 +51,7 @@ def _temporaries(job: Job, rows: int, length: int, accumulation: int) -> int:
     layer = tokens * width * (6 * c.hidden_size + split)
     layers = c.num_hidden_layers
     kept = layers * tokens * c.hidden_size * width if job.model.gradient_checkpointing else 0
-    kept += layer if job.model.gradient_checkpointing else layers * layer
+    kept += layer if job.model.gradient_checkpointing else layers * KEPT * layer
     logits = 3 * 4 * min(tokens * c.num_outputs, CHUNK_ELEMENTS) / tensor
     return round(gradients + kept + logits + _dense(job, width))
 
