@@ -15,7 +15,7 @@ import time
 from datetime import date
 from typing import Any
 
-from memory import ENVIRONMENT, HERE, Row, device_of, llama, lower_step
+from memory import HERE, Row, llama, program_of, start
 
 GEMMA3 = {
     "model_type": "gemma3_text",
@@ -41,29 +41,34 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def seconds(hf: dict[str, Any], layers: int, device: Any) -> float:
+def seconds(hf: dict[str, Any], layers: int, target: str | None) -> float:
     """Tracing, lowering and compiling the step of a model so deep."""
     import jax
 
+    from jlora.plan.target import chosen_for, devices, parse
+
     key = "n_layer" if hf["model_type"] == "gpt2" else "num_hidden_layers"
     jax.clear_caches()
-    lower, _ = lower_step({**hf, key: layers}, Row(16), batch=1, length=512, device=device)
-    start = time.perf_counter()
-    lower().compile()
-    return time.perf_counter() - start
+    aim = parse(target)
+    found = (devices(aim) or ())[:1]
+    program = program_of({**hf, key: layers}, Row(16), batch=1, length=512, devices=found)
+    begin = time.perf_counter()
+    with chosen_for(aim):
+        program.compile()
+    return time.perf_counter() - begin
 
 
 def main() -> None:
     """Measures every model and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", choices=list(ENVIRONMENT), default="cpu")
+    parser.add_argument("--target", default="cpu")
     parser.add_argument("--layers", default="4,32")
     parser.add_argument("--repeats", type=int, default=3)
     asked = parser.parse_args()
-    os.environ |= ENVIRONMENT[asked.target]
+    target = start(asked.target)
     import jax
 
-    device, depths = device_of(asked.target), [int(n) for n in asked.layers.split(",")]
+    depths = [int(n) for n in asked.layers.split(",")]
     results: dict[str, Any] = {}
     print("| model |", " | ".join(f"{n} layers" for n in depths), "| ratio |")
     print("|---" * (len(depths) + 2) + "|")
@@ -71,7 +76,7 @@ def main() -> None:
         each: dict[int, list[float]] = {n: [] for n in depths}
         for _ in range(asked.repeats):  # in turn, so that a busy machine is busy for all
             for n in depths:
-                each[n].append(seconds(hf, n, device))
+                each[n].append(seconds(hf, n, target))
         best = [min(each[n]) for n in depths]
         ratio = best[-1] / best[0]
         results[name] = {"seconds": each, "ratio": ratio}

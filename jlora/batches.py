@@ -16,6 +16,7 @@ from jlora import data, sharding
 from jlora.config import Config
 from jlora.errors import ConfigError, DataError
 from jlora.job import Job
+from jlora.progress import Plan
 
 Batch = dict[str, jax.Array]
 
@@ -29,6 +30,12 @@ def prepare(config: Config, tokenizer: Any, role: Literal["train", "eval"]) -> d
 def parts(rows: data.Prepared, adapters: Sequence[str]) -> list[data.Prepared]:
     """The rows of each of several adapters that are trained together; else all rows."""
     return [rows.of(adapter) for adapter in adapters] or [rows]
+
+
+def plan_of(config: Config, mesh: jax.sharding.Mesh, rows: data.Prepared) -> Plan:
+    """The numbers of a run on these rows; of several adapters the longest epoch counts."""
+    own = parts(rows, config.adapters)
+    return Plan.of(config, mesh, lambda n: max(p.order(n, 0).steps_per_epoch for p in own))
 
 
 def batch_at(
@@ -50,8 +57,7 @@ def batches_at(
     accumulation: int,
 ) -> Callable[[int], Batch]:
     """``batch_at`` of several adapters, each with its rows: (adapters, accumulation, B, T)."""
-    spec = jax.sharding.PartitionSpec(None, *sharding.batch_sharding(mesh).spec)
-    target = jax.sharding.NamedSharding(mesh, spec)
+    target = sharding.batch_sharding(mesh, several=True)
 
     def at(step: int) -> Batch:
         each = [data.batch_at(rows, order, step, accumulation) for rows, order in parts]

@@ -30,6 +30,7 @@ class Command(NamedTuple):
     flags: dict[str, dict[str, Any]] = {}  # noqa: RUF012 (never changed)
 
 
+TARGET = "compile for devices that are not here: h200x8, h100x8, a100-80x4, rtx4090x1, v5e-16 …"
 SHOW_BATCH = "print the first batch with its targets marked, and stop"
 
 COMMANDS = {
@@ -37,6 +38,14 @@ COMMANDS = {
         "jlora.train",
         "fine-tune a model: LoRA, QLoRA or in full",
         {"--show-batch": {"action": "store_true", "help": SHOW_BATCH}},
+    ),
+    "plan": Command(
+        "jlora.plan",
+        "memory, time and disk of a run from its compiled step, before a weight is read",
+        {
+            "--target": {"metavar": "DEVICES", "help": TARGET},
+            "--json": {"action": "store_true", "help": "print everything as JSON"},
+        },
     ),
     "inspect": Command("jlora.inspect_config", "what a run would train, without loading weights"),
     "evaluate": Command("jlora.evaluate", "loss, perplexity and exact match on held-out rows"),

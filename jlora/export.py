@@ -18,9 +18,10 @@ from jlora.adapter_io import BASE_FILE
 from jlora.classes import with_classes
 from jlora.config import Config
 from jlora.console import Console
+from jlora.described import adapter_shapes, describe_model
 from jlora.errors import ConfigError
 from jlora.files import write_atomic
-from jlora.job import adapter_shapes, describe_model, each_adapter, open_job, open_tokenizer
+from jlora.job import each_adapter, open_job, open_tokenizer
 from jlora.models import Model
 
 main = functools.partial(cli.main, "export")
@@ -65,9 +66,10 @@ def run(config: Config, options: argparse.Namespace) -> None:
 def _like(config: Config, model: Model) -> Any:
     """The shapes of what was trained, on one device."""
     shapes = dataclasses.replace(model, dtype="float32").shapes
-    like = adapter_shapes(config, model.shapes) if config.lora else shapes
+    if config.lora:
+        shapes = dataclasses.replace(adapter_shapes(config, model.shapes), initial=None)
     several = (len(config.adapters),) if config.adapters else ()
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*several, *x.shape), x.dtype), like)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*several, *x.shape), x.dtype), shapes)
 
 
 def _initial(config: Config, tokenizer: Any) -> Any:

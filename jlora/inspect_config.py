@@ -19,8 +19,9 @@ from jlora.adapter_io import file_bytes
 from jlora.classes import with_classes
 from jlora.config import Config, LoraConfig
 from jlora.console import Console, Rows
+from jlora.described import adapter_shapes, describe_model
 from jlora.errors import ConfigError
-from jlora.job import adapter_shapes, describe_model, open_tokenizer
+from jlora.job import open_tokenizer
 from jlora.models import Model
 from jlora.optim import check_optimizer, make_optimizer
 from jlora.quantization import describe, is_packed, quantize_params, settings_of
@@ -82,6 +83,7 @@ def _plan(config: Config, shapes: Any) -> tuple[Any, Any, list[Target]]:
     if faults:
         raise faults[0]
     if adapter is not None:
+        adapter = dataclasses.replace(adapter, initial=None)
         _, targets = find_targets(shapes, adapter.config)
     return shapes, adapter, targets
 

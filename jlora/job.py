@@ -16,8 +16,7 @@ from jlora.adapter_io import CONFIG_FILE, load_adapter
 from jlora.config import Config, QuantConfig
 from jlora.data import load_tokenizer
 from jlora.errors import ConfigError
-from jlora.models import Model, as_classifier, load_pretrained, read_model
-from jlora.models.hf_folder import DESCRIPTION, find_folder
+from jlora.models import Model, as_classifier, load_pretrained
 from jlora.optim import without_gradient_of_a
 from jlora.targets import Target, find_targets
 
@@ -147,14 +146,14 @@ def _open_adapter(
             )
     else:
         params, adapter = _fresh_adapter(config, mesh, params)
-    adapter = _named(config, adapter)
+    adapter = named(config, adapter)
     trainable, initial = dataclasses.replace(adapter, initial=None), adapter.initial
     if names := config.adapters:
         trainable = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(names)), trainable)
     both = trainable, initial
     trainable, initial = sharding.place(both, sharding.adapter_shardings(both, mesh))
     _, targets = find_targets(params, adapter.config)
-    bind = attach_fa if config.train.lorafa else attach
+    bind = binding(config)
     return Job(config, mesh, model, tokenizer, params, trainable, bind, tuple(targets), initial)
 
 
@@ -171,7 +170,7 @@ def _fresh_adapter(
     return sharding.place(params, sharding.shardings(params, mesh)), adapter
 
 
-def _named(config: Config, adapter: lora.Adapter) -> lora.Adapter:
+def named(config: Config, adapter: lora.Adapter) -> lora.Adapter:
     """The adapter with the base's name in its config, and the dropout of the settings."""
     own = config.lora
     assert own is not None
@@ -184,45 +183,13 @@ def _named(config: Config, adapter: lora.Adapter) -> lora.Adapter:
     return dataclasses.replace(adapter, config=named)
 
 
-def adapter_shapes(config: Config, shapes: Any) -> lora.Adapter:
-    """What a run would train on a base of these shapes: the adapter's shapes, and its config.
-
-    Raises ConfigError for every pattern that matches nothing.
-    """
-    assert config.lora is not None
-    if config.lora.init_from:
-        adapter = load_adapter(config.lora.init_from, shapes)
-        adapter = jax.eval_shape(lambda a: a, adapter)
-    else:
-        own = config.lora  # LoftQ's first values have the shapes of any other's
-        plain = dataclasses.replace(own, init_lora_weights=True) if own.needs_more else own
-        fresh = functools.partial(lora.init_adapter, config=plain)
-        adapter = jax.eval_shape(fresh, jax.random.key(0), shapes)
-    return dataclasses.replace(_named(config, adapter), initial=None)
-
-
-def describe_model(config: Config, tokenizer: Any) -> Model:
-    """The model that ``open_job`` would open, without its parameters.
-
-    Of a hub's repository only the description is downloaded.
-    """
-    name, revision = config.model.name_or_path, config.model.revision
-    folder = find_folder(name, revision, DESCRIPTION)
-    model = read_model(folder, dtype=config.model.dtype, attention=config.model.attention)
-    check_trainable(config, model)
-    if (classes := config.model.num_labels) is not None:
-        model = dataclasses.replace(model, config=as_classifier(model.config, classes))
-    return _settled(config, model, tokenizer)
-
-
 def _open_full(
     config: Config, mesh: jax.sharding.Mesh, load: Load, tokenizer: Any, trained: bool
 ) -> Job:
     name = _result(config, "model", "config.json") if trained else config.model.name_or_path
     model, params = load(name, "float32")
     check_trainable(config, model)
-    bind = _Cast(config.compute_dtype)
-    return Job(config, mesh, model, tokenizer, {}, params, bind)
+    return Job(config, mesh, model, tokenizer, {}, params, binding(config))
 
 
 def check_trainable(config: Config, model: Model) -> None:
@@ -241,6 +208,13 @@ def _result(config: Config, kind: str, file: str) -> str:
     if not (Path(folder) / file).exists():
         raise ConfigError(f"holds no trained {kind} yet", where=folder, fix="train it first")
     return folder
+
+
+def binding(config: Config) -> Callable[[Any, Any, Any], Any]:
+    """How what is frozen and what is trained go together: see ``Job.bind``."""
+    if config.lora is None:
+        return _Cast(config.compute_dtype)
+    return attach_fa if config.train.lorafa else attach
 
 
 def attach(frozen: Any, adapter: lora.Adapter, key: Any) -> Any:
@@ -286,10 +260,10 @@ def _load(
         num_labels=config.model.num_labels,
         seed=config.train.seed,
     )
-    return _settled(config, model, tokenizer), params
+    return settled(config, model, tokenizer), params
 
 
-def _settled(config: Config, model: Model, tokenizer: Any) -> Model:
+def settled(config: Config, model: Model, tokenizer: Any) -> Model:
     """The model with its classes' names, and computing as the settings say."""
     if config.classifies:
         names = config.model.id2label or ()

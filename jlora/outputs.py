@@ -29,7 +29,8 @@ FREE_TO_CHANGE = {
     "model": ("attention",),
     "train": (
         "output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume",
-        "compilation_cache", "per_device_train_batch_size", "per_device_eval_batch_size",
+        "compilation_cache", "check_memory",
+        "per_device_train_batch_size", "per_device_eval_batch_size",
         "gradient_accumulation_steps", "gradient_checkpointing", "early_stopping_patience",
         "early_stopping_threshold", "num_train_epochs", "max_steps",
     ),

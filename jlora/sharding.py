@@ -255,9 +255,21 @@ def adapter_shardings(adapter: Any, mesh: Mesh) -> Any:
     return shardings(adapter, mesh)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """For arrays (accumulation, B, …): rows split over ``data`` and ``fsdp``."""
-    return NamedSharding(mesh, PartitionSpec(None, BATCH))
+def described(tree: Any, mesh: Mesh) -> Any:
+    """The shapes of a tree's arrays, or of its types, each with the place that it belongs to."""
+    return jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        tree,
+        shardings(tree, mesh),
+    )
+
+
+def batch_sharding(mesh: Mesh, several: bool = False) -> NamedSharding:
+    """For arrays (accumulation, B, …): rows split over ``data`` and ``fsdp``.
+
+    With ``several`` they have a leading axis, of adapters.
+    """
+    return NamedSharding(mesh, PartitionSpec(*[None] * several, None, BATCH))
 
 
 def place(tree: Any, shardings: Any) -> Any:

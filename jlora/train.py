@@ -21,6 +21,7 @@ from jlora.batches import (
     check_same,
     eval_batches,
     parts,
+    plan_of,
     prepare,
 )
 from jlora.classes import with_classes
@@ -30,7 +31,9 @@ from jlora.data.classification import listed
 from jlora.header import show_header
 from jlora.job import Job, open_job, open_tokenizer
 from jlora.metrics import MetricsLog
-from jlora.optim import check_optimizer, make_optimizer, schedule
+from jlora.optim import check_optimizer, schedule
+from jlora.plan.check import compile_checked
+from jlora.program import Program
 from jlora.progress import (
     Meter,
     Plan,
@@ -40,8 +43,8 @@ from jlora.progress import (
     check_learning,
     together,
 )
-from jlora.state import TrainState, init_state
-from jlora.step import make_eval_step, make_train_step
+from jlora.state import TrainState
+from jlora.step import make_eval_step
 
 main = functools.partial(cli.main, "train")
 
@@ -77,8 +80,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
             if prepared:
                 check_fit(job, prepared)
                 check_same(prepared, what)
-        own = parts(rows, job.adapters)
-        plan = Plan.of(config, job.mesh, lambda n: max(p.order(n, 0).steps_per_epoch for p in own))
+        plan = plan_of(config, job.mesh, rows)
         show_header(console, job, plan, rows, held_out)
         with jax.set_mesh(job.mesh):
             train(job, plan, rows, held_out, console, log, signals)
@@ -95,18 +97,10 @@ def train(
 ) -> None:
     """The run from its first step, or its last checkpoint, to what it leaves behind."""
     settings, out = job.config.train, Path(job.config.train.output_dir)
-    optimizer = make_optimizer(settings, plan.total_steps, job.trainable)
     learning_rate = schedule(settings, plan.total_steps)
-    state, shardings = _first_state(job, plan, optimizer)
-    train_step = make_train_step(
-        job.model,
-        job.bind,
-        optimizer,
-        seed=settings.seed,
-        state_shardings=shardings,
-        several=bool(job.adapters),
-        compiler_options=sharding.compiler_options(job.mesh),
-    )
+    program = Program.of(job, plan, rows.length)
+    train_step = compile_checked(program, rows)
+    state = program.start(job.trainable)
     eval_step = make_eval_step(job.model, job.bind, sharding.compiler_options(job.mesh))
     checkpoints = outputs.Checkpoints(out / "checkpoints", job, plan, rows.fingerprint)
     held_out_parts = parts(held_out, job.adapters) if held_out else []
@@ -206,14 +200,6 @@ def train(
         log.sync()
         checkpoints.save(state, progress)
     outputs.finish(job, plan, trained, progress.before, after, console)
-
-
-def _first_state(job: Job, plan: Plan, optimizer: Any) -> tuple[TrainState, Any]:
-    """The state before the first step, each leaf where it belongs, and those places."""
-    start = functools.partial(init_state, optimizer=optimizer, fp16=plan.fp16)
-    start = jax.vmap(start) if job.adapters else start
-    places = sharding.shardings(sharding.typed(start, job.trainable), job.mesh)
-    return jax.jit(start, out_shardings=places)(job.trainable), places
 
 
 def _first_batches(config: Config, tokenizer: Any) -> Iterator[Any]:

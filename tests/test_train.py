@@ -13,7 +13,7 @@ from safetensors.numpy import load
 from tiny_runs import Place
 
 import jlora
-from jlora import config, data, metrics, paths, train
+from jlora import config, data, metrics, paths, program
 from jlora.adapter_io import to_peft_tensors
 from jlora.job import open_job, open_tokenizer
 
@@ -111,7 +111,7 @@ def float32(tmp_path_factory, tiny_base, tiny_cache):
     """The losses of a run in float32 with gradient checkpointing."""
     place = Place(tmp_path_factory.mktemp("float32"), tiny_base, tiny_cache)
     place.settings_for_loss()
-    with mock.patch.object(train, "make_train_step", wraps=train.make_train_step) as made:
+    with mock.patch.object(program, "make_train_step", wraps=program.make_train_step) as made:
         place.run(train={"logging_steps": 1})
     assert made.call_args.args[0].gradient_checkpointing
     return place.losses()
@@ -130,7 +130,7 @@ def test_half_precision_computes_nearly_the_same_and_keeps_a_float32_adapter(
 
 def test_gradient_checkpointing_changes_nothing(place, float32):
     place.settings_for_loss()
-    with mock.patch.object(train, "make_train_step", wraps=train.make_train_step) as made:
+    with mock.patch.object(program, "make_train_step", wraps=program.make_train_step) as made:
         place.run(train={"logging_steps": 1, "gradient_checkpointing": False})
     assert not made.call_args.args[0].gradient_checkpointing
     np.testing.assert_allclose(place.losses(), float32, rtol=1e-5)

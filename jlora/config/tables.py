@@ -221,6 +221,8 @@ class TrainConfig(Section):
     """auto: go on from the last whole checkpoint; never; or a checkpoint's folder."""
     compilation_cache: bool = True
     """Keep compiled programs on disk for the next start."""
+    check_memory: bool = True
+    """Do not start what the compiled step shows to be too much for the devices' memory."""
 
     def check(self) -> Iterator[Fault]:
         """See Section."""

@@ -1,0 +1,124 @@
+"""The longest rows that fit: LoRA and QLoRA of Llamas on single devices, as the compiler says.
+
+    python benchmarks/fits.py --platform cuda [--models 1B,8B,70B] [--devices rtx4090,h100]
+    python benchmarks/fits.py --platform tpu
+
+Batch 1, r 16 on every linear layer, AdamW in float32, every layer recomputed in the backward pass;
+bfloat16, NF4 with double quantization. Each cell is a length whose step was compiled for the device
+and fits, in steps of ``STEP`` tokens up to the models' 131,072; of a GPU's memory 95 % counts
+(``XLA_PYTHON_CLIENT_MEM_FRACTION=0.95``). The peak is nearly a straight line in the length: two
+compilations place it, the next ones confirm. Results are merged into
+``benchmarks/results/fits.json``; the table goes into ``docs/plan.md``.
+"""
+
+import argparse
+import json
+import os
+from datetime import date
+from typing import Any
+
+from memory import HERE, MODELS, Row, measure
+
+DEVICES = {"cuda": ("rtx4090", "a100-80", "h100", "h200"), "tpu": ("v5e",)}
+STEP, LONGEST = 1024, 131_072
+FIRST = (2048, 8192)
+RESULTS, PAGE = HERE / "results" / "fits.json", HERE.parent / "docs" / "plan.md"
+BEGIN, END = "<!-- fits: begin -->", "<!-- fits: end -->"
+NAMES = ("1B", "8B", "70B")
+
+
+def longest(model: str, quantized: bool, device: str, limit: int) -> dict[str, Any]:
+    """The longest row whose step fits, its peak, and what was compiled on the way."""
+    import jax
+
+    seen: dict[int, int] = {}
+    row = Row(16, quantized=quantized)
+
+    def peak(length: int) -> int:
+        if length not in seen:
+            jax.clear_caches()
+            hf = {**MODELS[model], "max_position_embeddings": LONGEST}
+            got = measure(hf, row, 1, length, device)
+            seen[length] = got.get("peak", 2**62)
+            print(f"{model} {row} {device} {length}: {seen[length] / 1e9:.2f} GB", flush=True)
+        return seen[length]
+
+    low, high = 0, LONGEST + STEP  # the longest known to fit, the shortest known not to
+    guess = FIRST[0]
+    for _ in range(7):
+        if peak(guess) <= limit:
+            low = guess
+        else:
+            high = guess
+        if high - low <= STEP or (low == 0 and high <= STEP):
+            break
+        guess = _next(seen, low, high, limit)
+    return {"length": low, "peak": seen.get(low), "limit": limit, "compiled": seen}
+
+
+def _next(seen: dict[int, int], low: int, high: int, limit: int) -> int:
+    """Where the line through the two nearest peaks meets the limit, between the bounds."""
+    known = sorted(n for n in seen if seen[n] < 2**62)
+    middle = (low + high) // 2
+    if len(known) == 1 and low:
+        middle = FIRST[1]
+    elif len(known) >= 2:
+        a, b = known[-2:]
+        slope = max(1.0, (seen[b] - seen[a]) / (b - a))
+        middle = int(b + (limit - seen[b]) / slope)
+    return min(max(middle // STEP * STEP, low + STEP), high - STEP)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a line for each model and method, a column for each device."""
+    devices = [d for d in (*DEVICES["cuda"], *DEVICES["tpu"]) if d in results]
+    titles = {d: f"{d}, {results[d]['limit'] / 1e9:.1f} GB" for d in devices}
+    lines = ["| model | " + " | ".join(titles.values()) + " |", "|---" * (len(devices) + 1) + "|"]
+    for model in NAMES:
+        for method in ("LoRA", "QLoRA"):
+            cells = [_cell(results[d]["cells"].get(f"{model} {method}")) for d in devices]
+            lines.append(f"| {model} {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(got: dict[str, Any] | None) -> str:
+    if got is None:
+        return "not compiled"
+    if not got["length"]:
+        return "–"
+    more = " or more" if got["length"] == LONGEST else ""
+    return f"{got['length']:,}{more} ({got['peak'] / 1e9:.1f} GB)"
+
+
+def main() -> None:
+    """Fills the cells asked for, and writes results and table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--platform", choices=list(DEVICES), required=True)
+    parser.add_argument("--models", default=",".join(NAMES))
+    parser.add_argument("--devices")
+    parser.add_argument("--methods", default="LoRA,QLoRA")
+    asked = parser.parse_args()
+    devices = asked.devices.split(",") if asked.devices else DEVICES[asked.platform]
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.95"
+    from jlora.plan import target
+
+    target.set_environment(target.parse(devices[0]))
+    import jax
+
+    whole = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for device in devices:
+        limit = target.memory(target.parse(device), None).limit
+        own = whole.setdefault(device, {"limit": limit, "cells": {}})
+        own |= {"limit": limit, "jax": jax.__version__, "date": date.today().isoformat()}
+        for model in asked.models.split(","):
+            for method in asked.methods.split(","):
+                own["cells"][f"{model} {method}"] = longest(model, method == "QLoRA", device, limit)
+                RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
+    print(table(whole))
+    text = PAGE.read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n{table(whole)}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

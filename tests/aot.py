@@ -1,0 +1,84 @@
+"""Compiles a run's step for devices that are not here, in a process of its own; prints what it is.
+
+    python aot.py CONFIG.json TARGET
+
+``CONFIG.json`` holds a model's ``config.json`` and the run's settings. Needs JAX's plugin for the
+target, not the target. What is printed: ``plan --json``'s object, with ``large``, the types of all
+arrays of the compiled step with as many elements as ``stacked``, which is the smallest of the
+base's stacked matrices.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+}
+
+
+def compiled_for(target: str, model: dict, length: int, **sections: dict) -> dict:
+    """What the step of a run is on a target; called by the tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(model))
+        settings = {
+            "model": {"name_or_path": folder},
+            "lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
+            "data": {"train": [{"path": "unused", "format": "text"}], "max_length": length},
+            "train": {
+                "output_dir": "unused",
+                "max_steps": 1,
+                "per_device_train_batch_size": 1,
+                "gradient_accumulation_steps": 1,
+            },
+        }
+        for name, values in sections.items():
+            settings[name] = settings.get(name, {}) | values
+        file = Path(folder) / "run.json"
+        file.write_text(json.dumps(settings))
+        run = subprocess.run(
+            [sys.executable, __file__, str(file), target], capture_output=True, text=True
+        )
+    assert not run.returncode, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+def main(file: str, name: str) -> None:
+    from jlora import config
+    from jlora.plan.target import devices, parse, set_environment
+
+    aim = parse(name)
+    set_environment(aim)
+    import jax
+
+    from jlora.plan import forecast, hlo, report
+
+    kept: list[str] = []
+    work_of = hlo.work_of
+    hlo.work_of = lambda text: kept.append(text) or work_of(text)
+    settings = config.load(file, [])
+    rows = forecast.Rows(settings.data.max_length)
+    result = forecast.forecast(settings, None, rows, aim, devices(aim))
+    kernels = [x for x in jax.tree.leaves(result.job.model.shapes) if len(x.shape) == 3]
+    stacked = min(math.prod(x.shape) for x in kernels)
+    types = {
+        f"{dtype}[{dims}]"
+        for one in hlo.Module(kept[0]).instructions()
+        for dtype, dims in hlo.SHAPE.findall(one.type)
+        if dims and math.prod(map(int, dims.split(","))) >= stacked
+    } if kept else set()  # fmt: skip
+    print(json.dumps(report.for_machines(result, []) | {"large": sorted(types)}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,73 @@
+"""What the step is on an H200 that is not here, from its optimized HLO and XLA's analysis."""
+
+import functools
+import importlib.util
+import math
+import re
+
+import pytest
+from aot import LLAMA_8B, compiled_for
+
+PLUGINS = "jax_cuda13_plugin", "jax_cuda12_plugin"
+pytestmark = [
+    pytest.mark.skipif(
+        not any(map(importlib.util.find_spec, PLUGINS)),
+        reason="JAX's CUDA plugin is not installed (pip install jlora[plan-gpu])",
+    ),
+    pytest.mark.slow,
+]
+
+GiB = 2**30
+LENGTH = 2048
+MATRICES = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336)
+DOWN = 32 * 4096 * 14_336
+ADAPTER = 32 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18_432)
+ADAPTER_DOWN = 32 * 16 * 4096
+HEAD = 4096 * 128_256
+
+
+@functools.cache
+def step(target, packed, **mesh):
+    sections = {"quantization": {"load_in_4bit": True}} if packed else {}
+    return compiled_for(target, LLAMA_8B, LENGTH, mesh=mesh, **sections)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_is_cudnns(packed):
+    kernels = step("h200", packed)["work"]["kernels"]
+    assert {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"} <= set(kernels)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_flops_are_four_for_a_parameter_and_what_is_recomputed(packed):
+    again = 2 * (MATRICES - DOWN + ADAPTER - ADAPTER_DOWN) + 2 * HEAD  # the head's chunks, too
+    products = LENGTH * (4 * (MATRICES + HEAD) + 6 * ADAPTER + again)
+    attention = 16 * 32 * 4096 * LENGTH * (LENGTH + 1) / 2
+    work = step("h200", packed)["work"]
+    assert work["flops"] == pytest.approx(products + attention, rel=0.05)
+    assert work["flops_compiled"] == pytest.approx(products, rel=0.05)
+
+
+def test_no_dequantized_matrix_outlives_its_layer():
+    """What is as large as a stack of matrices, and no codes: the embedding, what layers read."""
+    large = [t for t in step("h200", True)["large"] if t.startswith(("f", "bf"))]
+    sizes = {math.prod(map(int, re.findall(r"\d+", t.partition("[")[2]))) for t in large}
+    assert sizes == {HEAD, 32 * LENGTH * 4096}
+
+
+def test_devices_of_fsdp_gather_layers_and_reduce_gradients():
+    result = step("h200x8", False, data=2, fsdp=4)
+    found = {(c["kind"], c["group"]): c["bytes"] for c in result["work"]["collectives"]}
+    assert found["all-gather", 4] > 2 * 2 * MATRICES / 4  # forward and backward, in bfloat16
+    kinds = {kind for kind, _ in found}
+    assert kinds <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
+    reduced = sum(n for (kind, _), n in found.items() if kind in ("all-reduce", "reduce-scatter"))
+    assert 4 * ADAPTER / 4 < reduced < 3 * 4 * ADAPTER
+    assert result["memory"]["peak"] < 7.2 * GiB
+
+
+def test_qlora_of_8b_takes_what_is_said():
+    memory = step("h200", True)["memory"]
+    assert memory["base"] + memory["adapter"] + memory["optimizer"] < 5.85 * GiB
+    assert memory["peak"] < 7.3 * GiB
+    assert memory["peak"] < 0.5 * step("h200", False)["memory"]["peak"]

@@ -1,0 +1,369 @@
+"""What ``plan`` says, against the run's own arrays, the compiler, arithmetic, and itself."""
+
+import functools
+import json
+import math
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import OFF, write_rows
+
+from jlora import batches, cli, config, sharding
+from jlora.described import describe_job
+from jlora.errors import ConfigError
+from jlora.header import tree_bytes
+from jlora.job import open_job, open_tokenizer
+from jlora.plan import flops, hlo, target
+from jlora.plan.forecast import Rows, forecast
+from jlora.program import Program
+
+HERE = target.Target()
+QLORA = {"quantization": {"load_in_4bit": True, "block_size": 32}}
+CASES = {
+    "LoRA": ({}, 1),
+    "QLoRA, fsdp and tensor": ({**QLORA, "mesh": {"fsdp": 2, "tensor": 2}}, 4),
+    "in full, fsdp": ({"lora": None, "mesh": {"data": 1, "fsdp": 2}}, 2),
+    "PiSSA, paged, data": (
+        {"lora": {"init_lora_weights": "pissa"}, "train": {"optim": "paged_adamw_32bit"}},
+        2,
+    ),
+    "8 bits, fp16, LoRA-FA, LoRA+": (
+        {"train": {"optim": "adamw_8bit", "fp16": True, "lorafa": True, "loraplus_lr_ratio": 4.0}},
+        1,
+    ),
+}
+
+
+@pytest.fixture
+def here():
+    """optax does not promote strictly."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def load(place, *overrides, **sections):
+    return config.load(place.write(**sections), [OFF, *overrides])
+
+
+def opened(settings, devices):
+    """The job of a run, loaded, on the first devices."""
+    mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
+    with mock.patch.object(sharding, "make_mesh", mesh):
+        return open_job(settings, open_tokenizer(settings), trained=False)
+
+
+def runs_as_planned(settings, devices):
+    """Metrics of a step that was compiled from shapes and is given a run's own arrays."""
+    tokenizer = open_tokenizer(settings)
+    rows = batches.prepare(settings, tokenizer, "train")
+    described = describe_job(settings, tokenizer, jax.devices()[:devices])
+    plan = batches.plan_of(settings, described.mesh, rows)
+    compiled = Program.of(described, plan, rows.length).compile()
+
+    job = opened(settings, devices)
+    assert jax.tree.structure(job.trainable) == jax.tree.structure(described.trainable)
+    state = Program.of(job, plan, rows.length).start(job.trainable)
+    own = [(p, p.order(plan.rows_per_step, 0)) for p in batches.parts(rows, job.adapters)]
+    if job.adapters:
+        batch = batches.batches_at(job.mesh, own, plan.accumulation)(0)
+    else:
+        batch = batches.batch_at(job.mesh, *own[0], plan.accumulation)(0)
+    for like, real in ((described.frozen, job.frozen), (described.trainable, job.trainable)):
+        for a, b in zip(jax.tree.leaves(like), jax.tree.leaves(real), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            assert a.sharding.is_equivalent_to(b.sharding, b.ndim)
+    state, _ = compiled(state, job.frozen, batch)  # raises where shapes or places differ
+    _, metrics = compiled(state, job.frozen, batch)
+    return metrics
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_planned_step_is_the_runs(place, here, case):
+    sections, devices = CASES[case]
+    metrics = runs_as_planned(load(place, **sections), devices)
+    assert np.isfinite(metrics["loss"]) and metrics["finite"]
+
+
+def test_so_it_is_of_several_adapters(place, here):
+    rows = {"path": str(place.rows), "format": "messages"}
+    train = [rows | {"adapter": "one"}, rows | {"adapter": "two"}]
+    settings = load(place, data={"train": train, "eval": []}, evaluate={"samples": 0})
+    assert runs_as_planned(settings, 2)["loss"].shape == (2,)
+
+
+LABELS = [{"text": f"a text, number {n}", "label": "odd" if n % 2 else "even"} for n in range(40)]
+
+
+def test_so_it_is_of_a_classifier(place, here):
+    from jlora.classes import with_classes
+
+    rows = write_rows(place.folder / "labels.jsonl", LABELS)
+    source = [{"path": str(rows), "format": "classification"}]
+    settings = load(
+        place,
+        data={"train": source, "eval": []},
+        lora={"task_type": "SEQ_CLS"},
+        evaluate={"samples": 0},
+    )
+    settings, _ = with_classes(settings)
+    assert np.isfinite(runs_as_planned(settings, 1)["loss"])
+
+
+def test_so_it_is_of_a_folder_that_came_packed(place, here):
+    folder = place.folder / "packed"
+    file = place.write(**{**QLORA, "quantize": {"output_dir": str(folder)}})
+    assert cli.main("quantize", [str(file)]) == 0
+    settings = load(place, model={"name_or_path": str(folder)})
+    assert np.isfinite(runs_as_planned(settings, 1)["loss"])
+
+
+def looked(settings, devices, rows=None, **more):
+    rows = rows or Rows(64)
+    return forecast(settings, None, rows, HERE, jax.devices()[:devices], **more)
+
+
+def test_memory_is_the_compilers(place, here):
+    """Parts by hand; the sum is what XLA says."""
+    result = looked(load(place, **QLORA, mesh={"data": 1, "fsdp": 2}), 2)
+    settings = result.config
+    job = opened(settings, 2)
+    program = Program.of(job, result.plan, 64)
+    stats = program.compile().memory_analysis()
+    got = result.memory
+    assert got.peak == (
+        stats.argument_size_in_bytes
+        + stats.temp_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+    )
+    first = jax.devices()[0]
+
+    def on_first(tree):
+        shards = [s for x in jax.tree.leaves(tree) for s in x.addressable_shards]
+        return sum(s.data.nbytes for s in shards if s.device == first)
+
+    state = program.start(job.trainable)
+    assert got.base == on_first(job.base) < tree_bytes(job.base)
+    assert got.adapter == on_first(job.trainable)
+    assert got.optimizer == on_first((state.opt_state, state.step))
+    assert got.batch == 4 * 4 * 2 * 2 * 64  # arrays of int32, accumulated, rows, tokens
+    assert got.temporaries == stats.temp_size_in_bytes and got.padding == 0
+    assert result.state_bytes == tree_bytes(state)
+
+
+def test_paged_moments_are_the_hosts(place, here):
+    plain = looked(load(place), 1, whole=False)
+    paged = looked(load(place, train={"optim": "paged_adamw_32bit"}), 1, whole=False)
+    moved = 2 * tree_bytes(plain.job.trainable)
+    assert plain.memory.optimizer - paged.memory.optimizer == moved
+
+
+@pytest.mark.parametrize("remat", [True, False])
+def test_flops_are_four_for_a_frozen_parameter_and_attention(place, here, remat):
+    """By hand, for a llama: 2 forward, 2 for the inputs' gradients, what is recomputed again."""
+    settings = load(
+        place, model={"attention": "reference"}, train={"gradient_checkpointing": remat}
+    )
+    result = looked(settings, 1)
+    width, inner, keys, layers, vocabulary, r, length = 32, 64, 16, 2, 336, 4, 64
+    shapes = 2 * [(width, width)] + 2 * [(width, keys)] + 2 * [(width, inner)]  # all but down_proj
+    down = inner * width
+    frozen = layers * (sum(a * b for a, b in shapes) + down)
+    adapter = layers * r * (sum(a + b for a, b in shapes) + inner + width)
+    again = 2 * (frozen - layers * down + adapter - layers * r * width) if remat else 0
+    products = 4 * frozen + 6 * adapter + 4 * width * vocabulary + again
+    attention = (12 + 4 * remat) * layers * width * length * (length + 1) / (2 * length)
+    tokens = result.tokens_per_step
+    assert tokens == 4 * length
+    assert result.work.flops_attention == pytest.approx(tokens * attention)
+    assert result.work.flops == pytest.approx(tokens * (products + attention), rel=0.05)
+    # And by the compiled step, in which attention is not causal: all pairs are computed.
+    whole = result.work.flops + result.work.flops_attention * (2 * length / (length + 1) - 1)
+    assert result.work.flops_compiled == pytest.approx(whole, rel=0.05)
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    def step(x, w):
+        def layer(x, w):
+            return jax.lax.map(lambda y: y @ w, x), None
+
+        return jax.lax.scan(layer, x, w)[0]
+
+    like = (
+        jax.ShapeDtypeStruct((3, 8, 16), np.float32),
+        jax.ShapeDtypeStruct((5, 16, 16), np.float32),
+    )
+    compiled = jax.jit(step).lower(*like).compile()
+    work = hlo.work_of(compiled.as_text())
+    assert work.flops == 5 * 3 * 2 * 8 * 16 * 16
+    least = 4 * (5 * 16 * 16 + 5 * 2 * 3 * 8 * 16)  # every matrix once, rows in and out
+    assert least <= work.bytes <= 6 * least
+
+
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [
+        ("{{0,1},{2,3}}", 2),
+        ("[2,4]<=[8]", 4),
+        ("[2,4]<=[4,2]T(1,0)", 4),
+        ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_0'}", 4),
+        ("mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}", 8),
+        ("mesh['axis_0'=8] {'axis_0':(1)2}", 2),
+        ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_2'}", 2),
+        ("{}", 8),
+    ],
+)
+def test_groups_of_devices_are_read_however_they_are_written(groups, devices):
+    text = f"""HloModule m, num_partitions=8
+
+ENTRY %main (x: f32[16]) -> f32[16] {{
+  %x = f32[16]{{0}} parameter(0)
+  ROOT %r = f32[16]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%add
+}}
+
+%add (a: f32[], b: f32[]) -> f32[] {{
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}}
+"""
+    (found,) = hlo.work_of(text).exchanges()
+    assert (found.kind, found.group, found.count, found.bytes) == ("all-reduce", devices, 1, 64)
+    assert found.sent == pytest.approx(2 * 64 * (devices - 1) / devices)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_pairs_that_are_seen(window):
+    windows = (window, None)
+    distance = np.arange(20)[:, None] - np.arange(20)
+    each = [(distance >= 0) & (distance < (w or 20)) for w in windows]
+    assert flops.seen(windows, 20) == pytest.approx(np.mean(each))
+
+
+def test_data_parallel_devices_exchange_gradients_only(place, here):
+    result = looked(load(place), 4)
+    reduced = max(result.work.collectives, key=lambda c: c.bytes)
+    assert (reduced.kind, reduced.group) == ("all-reduce", 4)
+    gradients = 2 * tree_bytes(result.job.trainable)  # of two micro-batches, each for itself
+    assert gradients <= reduced.bytes <= 1.01 * gradients + 1024
+    others = sum(c.bytes for c in result.work.collectives if c is not reduced)
+    assert others < 0.1 * gradients
+    assert reduced.sent == pytest.approx(2 * 3 / 4 * reduced.bytes)
+
+
+def test_fsdp_gathers_every_layer_when_it_is_used(place, here):
+    result = looked(load(place, mesh={"data": 1, "fsdp": 4}), 4)
+    gathered = sum(c.bytes for c in result.work.collectives if c.kind == "all-gather")
+    layers = result.job.base["model"]["layers"]
+    part = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * 4
+        for x in jax.tree.leaves(layers)
+        if len(x.shape) == 3
+    )
+    # Forward and backward, in each of two micro-batches.
+    assert 3 * part <= gathered <= 6 * part
+
+
+def plan(place, capsys, *arguments, **sections):
+    code = cli.main("plan", [str(place.write(**sections)), OFF, *arguments])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_the_command_says_what_it_found(place, here, capsys):
+    code, out, _ = plan(place, capsys, "train.max_steps=-1", "train.num_train_epochs=2")
+    assert code == 0
+    assert "8 × cpu" in out and "fits: " in out and "ESTIMATED" not in out
+    rows = batches.prepare(load(place), open_tokenizer(load(place)), "train")
+    steps = math.ceil(len(rows.packed) / (2 * 2 * 8))
+    assert f"{2 * steps} ({steps} an epoch of {rows.tokens} tokens" in out.replace(",", "")
+
+
+def test_json_holds_the_same(place, here, capsys):
+    code, out, _ = plan(place, capsys, "--json")
+    got = json.loads(out)
+    assert code == 0 and got["fits"] and got["figures"] == "compiled" and got["devices"] == 8
+    direct = looked(load(place), 8, Rows(got["batch"]["length"]))
+    assert got["memory"]["peak"] == direct.memory.peak
+    assert got["work"]["flops"] == direct.work.flops
+    assert got["batch"]["rows_per_step"] == 2 * 2 * 8 and got["steps"] == 8
+    assert got["checkpoint"] == {"bytes": direct.state_bytes, "kept": 3}
+
+
+def test_no_weight_is_read(place, here, capsys):
+    (place.folder / "bare").mkdir()
+    text = (place.base / "config.json").read_text()
+    (place.folder / "bare" / "config.json").write_text(text)
+    code, out, _ = plan(place, capsys, "--json", model={"name_or_path": str(place.folder / "bare")})
+    got = json.loads(out)
+    assert code == 0 and got["steps"] == 8 and got["steps_per_epoch"] is None
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_exits_2_with_remedies_that_hold(place, here, capsys, monkeypatch):
+    """The effect of every change is what ``plan`` says of the changed settings."""
+    sections = {"train": {"gradient_checkpointing": False, "per_device_train_batch_size": 4}}
+    _, out, _ = plan(place, capsys, "--json", **sections)
+    peak = json.loads(out)["memory"]["peak"]
+    monkeypatch.setattr(target, "main_memory", lambda: 8 * (peak - 1))
+    code, out, err = plan(place, capsys, "--json", **sections)
+    got = json.loads(out)
+    assert code == 2 and not got["fits"] and got["memory"]["peak"] == peak
+    assert "does not fit" in err and "fix: one of these" in err
+    named = [" ".join(one["settings"]) for one in got["remedies"]]
+    order = [
+        "train.gradient_checkpointing=true",
+        "train.per_device_train_batch_size=1 train.gradient_accumulation_steps=8",
+        "mesh.fsdp=-1 mesh.data=1",
+        "train.optim=paged_adamw_32bit",
+        "train.optim=adamw_8bit",
+        "quantization.load_in_4bit=true",
+    ]
+    assert named == order
+    for one in got["remedies"][1:2]:
+        _, out, _ = plan(place, capsys, "--json", *one["settings"], **sections)
+        again = json.loads(out)
+        assert again["memory"]["peak"] == one["peak"] and again["fits"] == one["fits"]
+    assert got["remedies"][0]["fits"] and got["remedies"][1]["fits"]
+    assert all(setting in err for one in named for setting in one.split())
+
+
+def test_training_refuses_what_does_not_fit_unless_told(place, monkeypatch, here):
+    place.settings_for_loss()
+    peak = looked(load(place), 1, whole=False).memory.peak
+    monkeypatch.setattr(target, "main_memory", lambda: peak - 1)
+    with pytest.raises(ConfigError, match="does not fit") as caught:
+        place.run()
+    assert caught.value.exit_code == 2
+    assert "train.check_memory=false" in caught.value.fix
+    assert "quantization.load_in_4bit=true" in caught.value.fix
+    assert not (place.output / "metrics.jsonl").exists()
+    place.run(train={"check_memory": False, "max_steps": 1, "logging_steps": 1})
+    assert len(place.losses()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("h20x8", "did you mean 'h200'"),
+        ("gpu", "one of rtx4090"),
+        ("h200x16", "one node has up to 8"),
+        ("v5e-3", "a slice has 1, 4, 8"),
+    ],
+)
+def test_unknown_targets_are_refused(place, capsys, name, said):
+    code, _, err = plan(place, capsys, "--target", name)
+    assert code == 2 and said in err and f"--target {name}" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count"),
+    [("h200", "h200", 1), ("a100-80x4", "a100-80", 4), ("a100-80", "a100-80", 1),
+     ("v5e-16", "v5e", 16), ("rtx4090x1", "rtx4090", 1)],
+)  # fmt: skip
+def test_targets_are_read(name, kind, count):
+    aim = target.parse(name)
+    assert (aim.hardware.name, aim.count) == (kind, count)
+    assert target.parse(aim.name) == aim
