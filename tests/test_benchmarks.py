@@ -1,0 +1,167 @@
+"""The benchmarks' harness, with workers that cost nothing, and the tables made from results."""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+TOYS = '''
+import os, sys
+
+def unit(log, who, factor):
+    """Says who is asked, in a file; prints where an answer would stand; its time is made up."""
+    print("a library says hello")
+    count = 0
+    def one():
+        nonlocal count
+        count += 1
+        print("and again")
+        with open(log, "a") as file:
+            file.write(f"{who} {os.getpid()}\\n")
+        return {"seconds": factor * count, "count": count}
+    return one
+
+def memory(megabytes):
+    block = b"x" * (megabytes << 20)
+    return lambda: {"size": len(block)}
+
+def broken():
+    return lambda: sys.exit(3)
+'''
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+paired, tables = load("paired"), load("tables")
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """Makes contestants of the module above."""
+    (tmp_path / "toys.py").write_text(TOYS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def make(name, function, fresh=False, **arguments):
+        return paired.Contestant(name, f"toys:{function}", arguments, fresh=fresh)
+
+    return make
+
+
+def pair(toy, log, **options):
+    """Units of 2, 4, 6 … and of 3, 6, 9 … seconds."""
+    return [toy(name, "unit", log=str(log), who=name, factor=factor, **options)
+            for name, factor in (("a", 2.0), ("b", 3.0))]  # fmt: skip
+
+
+def test_contestants_take_turns_in_processes_of_their_own(toy, tmp_path):
+    log = tmp_path / "log"
+    results = paired.measure(pair(toy, log), repeats=3)
+    names, processes = zip(*(line.split() for line in log.read_text().splitlines()), strict=True)
+    assert "".join(names) == "ab" + "ab" + "ba" + "ab"  # a warm-up, then every other one turned
+    assert len(set(zip(names, processes, strict=True))) == 2
+    assert str(os.getpid()) not in processes and len(set(processes)) == 2
+    assert results["a"]["seconds"] == [4.0, 6.0, 8.0] and results["a"]["median"] == 6.0
+    assert results["b"]["seconds"] == [6.0, 9.0, 12.0]
+    assert results["b"]["facts"] == {"count": 4}
+
+
+def test_a_fresh_contestant_is_a_new_process_each_time(toy, tmp_path):
+    log = tmp_path / "log"
+    results = paired.measure(pair(toy, log, fresh=True), repeats=2)
+    lines = log.read_text().splitlines()
+    assert [line[0] for line in lines] == list("abba") and len(set(lines)) == 4
+    assert results["b"]["seconds"] == [3.0, 3.0] and results["b"]["peak_bytes"] > 2**20
+
+
+def test_memory_is_each_process_its_own(toy):
+    contestants = [toy("small", "memory", megabytes=1), toy("large", "memory", megabytes=101)]
+    peak = {n: r["peak_bytes"] for n, r in paired.measure(contestants, repeats=1).items()}
+    assert 90 * 2**20 < peak["large"] - peak["small"] < 110 * 2**20
+
+
+def test_a_contestant_that_dies_is_named(toy):
+    with pytest.raises(RuntimeError, match="fragile ended with exit code 3"):
+        paired.measure([toy("fragile", "broken")], repeats=1)
+
+
+def test_a_busy_machine_is_refused_or_marked(monkeypatch):
+    busy = itertools.count(step=1000)  # all cores are always taken
+    monkeypatch.setattr(paired, "_busy_seconds", lambda: next(busy))
+    with pytest.raises(SystemExit) as stopped:
+        paired._wait_for_quiet(False, tries=2, seconds=0.001)
+    assert stopped.value.code == 75
+    assert paired._wait_for_quiet(True, tries=2, seconds=0.001) > 0.9
+
+
+@pytest.fixture
+def result(toy, tmp_path, monkeypatch):
+    """A comparison at two points, as it is written."""
+    monkeypatch.setattr(paired, "RESULTS", tmp_path)
+    monkeypatch.setattr(paired, "HERE", tmp_path / "benchmarks")
+    monkeypatch.setattr(sys, "argv", ["/somewhere/benchmarks/toys.py", "--repeats", "3"])
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/paired.py").symlink_to(FOLDER / "paired.py")
+    asked = argparse.Namespace(repeats=3, anyway=True)
+    points = {1: pair(toy, tmp_path / "log"), 2: pair(toy, tmp_path / "log")}
+    paired.compare("toys", "size", points, asked, unit="a nap")
+    return json.loads((tmp_path / "toys.json").read_text())
+
+
+def test_results_hold_the_conditions(result):
+    assert result["axis"] == "size" and result["unit"] == "a nap"
+    assert [point["value"] for point in result["points"]] == [1, 2]
+    where = result["conditions"]
+    assert where["command"] == "python benchmarks/toys.py --repeats 3"
+    assert where["repeats"] == 3 and where["cores"] == len(os.sched_getaffinity(0))
+    assert where["versions"]["jax"] and where["python"] and where["cpu"]
+    assert 0 <= where["used_by_others"] <= 1
+
+
+def test_a_table_shows_ratios_growth_and_conditions(result):
+    second = result["points"][1]["results"]
+    for name, factor in (("a", 3), ("b", 2)):
+        second[name]["seconds"] = [factor * s for s in second[name]["seconds"]]
+        second[name]["median"] = statistics.median(second[name]["seconds"])
+    second["b"]["seconds"][0] *= 2  # one round in which b was slow
+    for point in result["points"]:
+        point["results"]["a"]["peak_bytes"], point["results"]["b"]["peak_bytes"] = 200, 300
+    result["conditions"] |= {"used_by_others": 0.25, "gpu": "H200"}
+    head, _, *rows, blank, where = tables.paired(result).splitlines()
+    assert head == "| size | b / a | memory | growth of a | of the fastest other |"
+    assert rows == [
+        "| 1 | 1.50 (1.50–1.50) | 1.50 | 1.00 | 1.00 |",
+        "| 2 | 1.00 (1.00–2.00) | 1.50 | 3.00 | 2.00 |",
+    ]
+    assert not blank and "`python benchmarks/toys.py --repeats 3`, 3 rounds" in where
+    assert "H200" in where and "**Others used 25% of the machine.**" in where
+
+
+def test_a_table_of_the_page_is_made_anew(result, tmp_path):
+    page = "before\n<!-- table: toys -->\nold\n<!-- end -->\nafter\n"
+    new = tables.made(page, tmp_path)
+    assert "old" not in new and "| size | b / a |" in new
+    assert new.startswith("before\n<!-- table: toys -->\n")
+    assert new.endswith("<!-- end -->\nafter\n")
+    assert tables.made(new, tmp_path) == new
+
+
+def test_the_page_shows_what_was_measured():
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.made(page) == page, "run python benchmarks/tables.py"
+
+
+def test_results_name_no_folder_of_a_machine():
+    for path in tables.RESULTS.glob("*.json"):
+        assert "/tmp" not in path.read_text(encoding="utf-8"), path.name
