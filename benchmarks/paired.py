@@ -106,6 +106,7 @@ class Worker:
         if line := self._process.stdout.readline():
             return json.loads(line)
         code = self._process.wait()
+        self.kill()
         raise RuntimeError(f"{self.contestant.name} ended with exit code {code}: see its output")
 
 
