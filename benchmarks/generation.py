@@ -64,7 +64,8 @@ def main() -> None:
             paired.Contestant("transformers", "generation:transformers_unit", own),
         ]
     name = f"generation{'-nf4' if asked.packed else ''}"
-    paired.compare(name, "batch", points, asked, new=asked.new)
+    size = 2 * llama.linear_parameters(llama.shape())  # what every token reads
+    paired.compare(name, "batch", points, asked, new=asked.new, bytes_per_token=size)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "benchmarks.md"
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BUSY = 0.1
+METHODS = ("lora", "qlora", "full")
 
 
 def load(name: str, results: Path = RESULTS) -> dict[str, Any]:
@@ -102,7 +103,79 @@ def conditions(where: Mapping[str, Any]) -> str:
     )
 
 
-OWN: dict[str, Any] = {}
+def training_step(results: Path) -> str:
+    """The three methods in one table; each was a run of its own."""
+    every = [load(f"training-step-{method}", results) for method in METHODS]
+    joined = {**every[0], "points": [point for one in every for point in one["points"]]}
+    table = paired(joined).split("\n\n")[0]
+    return "\n\n".join([table, *(conditions(one["conditions"]) for one in every)])
+
+
+def commands(results: Path) -> str:
+    """Seconds from a process's start to its end, and Python's share of it."""
+    result = load("startup-commands", results)
+    rows = []
+    for point in result["points"]:
+        cells = [
+            f"{one['median']:.2f} s" if (one := point["results"].get(name)) else ""
+            for name in ("jlora", "peft")
+        ]
+        rows.append([point["value"], *cells])
+    return f"{markdown(['command', 'jlora', 'peft'], rows)}\n\n{conditions(result['conditions'])}"
+
+
+def rates(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Of ``limits.py``: case → framework → FLOPs, or bytes, a second."""
+    return {
+        point["value"]: {
+            name: sum(one["facts"].values()) / one["median"]
+            for name, one in point["results"].items()
+        }
+        for point in result["points"]
+    }
+
+
+def limits(results: Path) -> str:
+    """The machine's rates through both frameworks."""
+    result = load("limits", results)
+    units = {"copy": "GB/s"}
+    rows = [
+        [case, *(f"{rate / 1e9:.0f} {units.get(case, 'GFLOP/s')}" for rate in each.values())]
+        for case, each in rates(result).items()
+    ]
+    names = list(result["points"][0]["results"])
+    return f"{markdown(['case', *names], rows)}\n\n{conditions(result['conditions'])}"
+
+
+def floors(results: Path) -> str:
+    """The headline figures beside the least time that they can take on the machine."""
+    best = {case: max(each.values()) for case, each in rates(load("limits", results)).items()}
+    rows = []
+
+    def row(what: str, floor: float, name: str, value: Any) -> None:
+        points = load(name, results)["points"]
+        found = next(p["results"] for p in points if p["value"] == value)
+        ours, *others = [one["median"] for one in found.values()]
+        cells = [f"{1e3 * floor:.3g} ms", *(f"{s / floor:.2f}" for s in (ours, min(others)))]
+        rows.append([what, *cells])
+
+    for name in (f"training-step-{method}" for method in METHODS):
+        for what, flops in load(name, results)["flops"].items():
+            row(f"training step, {what}", flops / best["bfloat16"], name, what)
+    weights = load("nf4-dequantize", results)["weights"]
+    for what in ("quantize", "dequantize"):  # half a byte packed, two bytes unpacked
+        row(f"NF4 {what}, {weights:,} weights", 2.5 * weights / best["copy"], f"nf4-{what}", 4096)
+    new, size = (load("generation", results)[key] for key in ("new", "bytes_per_token"))
+    row(f"generation, {new} tokens", new * size / best["copy"], "generation", 1)
+    return markdown(["figure", "floor", "jlora / floor", "peer / floor"], rows)
+
+
+OWN: dict[str, Callable[[Path], str]] = {
+    "training-step": training_step,
+    "startup-commands": commands,
+    "limits": limits,
+    "floors": floors,
+}
 """Tables that are no comparison of one benchmark: name → function of the folder of results."""
 
 

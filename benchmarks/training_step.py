@@ -198,21 +198,20 @@ def main() -> None:
     asked = parser.parse_args()
     given = {name: value for name in HEADLINE if (value := getattr(asked, name)) is not None}
     if asked.sweep is None:
-        methods = (asked.method or "lora,qlora,full").split(",")
-        sizes = {**HEADLINE, **given}
-        points = {llama.METHODS[m]: contestants(m, sizes) for m in methods}
-        work = {llama.METHODS[m]: flops(m, sizes) for m in methods}
-        paired.compare("training-step", "method", points, asked, warmup=2, flops=work, grows=False)
+        for method in (asked.method or "lora,qlora,full").split(","):
+            sizes, what = {**HEADLINE, **given}, llama.METHODS[method]
+            facts = {"grows": False, "flops": {what: flops(method, sizes)}, "sizes": sizes}
+            points = {what: contestants(method, sizes)}
+            paired.compare(f"training-step-{method}", "method", points, asked, warmup=2, **facts)
         return
     for method in (asked.method or "lora").split(","):
         for axis in SWEEPS if asked.sweep == "all" else [asked.sweep]:
             every = {n: {**SMALL, **given, axis: n} for n in SWEEPS[axis]}
             points = {n: contestants(method, sizes) for n, sizes in every.items()}
-            work = {n: flops(method, sizes) for n, sizes in every.items()}
+            facts = {"flops": {n: flops(method, sizes) for n, sizes in every.items()}}
+            facts |= {"sizes": {**SMALL, **given}}
             name = f"training-step-{method}-{axis}"
-            paired.compare(
-                name, axis, points, asked, warmup=2, flops=work, sizes={**SMALL, **given}
-            )
+            paired.compare(name, axis, points, asked, warmup=2, **facts)
 
 
 if __name__ == "__main__":
