@@ -33,6 +33,8 @@ def _bytes(path: Path) -> int:
 def jlora_unit(what: str, rank: int) -> Any:
     """``checkpoint.save``, a new step each time, or ``checkpoint.restore``."""
     import jax
+    import jax.numpy as jnp
+    import numpy as np
     import optax
 
     import jlora
@@ -42,7 +44,10 @@ def jlora_unit(what: str, rank: int) -> Any:
     _, base = llama.jlora_model(llama.shape())
     config = jlora.LoraConfig(r=rank, target_modules="all-linear")
     adapter = jlora.init_adapter(jax.random.key(1), base, config)
-    tree = {"state": init_state(adapter, optax.adamw(1e-4))}
+    state = init_state(adapter, optax.adamw(1e-4))
+    draw = np.random.default_rng(0).standard_normal  # zeros would be compressed
+    state = jax.tree.map(lambda x: jnp.asarray(draw(x.shape)).astype(x.dtype), state)
+    tree = {"state": state}
     folder = Path(tempfile.mkdtemp())
     step = 0
 

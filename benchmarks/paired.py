@@ -24,6 +24,7 @@ import os
 import platform
 import re
 import resource
+import select
 import shlex
 import statistics
 import subprocess
@@ -41,6 +42,10 @@ PACKAGES = ("jax", "flax", "torch", "transformers", "peft", "bitsandbytes", "trl
 SETTINGS = ("JAX_PLATFORMS", "XLA_FLAGS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_AFFINITY")
 QUIET = 0.1
 """The share of the machine that others may use before a run is refused, or marked."""
+
+
+TICK = 0.1
+"""Seconds between two looks at the clock while a worker is at work."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +80,12 @@ class Worker:
         )
         self._hear()  # it is ready
 
-    def unit(self) -> dict[str, Any]:
-        """Asks for one unit; ``seconds``, and the unit's facts."""
-        return self._ask("unit")
+    def unit(self) -> dict[str, Any] | None:
+        """Asks for one unit; ``seconds``, and the unit's facts. None if it did not count: this
+        process was suspended meanwhile, and so, it is to be feared, was the other.
+        """
+        answer = self._ask("unit")
+        return None if self._suspended else answer
 
     def end(self) -> dict[str, Any]:
         """Ends the process; ``peak_bytes`` of its resident memory."""
@@ -103,6 +111,11 @@ class Worker:
 
     def _hear(self) -> dict[str, Any]:
         assert self._process.stdout is not None
+        self._suspended, before, ready = False, time.monotonic(), []
+        while not ready:
+            ready, _, _ = select.select([self._process.stdout], [], [], TICK)
+            before, gap = time.monotonic(), time.monotonic() - before
+            self._suspended |= gap > 10 * TICK
         if line := self._process.stdout.readline():
             return json.loads(line)
         code = self._process.wait()
@@ -144,13 +157,15 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Lets the contestants take turns; every second round goes backwards.
 
+    A unit during which this process was suspended is done once more.
+
     Returns, for each name: ``seconds`` of every unit in the rounds' order, their ``median``,
     ``peak_bytes`` of its process, and the ``facts`` of the last unit.
     """
     results: dict[str, dict[str, Any]] = {c.name: {"seconds": []} for c in contestants}
 
-    def note(contestant: Contestant, answer: dict[str, Any]) -> None:
-        result, answer = results[contestant.name], dict(answer)
+    def count(contestant: Contestant, answer: dict[str, Any]) -> None:
+        result = results[contestant.name]
         result["seconds"].append(seconds := answer.pop("seconds"))
         result["facts"] = answer
         say(f"  {contestant.name}: {seconds:.4g} s {answer or ''}")
@@ -159,24 +174,33 @@ def measure(
         result = results[contestant.name]
         result["peak_bytes"] = max(last["peak_bytes"], result.get("peak_bytes", 0))
 
+    def unit(contestant: Contestant) -> dict[str, Any]:
+        """Of the contestant's worker, or of a new one; again if it did not count."""
+        while True:
+            worker = workers.get(contestant.name) or start(contestant)
+            answer = worker.unit()
+            if contestant.fresh:
+                ended(contestant, worker.end())
+            if answer is not None:
+                return None if self._suspended else answer
+            say(f"  {contestant.name}: suspended, once more")
+
+    def start(contestant: Contestant) -> Worker:
+        worker = Worker(contestant)
+        stack.callback(worker.kill)
+        return worker
+
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for contestant in contestants:
             if not contestant.fresh:
                 say(f"  {contestant.name}: starting")
-                worker = workers[contestant.name] = Worker(contestant)
-                stack.callback(worker.kill)
+                worker = workers[contestant.name] = start(contestant)
                 for _ in range(warmup):
                     worker.unit()
         for number in range(repeats):
             for contestant in contestants[:: -1 if number % 2 else 1]:
-                if contestant.fresh:
-                    worker = Worker(contestant)
-                    stack.callback(worker.kill)
-                    note(contestant, worker.unit())
-                    ended(contestant, worker.end())
-                else:
-                    note(contestant, workers[contestant.name].unit())
+                count(contestant, unit(contestant))
         for contestant in contestants:
             if not contestant.fresh:
                 ended(contestant, workers[contestant.name].end())

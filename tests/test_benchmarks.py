@@ -7,6 +7,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,21 @@ def test_memory_is_each_process_its_own(toy):
     contestants = [toy("small", "memory", megabytes=1), toy("large", "memory", megabytes=101)]
     peak = {n: r["peak_bytes"] for n, r in paired.measure(contestants, repeats=1).items()}
     assert 90 * 2**20 < peak["large"] - peak["small"] < 110 * 2**20
+
+
+def test_a_unit_in_which_the_harness_was_suspended_is_done_again(toy, tmp_path, monkeypatch):
+    log, real, suspended = tmp_path / "log", paired.select.select, []
+
+    def select(*arguments):
+        if log.exists() and not suspended:
+            suspended.append(time.sleep(0.5))
+        return real(*arguments)
+
+    monkeypatch.setattr(paired, "TICK", 0.02)
+    monkeypatch.setattr(paired.select, "select", select)
+    results = paired.measure(pair(toy, log), repeats=2, warmup=0)
+    assert len(log.read_text().splitlines()) == 5
+    assert all(len(result["seconds"]) == 2 for result in results.values())
 
 
 def test_a_contestant_that_dies_is_named(toy):
