@@ -182,7 +182,7 @@ def measure(
             if contestant.fresh:
                 ended(contestant, worker.end())
             if answer is not None:
-                return None if self._suspended else answer
+                return answer
             say(f"  {contestant.name}: suspended, once more")
 
     def start(contestant: Contestant) -> Worker:
