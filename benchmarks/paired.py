@@ -30,8 +30,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,13 @@ class Worker:
         """Asks for one unit; ``seconds``, and the unit's facts. None if it did not count: this
         process was suspended meanwhile, and so, it is to be feared, was the other.
         """
+        wall, busy, own = time.monotonic(), _busy_seconds(), _processor_seconds(self._process.pid)
         answer = self._ask("unit")
-        return None if self._suspended else answer
+        if self._suspended:
+            return None
+        own = _processor_seconds(self._process.pid) - own
+        others = _busy_seconds() - busy - own  # of single units within ticks of 10 ms
+        return answer | {"wall": time.monotonic() - wall, "others": others}
 
     def end(self) -> dict[str, Any]:
         """Ends the process; ``peak_bytes`` of its resident memory."""
@@ -160,12 +165,15 @@ def measure(
     A unit during which this process was suspended is done once more.
 
     Returns, for each name: ``seconds`` of every unit in the rounds' order, their ``median``,
-    ``peak_bytes`` of its process, and the ``facts`` of the last unit.
+    ``peak_bytes`` of its process, the ``facts`` of the last unit; and over all units the seconds by
+    the clock (``wall``) and the processor seconds that others used meanwhile (``others``).
     """
     results: dict[str, dict[str, Any]] = {c.name: {"seconds": []} for c in contestants}
 
     def count(contestant: Contestant, answer: dict[str, Any]) -> None:
         result = results[contestant.name]
+        for name in ("wall", "others"):
+            result[name] = result.get(name, 0.0) + answer.pop(name)
         result["seconds"].append(seconds := answer.pop("seconds"))
         result["facts"] = answer
         say(f"  {contestant.name}: {seconds:.4g} s {answer or ''}")
@@ -233,15 +241,14 @@ def compare(
     conditions = {**describe(), "repeats": asked.repeats}
     conditions["busy_before"] = _wait_for_quiet(asked.anyway)
     measured: list[dict[str, Any]] = []
-    with _others() as others:
-        for value, contestants in points.items():
-            say(f"{name}, {axis} {value}")
-            measured.append(
-                {"value": value, "results": measure(contestants, asked.repeats, warmup)}
-            )
-    conditions["used_by_others"] = others()
-    if others() > QUIET:
-        say(f"others used {others():.0%} of the machine: the results say so")
+    for value, contestants in points.items():
+        say(f"{name}, {axis} {value}")
+        measured.append({"value": value, "results": measure(contestants, asked.repeats, warmup)})
+    every = [one for point in measured for one in point["results"].values()]
+    others = sum(one["others"] for one in every) / sum(one["wall"] for one in every)
+    conditions["used_by_others"] = others = min(1.0, max(0.0, others / (os.cpu_count() or 1)))
+    if others > QUIET:
+        say(f"others used {others:.0%} of the machine: the results say so")
     result = {"axis": axis, **facts, "conditions": conditions, "points": measured}
     write(name, result)
     return result
@@ -317,27 +324,20 @@ def _busy_seconds() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def _own_seconds() -> float:
-    """Processor seconds of this process and of its children that have ended."""
-    return sum(os.times()[:4])
-
-
-@contextmanager
-def _others() -> Iterator[Callable[[], float]]:
-    """Yields a function for the share of the machine that others used within the block."""
-    start, busy, own, share = time.monotonic(), _busy_seconds(), _own_seconds(), 0.0
-    yield lambda: share
-    wall = (time.monotonic() - start) * (os.cpu_count() or 1)
-    share = max(0.0, (_busy_seconds() - busy) - (_own_seconds() - own)) / wall
+def _processor_seconds(pid: int) -> float:
+    """Processor seconds of a process and of its children that have ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def _wait_for_quiet(anyway: bool, tries: int = 10, seconds: float = 1.0) -> float:
     """The share of the machine in use now; waits for a quiet moment, and exits without one."""
     busy = 0.0
     for _ in range(tries):
-        with _others() as others:
-            time.sleep(seconds)
-        busy = others()
+        start, before = time.monotonic(), _busy_seconds()
+        time.sleep(seconds)
+        wall = (time.monotonic() - start) * (os.cpu_count() or 1)
+        busy = (_busy_seconds() - before) / wall
         if busy <= QUIET or anyway:
             return busy
     say(f"others use {busy:.0%} of the machine; --anyway measures all the same and says so")
