@@ -94,6 +94,36 @@ print(sorted(slow & set(sys.modules)))
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+PROBE = """
+import sys
+
+def run(config, options):
+    from transformers import AutoTokenizer  # imports torch where it is found
+    print(sys.modules.get("torch"))
+"""
+
+
+@pytest.mark.parametrize("start", ["cli.entry()", "cli.main('probe')"])
+def test_a_command_of_its_own_process_does_not_import_torch(tmp_path, file, start):
+    (tmp_path / "probe_command.py").write_text(PROBE)
+    code = f"""
+import sys
+from jlora import cli
+cli.COMMANDS["probe"] = cli.Command("probe_command", "look")
+sys.argv = ["jlora", *(["probe"] if "entry" in {start!r} else []), {file!r}]
+{start}
+"""
+    path = os.pathsep.join([str(tmp_path), os.path.dirname(os.path.dirname(cli.__file__))])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert done.stdout == "None\n" and "PyTorch" not in done.stderr
+
+
 def test_overview_version_and_unknown_commands(capsys):
     assert cli.dispatch(["--help"]) == 0
     text = capsys.readouterr().out
