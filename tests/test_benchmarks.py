@@ -173,6 +173,57 @@ def test_a_table_of_the_page_is_made_anew(result, tmp_path):
     assert tables.made(new, tmp_path) == new
 
 
+WHERE = {
+    "command": "python benchmarks/x.py", "repeats": 1, "date": "2026-01-01", "cpu": "C", "gpu": "",
+    "cores": 2, "python": "3.11", "versions": {}, "settings": {}, "used_by_others": 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes results of one round: value of the axis → contestant → its seconds and facts."""
+
+    def write(name, points, **more):
+        rows = [
+            {"value": value, "results": {who: {"median": s, "seconds": [s], "facts": facts}
+                                         for who, (s, facts) in each.items()}}
+            for value, each in points.items()
+        ]  # fmt: skip
+        result = {"axis": "x", "points": rows, "conditions": WHERE, "memory": False, **more}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+        return tmp_path
+
+    return write
+
+
+def test_floors_are_work_by_the_best_rate(written):
+    rate = {"jax": (2.0, {"flops": 8e9}), "torch": (4.0, {"flops": 8e9})}  # 4 and 2 GFLOP/s
+    copy = {"jax": (2.0, {"bytes": 2e9}), "torch": (1.0, {"bytes": 2e9})}  # 1 and 2 GB/s
+    written("limits", {"bfloat16": rate, "copy": copy})
+    both = {"jlora": (3.0, {}), "peft, a": (6.0, {}), "peft, b": (5.0, {})}
+    for method in tables.METHODS:
+        written(f"training-step-{method}", {method: both}, flops={method: 8e9})
+    for what in ("quantize", "dequantize"):
+        written(f"nf4-{what}", {512: both, 4096: both}, weights=800_000_000)
+    folder = written("generation", {1: both, 4: both}, new=10, bytes_per_token=1e8)
+    assert tables.floors(folder).splitlines()[2:] == [
+        *(f"| training step, {m} | 2e+03 ms | 1.50 | 2.50 |" for m in tables.METHODS),
+        "| NF4 quantize, 800,000,000 weights | 1e+03 ms | 3.00 | 5.00 |",
+        "| NF4 dequantize, 800,000,000 weights | 1e+03 ms | 3.00 | 5.00 |",
+        "| generation, 10 tokens | 500 ms | 6.00 | 10.00 |",
+    ]
+    assert "| bfloat16 | 4 GFLOP/s | 2 GFLOP/s |" in tables.limits(folder)
+    table = tables.training_step(folder)
+    assert table.count("| 2.00 (2.00–2.00) | 1.67 (1.67–1.67) |") == 3
+    assert table.count("`python benchmarks/x.py`") == 3
+
+
+def test_commands_are_in_seconds_and_need_no_peer(written):
+    points = {"import": {"jlora": (0.5, {}), "peft": (9.0, {})}, "--help": {"jlora": (0.25, {})}}
+    rows = tables.commands(written("startup-commands", points)).splitlines()[2:4]
+    assert rows == ["| import | 0.50 s | 9.00 s |", "| --help | 0.25 s |  |"]
+
+
 def test_the_page_shows_what_was_measured():
     page = tables.PAGE.read_text(encoding="utf-8")
     assert tables.made(page) == page, "run python benchmarks/tables.py"
