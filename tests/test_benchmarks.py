@@ -10,7 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
+
+from jlora.models import Model
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 TOYS = '''
@@ -171,6 +174,16 @@ def test_a_table_of_the_page_is_made_anew(result, tmp_path):
     assert new.startswith("before\n<!-- table: toys -->\n")
     assert new.endswith("<!-- end -->\nafter\n")
     assert tables.made(new, tmp_path) == new
+
+
+def test_linear_parameters_are_those_of_the_model():
+    llama = load("llama")
+    for hf in (llama.shape(), llama.shape(384, 2)):
+        width, layers = hf["hidden_size"], hf["num_hidden_layers"]
+        every = sum(leaf.size for leaf in jax.tree.leaves(Model.from_config(hf).shapes))
+        rest = width * hf["vocab_size"] + (2 * layers + 1) * width  # embeddings and norms
+        assert llama.linear_parameters(hf) + rest == every
+    assert round((llama.linear_parameters(llama.shape()) + 768 * 8192) / 1e6) == 63
 
 
 WHERE = {
