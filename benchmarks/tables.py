@@ -4,7 +4,7 @@
 
 What stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` is made from the results of that
 name, or by the function of that name in ``OWN``. ``--check`` changes nothing and fails when the
-page differs.
+page differs. Where results are missing the page says so.
 
 In a table of ``paired.compare`` a figure is a contestant's time by jlora's: the ratio of their
 medians and, in brackets, the smallest and the largest ratio within a round. Above 1 jlora is the
@@ -39,7 +39,10 @@ def made(page: str, results: Path = RESULTS) -> str:
 
     def table(found: re.Match) -> str:
         start, name, end = found.groups()
-        text = OWN[name](results) if name in OWN else paired(load(name, results))
+        try:
+            text = OWN[name](results) if name in OWN else paired(load(name, results))
+        except FileNotFoundError as missing:
+            text = f"Not measured yet: there is no `results/{Path(missing.filename).name}`."
         return f"{start}{text}\n{end}"
 
     return TABLE.sub(table, page)

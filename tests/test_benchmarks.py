@@ -237,6 +237,11 @@ def test_commands_are_in_seconds_and_need_no_peer(written):
     assert rows == ["| import | 0.50 s | 9.00 s |", "| --help | 0.25 s |  |"]
 
 
+def test_a_table_without_results_says_so(tmp_path):
+    page = "<!-- table: naps -->\n<!-- end -->"
+    assert "Not measured yet: there is no `results/naps.json`." in tables.made(page, tmp_path)
+
+
 def test_the_page_shows_what_was_measured():
     page = tables.PAGE.read_text(encoding="utf-8")
     assert tables.made(page) == page, "run python benchmarks/tables.py"
