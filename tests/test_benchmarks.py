@@ -1,7 +1,9 @@
 """The benchmarks' harness, with workers that cost nothing, and the tables made from results."""
 
 import argparse
+import importlib
 import importlib.util
+import inspect
 import itertools
 import json
 import os
@@ -240,6 +242,49 @@ def test_commands_are_in_seconds_and_need_no_peer(written):
 def test_a_table_without_results_says_so(tmp_path):
     page = "<!-- table: naps -->\n<!-- end -->"
     assert "Not measured yet: there is no `results/naps.json`." in tables.made(page, tmp_path)
+
+
+def test_every_benchmark_runs_contestants_that_exist_and_has_its_table(tmp_path, monkeypatch):
+    """The commands of ``all.py`` with nothing measured: arguments fit their functions."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    asked_for = []
+
+    def measure(contestants, repeats, warmup=1):
+        for one in contestants:
+            module, _, function = one.setup.partition(":")
+            setup = getattr(importlib.import_module(module), function)
+            inspect.signature(setup).bind(**json.loads(json.dumps(one.arguments)))
+            asked_for.append(one.setup)
+        facts = {"flops": 1e9}
+        one = {"median": 1.0, "seconds": [1.0] * repeats, "facts": facts, "peak_bytes": 1}
+        return {c.name: {**one, "wall": 1.0, "others": 0.0} for c in contestants}
+
+    class Worker:
+        def __init__(self, contestant):
+            measure([contestant], 1)
+
+        def end(self):
+            pass
+
+    monkeypatch.setattr(paired, "measure", measure)
+    monkeypatch.setattr(paired, "Worker", Worker)
+    monkeypatch.setattr(paired, "RESULTS", tmp_path / "benchmarks/results")
+    monkeypatch.setattr(paired, "HERE", tmp_path / "benchmarks")
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    monkeypatch.setattr(paired, "_wait_for_quiet", lambda anyway: 0.0)
+    commands = load("all").COMMANDS[:-1]
+    for command in commands:
+        script, *arguments = command.split()
+        monkeypatch.setattr(sys, "argv", [script, *arguments, "--anyway"])
+        load(script.removesuffix(".py")).main()
+    scripts = {command.split(".py")[0] for command in commands}
+    assert {setup.partition(":")[0] for setup in asked_for} == scripts
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert "Not measured yet" not in tables.made(page, paired.RESULTS)
+    shown = {found[2] for found in tables.TABLE.finditer(page)} | {
+        f"training-step-{method}" for method in tables.METHODS
+    }
+    assert {path.stem for path in paired.RESULTS.glob("*.json")} <= shown
 
 
 def test_the_page_shows_what_was_measured():
