@@ -1,94 +1,99 @@
-"""Speed and size of NF4 beside bitsandbytes on the same machine, in the same run, as JSON.
+"""NF4 with double quantization beside bitsandbytes: packing and unpacking a square matrix.
 
-    python benchmarks/nf4.py [--size 4096] [--dtype bfloat16] [--repeats 7]
+    python benchmarks/nf4.py [--sizes 512,2048,4096] [--dtype bfloat16]
 
-Times are the fastest of the repeats, taken in turn so that a busy moment hits both. Needs the extra
-``parity``; bitsandbytes runs on the CPU, so run jax there too (``JAX_PLATFORMS=cpu``).
+A unit packs, or unpacks, 16 million weights: one matrix or several calls on a smaller one. Bits a
+parameter and the error relative to the matrix's norm are in the results; the bytes are the same on
+both sides (``tests/test_parity_nf4.py``). Needs the extra ``parity``.
 """
 
-import argparse
-import json
-import os
-import platform
-import time
+from __future__ import annotations
 
-import bitsandbytes
-import bitsandbytes.functional as bnb
-import jax
-import jax.numpy as jnp
-import numpy as np
-import torch
+from typing import Any
 
-from jlora import nf4
+import llama
+import paired
+
+WEIGHTS = 2**24
 
 
-def fastest(functions: dict, repeats: int) -> dict[str, float]:
-    """Milliseconds of each function, the first call (which compiles) left out."""
-    best = dict.fromkeys(functions, float("inf"))
-    for function in functions.values():
-        function()
-    for name in list(functions) * repeats:
-        start = time.perf_counter()
-        functions[name]()
-        best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
-    return {name: round(value, 2) for name, value in best.items()}
+def _values(size: int) -> Any:
+    import numpy as np
+
+    return np.random.default_rng(0).standard_normal((size, size), np.float32)
 
 
-def measure(size: int, dtype: str, repeats: int) -> dict:
-    """Rows for quantizing and dequantizing one square matrix."""
-    values = np.random.default_rng(0).standard_normal((size, size), np.float32)
-    ours, theirs = (
-        jnp.asarray(values).astype(dtype),
-        torch.from_numpy(values).to(getattr(torch, dtype)),
-    )
-    result: dict = {}
-    for double in (False, True):
-        q = nf4.quantize(ours, double_quant=double)
-        state = bnb.quantize_4bit(theirs, quant_type="nf4", compress_statistics=double)
-        calls = {
-            "quantize": {
-                "jlora": lambda d=double: jax.block_until_ready(nf4.quantize(ours, double_quant=d)),
-                "bitsandbytes": lambda d=double: bnb.quantize_4bit(
-                    theirs, quant_type="nf4", compress_statistics=d
-                ),
-            },
-            "dequantize": {
-                "jlora": lambda q=q: jax.block_until_ready(nf4.dequantize(q)),
-                "bitsandbytes": lambda s=state: bnb.dequantize_4bit(*s),
-            },
-        }
-        got = np.asarray(q.dequantize()).astype(np.float64)
-        row = {
-            "bits_per_parameter": round(8 * q.nbytes / q.size, 4),
-            "relative_error": round(
-                float(np.linalg.norm(got - values) / np.linalg.norm(values)), 5
-            ),
-        }
-        for name, pair in calls.items():
-            times = fastest(pair, repeats)
-            ratio = round(times["bitsandbytes"] / times["jlora"], 2)
-            row[name] = {f"{who}_ms": ms for who, ms in times.items()} | {"speedup": ratio}
-        result["double_quant" if double else "single"] = row
-    return result
+def _facts(values: Any, got: Any, nbytes: int) -> dict[str, float]:
+    import numpy as np
+
+    error = np.linalg.norm(got - values) / np.linalg.norm(values)
+    return {"bits_per_parameter": 8 * nbytes / values.size, "relative_error": float(error)}
+
+
+def jlora_unit(what: str, size: int, dtype: str) -> Any:
+    """``nf4.quantize`` or ``nf4.dequantize``."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jlora import nf4
+
+    values = _values(size)
+    w = jnp.asarray(values).astype(dtype)
+    q = nf4.quantize(w, double_quant=True)
+    facts = _facts(values, np.asarray(nf4.dequantize(q)).astype(np.float32), q.nbytes)
+
+    def unit() -> dict[str, float]:
+        for _ in range(WEIGHTS // size**2):
+            jax.block_until_ready(
+                nf4.quantize(w, double_quant=True) if what == "quantize" else nf4.dequantize(q)
+            )
+        return facts
+
+    return unit
+
+
+def bitsandbytes_unit(what: str, size: int, dtype: str) -> Any:
+    """``quantize_4bit`` or ``dequantize_4bit``."""
+    torch = llama.torch_threads()
+    import bitsandbytes.functional as bnb
+
+    values = _values(size)
+    w = torch.from_numpy(values).to(getattr(torch, dtype)).to(llama.torch_device())
+
+    def quantize() -> tuple[Any, Any]:
+        return bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
+
+    packed, state = quantize()
+    nbytes = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    facts = _facts(values, bnb.dequantize_4bit(packed, state).float().cpu().numpy(), nbytes)
+
+    def unit() -> dict[str, float]:
+        for _ in range(WEIGHTS // size**2):
+            quantize() if what == "quantize" else bnb.dequantize_4bit(packed, state)
+        if w.is_cuda:
+            torch.cuda.synchronize()
+        return facts
+
+    return unit
 
 
 def main() -> None:
-    """Prints one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=4096)
+    """Measures both ways over the sizes."""
+    parser = paired.arguments(__doc__, repeats=7)
+    parser.add_argument("--sizes", default="512,2048,4096")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--repeats", type=int, default=7)
-    options = parser.parse_args()
-    machine = {
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "torch": torch.__version__,
-        "bitsandbytes": bitsandbytes.__version__,
-    }
-    results = measure(options.size, options.dtype, options.repeats)
-    print(json.dumps({"machine": machine, "options": vars(options), **results}, indent=2))
+    asked = parser.parse_args()
+    for what in ("quantize", "dequantize"):
+        points = {}
+        for size in map(int, asked.sizes.split(",")):
+            own = {"what": what, "size": size, "dtype": asked.dtype}
+            points[size] = [
+                paired.Contestant("jlora", "nf4:jlora_unit", own),
+                paired.Contestant("bitsandbytes", "nf4:bitsandbytes_unit", own),
+            ]
+        grows = {"grows": False, "weights": WEIGHTS}  # the work of a unit is the same everywhere
+        paired.compare(f"nf4-{what}", "size", points, asked, **grows)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ COMMANDS = {
 
 def entry() -> NoReturn:
     """The console script ``jlora``."""
+    runtime.without_torch()
     sys.exit(dispatch(sys.argv[1:]))
 
 
@@ -80,7 +81,12 @@ def dispatch(argv: Sequence[str]) -> int:
 
 
 def main(command: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Runs a command with its arguments (``sys.argv`` when None) and returns the exit code."""
+    """Runs a command with its arguments and returns the exit code.
+
+    None means ``sys.argv``, in a process that is this command's own, see ``runtime.without_torch``.
+    """
+    if argv is None:
+        runtime.without_torch()
     options = _parse(command, argv, prog or f"python -m {COMMANDS[command].module}")
     return guard(lambda: _run(COMMANDS[command], options), debug=options.debug)
 

@@ -205,6 +205,16 @@ def leave(code: int, *, together: bool) -> NoReturn:
     sys.exit(code)
 
 
+def without_torch() -> None:
+    """Keeps torch out of this process, which is to be a command's own.
+
+    Where torch is installed transformers imports it, which takes five seconds, for models that are
+    not used here; where it is not, transformers says so on every start.
+    """
+    sys.modules.setdefault("torch", None)  # pyright: ignore (None: an import of it fails)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
 def compilation_cache(environ: Mapping[str, str] = os.environ) -> Path | None:
     """Keeps compiled programs in the user's cache folder, so that the next start is quick.
 

@@ -1,5 +1,7 @@
 import errno
+import os
 import signal
+import subprocess
 import sys
 import types
 
@@ -70,6 +72,56 @@ def test_a_wrong_setting_exits_2_before_the_command_is_imported(monkeypatch, cap
         "error: override 'lora.rr=1': lora.rr: unknown key\n  fix: did you mean 'r'?\n"
     )
     assert not captured.out
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["train", "--help"], ["trian"]])
+def test_help_imports_nothing_that_is_slow(argv):
+    """It is there in a quarter of a second, of which Python is a tenth: jax takes one or two."""
+    code = f"""
+import sys
+from jlora import cli
+try:
+    cli.dispatch({argv})
+except SystemExit:
+    pass
+slow = {{"jax", "flax", "optax", "transformers", "datasets", "torch", "orbax", "numpy", "rich"}}
+print(sorted(slow & set(sys.modules)))
+"""
+    env = os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(cli.__file__))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+PROBE = """
+import sys
+
+def run(config, options):
+    from transformers import AutoTokenizer  # imports torch where it is found
+    print(sys.modules.get("torch"))
+"""
+
+
+@pytest.mark.parametrize("start", ["cli.entry()", "cli.main('probe')"])
+def test_a_command_of_its_own_process_does_not_import_torch(tmp_path, file, start):
+    (tmp_path / "probe_command.py").write_text(PROBE)
+    code = f"""
+import sys
+from jlora import cli
+cli.COMMANDS["probe"] = cli.Command("probe_command", "look")
+sys.argv = ["jlora", *(["probe"] if "entry" in {start!r} else []), {file!r}]
+{start}
+"""
+    path = os.pathsep.join([str(tmp_path), os.path.dirname(os.path.dirname(cli.__file__))])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert done.stdout == "None\n" and "PyTorch" not in done.stderr
 
 
 def test_overview_version_and_unknown_commands(capsys):

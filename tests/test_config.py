@@ -521,18 +521,17 @@ def test_foreign_settings_that_change_nothing_pass(write):
 
 
 SILENT = """
-import sys, time
+import sys
 from jlora import cli
 code = cli.main("train", sys.argv[1:])
-heavy = {"jax", "flax", "optax", "transformers", "datasets", "torch", "orbax"} & set(sys.modules)
-print(sorted(heavy), file=sys.stderr)
+slow = {"jax", "flax", "optax", "transformers", "datasets", "torch", "orbax", "numpy", "rich"}
+print(sorted(slow & set(sys.modules)), file=sys.stderr)
 sys.exit(code)
 """
 
 
-def test_a_fault_exits_2_in_under_two_seconds_without_jax(write):
+def test_a_fault_exits_2_without_what_is_slow_to_import(write):
     path = write(MINIMAL.replace("output_dir", "outputdir"))
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", SILENT, str(path)],
         capture_output=True,
@@ -540,8 +539,7 @@ def test_a_fault_exits_2_in_under_two_seconds_without_jax(write):
         check=False,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    seconds = time.monotonic() - start
     assert done.returncode == 2
     assert f"{path}:6: train.outputdir: unknown key" in done.stderr
     assert "did you mean 'output_dir'?" in done.stderr
-    assert done.stderr.splitlines()[-1] == "[]" and seconds < 2
+    assert done.stderr.splitlines()[-1] == "[]"

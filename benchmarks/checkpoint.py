@@ -1,0 +1,138 @@
+"""What a checkpoint costs beside ``torch.save`` of the same values, and beside a training step.
+
+    python benchmarks/checkpoint.py [--ranks 4,16,64]
+
+Saved and restored are adapter and moments of the 63-million-parameter Llama in float32, LoRA on
+every linear layer. jlora's checkpoint is orbax's under a manifest with a digest of every leaf and
+file, which restoring compares; all of it is on the disk when it returns. ``torch.save`` writes one
+file, and has no digests; "synced" adds the fsync. The step is that of ``training_step.py``, 8 × 256
+tokens; how many bytes lie on the disk is in the results. Needs the extra ``parity``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import llama
+import paired
+import training_step
+
+RUN = {"identity": {}, "base_fingerprint": "none"}
+
+
+def _bytes(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def jlora_unit(what: str, rank: int) -> Any:
+    """``checkpoint.save``, a new step each time, or ``checkpoint.restore``."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+
+    import jlora
+    from jlora import checkpoint
+    from jlora.state import init_state
+
+    _, base = llama.jlora_model(llama.shape())
+    config = jlora.LoraConfig(r=rank, target_modules="all-linear")
+    adapter = jlora.init_adapter(jax.random.key(1), base, config)
+    state = init_state(adapter, optax.adamw(1e-4))
+    draw = np.random.default_rng(0).standard_normal  # zeros would be compressed
+    state = jax.tree.map(lambda x: jnp.asarray(draw(x.shape)).astype(x.dtype), state)
+    tree = {"state": state}
+    folder = Path(tempfile.mkdtemp())
+    step = 0
+
+    def save() -> dict[str, float]:
+        nonlocal step
+        step += 1
+        checkpoint.save(folder, step, tree, {}, keep=1, **RUN)
+        return {"bytes": _bytes(folder / str(step))}
+
+    def restore() -> dict[str, float]:
+        jax.block_until_ready(checkpoint.restore(folder, step, tree, **RUN)[0])
+        return {}
+
+    if what == "restore":
+        save()
+    return _with_cleanup(save if what == "save" else restore, folder)
+
+
+def torch_unit(what: str, rank: int, synced: bool) -> Any:
+    """``torch.save`` and ``torch.load`` of tensors of the same sizes in three dicts."""
+    torch = llama.torch_threads()
+    hf = llama.shape()
+    model = llama.transformers_model({**hf, "num_hidden_layers": 1})
+    layer = [m for m in model.model.layers[0].modules() if isinstance(m, torch.nn.Linear)]
+    tree = {
+        kind: {
+            f"{index}.{number}.{ab}": torch.randn(size, rank)
+            for index in range(hf["num_hidden_layers"])
+            for number, linear in enumerate(layer)
+            for ab, size in (("A", linear.in_features), ("B", linear.out_features))
+        }
+        for kind in ("adapter", "mu", "nu")
+    }
+    folder = Path(tempfile.mkdtemp())
+    path = folder / "checkpoint.pt"
+
+    def save() -> dict[str, float]:
+        with path.open("wb") as file:
+            torch.save(tree, file)
+            if synced:
+                file.flush()
+                os.fsync(file.fileno())
+        return {"bytes": _bytes(path)}
+
+    def restore() -> dict[str, float]:
+        torch.load(path)
+        return {}
+
+    if what == "restore":
+        save()
+    return _with_cleanup(save if what == "save" else restore, folder)
+
+
+def _with_cleanup(unit: Any, folder: Path) -> Any:
+    """The unit; its folder goes when the process ends."""
+    import atexit
+
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return unit
+
+
+def main() -> None:
+    """Measures saving and restoring over the ranks."""
+    parser = paired.arguments(__doc__)
+    parser.add_argument("--ranks", default="4,16,64")
+    asked = parser.parse_args()
+    for what in ("save", "restore"):
+        points = {}
+        for rank in map(int, asked.ranks.split(",")):
+            own = {"what": what, "rank": rank}
+            variants = {"torch": False, "torch, synced": True} if what == "save" else {"torch": 0}
+            points[rank] = [
+                paired.Contestant("jlora", "checkpoint:jlora_unit", own),
+                *(
+                    paired.Contestant(name, "checkpoint:torch_unit", {**own, "synced": synced})
+                    for name, synced in variants.items()
+                ),
+            ]
+            if what == "save":
+                sizes = {"method": "lora", **training_step.HEADLINE, "rank": rank}
+                step = paired.Contestant("a step", "training_step:jlora_step", sizes)
+                points[rank].append(step)
+        peers = list(variants)
+        paired.compare(f"checkpoint-{what}", "rank", points, asked, peers=peers, memory=False)
+
+
+if __name__ == "__main__":
+    main()

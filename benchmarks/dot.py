@@ -1,0 +1,90 @@
+"""A product with a packed weight, forward and the gradient of its input, beside Linear4bit.
+
+    python benchmarks/dot.py [--rows 1,16,256,2048] [--width 2048]
+
+``jlora.dot`` on an NF4 leaf with double quantization and bitsandbytes' layer, x in bfloat16
+[rows, width], the weight [width, width]. "jlora, dense" is ``dot`` on the weight as it was before
+it was packed: what packing costs. Needs the extra ``parity``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llama
+import paired
+
+ROWS = 2048
+"""Rows of a unit at least: fewer rows a call are more calls."""
+
+
+def jlora_unit(rows: int, width: int, packed: bool) -> Any:
+    """The jitted product and its vector-Jacobian product."""
+    import jax
+    import jax.numpy as jnp
+
+    import jlora
+    from jlora import nf4
+
+    key = jax.random.key(0)
+    w = jax.random.normal(key, (width, width), jnp.bfloat16) / width**0.5
+    w = nf4.quantize(w, double_quant=True) if packed else w
+    x = jax.random.normal(key, (rows, width), jnp.bfloat16)
+
+    @jax.jit
+    def both(x: Any, g: Any, w: Any) -> tuple[Any, Any]:
+        y, back = jax.vjp(lambda x: jlora.dot(x, w), x)
+        return y, back(g)[0]
+
+    def unit() -> None:
+        for _ in range(calls(rows)):
+            jax.block_until_ready(both(x, x, w))
+
+    return unit
+
+
+def bitsandbytes_unit(rows: int, width: int) -> Any:
+    """The layer in training, and backward through it."""
+    torch = llama.torch_threads()
+    layer = torch.nn.Sequential(torch.nn.Linear(width, width, bias=False, dtype=torch.bfloat16))
+    layer = llama.pack(layer.to(llama.torch_device())).train()
+    x = torch.randn(rows, width, dtype=torch.bfloat16, device=llama.torch_device())
+    g, x = x.clone(), x.requires_grad_()
+
+    def unit() -> None:
+        for _ in range(calls(rows)):
+            layer(x).backward(g)
+            x.grad = None
+        if x.is_cuda:
+            torch.cuda.synchronize()
+
+    return unit
+
+
+def calls(rows: int) -> int:
+    """So many that a unit takes some time, at most 32: a packed weight is unpacked in each."""
+    return min(32, max(1, ROWS // rows))
+
+
+def main() -> None:
+    """Measures over the numbers of rows."""
+    parser = paired.arguments(__doc__, repeats=7)
+    parser.add_argument("--rows", default="1,16,256,2048")
+    parser.add_argument("--width", type=int, default=2048)
+    asked = parser.parse_args()
+    points = {}
+    for rows in map(int, asked.rows.split(",")):
+        own = {"rows": rows, "width": asked.width}
+        points[rows] = [
+            paired.Contestant("jlora", "dot:jlora_unit", {**own, "packed": True}),
+            paired.Contestant("bitsandbytes", "dot:bitsandbytes_unit", own),
+            paired.Contestant("jlora, dense", "dot:jlora_unit", {**own, "packed": False}),
+        ]
+    counts = {str(rows): calls(rows) for rows in points}
+    paired.compare(
+        "dot-packed", "rows", points, asked, calls=counts, peers=["bitsandbytes"], memory=False
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Makes the tables of ``docs/benchmarks.md`` from the JSON in ``benchmarks/results``.
+
+    python benchmarks/tables.py [--check]
+
+What stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` is made from the results of that
+name, or by the function of that name in ``OWN``. ``--check`` changes nothing and fails when the
+page differs. Where results are missing the page says so.
+
+In a table of ``paired.compare`` a figure is a contestant's time by jlora's: the ratio of their
+medians and, in brackets, the smallest and the largest ratio within a round. Above 1 jlora is the
+faster one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PAGE = HERE.parent / "docs" / "benchmarks.md"
+TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BUSY = 0.1
+METHODS = ("lora", "qlora", "full")
+
+
+def load(name: str, results: Path = RESULTS) -> dict[str, Any]:
+    """The results of a benchmark."""
+    return json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def made(page: str, results: Path = RESULTS) -> str:
+    """The page with its tables made anew."""
+
+    def table(found: re.Match) -> str:
+        start, name, end = found.groups()
+        try:
+            text = OWN[name](results) if name in OWN else paired(load(name, results))
+        except FileNotFoundError as missing:
+            text = f"Not measured yet: there is no `results/{Path(missing.filename).name}`."
+        return f"{start}{text}\n{end}"
+
+    return TABLE.sub(table, page)
+
+
+def paired(result: Mapping[str, Any]) -> str:
+    """The table of a result of ``paired.compare``, and the conditions of its run."""
+    points = result["points"]
+    ours, *others = points[0]["results"]
+    grows = result.get("grows", True)
+    head = [result["axis"], *(f"{name} / {ours}" for name in others)]
+    head += ["memory"] if result.get("memory", True) else []
+    head += [f"growth of {ours}", "of the fastest other"] if grows else []
+    rows = []
+    for point in points:
+        medians = {name: one["median"] for name, one in point["results"].items()}
+        peers = result.get("peers", others)
+        fastest = min(peers, key=medians.__getitem__)
+        row = [str(point["value"])]
+        row += [ratio(point["results"][name], point["results"][ours]) for name in others]
+        if result.get("memory", True):
+            memory = {name: one["peak_bytes"] for name, one in point["results"].items()}
+            row.append(f"{memory[fastest] / memory[ours]:.2f}")
+        if grows:
+            first = points[0]["results"]
+            best = min(first[name]["median"] for name in peers)
+            row.append(f"{medians[ours] / first[ours]['median']:.2f}")
+            row.append(f"{medians[fastest] / best:.2f}")
+        rows.append(row)
+    return f"{markdown(head, rows)}\n\n{conditions(result['conditions'])}"
+
+
+def ratio(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """Their median by ours, and the range of the rounds."""
+    rounds = [a / b for a, b in zip(theirs["seconds"], ours["seconds"], strict=True)]
+    middle = theirs["median"] / ours["median"]
+    return f"{short(middle)} ({short(min(rounds))}–{short(max(rounds))})"
+
+
+def short(value: float) -> str:
+    """Two decimals, or three digits of what is larger or smaller."""
+    return f"{value:.2f}" if 0.1 <= value < 100 else f"{value:.3g}"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; the lines of the page are not wrapped within it."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def conditions(where: Mapping[str, Any]) -> str:
+    """The conditions of a run in a few lines."""
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    settings = "".join(f", {name}={value}" for name, value in where["settings"].items())
+    gpu = f", {where['gpu']}" if where["gpu"] else ""
+    busy = where["used_by_others"]
+    note = f" **Others used {busy:.0%} of the machine.**" if busy > BUSY else ""
+    return (
+        f"`{where['command']}`, {where['repeats']} rounds, {where['date']}: {where['cpu']}, "
+        f"{where['cores']} cores{gpu}, Python {where['python']}, {versions}{settings}.{note}"
+    )
+
+
+def training_step(results: Path) -> str:
+    """The three methods in one table; each was a run of its own."""
+    every = [load(f"training-step-{method}", results) for method in METHODS]
+    joined = {**every[0], "points": [point for one in every for point in one["points"]]}
+    table = paired(joined).split("\n\n")[0]
+    return "\n\n".join([table, *(conditions(one["conditions"]) for one in every)])
+
+
+def commands(results: Path) -> str:
+    """Seconds from a process's start to its end, and Python's share of it."""
+    result = load("startup-commands", results)
+    rows = []
+    for point in result["points"]:
+        cells = [
+            f"{one['median']:.2f} s" if (one := point["results"].get(name)) else ""
+            for name in ("jlora", "peft")
+        ]
+        rows.append([point["value"], *cells])
+    return f"{markdown(['command', 'jlora', 'peft'], rows)}\n\n{conditions(result['conditions'])}"
+
+
+def rates(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Of ``limits.py``: case → framework → FLOPs, or bytes, a second."""
+    return {
+        point["value"]: {
+            name: sum(one["facts"].values()) / one["median"]
+            for name, one in point["results"].items()
+        }
+        for point in result["points"]
+    }
+
+
+def limits(results: Path) -> str:
+    """The machine's rates through both frameworks."""
+    result = load("limits", results)
+    units = {"copy": "GB/s"}
+    rows = [
+        [case, *(f"{rate / 1e9:.0f} {units.get(case, 'GFLOP/s')}" for rate in each.values())]
+        for case, each in rates(result).items()
+    ]
+    names = list(result["points"][0]["results"])
+    return f"{markdown(['case', *names], rows)}\n\n{conditions(result['conditions'])}"
+
+
+def floors(results: Path) -> str:
+    """The headline figures beside the least time that they can take on the machine."""
+    best = {case: max(each.values()) for case, each in rates(load("limits", results)).items()}
+    rows = []
+
+    def row(what: str, floor: float, name: str, value: Any) -> None:
+        points = load(name, results)["points"]
+        found = next(p["results"] for p in points if p["value"] == value)
+        ours, *others = [one["median"] for one in found.values()]
+        cells = [f"{1e3 * floor:.3g} ms", *(f"{s / floor:.2f}" for s in (ours, min(others)))]
+        rows.append([what, *cells])
+
+    for name in (f"training-step-{method}" for method in METHODS):
+        for what, flops in load(name, results)["flops"].items():
+            row(f"training step, {what}", flops / best["bfloat16"], name, what)
+    weights = load("nf4-dequantize", results)["weights"]
+    for what in ("quantize", "dequantize"):  # half a byte packed, two bytes unpacked
+        row(f"NF4 {what}, {weights:,} weights", 2.5 * weights / best["copy"], f"nf4-{what}", 4096)
+    new, size = (load("generation", results)[key] for key in ("new", "bytes_per_token"))
+    row(f"generation, {new} tokens", new * size / best["copy"], "generation", 1)
+    return markdown(["figure", "floor", "jlora / floor", "peer / floor"], rows)
+
+
+OWN: dict[str, Callable[[Path], str]] = {
+    "training-step": training_step,
+    "startup-commands": commands,
+    "limits": limits,
+    "floors": floors,
+}
+"""Tables that are no comparison of one benchmark: name → function of the folder of results."""
+
+
+def main() -> None:
+    """Writes the page, or compares it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail when the page differs")
+    asked = parser.parse_args()
+    page = PAGE.read_text(encoding="utf-8")
+    new = made(page)
+    if asked.check and new != page:
+        sys.exit("docs/benchmarks.md differs from its results: run python benchmarks/tables.py")
+    if new != page:
+        PAGE.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

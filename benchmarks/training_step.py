@@ -1,0 +1,218 @@
+"""The training step beside peft's: LoRA, QLoRA and full fine-tuning, and how its cost grows.
+
+    python benchmarks/training_step.py [--method lora,qlora,full]
+    python benchmarks/training_step.py --sweep length|depth|rank|batch|width|all [--method lora]
+
+Without a sweep: a Llama of 63 million parameters (width 768, 8 layers), a batch of 8 × 256 tokens,
+bfloat16, LoRA r 16 on every linear layer; QLoRA is NF4 with double quantization and every layer
+recomputed in the backward pass. A sweep's points differ in one number, from a smaller model.
+
+jlora's step is that of ``jlora train``: float32 adapter, bfloat16 computing, packed batches,
+clipping, AdamW. peft's is transformers' model in training mode with fused attention, clipping and
+fused AdamW, in two variants: under autocast, the adapter in float32 (full: all weights), as TRL
+trains; and with everything in bfloat16, optimizer included, which is less precise. Neither is
+compiled by torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import Any
+
+import llama
+import paired
+
+START = 0.4
+"""How far from ln(vocabulary) the first loss may be, in nats."""
+SWEEPS: dict[str, tuple[int, ...]] = {
+    "length": (128, 512, 1024),
+    "depth": (2, 4, 8),
+    "rank": (4, 16, 64),
+    "batch": (2, 4, 8),
+    "width": (384, 768, 1152),
+}
+HEADLINE = {"length": 256, "depth": 8, "rank": 16, "batch": 8, "width": 768}
+SMALL = {"length": 256, "depth": 4, "rank": 16, "batch": 2, "width": 768}
+
+
+def jlora_step(method: str, length: int, depth: int, rank: int, batch: int, width: int) -> Any:
+    """One step of ``jlora train``."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import jlora
+    from jlora import sharding
+    from jlora.config import MeshConfig, TrainConfig
+    from jlora.job import _Cast, attach
+    from jlora.optim import make_optimizer
+    from jlora.state import init_state
+    from jlora.step import make_train_step
+
+    mesh = sharding.make_mesh(MeshConfig())
+    jax.set_mesh(mesh).__enter__()
+    checkpointing = method == "qlora"
+    model, base = llama.jlora_model(llama.shape(width, depth), gradient_checkpointing=checkpointing)
+    if method == "full":
+        bind, frozen = _Cast("bfloat16"), ({}, None)
+        trainable = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base)
+        del base
+    else:
+        base = llama.quantize(base) if method == "qlora" else base
+        lora = jlora.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        trainable = jlora.init_adapter(jax.random.key(1), base, lora)
+        bind, frozen = attach, (sharding.place(base, sharding.shardings(base, mesh)), None)
+    settings = TrainConfig(output_dir="unused", lr_scheduler_type="constant", learning_rate=1e-4)
+    optimizer = make_optimizer(settings, 1000, trainable)
+    start = functools.partial(init_state, optimizer=optimizer)
+    places = sharding.shardings(sharding.typed(start, trainable), mesh)
+    state = jax.jit(start, out_shardings=places, donate_argnums=0)(trainable)
+    del trainable
+    step = make_train_step(model, bind, optimizer, state_shardings=places)
+
+    ids = np.random.default_rng(0).integers(0, llama.VOCAB, (1, batch, length), dtype=np.int32)
+    labels = np.concatenate([ids[..., 1:], np.full_like(ids[..., :1], -100)], axis=-1)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
+    rows = {"input_ids": ids, "labels": labels, "positions": positions}
+    rows["segment_ids"] = np.ones_like(ids)
+    target = sharding.batch_sharding(mesh)
+    rows = {name: sharding.place(array, target) for name, array in rows.items()}
+
+    def unit() -> dict[str, float]:
+        nonlocal state
+        state, metrics = step(state, frozen, rows)
+        facts = {"loss": float(metrics["loss"])}
+        jax.block_until_ready(state)
+        memory = jax.local_devices()[0].memory_stats() or {}
+        return facts | ({"device_peak_bytes": peak} if (peak := _peak(memory)) else {})
+
+    return _checked(unit)
+
+
+def _peak(memory: dict[str, int]) -> int:
+    return memory.get("peak_bytes_in_use", 0)
+
+
+def peft_step(
+    method: str, autocast: bool, length: int, depth: int, rank: int, batch: int, width: int
+) -> Any:
+    """The same step with peft, transformers and bitsandbytes."""
+    torch = llama.torch_threads()
+    dtype = "float32" if method == "full" and autocast else "bfloat16"
+    model = llama.transformers_model(llama.shape(width, depth), dtype)
+    model.config.use_cache = False
+    if method == "qlora":
+        model = llama.pack(model)
+    if method != "full":
+        import peft
+
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        model = peft.get_peft_model(model, config, autocast_adapter_dtype=autocast)
+    if method == "qlora":
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
+    device = llama.torch_device()
+    ids = torch.randint(0, llama.VOCAB, (batch, length), device=device)
+    precision = torch.autocast(device, torch.bfloat16) if autocast else contextlib.nullcontext()
+
+    def unit() -> dict[str, float]:
+        with precision:
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        facts = {"loss": loss.item()}
+        if device == "cuda":
+            torch.cuda.synchronize()
+            facts["device_peak_bytes"] = torch.cuda.max_memory_allocated()
+        return facts
+
+    return _checked(unit)
+
+
+def _checked(unit: Any) -> Any:
+    """The unit; RuntimeError unless its first loss is that of a model that knows nothing."""
+    first: float | None = None
+
+    def checked() -> dict[str, float]:
+        nonlocal first
+        facts = unit()
+        if first is None:
+            first = facts["loss"]
+            if abs(first - math.log(llama.VOCAB)) > START:
+                raise RuntimeError(f"the first loss is {first:.3f}, not ln {llama.VOCAB}")
+        return {"first_loss": first, **facts}
+
+    return checked
+
+
+def contestants(method: str, sizes: dict[str, int]) -> list[paired.Contestant]:
+    """jlora, and peft's two variants."""
+    shared = {"method": method, **sizes}
+    variants = {"peft, autocast": True, "peft, bfloat16": False}
+    return [
+        paired.Contestant("jlora", "training_step:jlora_step", shared),
+        *(
+            paired.Contestant(name, "training_step:peft_step", {**shared, "autocast": autocast})
+            for name, autocast in variants.items()
+        ),
+    ]
+
+
+def flops(method: str, sizes: dict[str, int]) -> float:
+    """Of one step: 2 a weight and token forward, 2 for the gradient of the inputs, and 2 for that
+    of the weights (full) or for computing layers again (checkpointing); the half of attention that
+    is causal, with twice as much backward as forward; the adapter's own three passes.
+    """
+    hf, tokens = llama.shape(sizes["width"], sizes["depth"]), sizes["batch"] * sizes["length"]
+    passes = 2 if method == "lora" else 3
+    attention = 2 * hf["num_hidden_layers"] * hf["hidden_size"] * sizes["length"]  # QK and PV, half
+    attention *= 4 if method == "qlora" else 3
+    total = 2.0 * passes * llama.linear_parameters(hf) + attention
+    if method == "qlora":
+        total -= 2.0 * hf["hidden_size"] * hf["vocab_size"]  # the head is not computed again
+    if method != "full":
+        width, inner = hf["hidden_size"], hf["intermediate_size"]
+        kv = width // 3
+        ends = 2 * (width + width) + 2 * (width + kv) + 3 * (width + inner)
+        adapter = hf["num_hidden_layers"] * sizes["rank"] * ends
+        total += 2.0 * (3 if method == "lora" else 4) * adapter
+    return total * tokens
+
+
+def main() -> None:
+    """Measures the headline, or a sweep."""
+    parser = paired.arguments(__doc__)
+    parser.add_argument("--method", default=None, help="lora, qlora or full, or several of them")
+    parser.add_argument("--sweep", choices=[*SWEEPS, "all"])
+    for name in HEADLINE:
+        parser.add_argument(f"--{name}", type=int, help="instead of the usual")
+    asked = parser.parse_args()
+    given = {name: value for name in HEADLINE if (value := getattr(asked, name)) is not None}
+    if asked.sweep is None:
+        for method in (asked.method or "lora,qlora,full").split(","):
+            sizes, what = {**HEADLINE, **given}, llama.METHODS[method]
+            facts = {"grows": False, "flops": {what: flops(method, sizes)}, "sizes": sizes}
+            points = {what: contestants(method, sizes)}
+            paired.compare(f"training-step-{method}", "method", points, asked, warmup=2, **facts)
+        return
+    for method in (asked.method or "lora").split(","):
+        for axis in SWEEPS if asked.sweep == "all" else [asked.sweep]:
+            every = {n: {**SMALL, **given, axis: n} for n in SWEEPS[axis]}
+            points = {n: contestants(method, sizes) for n, sizes in every.items()}
+            facts = {"flops": {n: flops(method, sizes) for n, sizes in every.items()}}
+            facts |= {"sizes": {**SMALL, **given}}
+            name = f"training-step-{method}-{axis}"
+            paired.compare(name, axis, points, asked, warmup=2, **facts)
+
+
+if __name__ == "__main__":
+    main()

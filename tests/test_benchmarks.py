@@ -1,0 +1,297 @@
+"""The benchmarks' harness, with workers that cost nothing, and the tables made from results."""
+
+import argparse
+import importlib
+import importlib.util
+import inspect
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from jlora.models import Model
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+TOYS = '''
+import os, sys
+
+def unit(log, who, factor):
+    """Says who is asked, in a file; prints where an answer would stand; its time is made up."""
+    print("a library says hello")
+    count = 0
+    def one():
+        nonlocal count
+        count += 1
+        print("and again")
+        with open(log, "a") as file:
+            file.write(f"{who} {os.getpid()}\\n")
+        return {"seconds": factor * count, "count": count}
+    return one
+
+def memory(megabytes):
+    block = b"x" * (megabytes << 20)
+    return lambda: {"size": len(block)}
+
+def broken():
+    return lambda: sys.exit(3)
+'''
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+paired, tables = load("paired"), load("tables")
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """Makes contestants of the module above."""
+    (tmp_path / "toys.py").write_text(TOYS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def make(name, function, fresh=False, **arguments):
+        return paired.Contestant(name, f"toys:{function}", arguments, fresh=fresh)
+
+    return make
+
+
+def pair(toy, log, **options):
+    """Units of 2, 4, 6 … and of 3, 6, 9 … seconds."""
+    return [toy(name, "unit", log=str(log), who=name, factor=factor, **options)
+            for name, factor in (("a", 2.0), ("b", 3.0))]  # fmt: skip
+
+
+def test_contestants_take_turns_in_processes_of_their_own(toy, tmp_path):
+    log = tmp_path / "log"
+    results = paired.measure(pair(toy, log), repeats=3)
+    names, processes = zip(*(line.split() for line in log.read_text().splitlines()), strict=True)
+    assert "".join(names) == "ab" + "ab" + "ba" + "ab"  # a warm-up, then every other one turned
+    assert len(set(zip(names, processes, strict=True))) == 2
+    assert str(os.getpid()) not in processes and len(set(processes)) == 2
+    assert results["a"]["seconds"] == [4.0, 6.0, 8.0] and results["a"]["median"] == 6.0
+    assert results["b"]["seconds"] == [6.0, 9.0, 12.0]
+    assert results["b"]["facts"] == {"count": 4}
+
+
+def test_a_fresh_contestant_is_a_new_process_each_time(toy, tmp_path):
+    log = tmp_path / "log"
+    results = paired.measure(pair(toy, log, fresh=True), repeats=2)
+    lines = log.read_text().splitlines()
+    assert [line[0] for line in lines] == list("abba") and len(set(lines)) == 4
+    assert results["b"]["seconds"] == [3.0, 3.0] and results["b"]["peak_bytes"] > 2**20
+
+
+def test_memory_is_each_process_its_own(toy):
+    contestants = [toy("small", "memory", megabytes=1), toy("large", "memory", megabytes=101)]
+    peak = {n: r["peak_bytes"] for n, r in paired.measure(contestants, repeats=1).items()}
+    assert 90 * 2**20 < peak["large"] - peak["small"] < 110 * 2**20
+
+
+def test_a_unit_in_which_the_harness_was_suspended_is_done_again(toy, tmp_path, monkeypatch):
+    log, real, suspended = tmp_path / "log", paired.select.select, []
+
+    def select(*arguments):
+        if log.exists() and not suspended:
+            suspended.append(time.sleep(0.5))
+        return real(*arguments)
+
+    monkeypatch.setattr(paired, "TICK", 0.02)
+    monkeypatch.setattr(paired.select, "select", select)
+    results = paired.measure(pair(toy, log), repeats=2, warmup=0)
+    assert len(log.read_text().splitlines()) == 5
+    assert all(len(result["seconds"]) == 2 for result in results.values())
+
+
+def test_a_contestant_that_dies_is_named(toy):
+    with pytest.raises(RuntimeError, match="fragile ended with exit code 3"):
+        paired.measure([toy("fragile", "broken")], repeats=1)
+
+
+def test_a_busy_machine_is_refused_or_marked(monkeypatch):
+    busy = itertools.count(step=1000)  # all cores are always taken
+    monkeypatch.setattr(paired, "_busy_seconds", lambda: next(busy))
+    with pytest.raises(SystemExit) as stopped:
+        paired._wait_for_quiet(False, tries=2, seconds=0.001)
+    assert stopped.value.code == 75
+    assert paired._wait_for_quiet(True, tries=2, seconds=0.001) > 0.9
+
+
+@pytest.fixture
+def result(toy, tmp_path, monkeypatch):
+    """A comparison at two points, as it is written."""
+    monkeypatch.setattr(paired, "RESULTS", tmp_path)
+    monkeypatch.setattr(paired, "HERE", tmp_path / "benchmarks")
+    monkeypatch.setattr(sys, "argv", ["/somewhere/benchmarks/toys.py", "--repeats", "3"])
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/paired.py").symlink_to(FOLDER / "paired.py")
+    asked = argparse.Namespace(repeats=3, anyway=True)
+    points = {1: pair(toy, tmp_path / "log"), 2: pair(toy, tmp_path / "log")}
+    paired.compare("toys", "size", points, asked, unit="a nap")
+    return json.loads((tmp_path / "toys.json").read_text())
+
+
+def test_results_hold_the_conditions(result):
+    assert result["axis"] == "size" and result["unit"] == "a nap"
+    assert [point["value"] for point in result["points"]] == [1, 2]
+    where = result["conditions"]
+    assert where["command"] == "python benchmarks/toys.py --repeats 3"
+    assert where["repeats"] == 3 and where["cores"] == len(os.sched_getaffinity(0))
+    assert where["versions"]["jax"] and where["python"] and where["cpu"]
+    assert 0 <= where["used_by_others"] <= 1
+
+
+def test_a_table_shows_ratios_growth_and_conditions(result):
+    second = result["points"][1]["results"]
+    for name, factor in (("a", 3), ("b", 2)):
+        second[name]["seconds"] = [factor * s for s in second[name]["seconds"]]
+        second[name]["median"] = statistics.median(second[name]["seconds"])
+    second["b"]["seconds"][0] *= 2  # one round in which b was slow
+    for point in result["points"]:
+        point["results"]["a"]["peak_bytes"], point["results"]["b"]["peak_bytes"] = 200, 300
+    result["conditions"] |= {"used_by_others": 0.25, "gpu": "H200"}
+    head, _, *rows, blank, where = tables.paired(result).splitlines()
+    assert head == "| size | b / a | memory | growth of a | of the fastest other |"
+    assert rows == [
+        "| 1 | 1.50 (1.50–1.50) | 1.50 | 1.00 | 1.00 |",
+        "| 2 | 1.00 (1.00–2.00) | 1.50 | 3.00 | 2.00 |",
+    ]
+    assert not blank and "`python benchmarks/toys.py --repeats 3`, 3 rounds" in where
+    assert "H200" in where and "**Others used 25% of the machine.**" in where
+
+
+def test_a_table_of_the_page_is_made_anew(result, tmp_path):
+    page = "before\n<!-- table: toys -->\nold\n<!-- end -->\nafter\n"
+    new = tables.made(page, tmp_path)
+    assert "old" not in new and "| size | b / a |" in new
+    assert new.startswith("before\n<!-- table: toys -->\n")
+    assert new.endswith("<!-- end -->\nafter\n")
+    assert tables.made(new, tmp_path) == new
+
+
+def test_linear_parameters_are_those_of_the_model():
+    llama = load("llama")
+    for hf in (llama.shape(), llama.shape(384, 2)):
+        width, layers = hf["hidden_size"], hf["num_hidden_layers"]
+        every = sum(leaf.size for leaf in jax.tree.leaves(Model.from_config(hf).shapes))
+        rest = width * hf["vocab_size"] + (2 * layers + 1) * width  # embeddings and norms
+        assert llama.linear_parameters(hf) + rest == every
+    assert round((llama.linear_parameters(llama.shape()) + 768 * 8192) / 1e6) == 63
+
+
+WHERE = {
+    "command": "python benchmarks/x.py", "repeats": 1, "date": "2026-01-01", "cpu": "C", "gpu": "",
+    "cores": 2, "python": "3.11", "versions": {}, "settings": {}, "used_by_others": 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes results of one round: value of the axis → contestant → its seconds and facts."""
+
+    def write(name, points, **more):
+        rows = [
+            {"value": value, "results": {who: {"median": s, "seconds": [s], "facts": facts}
+                                         for who, (s, facts) in each.items()}}
+            for value, each in points.items()
+        ]  # fmt: skip
+        result = {"axis": "x", "points": rows, "conditions": WHERE, "memory": False, **more}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+        return tmp_path
+
+    return write
+
+
+def test_floors_are_work_by_the_best_rate(written):
+    rate = {"jax": (2.0, {"flops": 8e9}), "torch": (4.0, {"flops": 8e9})}  # 4 and 2 GFLOP/s
+    copy = {"jax": (2.0, {"bytes": 2e9}), "torch": (1.0, {"bytes": 2e9})}  # 1 and 2 GB/s
+    written("limits", {"bfloat16": rate, "copy": copy})
+    both = {"jlora": (3.0, {}), "peft, a": (6.0, {}), "peft, b": (5.0, {})}
+    for method in tables.METHODS:
+        written(f"training-step-{method}", {method: both}, flops={method: 8e9})
+    for what in ("quantize", "dequantize"):
+        written(f"nf4-{what}", {512: both, 4096: both}, weights=800_000_000)
+    folder = written("generation", {1: both, 4: both}, new=10, bytes_per_token=1e8)
+    assert tables.floors(folder).splitlines()[2:] == [
+        *(f"| training step, {m} | 2e+03 ms | 1.50 | 2.50 |" for m in tables.METHODS),
+        "| NF4 quantize, 800,000,000 weights | 1e+03 ms | 3.00 | 5.00 |",
+        "| NF4 dequantize, 800,000,000 weights | 1e+03 ms | 3.00 | 5.00 |",
+        "| generation, 10 tokens | 500 ms | 6.00 | 10.00 |",
+    ]
+    assert "| bfloat16 | 4 GFLOP/s | 2 GFLOP/s |" in tables.limits(folder)
+    table = tables.training_step(folder)
+    assert table.count("| 2.00 (2.00–2.00) | 1.67 (1.67–1.67) |") == 3
+    assert table.count("`python benchmarks/x.py`") == 3
+
+
+def test_commands_are_in_seconds_and_need_no_peer(written):
+    points = {"import": {"jlora": (0.5, {}), "peft": (9.0, {})}, "--help": {"jlora": (0.25, {})}}
+    rows = tables.commands(written("startup-commands", points)).splitlines()[2:4]
+    assert rows == ["| import | 0.50 s | 9.00 s |", "| --help | 0.25 s |  |"]
+
+
+def test_a_table_without_results_says_so(tmp_path):
+    page = "<!-- table: naps -->\n<!-- end -->"
+    assert "Not measured yet: there is no `results/naps.json`." in tables.made(page, tmp_path)
+
+
+def test_every_benchmark_runs_contestants_that_exist_and_has_its_table(tmp_path, monkeypatch):
+    """The commands of ``all.py`` with nothing measured: arguments fit their functions."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    asked_for = []
+
+    def measure(contestants, repeats, warmup=1):
+        for one in contestants:
+            module, _, function = one.setup.partition(":")
+            setup = getattr(importlib.import_module(module), function)
+            inspect.signature(setup).bind(**json.loads(json.dumps(one.arguments)))
+            asked_for.append(one.setup)
+        facts = {"flops": 1e9}
+        one = {"median": 1.0, "seconds": [1.0] * repeats, "facts": facts, "peak_bytes": 1}
+        return {c.name: {**one, "wall": 1.0, "others": 0.0} for c in contestants}
+
+    class Worker:
+        def __init__(self, contestant):
+            measure([contestant], 1)
+
+        def end(self):
+            pass
+
+    monkeypatch.setattr(paired, "measure", measure)
+    monkeypatch.setattr(paired, "Worker", Worker)
+    monkeypatch.setattr(paired, "RESULTS", tmp_path / "benchmarks/results")
+    monkeypatch.setattr(paired, "HERE", tmp_path / "benchmarks")
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    monkeypatch.setattr(paired, "_wait_for_quiet", lambda anyway: 0.0)
+    commands = load("all").COMMANDS[:-1]
+    for command in commands:
+        script, *arguments = command.split()
+        monkeypatch.setattr(sys, "argv", [script, *arguments, "--anyway"])
+        load(script.removesuffix(".py")).main()
+    scripts = {command.split(".py")[0] for command in commands}
+    assert {setup.partition(":")[0] for setup in asked_for} == scripts
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert "Not measured yet" not in tables.made(page, paired.RESULTS)
+    shown = {found[2] for found in tables.TABLE.finditer(page)} | {
+        f"training-step-{method}" for method in tables.METHODS
+    }
+    assert {path.stem for path in paired.RESULTS.glob("*.json")} <= shown
+
+
+def test_the_page_shows_what_was_measured():
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.made(page) == page, "run python benchmarks/tables.py"
+
+
+def test_results_name_no_folder_of_a_machine():
+    for path in tables.RESULTS.glob("*.json"):
+        assert "/tmp" not in path.read_text(encoding="utf-8"), path.name
