@@ -42,6 +42,8 @@ def steps(asked: argparse.Namespace) -> dict[str, Any]:
     import optax
 
     import jlora
+    from jlora import sharding
+    from jlora.config import MeshConfig
     from jlora.job import attach
     from jlora.models import Model, init_params
     from jlora.state import init_state
@@ -61,7 +63,8 @@ def steps(asked: argparse.Namespace) -> dict[str, Any]:
         fields = {"target_modules": "all-linear", "r": 16, **fields}
         adapter = jlora.init_adapter(jax.random.key(1), params, jlora.LoraConfig(**fields))
         optimizer = optax.adamw(1e-4)
-        step = make_train_step(model, attach, optimizer)
+        options = sharding.compiler_options(sharding.make_mesh(MeshConfig()))
+        step = make_train_step(model, attach, optimizer, compiler_options=options)
         state = init_state(adapter, optimizer)
 
         def one() -> None:

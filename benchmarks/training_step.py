@@ -70,7 +70,8 @@ def jlora_step(method: str, length: int, depth: int, rank: int, batch: int, widt
     places = sharding.shardings(sharding.typed(start, trainable), mesh)
     state = jax.jit(start, out_shardings=places, donate_argnums=0)(trainable)
     del trainable
-    step = make_train_step(model, bind, optimizer, state_shardings=places)
+    options = sharding.compiler_options(mesh)
+    step = make_train_step(model, bind, optimizer, state_shardings=places, compiler_options=options)
 
     ids = np.random.default_rng(0).integers(0, llama.VOCAB, (1, batch, length), dtype=np.int32)
     labels = np.concatenate([ids[..., 1:], np.full_like(ids[..., :1], -100)], axis=-1)

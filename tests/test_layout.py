@@ -13,7 +13,7 @@ ROOT = PACKAGE.parent
 
 LAYERS = [
     {"errors", "files", "paths", "config", "codebooks"},
-    {"targets", "nf4", "int8", "fingerprint"},
+    {"targets", "nf4", "int8", "fingerprint", "kept"},
     {"quantization"},
     {"lora", "sharding", "nf4_kernel"},
     {"bases", "combine", "dot", "models"},

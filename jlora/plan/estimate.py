@@ -1,10 +1,10 @@
 """Memory of a step without a compiler for its device: arguments exactly, the rest by formula.
 
 The formula follows what the compiled step was seen to hold at its peak, in the backward pass: the
-gradients of what trains; the input of every layer, and all that one layer keeps and its gradients
-(of every layer, without gradient checkpointing); one layer's matrices dequantized; a chunk of
-logits, its softmax and its gradient; in full fine-tuning a copy of the weights in the type of
-computation. ``tests/test_plan_estimate.py`` holds it against the compiler.
+gradients of what trains; the input of every layer (and its products, without gradient
+checkpointing), and all that one layer makes of them and its gradients; one layer's matrices
+dequantized; a chunk of logits and its gradient; in full fine-tuning a copy of the weights in the
+type of computation. ``tests/test_plan_estimate.py`` holds it against the compiler.
 """
 
 from __future__ import annotations
@@ -23,10 +23,6 @@ from jlora.step import CHUNK_ELEMENTS
 
 TOLERANCE = 0.25
 """By which part of the compiled peak an estimate was off at most, where it is tested."""
-
-KEPT = 2.5
-"""What a layer that is not recomputed keeps for the backward pass, in the size of what it computes:
-norms, activations and products are kept in float32, too."""
 
 
 def memory(program: Program, plan: Plan, length: int) -> Memory:
@@ -50,9 +46,12 @@ def _temporaries(job: Job, rows: int, length: int, accumulation: int) -> int:
     split = (3 * heads + 2 * keys + 4 * inner) / tensor
     layer = tokens * width * (6 * c.hidden_size + split)
     layers = c.num_hidden_layers
-    kept = layers * tokens * c.hidden_size * width if job.model.gradient_checkpointing else 0
-    kept += layer if job.model.gradient_checkpointing else layers * KEPT * layer
-    logits = 3 * 4 * min(tokens * c.num_outputs, CHUNK_ELEMENTS) / tensor
+    products = 2 * heads + 2 * keys + 2 * inner  # see jlora.kept
+    each = c.hidden_size
+    if not job.model.gradient_checkpointing:
+        each += c.hidden_size + products / tensor
+    kept = layers * tokens * width * each + layer
+    logits = 2 * 4 * min(tokens * c.num_outputs, CHUNK_ELEMENTS) / tensor
     return round(gradients + kept + logits + _dense(job, width))
 
 
