@@ -198,7 +198,8 @@ class TrainConfig(Section):
     lorafa: bool = False
     """LoRA-FA: A stays as it was drawn, and B follows the full weight's gradient."""
     gradient_checkpointing: bool = True
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    """Recompute each layer in the backward pass; false keeps its matrix products and recomputes
+    what lies between them."""
     bf16: bool | None = None
     """Compute in bfloat16; null: in the type of model.dtype. With both false, in float32."""
     fp16: bool = False
