@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from tiny_runs import Place
 
-from jlora import cli, config, outputs, train
+from jlora import cli, config, outputs
 from jlora.job import open_job, open_tokenizer
 from jlora.optim import make_optimizer
 from jlora.progress import Plan, Progress
+from jlora.state import init_state
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -111,7 +112,7 @@ def test_a_fully_trained_model_becomes_a_transformers_folder(place):
     keys = iter(jax.random.split(jax.random.key(3), 99))
     trained = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), job.trainable)
     plan = Plan.of(settings, job.mesh, lambda rows: 4)
-    state = train.init_state(trained, make_optimizer(settings.train, 4, trained))
+    state = init_state(trained, make_optimizer(settings.train, 4, trained))
     checkpoints = outputs.Checkpoints(place.output / "checkpoints", job, plan, "rows")
     checkpoints.save(state, Progress(step=5))
     wanted = place.folder / "wanted"

@@ -39,7 +39,7 @@ def test_attention_is_named_with_its_reason():
     model = Model.from_config(LLAMA | {"head_dim": 64})
     said = [header.attention(model, platform, 1024) for platform in ("cpu", "gpu", "tpu")]
     assert said == [
-        "chunked: 1024 tokens are more than a chunk of 256",
+        "chunked: 1024 tokens are more than a chunk of 64",
         "cudnn: made for cuda",
         "splash: made for tpu",
     ]
