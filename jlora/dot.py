@@ -138,10 +138,11 @@ def _adapted(x: Array, w: LoraWeight, dtype: Any) -> Array:
         delta = delta + w.bias.astype(delta.dtype)
     if w.gain is None:
         return base + delta.astype(base.dtype)
-    base, delta = base.astype(jnp.float32), delta.astype(jnp.float32)
+    # The gain's gradient needs both addends; the base's product is not to be computed again.
+    base, delta = keep(base).astype(jnp.float32), delta.astype(jnp.float32)
     if kept is x:
         return ((base + delta) * w.gain).astype(x.dtype if dtype is None else dtype)
-    left = dot(kept, w.base, jnp.float32)
+    left = keep(dot(kept, w.base, jnp.float32))
     total = base + (w.gain - 1) * left + w.gain * delta
     return total.astype(x.dtype if dtype is None else dtype)
 
@@ -238,11 +239,11 @@ def _weight_gradient(x: Array, g: Array, dtype) -> Array:
     """``xᵀ @ g`` over all leading axes, accumulated in float32 and not rounded on the way."""
     batch = tuple(range(x.ndim - 1))
     dims = ((batch, batch), ((), ()))
-    if 8 * g.shape[-1] <= x.shape[-1]:  # of lora_A: CPUs copy the side on the left
-        out = jax.lax.dot_general(g, x, dims, preferred_element_type=jnp.float32)
-        return jax.lax.optimization_barrier(out).mT.astype(dtype)
-    out = jax.lax.dot_general(x, g, dims, preferred_element_type=jnp.float32)
-    return out.astype(dtype)
+    narrow = 8 * g.shape[-1] <= x.shape[-1]  # lora_A's: CPUs copy the side on the left
+    sides = (g, x) if narrow else (x, g)
+    out = jax.lax.dot_general(*sides, dims, preferred_element_type=jnp.float32)
+    # The barrier keeps the transposition out of the product, which XLA for CPU then cannot do.
+    return (jax.lax.optimization_barrier(out).mT if narrow else out).astype(dtype)
 
 
 _dense.defvjp(_dense_fwd, _dense_bwd, symbolic_zeros=True)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jaxprs import equations
 
 from jlora import lora, sharding
 from jlora.config import LoraConfig, MeshConfig
@@ -30,16 +31,18 @@ LLAMA = {
 LAYERS, ROWS, R = 3, 2, 4
 MODEL = Model.from_config(LLAMA, "bfloat16")
 BASE = jax.eval_shape(functools.partial(init_params, model=MODEL), jax.random.key(0))
-ADAPTER = jax.eval_shape(
-    functools.partial(
-        lora.init_adapter, config=LoraConfig(r=R, lora_dropout=0.1, target_modules="all-linear")
-    ),
-    jax.random.key(1),
-    BASE,
-)
 
 
-def kept_shapes(length, remat, key):
+def adapter_of(**fields):
+    config = LoraConfig(r=R, lora_dropout=0.1, target_modules="all-linear", **fields)
+    fresh = functools.partial(lora.init_adapter, config=config)
+    return jax.eval_shape(fresh, jax.random.key(1), BASE)
+
+
+ADAPTER = adapter_of()
+
+
+def kept_shapes(length, remat, key, adapter=ADAPTER):
     """Of the arrays that the forward scan gives the backward one, what follows (layers, rows)."""
     model = dataclasses.replace(MODEL, gradient_checkpointing=remat)
     ids = jax.ShapeDtypeStruct((ROWS, length), jnp.int32)
@@ -47,19 +50,13 @@ def kept_shapes(length, remat, key):
     def total(adapter, base, ids, key):
         return jnp.sum(model.features(attach((base, None), adapter, key), ids))
 
-    jaxpr = jax.make_jaxpr(jax.grad(total))(ADAPTER, BASE, ids, key)
-    scans = [e for e in _equations(jaxpr.jaxpr) if e.primitive.name == "scan"]
-    forward = next(e for e in scans if e.params["length"] == LAYERS)
-    results = [v.aval for v in forward.outvars[forward.params["num_carry"] :]]
-    return Counter((a.shape[2:], a.dtype.name) for a in results if a.shape[:2] == (LAYERS, ROWS))
-
-
-def _equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            if hasattr(value, "jaxpr"):
-                yield from _equations(value.jaxpr)
+    jaxpr = jax.make_jaxpr(jax.grad(total))(adapter, BASE, ids, key)
+    scans = [e for e in equations(jaxpr) if e.primitive.name == "scan"]
+    loops = [e for e in scans if e.params["length"] == LAYERS]  # DoRA's norms are one, too
+    stacked = [[v.aval for v in e.outvars[e.params["num_carry"] :]] for e in loops]
+    kept = [[a for a in results if a.shape[:2] == (LAYERS, ROWS)] for results in stacked]
+    forward = next(filter(None, kept))
+    return Counter((a.shape[2:], a.dtype.name) for a in forward)
 
 
 @pytest.mark.parametrize("length", [16, 80], ids=["reference", "chunked"])
@@ -77,6 +74,15 @@ def test_dropout_keeps_what_it_drew():
     plain, dropped = (kept_shapes(16, False, key) for key in (None, jax.random.key(2)))
     masks = Counter(((16, n), "bool") for n in (64, 64, 64, 96, 64, 64, 128))
     assert dropped == plain + masks
+
+
+def test_dora_keeps_what_its_gain_multiplies():
+    """The base's product of each of the seven, which the gain's gradient would compute again."""
+    plain, dora = (
+        kept_shapes(16, False, None, each) for each in (ADAPTER, adapter_of(use_dora=True))
+    )
+    products = Counter(((16, n), "bfloat16") for n in (96, 48, 48, 64, 128, 128, 64))
+    assert dora == plain + products
 
 
 def test_checkpointing_keeps_the_stream_alone():
