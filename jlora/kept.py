@@ -17,6 +17,9 @@ KERNELS = ("dot_product_attention_fwd_wrapper",)
 """Primitives whose results are kept; cuDNN's attention takes no names."""
 
 
+_named = jax.checkpoint_policies.save_only_these_names(NAME)
+
+
 def keep(x: Array) -> Array:
     """``x``, which is kept in a layer whose gradient is wanted, if the gradient needs it."""
     return checkpoint_name(x, NAME)
@@ -24,5 +27,4 @@ def keep(x: Array) -> Array:
 
 def policy(primitive, *avals, **params) -> bool:
     """Whether the results of a primitive are kept; for ``jax.checkpoint``."""
-    named = jax.checkpoint_policies.save_only_these_names(NAME)
-    return primitive.name in KERNELS or named(primitive, *avals, **params)
+    return primitive.name in KERNELS or _named(primitive, *avals, **params)

@@ -174,8 +174,12 @@ def make_train_step(
     shardings = None if state_shardings is None else (state_shardings, None)
     if several:
         train_step = jax.vmap(train_step, in_axes=(0, None, 0))
-    options = {"donate_argnums": 0, "out_shardings": shardings}
-    return jax.jit(train_step, compiler_options=compiler_options, **options)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=shardings,
+        compiler_options=compiler_options,
+    )
 
 
 def make_eval_step(

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax.extend.core import Var, jaxprs_in_params
+from jaxprs import equations
 
 import jlora
 from jlora import lora, quantization, step
@@ -159,13 +160,6 @@ def test_a_weight_is_dequantized_when_its_input_is_there():
 
 
 # What ``prepare_model_for_kbit_training`` is for, without its float32 copies.
-
-
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from equations(inner)
 
 
 def test_norms_and_softmax_are_float32_over_weights_that_stay_narrow():

@@ -51,7 +51,8 @@ class Model:
     attention: str = "auto"
     """Which attention computes: see ``attention.BACKENDS``."""
     gradient_checkpointing: bool | str = False
-    """Recompute each layer in the backward pass: True, or a policy's name (``decoder.REMAT``)."""
+    """What the backward pass recomputes of each layer: True all of it, False what lies between its
+    products, or a policy's name (``decoder.REMAT``)."""
 
     def __post_init__(self):
         if self.dtype not in DTYPES:

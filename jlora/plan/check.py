@@ -11,11 +11,9 @@ from jlora import data
 from jlora.errors import ConfigError
 from jlora.plan import report, target
 from jlora.plan.forecast import Rows, forecast
-from jlora.plan.memory import measured
+from jlora.plan.memory import OUT_OF_MEMORY, measured
 from jlora.plan.remedies import find_remedies, text
 from jlora.program import Program
-
-OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
 def compile_checked(program: Program, rows: data.Prepared) -> Any:

@@ -17,7 +17,7 @@ from jlora.header import tree_bytes
 from jlora.job import Job
 from jlora.plan import estimate, flops, hlo, target
 from jlora.plan.hardware import Hardware
-from jlora.plan.memory import Memory, measured, refused_memory
+from jlora.plan.memory import OUT_OF_MEMORY, Memory, measured, refused_memory
 from jlora.plan.target import Target
 from jlora.program import Program
 from jlora.progress import Plan
@@ -152,7 +152,7 @@ def forecast(
             memory = measured(program, compiled)
             text = (compiled.as_text() or "") if whole else ""
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if OUT_OF_MEMORY not in str(error):
                 raise
             refused = str(error).strip().splitlines()[0]
             memory = refused_memory(program, str(error))

@@ -11,6 +11,9 @@ import jax
 
 from jlora.program import Program
 
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+"""In what a compiler says that finds its device's memory too small."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:

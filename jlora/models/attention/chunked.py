@@ -31,6 +31,17 @@ CPU_SCORES = 2**20
 """4 MiB of float32, which stay in a CPU's caches (docs/log.md)."""
 
 
+class _Given(NamedTuple):
+    """What attention is asked for, see ``attend``."""
+
+    q: Float[Array, "B T heads dim"]
+    k: Float[Array, "B T kv_heads dim"]
+    v: Float[Array, "B T kv_heads dim"]
+    segment_ids: Int[Array, "B T"] | None
+    window: int | Int[Array, ""] | None
+    scale: float | Float[Array, ""]
+
+
 class _Masks(NamedTuple):
     """What a chunk of queries sees."""
 
@@ -54,29 +65,25 @@ def attend(
 
     ``chunk`` is how many tokens are computed at once; None is what suits the device.
     """
-    return _attend(q, k, v, segment_ids, window, scale, softcap, chunk)
+    return _attend(_Given(q, k, v, segment_ids, window, scale), softcap, chunk)
 
 
-def _by_device(compute: Callable[..., Any], chunk: int | None, q: Array, *others: Any) -> Any:
-    """``compute(chunk, q, *others)`` with the chunk that is asked for, or suits the device."""
-    B, T, heads, _ = q.shape
+def _by_device(compute: Callable[..., Any], chunk: int | None, given: _Given, *others: Any) -> Any:
+    """``compute(chunk, given, *others)`` with the chunk that is asked for, or suits the device."""
+    B, T, heads, _ = given.q.shape
     fits = (c for c in CPU_CHUNKS if B * heads * c * c <= CPU_SCORES)
     on_cpu = min(chunk or next(fits, CPU_CHUNKS[-1]), T)
     elsewhere = min(chunk or CHUNK, T)
     if on_cpu == elsewhere:
-        return compute(on_cpu, q, *others)
+        return compute(on_cpu, given, *others)
     cpu, default = (functools.partial(compute, c) for c in (on_cpu, elsewhere))
-    return jax.lax.platform_dependent(q, *others, cpu=cpu, default=default)
+    return jax.lax.platform_dependent(given, *others, cpu=cpu, default=default)
 
 
-def _masks(
-    length: int,
-    segment_ids: Int[Array, "B T"] | None,
-    window: int | Int[Array, ""] | None,
-    chunk: int,
-) -> _Masks:
-    starts = jnp.arange(0, length, chunk)
+def _masks(given: _Given, chunk: int) -> _Masks:
+    starts, window = jnp.arange(0, given.q.shape[1], chunk), given.window
     first = jnp.zeros_like(starts) if window is None else jnp.maximum(starts - window + 1, 0)
+    segment_ids = given.segment_ids
     if segment_ids is not None:
         segment_ids = _padded(segment_ids, chunk)
         documents = _chunks(_document_start(segment_ids), chunk).min(axis=(1, 2))
@@ -100,7 +107,8 @@ def _padded(x: Array, chunk: int) -> Array:
 
 
 def _chunks(x: Array, chunk: int) -> Array:
-    """(B, T, …) to (chunks, B, C, …)."""
+    """(B, T, …), padded, to (chunks, B, C, …)."""
+    x = _padded(x, chunk)
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
 
@@ -118,11 +126,11 @@ def _query_chunks(x: Array, kv_heads: int, chunk: int) -> Array:
     return x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[4:])
 
 
-def _rows(x: Array, chunk: int) -> Array:
-    """The inverse of both: (chunks, B, kv_heads, rows, …) to (B, T, heads, …)."""
+def _rows(x: Array, chunk: int, length: int) -> Array:
+    """The inverse of both: (chunks, B, kv_heads, rows, …) to (B, T, heads, …), T the length."""
     x = x.reshape(*x.shape[:2], -1, chunk, *x.shape[4:])
     x = jnp.moveaxis(x, (0, 2), (1, 3))
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
 def _product(equation: str, x: Array, y: Array) -> Array:
@@ -146,20 +154,12 @@ def _scores(
     return jnp.where(mask[:, None], scores, MASKED), slope
 
 
-def _forward(
-    softcap: float | None,
-    chunk: int,
-    q: Array,
-    k: Array,
-    v: Array,
-    segment_ids: Array | None,
-    window: int | Array | None,
-    scale: float | Array,
-) -> tuple[Array, Array]:
+def _forward(softcap: float | None, chunk: int, given: _Given) -> tuple[Array, Array]:
+    q, k, v, *_, scale = given
     length, kv_heads = k.shape[1:3]
-    masks = _masks(length, segment_ids, window, chunk)
-    queries = _query_chunks(_padded(q, chunk), kv_heads, chunk)
-    keys, values = (_key_chunks(_padded(x, chunk), chunk) for x in (k, v))
+    masks = _masks(given, chunk)
+    queries = _query_chunks(q, kv_heads, chunk)
+    keys, values = (_key_chunks(x, chunk) for x in (k, v))
 
     def of_queries(_, i):
         def add(j, so_far):
@@ -178,12 +178,11 @@ def _forward(
         return None, (out, peak + jnp.log(denominator))
 
     _, (out, logsumexp) = jax.lax.scan(of_queries, None, jnp.arange(len(queries)))
-    return _rows(out, chunk)[:, :length], _rows(logsumexp, chunk)[:, :length]
+    return _rows(out, chunk, length), _rows(logsumexp, chunk, length)
 
 
-def _forward_saving(q, k, v, segment_ids, window, scale, softcap, chunk):
-    given = q, k, v, segment_ids, window, scale
-    out, logsumexp = map(keep, _attend(*given, softcap, chunk))
+def _forward_saving(given, softcap, chunk):
+    out, logsumexp = map(keep, _attend(given, softcap, chunk))
     return (out, logsumexp), (given, out, logsumexp)
 
 
@@ -192,28 +191,20 @@ def _backward(softcap, chunk, saved, gradients):
     d_out, d_logsumexp = gradients
     mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_logsumexp
     compute = functools.partial(_gradients, softcap)
-    return *_by_device(compute, chunk, *given, logsumexp, mean, d_out), None, None, None
+    gradients = _by_device(compute, chunk, given, logsumexp, mean, d_out)
+    return (_Given(*gradients, None, None, None),)
 
 
 def _gradients(
-    softcap: float | None,
-    chunk: int,
-    q: Array,
-    k: Array,
-    v: Array,
-    segment_ids: Array | None,
-    window: int | Array | None,
-    scale: float | Array,
-    logsumexp: Array,
-    mean: Array,
-    d_out: Array,
+    softcap: float | None, chunk: int, given: _Given, logsumexp: Array, mean: Array, d_out: Array
 ) -> tuple[Array, Array, Array]:
+    q, k, v, *_, scale = given
     length, kv_heads = k.shape[1:3]
-    masks = _masks(length, segment_ids, window, chunk)
+    masks = _masks(given, chunk)
     queries, d_outs, means, logs = (
-        _query_chunks(_padded(x, chunk), kv_heads, chunk) for x in (q, d_out, mean, logsumexp)
+        _query_chunks(x, kv_heads, chunk) for x in (q, d_out, mean, logsumexp)
     )
-    keys, values = (_key_chunks(_padded(x, chunk), chunk) for x in (k, v))
+    keys, values = (_key_chunks(x, chunk) for x in (k, v))
 
     def of_queries(so_far, i):
         def add(j, so_far):
@@ -232,14 +223,13 @@ def _gradients(
 
     start = jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
     (dk, dv), dq = jax.lax.scan(of_queries, start, jnp.arange(len(queries)))
-    dq, dk, dv = (_rows(x, chunk)[:, :length] for x in (dq, dk, dv))
+    dq, dk, dv = (_rows(x, chunk, length) for x in (dq, dk, dv))
     return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _attend(q, k, v, segment_ids, window, scale, softcap, chunk):
-    compute = functools.partial(_forward, softcap)
-    return _by_device(compute, chunk, q, k, v, segment_ids, window, scale)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _attend(given, softcap, chunk):
+    return _by_device(functools.partial(_forward, softcap), chunk, given)
 
 
 _attend.defvjp(_forward_saving, _backward)
