@@ -191,8 +191,8 @@ def _backward(softcap, chunk, saved, gradients):
     d_out, d_logsumexp = gradients
     mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_logsumexp
     compute = functools.partial(_gradients, softcap)
-    gradients = _by_device(compute, chunk, given, logsumexp, mean, d_out)
-    return (_Given(*gradients, None, None, None),)
+    dq, dk, dv = _by_device(compute, chunk, given, logsumexp, mean, d_out)
+    return (given._replace(q=dq, k=dk, v=dv, segment_ids=None, window=None, scale=None),)
 
 
 def _gradients(
