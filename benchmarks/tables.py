@@ -111,7 +111,8 @@ def training_step(results: Path) -> str:
     every = [load(f"training-step-{method}", results) for method in METHODS]
     joined = {**every[0], "points": [point for one in every for point in one["points"]]}
     table = paired(joined).split("\n\n")[0]
-    return "\n\n".join([table, *(conditions(one["conditions"]) for one in every)])
+    where = dict.fromkeys(conditions(one["conditions"]) for one in every)  # each line once
+    return "\n\n".join([table, *where])
 
 
 def commands(results: Path) -> str:

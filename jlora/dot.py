@@ -72,9 +72,8 @@ def grouped_dot(
     its own; a packed array is a constant.
     """
     if isinstance(w, LoraWeight):
-        inner = keep(grouped_dot(x, w.lora_A, sizes))
-        delta = grouped_dot(inner, w.lora_B, sizes) * w.scale.astype(x.dtype)
-        return grouped_dot(x, w.base, sizes) + delta
+        inner = keep(grouped_dot(x, w.lora_A, sizes)) * w.scale.astype(x.dtype)
+        return grouped_dot(x, w.base, sizes) + grouped_dot(inner, w.lora_B, sizes)
     return _grouped_packed(x, w, sizes) if is_packed(w) else _grouped(x, w, sizes)
 
 
@@ -128,12 +127,13 @@ def after(x: Array, value: Any) -> Any:
 def _adapted(x: Array, w: LoraWeight, dtype: Any) -> Array:
     """``x @ W + scale * (dropout(x) @ A) @ B`` (LoRA, arXiv 2106.09685), its columns times gain.
 
-    Where there is dropout, DoRA's change of the base's columns is to what it leaves, as in peft.
+    The scale is applied between A and B, where there are r numbers a token, not out. Where there is
+    dropout, DoRA's change of the base's columns is to what it leaves, as in peft.
     """
     base, kept = dot(x, w.base, dtype), _dropout(x, w)
     if w.adapter_ids is not None:
         return _with_own_deltas(base, keep(_each(x, w.lora_A, _ids_of(x, w))), w)
-    delta = dot(keep(dot(kept, w.lora_A)), w.lora_B) * w.scale.astype(x.dtype)
+    delta = dot(keep(dot(kept, w.lora_A)) * w.scale.astype(x.dtype), w.lora_B)
     if w.bias is not None:
         delta = delta + w.bias.astype(delta.dtype)
     if w.gain is None:
@@ -151,7 +151,7 @@ def _with_own_deltas(base: Array, inner: Array, w: LoraWeight) -> Array:
     """``base + scale * inner @ B`` with each row's own B; ``base`` itself in rows without one."""
     ids = w.adapter_ids
     assert ids is not None
-    delta = _each(inner, w.lora_B, ids) * _row_by_row(w.scale[ids], base).astype(inner.dtype)
+    delta = _each(inner * _row_by_row(w.scale[ids], inner).astype(inner.dtype), w.lora_B, ids)
     if w.bias is not None:
         delta = delta + _row_by_row(w.bias[ids], base).astype(delta.dtype)
     return jnp.where(_row_by_row(ids >= 0, base), base + delta.astype(base.dtype), base)

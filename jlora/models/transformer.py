@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jlora.dot import Weight
+from jlora.kept import keep
 from jlora.lora import LoraWeight
 from jlora.models.config import DecoderConfig
 from jlora.models.decoder import KV, Call, scan_layers, stack
@@ -57,6 +58,8 @@ class Attention(nnx.Module):
         q, k, v = self._project(x, call.config)
         q, k = self._normed(self.q_norm, q, call.config), self._normed(self.k_norm, k, call.config)
         q, k = call.rotate(q, index), call.rotate(k, index)
+        if self.q_norm is None and not call.config.fused_qkv:
+            q, k = keep(q), keep(k)  # instead of what they were before
         v = v.reshape(*k.shape)
         sinks = None if self.sinks is None else self.sinks.get_value()
         out, kv = call.attend(q, k, v, index, kv, sinks)

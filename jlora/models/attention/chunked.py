@@ -205,6 +205,8 @@ def _gradients(
         _query_chunks(x, kv_heads, chunk) for x in (q, d_out, mean, logsumexp)
     )
     keys, values = (_key_chunks(x, chunk) for x in (k, v))
+    # CPUs have no fast product that sums over rows: these two are turned once instead.
+    turned = jax.lax.optimization_barrier((queries.mT, d_outs.mT))
 
     def of_queries(so_far, i):
         def add(j, so_far):
@@ -213,17 +215,17 @@ def _gradients(
             weights = jnp.exp(scores - logs[i][..., None])
             d_weights = _product("bhqd,bhkd->bhqk", d_outs[i], values[j])
             d_scores = (weights * (d_weights - means[i][..., None]) * slope).astype(q.dtype)
-            dv = dv.at[j].add(_product("bhqk,bhqd->bhkd", weights.astype(q.dtype), d_outs[i]))
-            dk = dk.at[j].add(_product("bhqk,bhqd->bhkd", d_scores, queries[i]))
+            dv = dv.at[j].add(_product("bhdq,bhqk->bhdk", turned[1][i], weights.astype(q.dtype)))
+            dk = dk.at[j].add(_product("bhdq,bhqk->bhdk", turned[0][i], d_scores))
             return dq + _product("bhqk,bhkd->bhqd", d_scores, keys[j]), dk, dv
 
         start = jnp.zeros(queries.shape[1:], jnp.float32), *so_far
         dq, *so_far = jax.lax.fori_loop(masks.first[i], i + 1, add, start)
         return tuple(so_far), dq.astype(q.dtype)
 
-    start = jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
+    start = jnp.zeros(keys.mT.shape, jnp.float32), jnp.zeros(values.mT.shape, jnp.float32)
     (dk, dv), dq = jax.lax.scan(of_queries, start, jnp.arange(len(queries)))
-    dq, dk, dv = (_rows(x, chunk, length) for x in (dq, dk, dv))
+    dq, dk, dv = (_rows(x, chunk, length) for x in (dq, dk.mT, dv.mT))
     return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
 
