@@ -140,6 +140,13 @@ def packed_spec(
     )
 
 
+def rows_each(rows: int) -> int:
+    """How many of a batch's rows one device computes, under jit; all where they do not split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else math.prod(mesh.shape.get(axis, 1) for axis in BATCH)
+    return rows if rows % parts else rows // parts
+
+
 def split_rows(x: Float[Array, "B T dim"]) -> Float[Array, "B T dim"]:
     """What was looked up in an embedding, under jit: rows split over ``data`` and ``fsdp``.
 

@@ -18,13 +18,14 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jlora.dot import after
+from jlora.sharding import rows_each
 from jlora.state import TrainState
 
 IGNORE = -100
 """The label of positions without loss, as in transformers."""
 
 CHUNK_ELEMENTS = 2**24
-"""Logits computed at once (64 MiB of float32); longer sequences go through the head in chunks."""
+"""Logits a device computes at once (64 MiB of float32); longer rows go through the head in chunks."""
 
 Batch = Mapping[str, Array]
 Bind = Callable[[Any, Any, Array | None], Any]
@@ -66,7 +67,7 @@ def _loss_of(
         y = jax.lax.dynamic_slice_in_dim(labels, start, size, axis=1)
         return cross_entropy(model.head(params, h), y)
 
-    size = _chunk_length(batch_size, length, vocab)
+    size = _chunk_length(rows_each(batch_size), length, vocab)
     if model.packed_head(params):
         head = functools.partial(model.head, params, features)
         total = cross_entropy_by_tokens(head, labels, vocab)
@@ -96,7 +97,7 @@ def cross_entropy_by_tokens(
     Each part of a packed head is dequantized once here and once for the gradient, and never all of
     it; parts of the sequence would each dequantize the whole.
     """
-    size = min(vocab, max(1, CHUNK_ELEMENTS // labels.size))
+    size = min(vocab, max(1, CHUNK_ELEMENTS // (rows_each(labels.shape[0]) * labels.shape[1])))
 
     def part(first):
         start = jnp.minimum(first, vocab - size)  # the last part overlaps the one before it
@@ -111,9 +112,9 @@ def cross_entropy_by_tokens(
     return jnp.sum(jnp.where(labels == IGNORE, 0.0, losses))
 
 
-def _chunk_length(batch_size: int, length: int, vocab_size: int) -> int:
-    """The longest divisor of ``length`` whose logits stay within CHUNK_ELEMENTS."""
-    fits = max(1, CHUNK_ELEMENTS // (batch_size * vocab_size))
+def _chunk_length(rows: int, length: int, vocab_size: int) -> int:
+    """The longest divisor of ``length`` whose logits of all rows stay within CHUNK_ELEMENTS."""
+    fits = max(1, CHUNK_ELEMENTS // (rows * vocab_size))
     return next(c for c in range(min(fits, length), 0, -1) if length % c == 0)
 
 

@@ -134,6 +134,27 @@ def test_chunks_of_logits_change_neither_loss_nor_gradients():
     assert_close(chunked_gradient, gradient, 1e-5 * float(whole))
 
 
+def test_a_chunk_counts_the_rows_of_one_device():
+    """A head that is split over devices is gathered for every chunk."""
+    model, params, adapter = parts()
+    rows = jax.tree.map(jnp.asarray, batch())
+
+    def compute(mesh):
+        with jax.set_mesh(mesh), mock.patch.object(step, "CHUNK_ELEMENTS", V * B):
+            # A function of its own, or JAX would find the other mesh's.
+            traced = jax.jit(lambda: loss_and_count(model, attach(params, adapter, None), rows)[0])
+            traced = traced.trace()
+            return float(traced.lower().compile()()), _sizes(traced.jaxpr)
+
+    devices = jax.devices()[:4]
+    (one, alone), (four, spread) = (
+        compute(sharding.make_mesh(MeshConfig(), devices[:count])) for count in (1, 4)
+    )
+    assert B * V in alone and B * 4 * V not in alone
+    assert B * 4 * V in spread and B * V not in spread
+    np.testing.assert_allclose(four, one, rtol=1e-6)
+
+
 def test_chunks_divide_the_length():
     assert step._chunk_length(1, 4096, 128_256) == 128
     assert step._chunk_length(1, 100, 1000) == 100
