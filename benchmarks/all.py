@@ -18,6 +18,7 @@ COMMANDS = (
     "limits.py",
     "training_step.py",
     "training_step.py --sweep all",
+    "profile_step.py",
     "nf4.py",
     "dot.py",
     "data.py",

@@ -27,6 +27,18 @@ PAGE = HERE.parent / "docs" / "benchmarks.md"
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BUSY = 0.1
 METHODS = ("lora", "qlora", "full")
+GROUPS = {
+    "base": "products with weights, and of full training's gradients",
+    "head": "the head's products and the loss",
+    "adapter": "the adapter's products",
+    "attention": "attention",
+    "unpack": "unpacking NF4",
+    "kept": "stacks of what layers keep: zeroed, written, read",
+    "update": "clipping and AdamW",
+    "rest": "norms, rotations, activations, additions, casts",
+    "between": "between operations",
+}
+"""What ``profile_step.py`` sorts operations into."""
 
 
 def load(name: str, results: Path = RESULTS) -> dict[str, Any]:
@@ -174,11 +186,25 @@ def floors(results: Path) -> str:
     return markdown(["figure", "floor", "jlora / floor", "peer / floor"], rows)
 
 
+def profile(results: Path) -> str:
+    """The seconds of each part of jlora's step, and its share."""
+    result = load("profile-step", results)
+    methods = [point["value"] for point in result["points"]]
+    found = [point["results"]["jlora"]["facts"]["groups"] for point in result["points"]]
+
+    def cell(each: Mapping[str, float], group: str) -> str:
+        return f"{each[group]:.2f} s, {each[group] / sum(each.values()):.0%}"
+
+    rows = [[GROUPS[group], *(cell(each, group) for each in found)] for group in GROUPS]
+    return f"{markdown(['part', *methods], rows)}\n\n{conditions(result['conditions'])}"
+
+
 OWN: dict[str, Callable[[Path], str]] = {
     "training-step": training_step,
     "startup-commands": commands,
     "limits": limits,
     "floors": floors,
+    "profile-step": profile,
 }
 """Tables that are no comparison of one benchmark: name → function of the folder of results."""
 

@@ -127,8 +127,8 @@ def after(x: Array, value: Any) -> Any:
 def _adapted(x: Array, w: LoraWeight, dtype: Any) -> Array:
     """``x @ W + scale * (dropout(x) @ A) @ B`` (LoRA, arXiv 2106.09685), its columns times gain.
 
-    The scale is A's, the smallest factor: no pass over activations or their gradients. Where there is
-    dropout, DoRA's change of the base's columns is to what it leaves, as in peft.
+    The scale is A's, the smallest factor: no pass over activations or their gradients. Where there
+    is dropout, DoRA's change of the base's columns is to what it leaves, as in peft.
     """
     base, kept = dot(x, w.base, dtype), _dropout(x, w)
     if w.adapter_ids is not None:

@@ -25,7 +25,7 @@ IGNORE = -100
 """The label of positions without loss, as in transformers."""
 
 CHUNK_ELEMENTS = 2**24
-"""Logits a device computes at once (64 MiB of float32); longer rows go through the head in chunks."""
+"""Logits a device computes at once (64 MiB of float32); more go through the head in chunks."""
 
 Batch = Mapping[str, Array]
 Bind = Callable[[Any, Any, Array | None], Any]

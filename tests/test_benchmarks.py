@@ -1,6 +1,7 @@
 """The benchmarks' harness, with workers that cost nothing, and the tables made from results."""
 
 import argparse
+import gzip
 import importlib
 import importlib.util
 import inspect
@@ -255,9 +256,10 @@ def test_every_benchmark_runs_contestants_that_exist_and_has_its_table(tmp_path,
             setup = getattr(importlib.import_module(module), function)
             inspect.signature(setup).bind(**json.loads(json.dumps(one.arguments)))
             asked_for.append(one.setup)
-        facts = {"flops": 1e9}
-        one = {"median": 1.0, "seconds": [1.0] * repeats, "facts": facts, "peak_bytes": 1}
-        return {c.name: {**one, "wall": 1.0, "others": 0.0} for c in contestants}
+        one = {"median": 1.0, "seconds": [1.0] * repeats, "peak_bytes": 1}
+        one |= {"wall": 1.0, "others": 0.0, "facts": {"flops": 1e9}}
+        parts = {"facts": {"groups": dict.fromkeys(tables.GROUPS, 1.0)}}
+        return {c.name: one | parts if "profiled" in c.setup else one for c in contestants}
 
     class Worker:
         def __init__(self, contestant):
@@ -285,6 +287,60 @@ def test_every_benchmark_runs_contestants_that_exist_and_has_its_table(tmp_path,
         f"training-step-{method}" for method in tables.METHODS
     }
     assert {path.stem for path in paired.RESULTS.glob("*.json")} <= shown
+
+
+HLO = """
+%fused_dot (a: bf16[64,32], b: bf16[32,48]) -> f32[64,48] {
+  %a = bf16[64,32]{1,0} parameter(0)
+  ROOT %dot.1 = f32[64,48]{1,0} dot(%a, %b), lhs_contracting_dims={1}
+}
+%fused_ids (i: s32[64]) -> s32[64] {
+  ROOT %add.1 = s32[64]{0} add(%i, %i)
+}
+ENTRY %main (x: bf16[64,32]) -> f32[64,48] {
+  %x = bf16[64,32]{1,0} parameter(0)
+  %w = bf16[32,48]{1,0} parameter(1)
+  %inner = bf16[64,16]{1,0} parameter(2)
+  %up = bf16[16,48]{1,0} parameter(3)
+  %codes = u8[32,24]{1,0} parameter(4)
+  %base = f32[64,48]{1,0} fusion(%x, %w), calls=%fused_dot, metadata={op_name="jit(features)/dot"}
+  %delta = f32[64,48]{1,0} fusion(%inner, %up), calls=%fused_dot, metadata={op_name="jit(features)"}
+  %scores = f32[64,64]{1,0} dot(%x, %x), metadata={op_name="jit(features)/bhqd,bhkd->bhqk/dot"}
+  %logits = f32[64,99]{1,0} dot(%x, %w), metadata={op_name="jit(head)/dot_general"}
+  %dense = bf16[32,48]{1,0} fusion(%codes), calls=%fused_ids, metadata={op_name="jit(features)"}
+  %dynamic-update-slice.3 = bf16[8,64]{1,0} fusion(%x), calls=%fused_ids
+  %norm = f32[64]{0} fusion(%x), calls=%fused_ids, metadata={op_name="jit(features)/rsqrt"}
+  %moment = f32[64]{0} fusion(%x), calls=%fused_ids, metadata={op_name="jit(train_step)/adam"}
+}
+"""
+
+
+def test_operations_are_sorted_by_what_they_are_for():
+    profile = load("profile_step")
+    ops = profile.operations(HLO)
+    expected = {
+        "base": "base",
+        "delta": "adapter",
+        "scores": "attention",
+        "logits": "head",
+        "dense": "unpack",
+        "dynamic-update-slice.3": "kept",
+        "norm": "rest",
+        "moment": "update",
+    }
+    assert {name: profile.group_of(name, ops[name], 16) for name in expected} == expected
+    assert profile.group_of("delta", ops["delta"], None) == "base"
+
+
+def test_operations_at_once_share_the_clock(tmp_path):
+    profile = load("profile_step")
+    events = [("while.1", 0, 100), ("dot.1", 10, 30), ("dot.2", 20, 40), ("dot.1", 70, 6)]
+    trace = [{"args": {"hlo_op": name}, "ts": at, "dur": dur} for name, at, dur in events]
+    with gzip.open(tmp_path / "x.trace.json.gz", "wt") as file:
+        json.dump({"traceEvents": [{"ph": "M"}, *trace]}, file)
+    seconds = profile._seconds(str(tmp_path))
+    per_step = 1e-6 / profile.STEPS
+    assert seconds == pytest.approx({"dot.1": 26 * per_step, "dot.2": 30 * per_step})
 
 
 def test_the_page_shows_what_was_measured():

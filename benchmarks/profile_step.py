@@ -1,0 +1,162 @@
+"""Where the time of jlora's training step goes on a CPU, by JAX's profiler.
+
+    python benchmarks/profile_step.py [--method lora,qlora,full]
+
+The steps are the headline's of ``training_step.py``. The profiler's seconds of every operation are
+added up by what the operation is for, which the compiled program's text says: its name in the
+traced code, its shapes, and what is fused into it. Operations that run at once share the clock. The
+operations that take longest are in the results, too.
+"""
+
+from __future__ import annotations
+
+import collections
+import glob
+import gzip
+import json
+import os
+import re
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import llama
+import paired
+from tables import GROUPS
+from training_step import HEADLINE, flops, jlora_step
+
+STEPS, LONGEST = 3, 40
+
+
+class Op(NamedTuple):
+    """An instruction of a compiled program."""
+
+    text: str
+    """Its line, with shape and name in the traced code."""
+    body: str
+    """What is fused into it."""
+    inputs: tuple[str, ...]
+    """The shapes that it reads."""
+
+
+def operations(hlo: str) -> dict[str, Op]:
+    """The instructions of a compiled program by their names."""
+    bodies: dict[str, list[str]] = {}
+    lines: list[tuple[str, str]] = []
+    current: list[str] = []
+    for line in hlo.splitlines():
+        if opening := re.match(r"(?:ENTRY )?%?([\w.-]+) .*{$", line):
+            current = bodies.setdefault(opening[1], [])
+        elif found := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = ", line):
+            current.append(line)
+            lines.append((found[1], line))
+    shapes = {name: shape[1] for name, line in lines if (shape := re.search(r"= (\S+)", line))}
+    ops = {}
+    for name, line in lines:
+        called = re.search(r"calls=%?([\w.-]+)", line)
+        inside = "\n".join(bodies.get(called[1], [])) if called else ""
+        arguments = re.findall(r"%([\w.-]+)", line.partition("(")[2].partition(")")[0])
+        ops[name] = Op(line, inside, tuple(shapes.get(a, "") for a in arguments))
+    return ops
+
+
+def group_of(name: str, op: Op, rank: int | None) -> str:
+    """What an operation is for: a key of GROUPS."""
+    traced = found[1] if (found := re.search(r'op_name="([^"]*)"', op.text)) else ""
+    where = traced + op.body
+    product = " dot(" in op.text + op.body
+    if "jit(head)" in where or f"{llama.VOCAB}]" in op.text:
+        return "head"
+    if "bhqd" in where or "branch_0_fun" in where:  # chunked attention's loops
+        return "attention"
+    if product:
+        ends = [op.text.partition("(")[0], *op.inputs]
+        has_rank = rank and any(re.search(rf"[\[,]{rank}[,\]]", shape) for shape in ends)
+        return "adapter" if has_rank else "base"
+    if "jit(dequantize" in where or "u8[" in op.body or any("u8[" in s for s in op.inputs):
+        return "unpack"
+    if re.match(r"wrapped_broadcast|copy|.*dynamic-update-slice|dynamic-slice", name):
+        return "kept"
+    if traced and "features" not in where:
+        return "update"
+    return "rest"
+
+
+def profiled(method: str) -> Any:
+    """A unit that profiles a few steps: the median of their clocks, and seconds by group."""
+    folder = tempfile.mkdtemp()
+    dump = f"--xla_dump_to={folder}/hlo --xla_dump_hlo_module_re=train_step"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}"
+    import jax
+
+    def unit() -> dict[str, Any]:
+        step, clock = jlora_step(method, **HEADLINE), []
+        for _ in range(3):
+            step()
+        with jax.profiler.trace(folder):
+            for _ in range(STEPS):
+                start = time.perf_counter()
+                step()
+                clock.append(time.perf_counter() - start)
+        (text,) = glob.glob(f"{folder}/hlo/*train_step*cpu_after_optimizations.txt")
+        ops = operations(Path(text).read_text())
+        seconds = _seconds(folder)
+        groups: dict[str, float] = dict.fromkeys(GROUPS, 0.0)
+        rank = None if method == "full" else HEADLINE["rank"]
+        for name in seconds.keys() & ops.keys():
+            groups[group_of(name, ops[name], rank)] += seconds[name]
+        groups["between"] = statistics.mean(clock) - sum(groups.values())
+        longest = sorted(seconds.keys() & ops.keys(), key=lambda name: -seconds[name])
+        texts = [(seconds[name], ops[name].text.strip()[:300]) for name in longest[:LONGEST]]
+        shutil.rmtree(folder)
+        return {"seconds": statistics.mean(clock), "groups": groups, "longest": texts}
+
+    return unit
+
+
+def _seconds(folder: str) -> dict[str, float]:
+    """Of every operation in a step, from the profiler's trace; those at once share the clock."""
+    (trace,) = glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True)
+    with gzip.open(trace) as file:
+        events = [e for e in json.load(file)["traceEvents"] if "hlo_op" in e.get("args", {})]
+    marks = []  # (when, whether it begins, which, its operation)
+    for which, event in enumerate(events):
+        name = event["args"]["hlo_op"]
+        if not re.match(r"while|call|conditional", name):  # those hold the others
+            marks.append((event["ts"], True, which, name))
+            marks.append((event["ts"] + event["dur"], False, which, name))
+    seconds: collections.Counter[str] = collections.Counter()
+    running: dict[int, str] = {}
+    before = 0.0
+    for when, begins, which, name in sorted(marks):
+        for each in running.values():
+            seconds[each] += (when - before) / len(running) / 1e6 / STEPS
+        before = when
+        if begins:
+            running[which] = name
+        else:
+            running.pop(which)
+    return seconds
+
+
+def main() -> None:
+    """Profiles each method in a process of its own."""
+    parser = paired.arguments(__doc__, repeats=1)
+    parser.add_argument("--method", default="lora,qlora,full", help="or some of them")
+    asked = parser.parse_args()
+    methods = asked.method.split(",")
+    points = {
+        llama.METHODS[method]: [
+            paired.Contestant("jlora", "profile_step:profiled", {"method": method}, fresh=True)
+        ]
+        for method in methods
+    }
+    facts = {"flops": {llama.METHODS[method]: flops(method, HEADLINE) for method in methods}}
+    paired.compare("profile-step", "method", points, asked, grows=False, **facts)
+
+
+if __name__ == "__main__":
+    main()
