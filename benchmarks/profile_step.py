@@ -16,8 +16,6 @@ import gzip
 import json
 import os
 import re
-import shutil
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -86,35 +84,39 @@ def group_of(name: str, op: Op, rank: int | None) -> str:
 
 
 def profiled(method: str) -> Any:
-    """A unit that profiles a few steps: the median of their clocks, and seconds by group."""
-    folder = tempfile.mkdtemp()
-    dump = f"--xla_dump_to={folder}/hlo --xla_dump_hlo_module_re=train_step"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}"
-    import jax
+    """A unit that profiles a few steps: the mean of their clocks, and seconds by group."""
 
     def unit() -> dict[str, Any]:
-        step, clock = jlora_step(method, **HEADLINE), []
-        for _ in range(3):
-            step()
-        with jax.profiler.trace(folder):
-            for _ in range(STEPS):
-                start = time.perf_counter()
-                step()
-                clock.append(time.perf_counter() - start)
-        (text,) = glob.glob(f"{folder}/hlo/*train_step*cpu_after_optimizations.txt")
-        ops = operations(Path(text).read_text())
-        seconds = _seconds(folder)
+        with tempfile.TemporaryDirectory() as folder:
+            dump = f"--xla_dump_to={folder}/hlo --xla_dump_hlo_module_re=train_step"
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}"
+            clock = _trace(jlora_step(method, **HEADLINE), folder)
+            (text,) = glob.glob(f"{folder}/hlo/*train_step*cpu_after_optimizations.txt")
+            ops = operations(Path(text).read_text())
+            seconds = {name: each for name, each in _seconds(folder).items() if name in ops}
         groups: dict[str, float] = dict.fromkeys(GROUPS, 0.0)
         rank = None if method == "full" else HEADLINE["rank"]
-        for name in seconds.keys() & ops.keys():
-            groups[group_of(name, ops[name], rank)] += seconds[name]
-        groups["between"] = statistics.mean(clock) - sum(groups.values())
-        longest = sorted(seconds.keys() & ops.keys(), key=lambda name: -seconds[name])
-        texts = [(seconds[name], ops[name].text.strip()[:300]) for name in longest[:LONGEST]]
-        shutil.rmtree(folder)
-        return {"seconds": statistics.mean(clock), "groups": groups, "longest": texts}
+        for name, each in seconds.items():
+            groups[group_of(name, ops[name], rank)] += each
+        groups["between"] = clock - sum(groups.values())
+        longest = sorted(seconds, key=seconds.__getitem__, reverse=True)[:LONGEST]
+        texts = [(seconds[name], ops[name].text.strip()[:300]) for name in longest]
+        return {"seconds": clock, "groups": groups, "longest": texts}
 
     return unit
+
+
+def _trace(step: Any, folder: str) -> float:
+    """Writes the profile of STEPS steps; the mean of their seconds by the clock."""
+    import jax
+
+    for _ in range(3):
+        step()
+    with jax.profiler.trace(folder):
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            step()
+        return (time.perf_counter() - start) / STEPS
 
 
 def _seconds(folder: str) -> dict[str, float]:

@@ -72,7 +72,7 @@ def grouped_dot(
     its own; a packed array is a constant.
     """
     if isinstance(w, LoraWeight):
-        inner = keep(grouped_dot(x, w.lora_A * w.scale.astype(w.lora_A.dtype), sizes))
+        inner = keep(grouped_dot(x, w.scaled_A, sizes))
         return grouped_dot(x, w.base, sizes) + grouped_dot(inner, w.lora_B, sizes)
     return _grouped_packed(x, w, sizes) if is_packed(w) else _grouped(x, w, sizes)
 
@@ -127,13 +127,12 @@ def after(x: Array, value: Any) -> Any:
 def _adapted(x: Array, w: LoraWeight, dtype: Any) -> Array:
     """``x @ W + scale * (dropout(x) @ A) @ B`` (LoRA, arXiv 2106.09685), its columns times gain.
 
-    The scale is A's, the smallest factor: no pass over activations or their gradients. Where there
-    is dropout, DoRA's change of the base's columns is to what it leaves, as in peft.
+    Where there is dropout, DoRA's change of the base's columns is to what it leaves, as in peft.
     """
     base, kept = dot(x, w.base, dtype), _dropout(x, w)
     if w.adapter_ids is not None:
         return _with_own_deltas(base, keep(_each(x, w.lora_A, _ids_of(x, w))), w)
-    delta = dot(keep(dot(kept, w.lora_A * w.scale.astype(w.lora_A.dtype))), w.lora_B)
+    delta = dot(keep(dot(kept, w.scaled_A)), w.lora_B)
     if w.bias is not None:
         delta = delta + w.bias.astype(delta.dtype)
     if w.gain is None:

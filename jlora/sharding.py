@@ -140,11 +140,16 @@ def packed_spec(
     )
 
 
+def _row_parts(rows: int) -> int | None:
+    """Into how many parts the mesh splits so many rows, under jit; None where it does not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape.get(axis, 1) for axis in BATCH)
+    return None if mesh.empty or rows % parts else parts
+
+
 def rows_each(rows: int) -> int:
     """How many of a batch's rows one device computes, under jit; all where they do not split."""
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else math.prod(mesh.shape.get(axis, 1) for axis in BATCH)
-    return rows if rows % parts else rows // parts
+    return rows // (_row_parts(rows) or 1)
 
 
 def split_rows(x: Float[Array, "B T dim"]) -> Float[Array, "B T dim"]:
@@ -154,8 +159,7 @@ def split_rows(x: Float[Array, "B T dim"]) -> Float[Array, "B T dim"]:
     features as the weights are. The look-up is where ``fsdp`` splits the table's dim, and then the
     rows move: asked for both at once, XLA makes the whole on every device.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[0] % math.prod(mesh.shape.get(axis, 1) for axis in BATCH):
+    if _row_parts(x.shape[0]) is None:
         return x
     x = jax.lax.with_sharding_constraint(x, PartitionSpec("data", None, "fsdp"))
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))
@@ -166,8 +170,7 @@ def by_rows(f: Callable[[Array, Any], Array], x: Float[Array, "B ..."], weights:
 
     For what orders tokens across rows: XLA would have every device order, and compute, all of them.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[0] % math.prod(mesh.shape.get(axis, 1) for axis in BATCH):
+    if _row_parts(x.shape[0]) is None:
         return f(x, weights)
     rows, axes = PartitionSpec(BATCH), set(BATCH)
     specs = {"in_specs": (rows, PartitionSpec()), "out_specs": rows}

@@ -155,6 +155,22 @@ def test_a_chunk_counts_the_rows_of_one_device():
     np.testing.assert_allclose(four, one, rtol=1e-6)
 
 
+def test_a_part_of_a_packed_head_counts_the_rows_of_one_device():
+    sizes = []
+
+    def head(start, size):
+        sizes.append(size)
+        return jnp.zeros((B, T, size))
+
+    labels = jnp.zeros((B, T), jnp.int32)
+    for count in (1, 4):
+        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:count])
+        with jax.set_mesh(mesh), mock.patch.object(step, "CHUNK_ELEMENTS", B * T * 5):
+            loss = jax.jit(lambda: step.cross_entropy_by_tokens(head, labels, V))()
+        np.testing.assert_allclose(loss, B * T * np.log(V), rtol=1e-6)
+    assert set(sizes) == {5, 20} and sizes[0] == 5
+
+
 def test_chunks_divide_the_length():
     assert step._chunk_length(1, 4096, 128_256) == 128
     assert step._chunk_length(1, 100, 1000) == 100

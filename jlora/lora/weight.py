@@ -59,6 +59,11 @@ class LoraWeight(Over):
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
     @property
+    def scaled_A(self) -> Float[Array, "*matrices in r"]:
+        """``scale * lora_A`` of one layer: a scale on the product passes over all activations."""
+        return self.lora_A * self.scale.astype(self.lora_A.dtype)
+
+    @property
     def mT(self) -> LoraWeight | Transposed:
         """The transpose of every matrix; with more than a delta on it, it only stands for it."""
         if self.gain is not None or self.bias is not None:

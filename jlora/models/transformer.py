@@ -59,7 +59,8 @@ class Attention(nnx.Module):
         q, k = self._normed(self.q_norm, q, call.config), self._normed(self.k_norm, k, call.config)
         q, k = call.rotate(q, index), call.rotate(k, index)
         if self.q_norm is None and not call.config.fused_qkv:
-            q, k = keep(q), keep(k)  # instead of what they were before
+            # Then nothing needs what they were before, and nothing is rotated again.
+            q, k = keep(q), keep(k)
         v = v.reshape(*k.shape)
         sinks = None if self.sinks is None else self.sinks.get_value()
         out, kv = call.attend(q, k, v, index, kv, sinks)

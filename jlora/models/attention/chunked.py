@@ -206,7 +206,7 @@ def _gradients(
     )
     keys, values = (_key_chunks(x, chunk) for x in (k, v))
     # CPUs have no fast product that sums over rows: these two are turned once instead.
-    turned = jax.lax.optimization_barrier((queries.mT, d_outs.mT))
+    queries_T, d_outs_T = jax.lax.optimization_barrier((queries.mT, d_outs.mT))
 
     def of_queries(so_far, i):
         def add(j, so_far):
@@ -215,8 +215,8 @@ def _gradients(
             weights = jnp.exp(scores - logs[i][..., None])
             d_weights = _product("bhqd,bhkd->bhqk", d_outs[i], values[j])
             d_scores = (weights * (d_weights - means[i][..., None]) * slope).astype(q.dtype)
-            dv = dv.at[j].add(_product("bhdq,bhqk->bhdk", turned[1][i], weights.astype(q.dtype)))
-            dk = dk.at[j].add(_product("bhdq,bhqk->bhdk", turned[0][i], d_scores))
+            dv = dv.at[j].add(_product("bhdq,bhqk->bhdk", d_outs_T[i], weights.astype(q.dtype)))
+            dk = dk.at[j].add(_product("bhdq,bhqk->bhdk", queries_T[i], d_scores))
             return dq + _product("bhqk,bhkd->bhqd", d_scores, keys[j]), dk, dv
 
         start = jnp.zeros(queries.shape[1:], jnp.float32), *so_far
