@@ -19,6 +19,7 @@ COMMANDS = (
     "training_step.py",
     "training_step.py --sweep all",
     "profile_step.py",
+    "predicted.py",
     "nf4.py",
     "dot.py",
     "data.py",

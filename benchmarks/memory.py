@@ -66,6 +66,7 @@ class Row:
 
 def program_of(hf: dict, row: Row, batch: int, length: int, devices: Any, **mesh: int) -> Any:
     """The run's step (``jlora.program.Program``) on rows of ``length`` tokens, made of shapes."""
+    from jlora import sharding
     from jlora.config import (
         Config,
         DataConfig,
@@ -96,7 +97,7 @@ def program_of(hf: dict, row: Row, batch: int, length: int, devices: Any, **mesh
             ),
             mesh=MeshConfig(**mesh),
         )
-        job = describe_job(config, None, devices)
+        job = describe_job(config, None, sharding.make_mesh(config.mesh, devices))
     return Program.of(job, Plan.of(config, job.mesh, lambda rows: 1), length)
 
 

@@ -199,12 +199,25 @@ def profile(results: Path) -> str:
     return f"{markdown(['part', *methods], rows)}\n\n{conditions(result['conditions'])}"
 
 
+def predicted(results: Path) -> str:
+    """What ``jlora plan`` says of a step's memory, and what was seen."""
+    result = load("predicted", results)
+    rows = []
+    for point in result["points"]:
+        facts = point["results"]["jlora"]["facts"]
+        said, seen = facts["predicted"], facts["measured"]
+        rows.append([point["value"], f"{said / 1e6:.0f}", f"{seen / 1e6:.0f}", short(seen / said)])
+    head = ["step", "predicted, MB", "measured, MB", "measured / predicted"]
+    return f"{markdown(head, rows)}\n\n{conditions(result['conditions'])}"
+
+
 OWN: dict[str, Callable[[Path], str]] = {
     "training-step": training_step,
     "startup-commands": commands,
     "limits": limits,
     "floors": floors,
     "profile-step": profile,
+    "predicted": predicted,
 }
 """Tables that are no comparison of one benchmark: name → function of the folder of results."""
 

@@ -59,7 +59,7 @@ COMMANDS = {
 def entry() -> NoReturn:
     """The console script ``jlora``."""
     runtime.without_torch()
-    sys.exit(dispatch(sys.argv[1:]))
+    leave(dispatch(sys.argv[1:]))
 
 
 def dispatch(argv: Sequence[str]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,13 +22,12 @@ from jlora.quantization import quantize_params
 from jlora.targets import find_targets
 
 
-def describe_job(config: Config, tokenizer: Any, devices: Sequence[Any] | None = None) -> Job:
+def describe_job(config: Config, tokenizer: Any, mesh: jax.sharding.Mesh) -> Job:
     """The job that ``open_job`` would open for training, with a shape in place of every array.
 
     Every shape knows where the array would lie: a step that is compiled for them is the run's.
-    ``devices`` are all of JAX's, or those of a machine that is not there.
+    The mesh's devices may be those of a machine that is not there.
     """
-    mesh = sharding.make_mesh(config.mesh, devices=devices)
     model = describe_model(config, tokenizer)
     base = base_shapes(config, model)
     bind = binding(config)

@@ -7,7 +7,7 @@ if __name__ == "__main__":  # settings are checked before the imports below, whi
 
 import argparse
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ from jlora.classes import with_classes
 from jlora.config import Config
 from jlora.console import Console
 from jlora.data.classification import listed
+from jlora.described import describe_job, describe_model
 from jlora.header import show_header
 from jlora.job import Job, open_job, open_tokenizer
 from jlora.metrics import MetricsLog
+from jlora.models.hf_folder import find_folder
 from jlora.optim import check_optimizer, schedule
-from jlora.plan.check import compile_checked
+from jlora.plan.check import compiled_beside, unless_refused
 from jlora.program import Program
 from jlora.progress import (
     Meter,
@@ -73,22 +75,36 @@ def run(config: Config, options: argparse.Namespace) -> None:
         console.note("reading and tokenizing the data …")
         rows = prepare(config, tokenizer, "train")
         held_out = prepare(config, tokenizer, "eval") if config.data.eval else None
-        console.note(f"loading {config.model.name_or_path} …")
-        with console.loading() as progress:
-            job = open_job(config, tokenizer, trained=False, progress=progress)
+        shapes = _described(config, tokenizer)
         for what, prepared in (("data.train", rows), ("data.eval", held_out)):
             if prepared:
-                check_fit(job, prepared)
+                check_fit(shapes, prepared)
                 check_same(prepared, what)
-        plan = plan_of(config, job.mesh, rows)
-        show_header(console, job, plan, rows, held_out)
+        plan = plan_of(config, shapes.mesh, rows)
+        show_header(console, shapes, plan, rows, held_out)
+        program = Program.of(shapes, plan, rows.length)
+        console.note(f"loading {config.model.name_or_path}, and compiling …")
+        with compiled_beside(program, rows) as compiling, console.loading() as progress:
+            progress = unless_refused(compiling, progress)
+            job = open_job(config, tokenizer, trained=False, progress=progress)
+        train_step = compiling.result()
         with jax.set_mesh(job.mesh):
-            train(job, plan, rows, held_out, console, log, signals)
+            state = program.start(job.trainable)
+            train(job, plan, state, train_step, rows, held_out, console, log, signals)
+
+
+def _described(config: Config, tokenizer: Any) -> Job:
+    """The job before a weight is read; how a base came packed stands in its weights."""
+    if describe_model(config, tokenizer).config.prequantized:
+        find_folder(config.model.name_or_path, config.model.revision)
+    return describe_job(config, tokenizer, sharding.make_mesh(config.mesh))
 
 
 def train(
     job: Job,
     plan: Plan,
+    state: TrainState,
+    train_step: Callable[[Any, Any, Any], Any],
     rows: data.Prepared,
     held_out: data.Prepared | None,
     console: Console,
@@ -98,9 +114,6 @@ def train(
     """The run from its first step, or its last checkpoint, to what it leaves behind."""
     settings, out = job.config.train, Path(job.config.train.output_dir)
     learning_rate = schedule(settings, plan.total_steps)
-    program = Program.of(job, plan, rows.length)
-    train_step = compile_checked(program, rows)
-    state = program.start(job.trainable)
     eval_step = make_eval_step(job.model, job.bind, sharding.compiler_options(job.mesh))
     checkpoints = outputs.Checkpoints(out / "checkpoints", job, plan, rows.fingerprint)
     held_out_parts = parts(held_out, job.adapters) if held_out else []

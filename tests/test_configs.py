@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny_runs import standard_promotion
 
 from jlora import config, paths, sharding, train
 from jlora.job import attach
@@ -168,8 +169,7 @@ def test_qlora_trains_as_written(name, place, monkeypatch):
         ],
     )
     one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    standard = jax.numpy_dtype_promotion("standard")
-    with mock.patch.object(sharding, "make_mesh", one), standard:
+    with mock.patch.object(sharding, "make_mesh", one), standard_promotion():
         train.run(settings, argparse.Namespace(show_batch=False))
     out = place.folder / settings.train.output_dir
     assert (out / "adapter_model.safetensors").stat().st_size > 1000

@@ -3,6 +3,8 @@
 import functools
 import json
 import math
+import threading
+import time
 from unittest import mock
 
 import jax
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_runs import OFF, write_rows
 
-from jlora import batches, cli, config, sharding
+from jlora import batches, cli, config, sharding, train
 from jlora.described import describe_job
 from jlora.errors import ConfigError
 from jlora.header import tree_bytes
@@ -58,7 +60,8 @@ def runs_as_planned(settings, devices):
     """Metrics of a step that was compiled from shapes and is given a run's own arrays."""
     tokenizer = open_tokenizer(settings)
     rows = batches.prepare(settings, tokenizer, "train")
-    described = describe_job(settings, tokenizer, jax.devices()[:devices])
+    mesh = sharding.make_mesh(settings.mesh, jax.devices()[:devices])
+    described = describe_job(settings, tokenizer, mesh)
     plan = batches.plan_of(settings, described.mesh, rows)
     compiled = Program.of(described, plan, rows.length).compile()
 
@@ -346,6 +349,58 @@ def test_training_refuses_what_does_not_fit_unless_told(place, monkeypatch, here
     assert not (place.output / "metrics.jsonl").exists()
     place.run(train={"check_memory": False, "max_steps": 1, "logging_steps": 1})
     assert len(place.losses()) == 1
+
+
+def out_of_memory(*_, **__):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+
+def test_weights_load_while_the_step_compiles(place, monkeypatch):
+    """Neither ends before the other has begun."""
+    place.settings_for_loss()
+    loading, compiling = threading.Event(), threading.Event()
+    compile_step, load = Program.compile, train.open_job
+
+    def compile_late(program):
+        compiling.set()
+        assert loading.wait(60)
+        return compile_step(program)
+
+    def load_late(*arguments, **more):
+        loading.set()
+        assert compiling.wait(60)
+        return load(*arguments, **more)
+
+    monkeypatch.setattr(Program, "compile", compile_late)
+    monkeypatch.setattr(train, "open_job", load_late)
+    place.run(train={"max_steps": 1, "logging_steps": 1})
+    assert len(place.losses()) == 1
+
+
+@pytest.mark.parametrize("reports", [True, False], ids=["reading on", "memory full"])
+def test_a_refusal_ends_the_loading(place, monkeypatch, here, reports):
+    """The next report of progress raises it; so does what has no more room."""
+    place.settings_for_loss()
+    peak = looked(load(place), 1, whole=False).memory.peak
+    monkeypatch.setattr(target, "main_memory", lambda: peak - 1)
+
+    def read(*_, progress, **__):
+        for n in range(6000 if reports else 0):
+            progress(n, 6000)
+            time.sleep(0.01)
+        out_of_memory()
+
+    monkeypatch.setattr(train, "open_job", read)
+    with pytest.raises(ConfigError, match="does not fit"):
+        place.run()
+
+
+def test_a_fault_in_loading_is_told_as_what_it_is(place, monkeypatch):
+    """Also when memory is full and the step itself would fit."""
+    place.settings_for_loss()
+    monkeypatch.setattr(train, "open_job", out_of_memory)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        place.run()
 
 
 @pytest.mark.parametrize(

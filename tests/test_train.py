@@ -30,10 +30,11 @@ def epochs(tmp_path_factory, tiny_base, tiny_cache):
 
     logger, note = logging.getLogger("jax"), Note()
     logger.addHandler(note)
+    jax.config.update("jax_log_compiles", True)  # in all threads
     try:
-        with jax.log_compiles():
-            place.run(train={"max_steps": -1, "num_train_epochs": 2, "save_total_limit": 2})
+        place.run(train={"max_steps": -1, "num_train_epochs": 2, "save_total_limit": 2})
     finally:
+        jax.config.update("jax_log_compiles", False)
         logger.removeHandler(note)
     return place, [line for line in compiled if line.startswith("Compiling jit(")]
 

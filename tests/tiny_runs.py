@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -129,8 +130,7 @@ class Place:
         """The same in this process, on its first devices; errors are raised."""
         settings = config.load(self.write(**sections), [OFF, *overrides])
         mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
-        standard = jax.numpy_dtype_promotion("standard")  # optax does not promote strictly
-        with mock.patch.object(sharding, "make_mesh", mesh), standard:
+        with mock.patch.object(sharding, "make_mesh", mesh), standard_promotion():
             train.run(settings, Namespace(show_batch=False))
 
     def main(self, *arguments: str, **sections: Any) -> int:
@@ -154,6 +154,16 @@ class Place:
     def adapter(self) -> bytes:
         """The produced file."""
         return (self.output / ADAPTER).read_bytes()
+
+
+@contextmanager
+def standard_promotion():
+    """As optax needs it, in the thread of a run that compiles, too."""
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    try:
+        yield
+    finally:
+        jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def make_base(folder: Path) -> Path:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -14,6 +17,37 @@ from jlora.plan.forecast import Rows, forecast
 from jlora.plan.memory import OUT_OF_MEMORY, measured
 from jlora.plan.remedies import find_remedies, text
 from jlora.program import Program
+
+
+@contextmanager
+def compiled_beside(program: Program, rows: data.Prepared) -> Iterator[Future[Any]]:
+    """Gives what will hold ``compile_checked``'s result, while something else is done.
+
+    What runs out of memory meanwhile is reported as the step's refusal, if it is refused, too.
+    Where something else fails, nobody waits for the compiler but the process's end.
+    """
+    pool = ThreadPoolExecutor(1, "compile")
+    compiling = pool.submit(compile_checked, program, rows)
+    pool.shutdown(wait=False)
+    try:
+        yield compiling
+    except jax.errors.JaxRuntimeError as error:
+        if OUT_OF_MEMORY in str(error):
+            compiling.result()
+        raise
+
+
+def unless_refused(
+    compiling: Future[Any], report: Callable[[int, int], None]
+) -> Callable[[int, int], None]:
+    """``report``, which raises when the step that is being compiled was refused."""
+
+    def checked(done: int, total: int) -> None:
+        if compiling.done():
+            compiling.result()
+        report(done, total)
+
+    return checked
 
 
 def compile_checked(program: Program, rows: data.Prepared) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from jlora import sharding
 from jlora.config import Config
 from jlora.described import describe_job
 from jlora.errors import JloraError
@@ -138,7 +139,9 @@ def forecast(
       whole: count work, too; else memory only.
     """
     rows = dataclasses.replace(rows, length=min(rows.length, config.data.max_length))
-    job = describe_job(config, tokenizer, found or stand_in(aim))
+    job = describe_job(
+        config, tokenizer, sharding.make_mesh(config.mesh, devices=found or stand_in(aim))
+    )
     plan = Plan.of(config, job.mesh, rows.steps_per_epoch or (lambda n: 1))
     program = Program.of(job, plan, rows.length)
     memory, work, text, seconds, refused = None, None, "", None, ""

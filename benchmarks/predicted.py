@@ -1,0 +1,130 @@
+"""The memory that ``jlora plan`` predicts, beside what the device shows while the step runs.
+
+    python benchmarks/predicted.py
+
+The steps are the headline's of ``training_step.py``, and LoRA's with rows of 1024 tokens, each in a
+process of its own, as ``jlora train`` runs them, on zeros. Measured is, on an accelerator, the
+allocator's peak; on a CPU, the largest resident set during the steps less the one without their
+arrays, after the same steps have run once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import llama
+import paired
+from training_step import HEADLINE
+
+STEPS = 3
+CASES = {
+    **{llama.METHODS[method]: (method, HEADLINE["length"]) for method in llama.METHODS},
+    "LoRA, rows of 1024": ("lora", 1024),
+}
+
+
+def settings(folder: str, method: str, length: int) -> dict[str, Any]:
+    """The settings of a run on the headline's Llama."""
+    own = {
+        "model": {"name_or_path": folder, "dtype": "bfloat16"},
+        "lora": {"r": HEADLINE["rank"], "target_modules": "all-linear"},
+        "quantization": {"load_in_4bit": True},
+        "data": {"train": [{"path": "unused", "format": "text"}], "max_length": length},
+        "train": {
+            "output_dir": "unused",
+            "max_steps": 1000,
+            "per_device_train_batch_size": HEADLINE["batch"],
+            "gradient_accumulation_steps": 1,
+            "gradient_checkpointing": method == "qlora",
+        },
+    }
+    without = {"lora": {"quantization"}, "qlora": set(), "full": {"lora", "quantization"}}[method]
+    return {name: section for name, section in own.items() if name not in without}
+
+
+def steps(method: str, length: int) -> Any:
+    """A unit that plans, compiles and runs a step: its predicted and its measured bytes."""
+
+    def unit() -> dict[str, int]:
+        import jax
+
+        from jlora import config
+        from jlora.plan import target
+        from jlora.plan.forecast import Rows, forecast
+        from jlora.program import Program
+
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "run.json"
+            (Path(folder) / "config.json").write_text(json.dumps(llama.shape()))
+            file.write_text(json.dumps(settings(folder, method, length)))
+            devices = jax.devices()[:1]
+            plan = forecast(
+                config.load(file, []), None, Rows(length), target.Target(), devices, whole=False
+            )
+        assert plan.memory is not None
+        program = Program.of(plan.job, plan.plan, length)
+        step = program.compile()
+        described = program.state, program.job.frozen, program.batch
+
+        def run() -> None:
+            state, frozen, batch = jax.block_until_ready(jax.tree.map(_zeros, described))
+            for _ in range(STEPS):
+                state, _ = jax.block_until_ready(step(state, frozen, batch))
+
+        run()  # what a first step needs once: code, threads
+        before = _resident()
+        _reset_peak()
+        run()
+        stats = devices[0].memory_stats() or {}
+        peak = stats.get("peak_bytes_in_use") or _status("VmHWM") - before
+        return {"predicted": plan.memory.peak, "measured": peak}
+
+    return unit
+
+
+def _zeros(leaf: Any) -> Any:
+    import jax.numpy as jnp
+
+    return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+
+
+def _resident() -> int:
+    """The resident set, once what was freed is given back to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")
+
+
+def _reset_peak() -> None:
+    """``VmHWM`` starts again from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def main() -> None:
+    """Every case in a process of its own."""
+    asked = paired.arguments(__doc__, repeats=1).parse_args()
+    points = {
+        case: [
+            paired.Contestant(
+                "jlora", "predicted:steps", {"method": method, "length": length}, fresh=True
+            )
+        ]
+        for case, (method, length) in CASES.items()
+    }
+    paired.compare("predicted", "step", points, asked, grows=False, memory=False)
+
+
+if __name__ == "__main__":
+    main()
