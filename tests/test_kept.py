@@ -10,7 +10,7 @@ import optax
 import pytest
 from jaxprs import equations
 
-from jlora import lora, sharding
+from jlora import decoding, lora, sharding
 from jlora.config import LoraConfig, MeshConfig
 from jlora.job import attach
 from jlora.models import Model, init_params
@@ -90,6 +90,14 @@ def test_checkpointing_keeps_the_stream_alone():
     assert kept_shapes(16, True, jax.random.key(2)) == {((16, 64), "bfloat16"): 1}
 
 
+def widened_in(text):
+    """The stacks of layers that a compiled program has in float32."""
+    stacks = ("64,96", "64,128", "128,64", f"{ROWS},80,128")
+    # Only what is written to memory: a fusion's inside computes a slice, whatever it says.
+    written = [line for line in text.splitlines() if "fusion(" in line or "tuple(" in line]
+    return [s for s in stacks if any(f"f32[{LAYERS},{s}]" in line for line in written)]
+
+
 def test_no_stack_of_layers_is_widened_on_a_cpu():
     """Neither the bfloat16 weights nor what layers keep: see ``sharding.COMPILER_OPTIONS``."""
     optimizer = optax.sgd(0.1)
@@ -99,13 +107,25 @@ def test_no_stack_of_layers_is_widened_on_a_cpu():
 
     def widened(options):
         step = make_train_step(MODEL, attach, optimizer, compiler_options=options)
-        text = step.lower(state, (BASE, None), rows).compile().as_text()
-        stacks = ("64,96", "64,128", "128,64", f"{ROWS},80,128")
-        # Only what is written to memory: a fusion's inside computes a slice, whatever it says.
-        written = [line for line in text.splitlines() if "fusion(" in line or "tuple(" in line]
-        return [s for s in stacks if any(f"f32[{LAYERS},{s}]" in line for line in written)]
+        return widened_in(step.lower(state, (BASE, None), rows).compile().as_text())
 
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     assert not widened(sharding.compiler_options(mesh))
     if jax.version.__version_info__ < (0, 11):  # where XLA still does it without being asked
         assert widened(None)
+
+
+def test_nor_is_one_while_tokens_are_generated(monkeypatch):
+    """Every token would read its weights in twice as many bytes."""
+    ids, numbers = jnp.zeros((1, 16), jnp.int32), jnp.zeros(1, jnp.int32)
+
+    def widened():
+        decoding._compiled.cache_clear()
+        run = decoding._compiled(MODEL, 1, 16, 4, (), decoding.Sampling())
+        return widened_in(run.lower(BASE, ids, ids, jax.random.key(0), numbers).compile().as_text())
+
+    assert not widened()
+    monkeypatch.setattr(sharding, "COMPILER_OPTIONS", {})
+    if jax.version.__version_info__ < (0, 11):
+        assert widened()
+    decoding._compiled.cache_clear()
