@@ -45,7 +45,7 @@ def longest(model: str, quantized: bool, device: str, limit: int) -> dict[str, A
 
     low, high = 0, LONGEST + STEP  # the longest known to fit, the shortest known not to
     guess = FIRST[0]
-    for _ in range(7):
+    for _ in range(10):
         if peak(guess) <= limit:
             low = guess
         else:

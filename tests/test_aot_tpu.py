@@ -2,6 +2,8 @@
 
 import functools
 import importlib.util
+import math
+import re
 
 import pytest
 from aot import LLAMA_8B, compiled_for
@@ -23,6 +25,11 @@ SMALL = LLAMA_8B | {
     "num_key_value_heads": 4,
 }
 LENGTH = 1024
+MATRICES = 8 * (2 * 1024 * 1024 + 2 * 1024 * 512 + 3 * 1024 * 2816)
+DOWN = 8 * 1024 * 2816
+ADAPTER = 8 * 16 * (2 * 2048 + 2 * 1536 + 3 * 3840)
+ADAPTER_DOWN = 8 * 16 * 1024
+HEAD = 1024 * 32_000
 
 
 @functools.cache
@@ -32,3 +39,35 @@ def step(target, **mesh):
 
 def test_attention_is_a_kernel():
     assert "tpu_custom_call" in step("v5e")["work"]["kernels"]
+
+
+def test_flops_are_four_for_a_parameter_and_what_is_recomputed():
+    again = 2 * (MATRICES - DOWN + ADAPTER - ADAPTER_DOWN) + 2 * HEAD
+    products = LENGTH * (4 * (MATRICES + HEAD) + 6 * ADAPTER + again)
+    attention = 16 * 8 * 1024 * LENGTH * (LENGTH + 1) / 2
+    work = step("v5e")["work"]
+    assert work["flops"] == pytest.approx(products + attention, rel=0.05)
+    assert work["flops_compiled"] == pytest.approx(products, rel=0.05)
+
+
+def test_no_dequantized_matrix_outlives_its_layer():
+    """Of all that is as large as a stack of matrices, only codes and layers' inputs are stacks."""
+    large = [t for t in step("v5e")["large"] if t.startswith(("f", "bf"))]
+    sizes = [list(map(int, re.findall(r"\d+", t.partition("[")[2]))) for t in large]
+    assert [dims for dims in sizes if dims[0] == 8] == [[8, 1, LENGTH, 1024]]
+    assert max(map(math.prod, sizes)) == HEAD
+
+
+def test_devices_of_fsdp_gather_packed_layers_and_reduce_gradients():
+    result = step("v5e-8", data=2, fsdp=4)
+    found = {(c["kind"], c["group"]): c["bytes"] for c in result["work"]["collectives"]}
+    head = 2 * HEAD / 4 * 3 * 2  # in bfloat16: forward, again, backward, in two chunks of rows
+    packed = 2 * MATRICES * 0.516 / 4  # forward and backward
+    assert packed < found["all-gather", 4] - head < 2 * packed
+    assert {kind for kind, _ in found} <= {
+        "all-gather", "all-reduce", "reduce-scatter", "all-to-all"
+    }  # fmt: skip
+    reduced = sum(n for (kind, _), n in found.items() if kind in ("all-reduce", "reduce-scatter"))
+    assert 4 * ADAPTER / 4 < reduced < 3 * 4 * ADAPTER
+    each = result["work"]["flops"] - result["work"]["flops_attention"]
+    assert result["work"]["flops_compiled"] == pytest.approx(each / 8, rel=0.05)

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 import threading
 import time
 from unittest import mock
@@ -206,6 +207,28 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert work.flops == 5 * 3 * 2 * 8 * 16 * 16
     least = 4 * (5 * 16 * 16 + 5 * 2 * 3 * 8 * 16)  # every matrix once, rows in and out
     assert least <= work.bytes <= 6 * least
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "options"),
+    [
+        ((1,), (8,), {"padding": [(7, 7)]}),  # as XLA writes x @ w with heads, for TPUs
+        ((9, 11), (3, 2), {"padding": "SAME", "window_strides": (2, 1)}),
+        ((9, 11), (3, 2), {"padding": [(2, 0), (1, 3)], "rhs_dilation": (2, 1)}),
+        ((5,), (4,), {"padding": [(3, 3)], "lhs_dilation": (2,)}),
+        ((12,), (4,), {"padding": "VALID", "feature_group_count": 2}),
+    ],
+)
+def test_a_convolution_counts_what_its_windows_see(size, window, options):
+    """Against XLA's own account, which is right where there is no loop."""
+    groups = options.get("feature_group_count", 1)
+    options = {"window_strides": (1,) * len(size)} | options
+    x, w = np.ones((3, 6, *size), np.float32), np.ones((8, 6 // groups, *window), np.float32)
+    convolved = jax.jit(functools.partial(jax.lax.conv_general_dilated, **options))
+    lowered = convolved.lower(x, w)
+    text = re.sub(r"\b(\w+\.\d+)\b", r"%\1", lowered.compiler_ir("hlo").as_hlo_text())
+    flops = hlo.work_of(text).flops
+    assert flops == lowered.cost_analysis()["flops"]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 CONTRACTED = re.compile(r"lhs_contracting_dim(?:ension)?s\"?[=:][{\[]([\d,\"]*)[}\]]")
-LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
+LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+WINDOW = re.compile(r"window=\{([^}]*)\}")
 GROUPS = re.compile(r"replica_groups=(?:\[(?:\d+,)*(\d+)\]<=|\{\{([\d,]*)\})")
 MESH = re.compile(r"replica_groups=@?\w*\[([^\]]*)\](?:, device_ids=\([^{]*\))? ?\{([^}]*)\}")
 PARTITIONS = re.compile(r"num_partitions=(\d+)")
@@ -260,13 +261,37 @@ def _product(one: Instruction, own: Mapping[str, Instruction]) -> float:
     """FLOPs of a matrix product: two for each element of the result and contracted index."""
     results = math.prod(_dims(one.type))
     if match := LABELS.search(one.rest):  # a convolution, as TPUs have them
-        kernel = _dims(own[one.operands[1]].type)
-        outputs = kernel[match[1].index("o")]
-        return 2.0 * results * math.prod(kernel) / outputs
+        return _convolution(one, own, match)
     match, left = CONTRACTED.search(one.rest), _dims(own[one.operands[0]].type)
     if match is None:
         return 0.0
     return 2.0 * results * math.prod(left[axis] for axis in _numbers(match[1]))
+
+
+def _convolution(one: Instruction, own: Mapping[str, Instruction], labels: re.Match[str]) -> float:
+    """FLOPs of a convolution: two for each result, input feature, and place of its window.
+
+    XLA makes them of products, whose further axes become windows that mostly lie outside.
+    """
+    given, kernel = (_dims(own[name].type) for name in one.operands[:2])
+    result = _dims(one.type)
+    total = 2.0 * math.prod(result) * kernel[labels[2].index("i")]
+    match = WINDOW.search(one.rest)
+    window = dict(part.split("=") for part in match[1].split()) if match else {}
+
+    def option(name: str, axis: int, default: int) -> int:
+        values = window[name].split("x") if name in window else []
+        return int(values[axis].partition("_")[0]) if values else default
+
+    for axis, size in enumerate(_numbers(window.get("size", ""))):
+        before, stride = option("pad", axis, 0), option("stride", axis, 1)
+        spread, apart = option("lhs_dilate", axis, 1), option("rhs_dilate", axis, 1)
+        inputs = given[labels[1].index(str(axis))]
+        outputs = result[labels[3].index(str(axis))]
+        places = (o * stride + k * apart - before for o in range(outputs) for k in range(size))
+        inside = sum(0 <= p <= (inputs - 1) * spread and p % spread == 0 for p in places)
+        total *= inside / outputs
+    return total
 
 
 def _group(rest: str, devices: int) -> int:
