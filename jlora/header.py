@@ -148,7 +148,7 @@ def _run(job: Job, plan: Plan) -> Mapping[str, Any]:
         "optimizer": f"{optimizer(settings)}, {settings.lr_scheduler_type} from "
         f"{settings.learning_rate:g} after {warm} warm-up steps, "
         f"weight decay {settings.weight_decay:g}, clip {settings.max_grad_norm}",
-        "checkpointing": "on" if settings.gradient_checkpointing else "off",
+        "checkpointing": checkpointing(settings),
         "seed": settings.seed,
     }
 
@@ -158,6 +158,13 @@ def optimizer(settings: TrainConfig) -> str:
     ratio = settings.loraplus_lr_ratio
     plus = [f"LoRA+ (B learns {ratio:g} times as fast)"] if ratio else []
     return " with ".join([settings.optim, *plus, *["LoRA-FA"] * settings.lorafa])
+
+
+def checkpointing(settings: TrainConfig) -> str:
+    """Whether layers are computed again, and where their inputs are kept."""
+    if settings.activation_offloading:
+        return "on, layers' inputs in the host's memory"
+    return "on" if settings.gradient_checkpointing else "off"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Rows:

@@ -17,6 +17,7 @@ from jlora.config import Config, QuantConfig
 from jlora.data import load_tokenizer
 from jlora.errors import ConfigError
 from jlora.models import Model, as_classifier, load_pretrained
+from jlora.models.decoder import OFFLOAD
 from jlora.optim import without_gradient_of_a
 from jlora.targets import Target, find_targets
 
@@ -275,5 +276,5 @@ def settled(config: Config, model: Model, tokenizer: Any) -> Model:
             where=f"model.name_or_path: {config.model.name_or_path}",
             fix="name a language model, or rows of format: classification",
         )
-    remat = config.train.gradient_checkpointing
+    remat = OFFLOAD if config.train.activation_offloading else config.train.gradient_checkpointing
     return dataclasses.replace(model, dtype=config.compute_dtype, gradient_checkpointing=remat)

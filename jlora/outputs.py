@@ -31,8 +31,8 @@ FREE_TO_CHANGE = {
         "output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume",
         "compilation_cache", "check_memory",
         "per_device_train_batch_size", "per_device_eval_batch_size",
-        "gradient_accumulation_steps", "gradient_checkpointing", "early_stopping_patience",
-        "early_stopping_threshold", "num_train_epochs", "max_steps",
+        "gradient_accumulation_steps", "gradient_checkpointing", "activation_offloading",
+        "early_stopping_patience", "early_stopping_threshold", "num_train_epochs", "max_steps",
     ),
 }  # fmt: skip
 """Settings that may differ between a checkpoint and the run that goes on from it."""

@@ -27,9 +27,10 @@ HEAD = 4096 * 128_256
 
 
 @functools.cache
-def step(target, packed, **mesh):
+def step(target, packed, offloading=False, **mesh):
     sections = {"quantization": {"load_in_4bit": True}} if packed else {}
-    return compiled_for(target, LLAMA_8B, LENGTH, mesh=mesh, **sections)
+    train = {"activation_offloading": offloading}
+    return compiled_for(target, LLAMA_8B, LENGTH, mesh=mesh, train=train, **sections)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -71,3 +72,12 @@ def test_qlora_of_8b_takes_what_is_said():
     assert memory["base"] + memory["adapter"] + memory["optimizer"] < 5.85 * GiB
     assert memory["peak"] < 7.3 * GiB
     assert memory["peak"] < 0.5 * step("h200", False)["memory"]["peak"]
+
+
+def test_offloading_takes_the_layers_inputs_from_the_device():
+    """But for two layers' worth: one that is computed, one on its way."""
+    on, off = (step("h200", True, offloading)["memory"] for offloading in (False, True))
+    inputs = 32 * LENGTH * 4096 * 2
+    assert off["host"] == inputs and not on["host"]
+    assert on["peak"] - off["peak"] > 0.8 * inputs
+    assert off["peak"] < 6.8 * GiB

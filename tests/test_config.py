@@ -143,6 +143,8 @@ def test_precision_and_aliases_resolve():
     assert (train.fp16, train.optim) == (True, "adamw")
     with pytest.raises(ConfigError, match="both fp16 and bf16"):
         TrainConfig(output_dir="o", fp16=True, bf16=True)
+    with pytest.raises(ConfigError, match="offloads what gradient_checkpointing keeps"):
+        TrainConfig(output_dir="o", activation_offloading=True, gradient_checkpointing=False)
 
 
 @pytest.mark.parametrize(

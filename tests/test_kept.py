@@ -44,6 +44,11 @@ ADAPTER = adapter_of()
 
 def kept_shapes(length, remat, key, adapter=ADAPTER):
     """Of the arrays that the forward scan gives the backward one, what follows (layers, rows)."""
+    kept = kept_arrays(length, remat, key, adapter)
+    return Counter((a.shape[2:], a.dtype.name) for a in kept)
+
+
+def kept_arrays(length, remat, key, adapter=ADAPTER):
     model = dataclasses.replace(MODEL, gradient_checkpointing=remat)
     ids = jax.ShapeDtypeStruct((ROWS, length), jnp.int32)
 
@@ -55,8 +60,7 @@ def kept_shapes(length, remat, key, adapter=ADAPTER):
     loops = [e for e in scans if e.params["length"] == LAYERS]  # DoRA's norms are one, too
     stacked = [[v.aval for v in e.outvars] for e in loops]
     kept = [[a for a in results if a.shape[:2] == (LAYERS, ROWS)] for results in stacked]
-    forward = next(filter(None, kept))
-    return Counter((a.shape[2:], a.dtype.name) for a in forward)
+    return next(filter(None, kept))
 
 
 @pytest.mark.parametrize("length", [16, 80], ids=["reference", "chunked"])
@@ -88,6 +92,16 @@ def test_dora_keeps_what_its_gain_multiplies():
 
 def test_checkpointing_keeps_the_stream_alone():
     assert kept_shapes(16, True, jax.random.key(2)) == {((16, 64), "bfloat16"): 1}
+
+
+def test_offloading_keeps_the_stream_on_the_host():
+    (host,) = kept_arrays(16, "offload", jax.random.key(2))
+    (device,) = kept_arrays(16, True, jax.random.key(2))
+    assert (host.shape, host.dtype) == (device.shape, device.dtype)
+    assert (host.memory_space, device.memory_space) == (
+        jax.memory.Space.Host,
+        jax.memory.Space.Device,
+    )
 
 
 def widened_in(text):

@@ -1,5 +1,6 @@
 """Training as the settings say it: what is learned, logged, kept and written."""
 
+import functools
 import json
 import logging
 import math
@@ -135,6 +136,20 @@ def test_gradient_checkpointing_changes_nothing(place, float32):
         place.run(train={"logging_steps": 1, "gradient_checkpointing": False})
     assert not made.call_args.args[0].gradient_checkpointing
     np.testing.assert_allclose(place.losses(), float32, rtol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_activation_offloading_changes_no_bit(place, float32, devices):
+    place.settings_for_loss()
+    mesh = {"data": 1, "fsdp": 2, "tensor": 2} if devices > 1 else {}
+    run = functools.partial(place.run, devices=devices, mesh=mesh)
+    if devices > 1:
+        run(train={"logging_steps": 1, "resume": "never"})
+    expected = float32 if devices == 1 else place.losses()
+    with mock.patch.object(program, "make_train_step", wraps=program.make_train_step) as made:
+        run(train={"logging_steps": 1, "resume": "never", "activation_offloading": True})
+    assert made.call_args.args[0].gradient_checkpointing == "offload"
+    assert place.losses() == expected
 
 
 EVERY_2 = {

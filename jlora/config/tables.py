@@ -200,6 +200,8 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass; false keeps its matrix products and recomputes
     what lies between them."""
+    activation_offloading: bool = False
+    """Keep in the host's memory what gradient_checkpointing keeps of a layer, its input."""
     bf16: bool | None = None
     """Compute in bfloat16; null: in the type of model.dtype. With both false, in float32."""
     fp16: bool = False
@@ -227,6 +229,10 @@ class TrainConfig(Section):
 
     def check(self) -> Iterator[Fault]:
         """See Section."""
+        if self.activation_offloading and not self.gradient_checkpointing:
+            cause = "offloads what gradient_checkpointing keeps, which is off"
+            fix = "set gradient_checkpointing to true, or leave it out"
+            yield Fault(("activation_offloading", "gradient_checkpointing"), cause, fix)
         if self.bf16 and self.fp16:
             yield Fault(("fp16", "bf16"), "both fp16 and bf16 are true", "set one to false")
         if self.max_steps == 0 or self.max_steps < -1:

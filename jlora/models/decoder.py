@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jlora import kept
@@ -25,6 +26,9 @@ from jlora.sharding import gather_packed
 
 REMAT = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
 """Names of ``jax.checkpoint_policies`` that ``gradient_checkpointing`` may be, besides a bool."""
+
+OFFLOAD = "offload"
+"""Checkpointing with the layers' inputs in the host's memory."""
 
 FAR = 2**30
 """A window that reaches everything, for layers without one among layers with one."""
@@ -144,14 +148,15 @@ def scan_layers(
     """Runs stacked layers in order: one layer's code is compiled, whatever the depth.
 
     ``remat`` is what the backward pass computes again: True all but the layer's input, False what
-    lies between the products (see ``kept``); a name is that policy of ``jax.checkpoint_policies``.
+    lies between the products (see ``kept``), OFFLOAD as True with the inputs on the host; another
+    name is that policy of ``jax.checkpoint_policies``.
     """
     graph, state = nnx.split(layers)
 
     def body(carry, layer):
         index, weights = layer
         block = nnx.merge(graph, gather_packed(weights))
-        x, kv = block(carry[0], call, index, carry[1])
+        x, kv = block(checkpoint_name(carry[0], kept.INPUT), call, index, carry[1])
         return (x, kv), None
 
     # Within a scan nothing can be merged across the barrier that prevent_cse puts up.
@@ -165,11 +170,14 @@ def policy(name: bool | str) -> Callable | None:
     """What a rematerialised layer keeps; ConfigError for an unknown name."""
     if isinstance(name, bool):
         return None if name else kept.policy
+    if name == OFFLOAD:
+        return kept.offloaded
+    names = (OFFLOAD, *REMAT)
     if name not in REMAT:
         raise ConfigError(
             f"there is no rematerialisation policy {name!r}",
             where="gradient_checkpointing",
-            fix=did_you_mean(name, REMAT) or f"true, false or one of {', '.join(REMAT)}",
+            fix=did_you_mean(name, names) or f"true, false or one of {', '.join(names)}",
         )
     return getattr(jax.checkpoint_policies, name)
 

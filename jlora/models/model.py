@@ -52,7 +52,7 @@ class Model:
     """Which attention computes: see ``attention.BACKENDS``."""
     gradient_checkpointing: bool | str = False
     """What the backward pass recomputes of each layer: True all of it, False what lies between its
-    products, or a policy's name (``decoder.REMAT``)."""
+    products, ``decoder.OFFLOAD`` or a policy's name (``decoder.REMAT``): see ``scan_layers``."""
 
     def __post_init__(self):
         if self.dtype not in DTYPES:

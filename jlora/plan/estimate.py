@@ -31,6 +31,9 @@ def memory(program: Program, plan: Plan, length: int) -> Memory:
     rows = plan.rows_per_step // plan.accumulation // (mesh.shape["data"] * mesh.shape["fsdp"])
     temporaries = _temporaries(program.job, rows, length, plan.accumulation)
     host = device_bytes(program.state.opt_state, "pinned_host")
+    if program.job.config.train.activation_offloading:
+        config, width = program.job.model.config, jax.numpy.dtype(program.job.model.dtype).itemsize
+        host += config.num_hidden_layers * rows * length * config.hidden_size * width
     return Memory(**arguments(program), temporaries=temporaries, outputs=0, padding=0, host=host)
 
 
@@ -47,7 +50,7 @@ def _temporaries(job: Job, rows: int, length: int, accumulation: int) -> int:
     layer = tokens * width * (6 * c.hidden_size + split)
     layers = c.num_hidden_layers
     products = 2 * heads + 2 * keys + 2 * inner  # see jlora.kept
-    each = c.hidden_size
+    each = 0 if job.config.train.activation_offloading else c.hidden_size
     if not job.model.gradient_checkpointing:
         each += c.hidden_size + products / tensor
     kept = layers * tokens * width * each + layer

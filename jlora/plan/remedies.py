@@ -79,6 +79,8 @@ def changes_of(result: Forecast) -> Iterator[Change]:
     config, train = result.config, result.config.train
     if not train.gradient_checkpointing:
         yield _train("about a third more time", gradient_checkpointing=True)
+    elif result.hardware is not None and not train.activation_offloading:
+        yield _train("traffic with the host's memory", activation_offloading=True)
     if (rows := train.per_device_train_batch_size) > 1:
         steps = train.gradient_accumulation_steps * rows
         yield _train(
