@@ -7,8 +7,8 @@ Batch 1, r 16 on every linear layer, AdamW in float32, every layer recomputed in
 bfloat16, NF4 with double quantization. Each cell is a length whose step was compiled for the device
 and fits, in steps of ``STEP`` tokens up to the models' 131,072; of a GPU's memory 95 % counts
 (``XLA_PYTHON_CLIENT_MEM_FRACTION=0.95``). The peak is nearly a straight line in the length: two
-compilations place it, the next ones confirm. Results are merged into
-``benchmarks/results/fits.json``; the table goes into ``docs/plan.md``.
+compilations place it, the next ones confirm; an earlier result is where the search starts. Results
+are merged into ``benchmarks/results/fits.json``; the table goes into ``docs/plan.md``.
 """
 
 import argparse
@@ -25,14 +25,16 @@ FIRST = (2048, 8192)
 RESULTS, PAGE = HERE / "results" / "fits.json", HERE.parent / "docs" / "plan.md"
 BEGIN, END = "<!-- fits: begin -->", "<!-- fits: end -->"
 NAMES = ("1B", "8B", "70B")
+METHODS = ("LoRA", "QLoRA", "QLoRA, offloading")
+"""``offloading`` is ``train.activation_offloading``."""
 
 
-def longest(model: str, quantized: bool, device: str, limit: int) -> dict[str, Any]:
+def longest(model: str, method: str, device: str, limit: int, guess: int) -> dict[str, Any]:
     """The longest row whose step fits, its peak, and what was compiled on the way."""
     import jax
 
     seen: dict[int, int] = {}
-    row = Row(16, quantized=quantized)
+    row = Row(16, quantized="QLoRA" in method, offloading="offloading" in method)
 
     def peak(length: int) -> int:
         if length not in seen:
@@ -44,7 +46,6 @@ def longest(model: str, quantized: bool, device: str, limit: int) -> dict[str, A
         return seen[length]
 
     low, high = 0, LONGEST + STEP  # the longest known to fit, the shortest known not to
-    guess = FIRST[0]
     for _ in range(10):
         if peak(guess) <= limit:
             low = guess
@@ -60,10 +61,12 @@ def _next(seen: dict[int, int], low: int, high: int, limit: int) -> int:
     """Where the line through the two nearest peaks meets the limit, between the bounds."""
     known = sorted(n for n in seen if seen[n] < 2**62)
     middle = (low + high) // 2
-    if len(known) == 1 and low:
+    if known == [FIRST[0]] and low:
         middle = FIRST[1]
+    elif len(known) == 1:
+        middle = low + STEP if low else high - STEP
     elif len(known) >= 2:
-        a, b = known[-2:]
+        a, b = sorted(sorted(known, key=lambda n: abs(seen[n] - limit))[:2])
         slope = max(1.0, (seen[b] - seen[a]) / (b - a))
         middle = int(b + (limit - seen[b]) / slope)
     return min(max(middle // STEP * STEP, low + STEP), high - STEP)
@@ -75,7 +78,7 @@ def table(results: dict[str, Any]) -> str:
     titles = {d: f"{d}, {results[d]['limit'] / 1e9:.1f} GB" for d in devices}
     lines = ["| model | " + " | ".join(titles.values()) + " |", "|---" * (len(devices) + 1) + "|"]
     for model in NAMES:
-        for method in ("LoRA", "QLoRA"):
+        for method in METHODS:
             cells = [_cell(results[d]["cells"].get(f"{model} {method}")) for d in devices]
             lines.append(f"| {model} {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -96,7 +99,7 @@ def main() -> None:
     parser.add_argument("--platform", choices=list(DEVICES), required=True)
     parser.add_argument("--models", default=",".join(NAMES))
     parser.add_argument("--devices")
-    parser.add_argument("--methods", default="LoRA,QLoRA")
+    parser.add_argument("--methods", default=";".join(METHODS))
     asked = parser.parse_args()
     devices = asked.devices.split(",") if asked.devices else DEVICES[asked.platform]
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.95"
@@ -111,8 +114,10 @@ def main() -> None:
         own = whole.setdefault(device, {"limit": limit, "cells": {}})
         own |= {"limit": limit, "jax": jax.__version__, "date": date.today().isoformat()}
         for model in asked.models.split(","):
-            for method in asked.methods.split(","):
-                own["cells"][f"{model} {method}"] = longest(model, method == "QLoRA", device, limit)
+            for method in asked.methods.split(";"):
+                cell = f"{model} {method}"
+                before = own["cells"].get(cell, {}).get("length") or FIRST[0]
+                own["cells"][cell] = longest(model, method, device, limit, before)
                 RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
     print(table(whole))
     text = PAGE.read_text(encoding="utf-8")

@@ -59,9 +59,11 @@ class Row:
     r: int
     optim: str = "adamw"
     quantized: bool = True
+    offloading: bool = False
 
     def __str__(self) -> str:
-        return f"{'QLoRA' if self.quantized else 'LoRA'} r {self.r}, {self.optim}"
+        more = ", offloading" if self.offloading else ""
+        return f"{'QLoRA' if self.quantized else 'LoRA'} r {self.r}, {self.optim}{more}"
 
 
 def program_of(hf: dict, row: Row, batch: int, length: int, devices: Any, **mesh: int) -> Any:
@@ -94,6 +96,7 @@ def program_of(hf: dict, row: Row, batch: int, length: int, devices: Any, **mesh
                 per_device_train_batch_size=batch,
                 gradient_accumulation_steps=1,
                 optim=row.optim,
+                activation_offloading=row.offloading,
             ),
             mesh=MeshConfig(**mesh),
         )

@@ -74,10 +74,16 @@ def test_qlora_of_8b_takes_what_is_said():
     assert memory["peak"] < 0.5 * step("h200", False)["memory"]["peak"]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_matrix_is_written_beside_an_adapters(packed):
+    """XLA would make one product of both: 355 and 308 GiB moved, see sharding.COMPILER_OPTIONS."""
+    assert step("h200", packed)["work"]["bytes_moved"] < 295 * GiB
+
+
 def test_offloading_takes_the_layers_inputs_from_the_device():
     """But for two layers' worth: one that is computed, one on its way."""
     on, off = (step("h200", True, offloading)["memory"] for offloading in (False, True))
     inputs = 32 * LENGTH * 4096 * 2
     assert off["host"] == inputs and not on["host"]
     assert on["peak"] - off["peak"] > 0.8 * inputs
-    assert off["peak"] < 6.8 * GiB
+    assert off["peak"] < 6.7 * GiB
