@@ -209,6 +209,29 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert least <= work.bytes <= 6 * least
 
 
+def test_an_update_on_its_way_counts_as_the_update():
+    """As activations go to the host: the stack they are written into is not read or written."""
+    text = """HloModule m
+
+%update (stack: bf16[32,64], row: bf16[1,64], at: s32[]) -> bf16[32,64] {
+  %stack = bf16[32,64]{1,0:S(5)} parameter(0)
+  %row = bf16[1,64]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %new = bf16[32,64]{1,0:S(5)} dynamic-update-slice(%stack, %row, %at, %zero)
+}
+
+ENTRY %main (stack: bf16[32,64], row: bf16[1,64], at: s32[]) -> bf16[32,64] {
+  %stack = bf16[32,64]{1,0:S(5)} parameter(0)
+  %row = bf16[1,64]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %start = ((bf16[32,64], bf16[1,64], s32[]), bf16[32,64], u32[]) async-start(%stack, %row, %at), calls=%update
+  ROOT %done = bf16[32,64]{1,0:S(5)} async-done(%start)
+}
+"""  # noqa: E501
+    assert hlo.work_of(text).bytes == 2 * 2 * 64
+
+
 @pytest.mark.parametrize(
     ("size", "window", "options"),
     [

@@ -35,7 +35,8 @@ KERNELS = re.compile(r"fmha|tpu_custom_call|triton_kernel|mosaic")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
-    "call", "after-all", "partition-id", "replica-id", "opt-barrier", "iota", "domain",
+    "call", "async-start", "after-all", "partition-id", "replica-id", "opt-barrier", "iota",
+    "domain",
 }  # fmt: skip
 """Instructions that move nothing by themselves."""
 
