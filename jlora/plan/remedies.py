@@ -7,6 +7,7 @@ how the base is kept, last what the model gets to see.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -44,34 +45,53 @@ def find_remedies(result: Forecast, look: Look) -> list[Remedy]:
     """Every change alone; and where none is enough, one after the other until they are."""
     found = list(_more_of_the_device(result))
     changes = list(changes_of(result))
-    found += [_try(look, result.config, [change]) for change in changes]
+    attempt = functools.partial(_try, look, result.config, rest=not found)
+    found += [attempt([change]) for change in changes]
     if not any(remedy.fits for remedy in found):
         for n in range(2, len(changes) + 1):
-            together = _try(look, result.config, changes[:n])
+            together = attempt(_last_of_each(changes[:n]))
             if together.fits or n == len(changes):
                 found.append(together)
                 break
     return found
 
 
-def _try(look: Look, config: Config, changes: Sequence[Change]) -> Remedy:
+def _last_of_each(changes: Sequence[Change]) -> list[Change]:
+    """Without those whose settings a later one changes again."""
+    last = {change.settings[0].partition("=")[0]: change for change in changes}
+    return [change for change in changes if change in last.values()]
+
+
+def _try(look: Look, config: Config, changes: Sequence[Change], rest: bool) -> Remedy:
+    """``rest``: with the rest of a GPU where that is needed, which alone is not enough."""
     for change in changes:
         config = change.apply(config)
     settings = tuple(setting for change in changes for setting in change.settings)
     cost = changes[0].cost if len(changes) == 1 else "all of these"
     after = look(config)
+    if rest and not after.fits and _fits_the_whole(after):
+        settings, fits = (*settings, WHOLE), True
+    else:
+        fits = after.fits
     peak = None if after.memory is None else after.memory.peak
-    return Remedy(settings, cost, peak, after.fits)
+    return Remedy(settings, cost, peak, fits)
+
+
+WHOLE = f"{FRACTION}=0.95 (environment)"
+
+
+def _fits_the_whole(result: Forecast) -> bool:
+    """JAX takes three quarters of a GPU's memory: whether it would do with the rest, too."""
+    limit, memory = result.limit, result.memory
+    if memory is None or limit.limit >= 0.94 * limit.whole:
+        return False
+    return memory.peak <= 0.95 * limit.whole
 
 
 def _more_of_the_device(result: Forecast) -> Iterator[Remedy]:
-    """JAX takes three quarters of a GPU's memory; the rest is to be had."""
-    limit, memory = result.limit, result.memory
-    if memory is None or limit.limit >= 0.94 * limit.whole:
-        return
-    if memory.peak <= 0.95 * limit.whole:
+    if _fits_the_whole(result) and result.memory is not None:
         cost = "nothing, if no other program uses the GPU"
-        yield Remedy((f"{FRACTION}=0.95 (environment)",), cost, memory.peak, True)
+        yield Remedy((WHOLE,), cost, result.memory.peak, True)
 
 
 def changes_of(result: Forecast) -> Iterator[Change]:
