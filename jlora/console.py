@@ -105,7 +105,7 @@ class Console:
             return
         columns = MofNCompleteColumn(), TextColumn("{task.fields[text]}")
         with self._new_bar(label, *columns) as self._bar:
-            self._task = self._bar.add_task("", total=total, completed=start, text="compiling …")
+            self._task = self._bar.add_task("", total=total, completed=start, text="first step …")
             try:
                 yield
             finally:

@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from jlora import lora, sharding
-from jlora.adapter_io import load_adapter
+from jlora.adapter_io import describe_adapter
 from jlora.config import Config
 from jlora.errors import ConfigError
 from jlora.job import Job, binding, check_trainable, named, settled
 from jlora.models import Model, as_classifier, hf_packed, read_model
 from jlora.models.hf_folder import DESCRIPTION, find_folder, open_shards
-from jlora.models.hf_names import tensors
+from jlora.models.hf_names import SCORE, head_name, tensors
 from jlora.models.hf_read import check
+from jlora.models.score import WithScore
 from jlora.quantization import quantize_params
 from jlora.targets import find_targets
 
@@ -88,6 +89,8 @@ def _packed_shapes(config: Config, model: Model) -> Any:
     for tensor in tensors(model):
         groups.setdefault(tensor.path, []).append(tensor)
     with open_shards(folder) as shards:
+        if model.config.num_labels is not None and SCORE not in shards.files:
+            shards = WithScore(shards, model.config, head_name(model), config.train.seed)
         source = check(shards, model, folder)
         return hf_packed.packed_shapes(model.shapes, groups, source.packed)
 
@@ -99,8 +102,7 @@ def adapter_shapes(config: Config, shapes: Any) -> lora.Adapter:
     """
     assert config.lora is not None
     if config.lora.init_from:
-        adapter = load_adapter(config.lora.init_from, shapes)
-        adapter = jax.eval_shape(lambda a: a, adapter)
+        adapter = describe_adapter(config.lora.init_from, shapes)
     else:
         own = config.lora  # LoftQ's first values have the shapes of any other's
         plain = dataclasses.replace(own, init_lora_weights=True) if own.needs_more else own

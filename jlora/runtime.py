@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,9 @@ from typing import Any, NoReturn
 
 from jlora.errors import ConfigError, OutputInUseError
 from jlora.files import storage_errors
+
+COMPILER = "compile"
+"""How the names of threads that compile begin."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -196,11 +200,12 @@ def leave(code: int, *, together: bool) -> NoReturn:
 
     One that fails alone leaves at once: an ordinary exit waits for the others, which wait for this
     one, until JAX gives up after minutes. Ending together must not be so abrupt: the others abort
-    when the first is gone.
+    when the first is gone. Nor is there a reason to wait for a compiler.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    if not together and _process_count() > 1:
+    compiling = any(thread.name.startswith(COMPILER) for thread in threading.enumerate())
+    if compiling or (not together and _process_count() > 1):
         os._exit(code)
     sys.exit(code)
 

@@ -64,7 +64,8 @@ On CPUs XLA widens the slices of a bfloat16 array to float32, and this pass move
 of the loop over layers: all layers' weights and activations at once (seen in jaxlib 0.10.2).
 
 On GPUs XLA makes one product of ``x @ W`` and ``x @ A``, for which it writes the two matrices side
-by side anew in every layer: a sixth of all bytes that a LoRA step of an 8B model moves.
+by side anew in every layer: a sixth of all bytes that a LoRA step of an 8B model moves. Apart they
+take 0.28 GiB more of temporaries there. By the compiled step; no GPU has timed it.
 """
 
 

@@ -87,7 +87,9 @@ def run(config: Config, options: argparse.Namespace) -> None:
         with compiled_beside(program, rows) as compiling, console.loading() as progress:
             progress = unless_refused(compiling, progress)
             job = open_job(config, tokenizer, trained=False, progress=progress)
-        train_step = compiling.result()
+            if not compiling.done():
+                console.note("compiling …")
+            train_step = compiling.result()
         with jax.set_mesh(job.mesh):
             state = program.start(job.trainable)
             train(job, plan, state, train_step, rows, held_out, console, log, signals)

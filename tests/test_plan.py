@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tiny_runs import OFF, write_rows
 
+import jlora
 from jlora import batches, cli, config, sharding, train
 from jlora.described import describe_job
 from jlora.errors import ConfigError
@@ -100,7 +101,8 @@ def test_so_it_is_of_several_adapters(place, here):
 LABELS = [{"text": f"a text, number {n}", "label": "odd" if n % 2 else "even"} for n in range(40)]
 
 
-def test_so_it_is_of_a_classifier(place, here):
+def classifying(place, **sections):
+    """A run on rows with classes."""
     from jlora.classes import with_classes
 
     rows = write_rows(place.folder / "labels.jsonl", LABELS)
@@ -110,17 +112,48 @@ def test_so_it_is_of_a_classifier(place, here):
         data={"train": source, "eval": []},
         lora={"task_type": "SEQ_CLS"},
         evaluate={"samples": 0},
+        **sections,
     )
-    settings, _ = with_classes(settings)
+    return with_classes(settings)[0]
+
+
+def test_so_it_is_of_a_classifier(place, here):
+    settings = classifying(place)
     assert np.isfinite(runs_as_planned(settings, 1)["loss"])
 
 
-def test_so_it_is_of_a_folder_that_came_packed(place, here):
+@pytest.fixture
+def packed(place):
+    """The base, packed: a folder."""
     folder = place.folder / "packed"
     file = place.write(**{**QLORA, "quantize": {"output_dir": str(folder)}})
     assert cli.main("quantize", [str(file)]) == 0
-    settings = load(place, model={"name_or_path": str(folder)})
+    return str(folder)
+
+
+def test_so_it_is_of_a_folder_that_came_packed(place, here, packed):
+    settings = load(place, model={"name_or_path": packed})
     assert np.isfinite(runs_as_planned(settings, 1)["loss"])
+
+
+def test_so_it_is_of_a_classifier_on_one(place, here, packed):
+    """Its head is in no file."""
+    settings = classifying(place, model={"name_or_path": packed})
+    assert np.isfinite(runs_as_planned(settings, 1)["loss"])
+
+
+@pytest.mark.parametrize("kind", [True, "olora"])
+def test_so_it_is_of_an_adapter_that_goes_on(place, here, kind):
+    """Of PEFT's olora the base's values are needed, and described is what comes of them."""
+    _, params = jlora.load_pretrained(str(place.base), dtype="float32")
+    plain = jlora.LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
+    folder = place.folder / "before"
+    jlora.save_adapter(folder, jlora.init_adapter(jax.random.key(0), params, plain))
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": kind}))
+    settings = load(place, lora={"init_from": str(folder)})
+    assert np.isfinite(runs_as_planned(settings, 1)["loss"])
+    assert (opened(settings, 1).initial is None) == (kind is True)
 
 
 def looked(settings, devices, rows=None, **more):
@@ -207,6 +240,30 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert work.flops == 5 * 3 * 2 * 8 * 16 * 16
     least = 4 * (5 * 16 * 16 + 5 * 2 * 3 * 8 * 16)  # every matrix once, rows in and out
     assert least <= work.bytes <= 6 * least
+
+
+@pytest.mark.parametrize(
+    ("line", "moved"),
+    [
+        ("(bf16[32,64], bf16[32,64]{1,0:S(5)}, u32[]) copy-start(%stack)", 2 * 2 * 32 * 64),
+        ("((bf16[32,64], s32[], s32[]), bf16[1,64], u32[]) dynamic-slice-start(%stack, %at, %at)",
+         2 * 2 * 64),
+        ("((bf16[32,64], bf16[1,64], s32[]), bf16[32,64], u32[]) "
+         "dynamic-update-slice-start(%stack, %row, %at, %at)", 2 * 2 * 64),
+    ],
+)  # fmt: skip
+def test_what_starts_early_counts_once(line, moved):
+    text = f"""HloModule m
+
+ENTRY %main (stack: bf16[32,64], row: bf16[1,64], at: s32[]) -> bf16[32,64] {{
+  %stack = bf16[32,64]{{1,0:S(5)}} parameter(0)
+  %row = bf16[1,64]{{1,0}} parameter(1)
+  %at = s32[] parameter(2)
+  ROOT %start = {line}
+}}
+"""
+    work = hlo.work_of(text)
+    assert abs(work.bytes - moved) <= 8 and not work.flops  # the places of slices
 
 
 def test_an_update_on_its_way_counts_as_the_update():
@@ -434,6 +491,7 @@ def test_a_refusal_ends_the_loading(place, monkeypatch, here, reports):
         for n in range(6000 if reports else 0):
             progress(n, 6000)
             time.sleep(0.01)
+        assert not reports, "nothing ended the loading"
         out_of_memory()
 
     monkeypatch.setattr(train, "open_job", read)

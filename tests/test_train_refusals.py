@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 
 import pytest
 from tiny_runs import chat, write_rows
@@ -50,6 +51,31 @@ def test_weights_that_overflow_are_not_saved(place):
 def test_an_unknown_optimizer_exits_2_before_anything_is_read(place, capsys, train, said):
     assert place.main(train=train, model={"name_or_path": str(place.folder)}) == 2
     assert said in capsys.readouterr().err and not place.output.exists()
+
+
+WITHOUT_WAITING = """
+import sys, threading, time
+from jlora import cli, errors, program, train
+begun = threading.Event()
+
+def compile(self):
+    begun.set()
+    time.sleep(3600)
+
+def read(*_, **__):
+    assert begun.wait(60)
+    raise errors.DataError("damaged")
+
+program.Program.compile, train.open_job = compile, read
+cli.leave(cli.main("train", sys.argv[1:]))
+"""
+
+
+def test_a_fault_in_loading_ends_the_run_while_the_step_compiles(place):
+    command = [sys.executable, "-c", WITHOUT_WAITING, str(place.write())]
+    environ = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(place.cache)}
+    run = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=200)
+    assert run.returncode == 65 and "damaged" in run.stderr
 
 
 def test_bad_rows_exit_65_naming_file_and_line(place):

@@ -159,11 +159,12 @@ class Place:
 @contextmanager
 def standard_promotion():
     """As optax needs it, in the thread of a run that compiles, too."""
+    before = jax.config.jax_numpy_dtype_promotion
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     try:
         yield
     finally:
-        jax.config.update("jax_numpy_dtype_promotion", "strict")
+        jax.config.update("jax_numpy_dtype_promotion", before)
 
 
 def make_base(folder: Path) -> Path:

@@ -20,11 +20,12 @@ import safetensors.numpy
 from jlora import paths
 from jlora.adapter_io.base_model import BASE_FILE, differences, write_record
 from jlora.adapter_io.base_model import record as base_record
-from jlora.adapter_io.first_values import first_values
+from jlora.adapter_io.first_values import first_shapes, first_values
 from jlora.adapter_io.for_peft import for_peft
 from jlora.adapter_io.peft_config import CONFIG_FILE, read_config, write_config
 from jlora.adapter_io.releases import with_new_names
 from jlora.adapter_io.tensors import TENSOR_FILE, drop_bases, mismatches, read_tensors, slots_of
+from jlora.config import LoraConfig
 from jlora.errors import DataError
 from jlora.files import write_atomic
 from jlora.lora import Adapter, init_adapter
@@ -34,6 +35,7 @@ __all__ = [
     "CONFIG_FILE",
     "TENSOR_FILE",
     "base_record",
+    "describe_adapter",
     "file_bytes",
     "load_adapter",
     "save_adapter",
@@ -107,10 +109,7 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
     """
     file = Path(directory) / TENSOR_FILE
     config = read_config(directory)
-    plain = dataclasses.replace(config, init_lora_weights=True)
-    fresh = functools.partial(init_adapter, config=plain)
-    arrays = paths.nest({leaf.path: leaf.value for leaf in paths.leaves(params)})
-    shapes = jax.eval_shape(fresh, jax.random.key(0), arrays)
+    shapes = _shapes(config, params)
     arrays = {path: np.zeros(x.shape, np.float32) for path, x in paths.walk(shapes.weights)}
     slots = slots_of(arrays, shapes.config)
     tensors = with_new_names(read_tensors(file), slots, shapes.config, file)
@@ -128,6 +127,25 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
         slot.write(tensors[name])
     weights = paths.nest({path: jnp.asarray(array) for path, array in arrays.items()})
     return first_values(dataclasses.replace(shapes, weights=weights), params, config, file)
+
+
+def describe_adapter(directory: str | Path, params: Any) -> Adapter:
+    """What ``load_adapter`` gives, as shapes; of the folder only ``adapter_config.json`` is read.
+
+    Raises:
+      DataError: the folder is not a LoRA adapter.
+      ConfigError: it uses a feature of PEFT that jlora lacks, or its patterns match nothing.
+    """
+    config = read_config(directory)
+    return first_shapes(_shapes(config, params), params, config)
+
+
+def _shapes(config: LoraConfig, params: Any) -> Adapter:
+    """A plain adapter of this config for these parameters (or their shapes), as shapes."""
+    plain = dataclasses.replace(config, init_lora_weights=True)
+    fresh = functools.partial(init_adapter, config=plain)
+    arrays = paths.nest({leaf.path: leaf.value for leaf in paths.leaves(params)})
+    return jax.eval_shape(fresh, jax.random.key(0), arrays)
 
 
 def file_bytes(adapter: Adapter) -> int:

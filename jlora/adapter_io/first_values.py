@@ -7,6 +7,7 @@ the adapter is for.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,19 @@ def first_values(adapter: Adapter, params: Any, config: LoraConfig, file: Path) 
     if any(isinstance(base, jax.ShapeDtypeStruct) for base in bases):
         raise _refusal(f"{kind} needs the base's values, not its shapes", file)
     initial = init_adapter(jax.random.key(0), params, named).initial
+    return dataclasses.replace(adapter, config=named, initial=initial)
+
+
+def first_shapes(adapter: Adapter, params: Any, config: LoraConfig) -> Adapter:
+    """``first_values`` of an adapter that is described, without its refusals."""
+    kind = config.init_lora_weights
+    if kind == "loftq":
+        return adapter
+    named = dataclasses.replace(adapter.config, init_lora_weights=kind)
+    initial = None
+    if config.from_weights:
+        fresh = functools.partial(init_adapter, config=named)
+        initial = jax.eval_shape(fresh, jax.random.key(0), params).initial
     return dataclasses.replace(adapter, config=named, initial=initial)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jlora import data
+from jlora import data, runtime
 from jlora.errors import ConfigError
 from jlora.plan import report, target
 from jlora.plan.forecast import Rows, forecast
@@ -19,21 +19,32 @@ from jlora.plan.remedies import find_remedies, text
 from jlora.program import Program
 
 
+class _DoesNotFitError(Exception):
+    """The step needs more than its devices have."""
+
+
 @contextmanager
 def compiled_beside(program: Program, rows: data.Prepared) -> Iterator[Future[Any]]:
-    """Gives what will hold ``compile_checked``'s result, while something else is done.
+    """Gives what will hold the executable of a run's step, while something else is done.
 
     What runs out of memory meanwhile is reported as the step's refusal, if it is refused, too.
-    Where something else fails, nobody waits for the compiler but the process's end.
+
+    Raises:
+      ConfigError: the devices cannot hold what the step needs; the message says what to change.
+        Not with ``train.check_memory: false``.
     """
-    pool = ThreadPoolExecutor(1, "compile")
-    compiling = pool.submit(compile_checked, program, rows)
+    pool = ThreadPoolExecutor(1, runtime.COMPILER)
+    compiling = pool.submit(_compiled, program)
     pool.shutdown(wait=False)
     try:
         yield compiling
-    except jax.errors.JaxRuntimeError as error:
-        if OUT_OF_MEMORY in str(error):
-            compiling.result()
+    except (_DoesNotFitError, jax.errors.JaxRuntimeError) as error:
+        full = isinstance(error, _DoesNotFitError) or OUT_OF_MEMORY in str(error)
+        if full and isinstance(compiling.exception(), _DoesNotFitError):
+            job = program.job
+            known, devices = report.rows_of(job.config, rows), list(job.mesh.devices.flat)
+            if refused := refusal(job.config, job.tokenizer, known, devices):
+                raise refused from error
         raise
 
 
@@ -50,35 +61,32 @@ def unless_refused(
     return checked
 
 
-def compile_checked(program: Program, rows: data.Prepared) -> Any:
-    """The executable of a run's step.
-
-    Raises:
-      ConfigError: its devices cannot hold what the step needs; the message says what to change.
-        Not with ``train.check_memory: false``.
-    """
-    job, here = program.job, target.Target()
-    devices = list(job.mesh.devices.flat)
-    checks = job.config.train.check_memory
+def _compiled(program: Program) -> Any:
+    """The executable of a run's step; _DoesNotFitError when it is too large."""
+    checks = program.job.config.train.check_memory
     try:
         compiled = program.compile()
     except jax.errors.JaxRuntimeError as error:
         if not checks or OUT_OF_MEMORY not in str(error):
             raise
-    else:
-        limit = target.memory(here, devices).limit
-        if not checks or measured(program, compiled).peak <= limit:
-            return compiled
-    known = report.rows_of(job.config, rows)
-    raise refusal(job.config, job.tokenizer, known, devices)
+        raise _DoesNotFitError from error
+    limit = target.memory(target.Target(), list(program.job.mesh.devices.flat)).limit
+    if checks and measured(program, compiled).peak > limit:
+        raise _DoesNotFitError
+    return compiled
 
 
-def refusal(config: Any, tokenizer: Any, rows: Rows, devices: list[Any]) -> ConfigError:
-    """What to say of a run that does not fit, with the effect of every change."""
+def refusal(config: Any, tokenizer: Any, rows: Rows, devices: list[Any]) -> ConfigError | None:
+    """What to say of a run that does not fit, with the effect of every change.
+
+    None if it does fit: then memory was short for a while only.
+    """
     look = functools.partial(
         forecast, tokenizer=tokenizer, rows=rows, aim=target.Target(), found=devices, whole=False
     )
     result = look(config)
+    if result.fits:
+        return None
     return ConfigError(
         report.verdict(result),
         where=config.model.name_or_path,

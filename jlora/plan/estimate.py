@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from jlora.job import Job
+from jlora.models.decoder import OFFLOAD
 from jlora.plan.memory import Memory, arguments, device_bytes
 from jlora.program import Program
 from jlora.progress import Plan
@@ -31,9 +32,10 @@ def memory(program: Program, plan: Plan, length: int) -> Memory:
     rows = plan.rows_per_step // plan.accumulation // (mesh.shape["data"] * mesh.shape["fsdp"])
     temporaries = _temporaries(program.job, rows, length, plan.accumulation)
     host = device_bytes(program.state.opt_state, "pinned_host")
-    if program.job.config.train.activation_offloading:
-        config, width = program.job.model.config, jax.numpy.dtype(program.job.model.dtype).itemsize
-        host += config.num_hidden_layers * rows * length * config.hidden_size * width
+    if (model := program.job.model).gradient_checkpointing == OFFLOAD:
+        tokens = rows * length * max(1, len(program.job.adapters))
+        width = jax.numpy.dtype(model.dtype).itemsize
+        host += model.config.num_hidden_layers * tokens * model.config.hidden_size * width
     return Memory(**arguments(program), temporaries=temporaries, outputs=0, padding=0, host=host)
 
 
@@ -50,7 +52,7 @@ def _temporaries(job: Job, rows: int, length: int, accumulation: int) -> int:
     layer = tokens * width * (6 * c.hidden_size + split)
     layers = c.num_hidden_layers
     products = 2 * heads + 2 * keys + 2 * inner  # see jlora.kept
-    each = 0 if job.config.train.activation_offloading else c.hidden_size
+    each = 0 if job.model.gradient_checkpointing == OFFLOAD else c.hidden_size
     if not job.model.gradient_checkpointing:
         each += c.hidden_size + products / tensor
     kept = layers * tokens * width * each + layer

@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
@@ -35,8 +37,8 @@ KERNELS = re.compile(r"fmha|tpu_custom_call|triton_kernel|mosaic")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
-    "call", "async-start", "after-all", "partition-id", "replica-id", "opt-barrier", "iota",
-    "domain",
+    "call", "async-start", "async-update", "after-all", "partition-id", "replica-id",
+    "opt-barrier", "iota", "domain",
 }  # fmt: skip
 """Instructions that move nothing by themselves."""
 
@@ -206,6 +208,12 @@ class Module:
         if one.opcode == "dynamic-update-slice":
             return 2 * n_bytes(own[one.operands[1]].type)
         given = [n_bytes(own[name].type) for name in one.operands if name in own]
+        if one.opcode == "copy-start":
+            return 2 * sum(given)
+        if one.opcode == "dynamic-update-slice-start":
+            return 2 * given[1]
+        if one.opcode.removesuffix("-start") in SLICES:  # operands, result and a number
+            return 2 * (n_bytes(one.type) - sum(given) - 4)
         if one.opcode != "fusion":
             return n_bytes(one.type) + sum(given)
         called = CALLED.search(one.rest)
@@ -289,9 +297,9 @@ def _convolution(one: Instruction, own: Mapping[str, Instruction], labels: re.Ma
         spread, apart = option("lhs_dilate", axis, 1), option("rhs_dilate", axis, 1)
         inputs = given[labels[1].index(str(axis))]
         outputs = result[labels[3].index(str(axis))]
-        places = (o * stride + k * apart - before for o in range(outputs) for k in range(size))
-        inside = sum(0 <= p <= (inputs - 1) * spread and p % spread == 0 for p in places)
-        total *= inside / outputs
+        at = np.add.outer(np.arange(outputs) * stride, np.arange(size) * apart) - before
+        inside = (at >= 0) & (at <= (inputs - 1) * spread) & (at % spread == 0)
+        total *= inside.sum() / outputs
     return total
 
 

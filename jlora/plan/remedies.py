@@ -26,6 +26,11 @@ class Change:
     cost: str
     apply: Callable[[Config], Config]
 
+    @property
+    def names(self) -> list[str]:
+        """Of the settings."""
+        return [setting.partition("=")[0] for setting in self.settings]
+
 
 @dataclasses.dataclass(frozen=True)
 class Remedy:
@@ -58,7 +63,7 @@ def find_remedies(result: Forecast, look: Look) -> list[Remedy]:
 
 def _last_of_each(changes: Sequence[Change]) -> list[Change]:
     """Without those whose settings a later one changes again."""
-    last = {change.settings[0].partition("=")[0]: change for change in changes}
+    last = {name: change for change in changes for name in change.names}
     return [change for change in changes if change in last.values()]
 
 
@@ -78,6 +83,7 @@ def _try(look: Look, config: Config, changes: Sequence[Change], rest: bool) -> R
 
 
 WHOLE = f"{FRACTION}=0.95 (environment)"
+"""What gives a run nearly all of a GPU's memory."""
 
 
 def _fits_the_whole(result: Forecast) -> bool:
@@ -89,6 +95,7 @@ def _fits_the_whole(result: Forecast) -> bool:
 
 
 def _more_of_the_device(result: Forecast) -> Iterator[Remedy]:
+    """The rest of a GPU, where that is enough."""
     if _fits_the_whole(result) and result.memory is not None:
         cost = "nothing, if no other program uses the GPU"
         yield Remedy((WHOLE,), cost, result.memory.peak, True)
@@ -99,8 +106,10 @@ def changes_of(result: Forecast) -> Iterator[Change]:
     config, train = result.config, result.config.train
     if not train.gradient_checkpointing:
         yield _train("about a third more time", gradient_checkpointing=True)
-    elif result.hardware is not None and not train.activation_offloading:
-        yield _train("traffic with the host's memory", activation_offloading=True)
+    if not train.activation_offloading and not _on_the_host(result):
+        both = {} if train.gradient_checkpointing else {"gradient_checkpointing": True}
+        cost = f"{'a third more time, and ' if both else ''}traffic with the host's memory"
+        yield _train(cost, **both, activation_offloading=True)
     if (rows := train.per_device_train_batch_size) > 1:
         steps = train.gradient_accumulation_steps * rows
         yield _train(
@@ -126,6 +135,12 @@ def changes_of(result: Forecast) -> Iterator[Change]:
             "what is cut off longer examples",
             lambda c: dataclasses.replace(c, data=dataclasses.replace(c.data, max_length=half)),
         )
+
+
+def _on_the_host(result: Forecast) -> bool:
+    """Whether the run's devices are CPUs: of one that is not there the mesh's are stand-ins."""
+    platform = result.job.mesh.devices.flat[0].platform
+    return result.hardware is None and platform == "cpu"
 
 
 PAGED = {"adamw": "paged_adamw_32bit", "lion": "paged_lion_32bit"}
