@@ -71,6 +71,13 @@ def together(here):
     return run(here, None, "evaluate.samples=1", save_steps=3)
 
 
+def test_activation_offloading_changes_nothing(here, together):
+    out = str(here.folder / "offloading")
+    lines, _ = run(here, None, activation_offloading=True, output_dir=out)
+    got, want = ([line["loss"] for line in each if "loss" in line] for each in (lines, together[0]))
+    assert got == want and len(got) == 5
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_each_adapter_is_what_it_is_alone(here, together, name):
     """Losses and weights, with dropout, clipping and accumulation; evaluation too."""
