@@ -257,9 +257,13 @@ def test_every_benchmark_runs_contestants_that_exist_and_has_its_table(tmp_path,
             inspect.signature(setup).bind(**json.loads(json.dumps(one.arguments)))
             asked_for.append(one.setup)
         one = {"median": 1.0, "seconds": [1.0] * repeats, "peak_bytes": 1}
-        one |= {"wall": 1.0, "others": 0.0, "facts": {"flops": 1e9}}
-        parts = {"facts": {"groups": dict.fromkeys(tables.GROUPS, 1.0)}}
-        return {c.name: one | parts if "profiled" in c.setup else one for c in contestants}
+        one |= {"wall": 1.0, "others": 0.0}
+        facts = {"flops": 1e9}
+        found = {
+            "profile_step:profiled": {"groups": dict.fromkeys(tables.GROUPS, 1.0)},
+            "predicted:steps": {"predicted": 1, "measured": 1},
+        }
+        return {c.name: one | {"facts": found.get(c.setup, facts)} for c in contestants}
 
     class Worker:
         def __init__(self, contestant):
@@ -287,6 +291,14 @@ def test_every_benchmark_runs_contestants_that_exist_and_has_its_table(tmp_path,
         f"training-step-{method}" for method in tables.METHODS
     }
     assert {path.stem for path in paired.RESULTS.glob("*.json")} <= shown
+
+
+def test_the_page_of_plan_has_what_fits(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    fits = load("fits")
+    page = fits.PAGE.read_text(encoding="utf-8")
+    shown = page.split(fits.BEGIN)[1].split(fits.END)[0]
+    assert shown.strip() == fits.table(json.loads(fits.RESULTS.read_text()))
 
 
 HLO = """
