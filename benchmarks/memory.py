@@ -79,7 +79,7 @@ def program_of(hf: dict, row: Row, batch: int, length: int, devices: Any, **mesh
         SourceConfig,
         TrainConfig,
     )
-    from jlora.described import describe_job
+    from jlora.described import describe_job, describe_model
     from jlora.program import Program
     from jlora.progress import Plan
 
@@ -100,7 +100,8 @@ def program_of(hf: dict, row: Row, batch: int, length: int, devices: Any, **mesh
             ),
             mesh=MeshConfig(**mesh),
         )
-        job = describe_job(config, None, sharding.make_mesh(config.mesh, devices))
+        mesh_of = sharding.make_mesh(config.mesh, devices)
+        job = describe_job(config, describe_model(config, None), None, mesh_of)
     return Program.of(job, Plan.of(config, job.mesh, lambda rows: 1), length)
 
 

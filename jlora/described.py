@@ -16,20 +16,18 @@ from jlora.errors import ConfigError
 from jlora.job import Job, binding, check_trainable, named, settled
 from jlora.models import Model, as_classifier, hf_packed, read_model
 from jlora.models.hf_folder import DESCRIPTION, find_folder, open_shards
-from jlora.models.hf_names import SCORE, head_name, tensors
-from jlora.models.hf_read import check
-from jlora.models.score import WithScore
+from jlora.models.hf_names import tensors
+from jlora.models.hf_read import check, with_score
 from jlora.quantization import quantize_params
 from jlora.targets import find_targets
 
 
-def describe_job(config: Config, tokenizer: Any, mesh: jax.sharding.Mesh) -> Job:
+def describe_job(config: Config, model: Model, tokenizer: Any, mesh: jax.sharding.Mesh) -> Job:
     """The job that ``open_job`` would open for training, with a shape in place of every array.
 
     Every shape knows where the array would lie: a step that is compiled for them is the run's.
-    The mesh's devices may be those of a machine that is not there.
+    ``model`` is ``describe_model``'s; the mesh's devices may be of a machine that is not there.
     """
-    model = describe_model(config, tokenizer)
     base = base_shapes(config, model)
     bind = binding(config)
     if config.lora is None:
@@ -89,8 +87,8 @@ def _packed_shapes(config: Config, model: Model) -> Any:
     for tensor in tensors(model):
         groups.setdefault(tensor.path, []).append(tensor)
     with open_shards(folder) as shards:
-        if model.config.num_labels is not None and SCORE not in shards.files:
-            shards = WithScore(shards, model.config, head_name(model), config.train.seed)
+        if model.config.num_labels is not None:
+            shards = with_score(shards, model, config.train.seed)
         source = check(shards, model, folder)
         return hf_packed.packed_shapes(model.shapes, groups, source.packed)
 

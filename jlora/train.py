@@ -97,9 +97,10 @@ def run(config: Config, options: argparse.Namespace) -> None:
 
 def _described(config: Config, tokenizer: Any) -> Job:
     """The job before a weight is read; how a base came packed stands in its weights."""
-    if describe_model(config, tokenizer).config.prequantized:
+    model = describe_model(config, tokenizer)
+    if model.config.prequantized:
         find_folder(config.model.name_or_path, config.model.revision)
-    return describe_job(config, tokenizer, sharding.make_mesh(config.mesh))
+    return describe_job(config, model, tokenizer, sharding.make_mesh(config.mesh))
 
 
 def train(

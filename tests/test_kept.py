@@ -49,6 +49,7 @@ def kept_shapes(length, remat, key, adapter=ADAPTER):
 
 
 def kept_arrays(length, remat, key, adapter=ADAPTER):
+    """The same, as they are."""
     model = dataclasses.replace(MODEL, gradient_checkpointing=remat)
     ids = jax.ShapeDtypeStruct((ROWS, length), jnp.int32)
 

@@ -15,7 +15,7 @@ from tiny_runs import OFF, write_rows
 
 import jlora
 from jlora import batches, cli, config, sharding, train
-from jlora.described import describe_job
+from jlora.described import describe_job, describe_model
 from jlora.errors import ConfigError
 from jlora.header import tree_bytes
 from jlora.job import open_job, open_tokenizer
@@ -63,7 +63,7 @@ def runs_as_planned(settings, devices):
     tokenizer = open_tokenizer(settings)
     rows = batches.prepare(settings, tokenizer, "train")
     mesh = sharding.make_mesh(settings.mesh, jax.devices()[:devices])
-    described = describe_job(settings, tokenizer, mesh)
+    described = describe_job(settings, describe_model(settings, tokenizer), tokenizer, mesh)
     plan = batches.plan_of(settings, described.mesh, rows)
     compiled = Program.of(described, plan, rows.length).compile()
 

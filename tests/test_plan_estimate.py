@@ -6,6 +6,7 @@ import json
 
 import jax
 import pytest
+from aot import LLAMA_8B
 
 from jlora import config
 from jlora.plan import estimate, target
@@ -58,17 +59,6 @@ def test_an_estimate_is_near_the_compiler(tmp_path, case):
         assert getattr(said, part) == getattr(true, part)
     print(case, dataclasses.asdict(said), dataclasses.asdict(true), said.peak / true.peak)
     assert said.peak == pytest.approx(true.peak, rel=estimate.TOLERANCE)
-
-
-LLAMA_8B = LLAMA | {
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131_072,
-}
 
 
 @pytest.fixture

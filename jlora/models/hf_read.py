@@ -71,12 +71,19 @@ def load_pretrained(
         model = dataclasses.replace(model, config=as_classifier(model.config, num_labels))
     with open_shards(folder) as stored:
         shards = mxfp4.Decoded(stored) if model.config.quant_method == "mxfp4" else stored
-        if fresh and SCORE not in shards.files:
-            shards = WithScore(shards, model.config, head_name(model), seed)
+        if fresh:
+            shards = with_score(shards, model, seed)
         source = check(shards, model, folder)
         if source.packed and quantization is not None:
             _check_packing(source, model, quantization)
         return model, read_params(shards, source, model, quantization, mesh, progress)
+
+
+def with_score(shards: Shards, model: Model, seed: int) -> Shards:
+    """``shards`` of a classifier, with a fresh score head if they have none."""
+    if SCORE in shards.files:
+        return shards
+    return WithScore(shards, model.config, head_name(model), seed)
 
 
 def read_model(folder: Path, **options: Any) -> Model:

@@ -30,18 +30,17 @@ def memory(program: Program, plan: Plan, length: int) -> Memory:
     """What a step takes of a device's memory, about."""
     mesh = program.job.mesh
     rows = plan.rows_per_step // plan.accumulation // (mesh.shape["data"] * mesh.shape["fsdp"])
-    temporaries = _temporaries(program.job, rows, length, plan.accumulation)
+    tokens = rows * length * max(1, len(program.job.adapters))
+    temporaries = _temporaries(program.job, tokens, plan.accumulation)
     host = device_bytes(program.state.opt_state, "pinned_host")
     if (model := program.job.model).gradient_checkpointing == OFFLOAD:
-        tokens = rows * length * max(1, len(program.job.adapters))
         width = jax.numpy.dtype(model.dtype).itemsize
         host += model.config.num_hidden_layers * tokens * model.config.hidden_size * width
     return Memory(**arguments(program), temporaries=temporaries, outputs=0, padding=0, host=host)
 
 
-def _temporaries(job: Job, rows: int, length: int, accumulation: int) -> int:
-    c, tokens = job.model.config, rows * length * max(1, len(job.adapters))
-    width = jax.numpy.dtype(job.model.dtype).itemsize
+def _temporaries(job: Job, tokens: int, accumulation: int) -> int:
+    c, width = job.model.config, jax.numpy.dtype(job.model.dtype).itemsize
     tensor = job.mesh.shape["tensor"]
     gradients = device_bytes(job.trainable) * (1 if accumulation == 1 else 2)
     heads, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim

@@ -12,7 +12,7 @@ import jax
 
 from jlora import sharding
 from jlora.config import Config
-from jlora.described import describe_job
+from jlora.described import describe_job, describe_model
 from jlora.errors import JloraError
 from jlora.header import tree_bytes
 from jlora.job import Job
@@ -139,9 +139,8 @@ def forecast(
       whole: count work, too; else memory only.
     """
     rows = dataclasses.replace(rows, length=min(rows.length, config.data.max_length))
-    job = describe_job(
-        config, tokenizer, sharding.make_mesh(config.mesh, devices=found or stand_in(aim))
-    )
+    mesh = sharding.make_mesh(config.mesh, devices=found or stand_in(aim))
+    job = describe_job(config, describe_model(config, tokenizer), tokenizer, mesh)
     plan = Plan.of(config, job.mesh, rows.steps_per_epoch or (lambda n: 1))
     program = Program.of(job, plan, rows.length)
     memory, work, text, seconds, refused = None, None, "", None, ""

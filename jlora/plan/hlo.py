@@ -205,14 +205,13 @@ class Module:
             return 0.0
         if one.opcode in SLICES:
             return 2 * n_bytes(one.type)
-        if one.opcode == "dynamic-update-slice":
+        kind = one.opcode.removesuffix("-start")
+        if kind == "dynamic-update-slice":
             return 2 * n_bytes(own[one.operands[1]].type)
         given = [n_bytes(own[name].type) for name in one.operands if name in own]
-        if one.opcode == "copy-start":
+        if kind == "copy":
             return 2 * sum(given)
-        if one.opcode == "dynamic-update-slice-start":
-            return 2 * given[1]
-        if one.opcode.removesuffix("-start") in SLICES:  # operands, result and a number
+        if kind in SLICES:  # one that starts: operands, result and a number
             return 2 * (n_bytes(one.type) - sum(given) - 4)
         if one.opcode != "fusion":
             return n_bytes(one.type) + sum(given)

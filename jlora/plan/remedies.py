@@ -74,12 +74,9 @@ def _try(look: Look, config: Config, changes: Sequence[Change], rest: bool) -> R
     settings = tuple(setting for change in changes for setting in change.settings)
     cost = changes[0].cost if len(changes) == 1 else "all of these"
     after = look(config)
-    if rest and not after.fits and _fits_the_whole(after):
-        settings, fits = (*settings, WHOLE), True
-    else:
-        fits = after.fits
+    short = rest and not after.fits and _fits_the_whole(after)
     peak = None if after.memory is None else after.memory.peak
-    return Remedy(settings, cost, peak, fits)
+    return Remedy((*settings, WHOLE) if short else settings, cost, peak, after.fits or short)
 
 
 WHOLE = f"{FRACTION}=0.95 (environment)"
