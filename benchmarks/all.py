@@ -28,6 +28,9 @@ COMMANDS = (
     "startup.py first-step",
     "checkpoint.py",
     "generation.py",
+    "adapters.py",
+    "many_adapters.py",
+    "compile_time.py",
     "tables.py",
 )
 

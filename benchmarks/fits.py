@@ -40,7 +40,7 @@ def longest(model: str, method: str, device: str, limit: int, guess: int) -> dic
         if length not in seen:
             jax.clear_caches()
             hf = {**MODELS[model], "max_position_embeddings": LONGEST}
-            got = measure(hf, row, 1, length, device)
+            got = measure(hf, row, 1, length, device, limit)
             seen[length] = got.get("peak", 2**62)
             print(f"{model} {row} {device} {length}: {seen[length] / 1e9:.2f} GB", flush=True)
         return seen[length]

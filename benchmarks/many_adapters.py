@@ -1,100 +1,117 @@
-"""What it costs that every row of a batch uses its own adapter, beside one adapter for all rows.
+"""How cost grows with the number of adapters: in one batch, and trained in one run.
 
-    python benchmarks/many_adapters.py [--adapters 4] [--r 16] [--batch 8] [--length 128]
+    python benchmarks/many_adapters.py [--what serve,train] [--method lora,qlora]
 
-The forward pass and the gradient of all adapters, of a small Llama with LoRA on all linear layers;
-also with ``--quantized``. The two are run in turn, so that a busy machine is busy for both: medians
-of the repeats and their ratio. Results go to ``benchmarks/results/many-adapters-PLATFORM.json``.
+The Llama of the training step's sweeps (width 768, 4 layers, bfloat16), 8 rows of 256 tokens, which
+the adapters share evenly; r 16 on every linear layer. ``serve`` is a forward pass in which each row
+has its own adapter, beside one adapter for all rows, and beside peft's ``adapter_names``. ``train``
+is a step of every adapter on its own rows: jlora's does all of them at once, with peft one comes
+after the other. Needs the extra ``parity``.
 """
 
-import argparse
-import json
-import os
-import statistics
-import time
-from collections.abc import Callable
-from datetime import date
+from __future__ import annotations
+
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from memory import HERE, llama
+import llama
+import paired
+from training_step import SMALL
 
-import jlora
-from jlora.models import Model, init_params
-
-
-def seconds(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """The times of each function, in turn; the first call, which compiles, is left out."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for round_ in range(repeats + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            if round_:
-                times[name].append(time.perf_counter() - start)
-    return times
+ROWS = 8
 
 
-def programs(asked: argparse.Namespace) -> dict[str, dict[str, Callable[[], Any]]]:
-    """Forward pass and gradient with one adapter for all rows, and with one for each row."""
-    hf = llama(asked.hidden, 3 * asked.hidden, asked.layers, asked.hidden // 64)
-    model = Model.from_config(hf | {"vocab_size": 4096}, asked.dtype, gradient_checkpointing=True)
-    params = jax.jit(init_params, static_argnums=1)(jax.random.key(0), model)
-    if asked.quantized:
-        params = jlora.quantize(params, jlora.QuantConfig())
-    config = jlora.LoraConfig(r=asked.r, target_modules="all-linear", init_lora_weights=False)
-    keys = jax.random.split(jax.random.key(1), asked.adapters)
-    adapters = [jlora.init_adapter(key, params, config) for key in keys]
-    one, stack = adapters[0], jlora.stack_adapters(adapters)
-    ids = jax.random.randint(jax.random.key(2), (asked.batch, asked.length), 0, 4096)
-    rows = jnp.arange(asked.batch) % (asked.adapters + 1) - 1  # some with none
+def jlora_forward(method: str, adapters: int, mixed: bool, length: int) -> Any:
+    """The logits of rows that use ``adapters`` in turn; not ``mixed``: one for all, no stack."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
 
-    def alone(adapter: Any, params: Any) -> Any:
-        return model(jlora.attach(params, adapter), ids)
+    import jlora
+    from jlora import sharding
+    from jlora.config import MeshConfig
 
-    def mixed(stack: Any, params: Any) -> Any:
-        return model(jlora.attach(params, stack, adapter_ids=rows), ids)
+    model, params = llama.jlora_model(llama.shape(SMALL["width"], SMALL["depth"]))
+    params = llama.quantize(params) if method == "qlora" else params
+    lora = jlora.LoraConfig(r=SMALL["rank"], target_modules="all-linear", init_lora_weights=False)
+    keys = jax.random.split(jax.random.key(1), adapters)
+    every = [jlora.init_adapter(key, params, lora) for key in keys]
+    adapter = jlora.stack_adapters(every) if mixed else every[0]
+    ids = np.random.default_rng(0).integers(0, llama.VOCAB, (ROWS, length), dtype=np.int32)
+    rows = jnp.arange(ROWS) % adapters if mixed else None
+    options = sharding.compiler_options(sharding.make_mesh(MeshConfig()))
 
-    def gradient(f: Any) -> Any:
-        return jax.jit(jax.grad(lambda a, p: jnp.sum(jnp.sin(f(a, p)))))
+    def forward(params: Any, adapter: Any, ids: Any) -> Any:
+        return model(jlora.attach(params, adapter, adapter_ids=rows), ids)
 
-    def pair(wrap: Callable) -> dict[str, Callable[[], Any]]:
-        first, second = wrap(alone), wrap(mixed)
-        return {"one": lambda: first(one, params), "each its own": lambda: second(stack, params)}
+    compiled = jax.jit(forward, compiler_options=options)
 
-    return {"forward": pair(jax.jit), "gradient": pair(gradient)}
+    def unit() -> None:
+        jax.block_until_ready(compiled(params, adapter, ids))
+
+    return unit
+
+
+def peft_forward(method: str, adapters: int, length: int) -> Any:
+    """The same with ``adapter_names``."""
+    torch = llama.torch_threads()
+    import peft
+
+    model = llama.transformers_model(llama.shape(SMALL["width"], SMALL["depth"]))
+    model = llama.pack(model) if method == "qlora" else model
+    lora = peft.LoraConfig(
+        r=SMALL["rank"], target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    names = [f"a{i}" for i in range(adapters)]
+    model = peft.get_peft_model(model, lora, names[0])
+    for name in names[1:]:
+        model.add_adapter(name, lora)
+    model.eval()
+    ids = torch.randint(0, llama.VOCAB, (ROWS, length), device=llama.torch_device())
+    rows = [names[i % adapters] for i in range(ROWS)]
+
+    def unit() -> None:
+        with torch.inference_mode():
+            model(input_ids=ids, adapter_names=rows, use_cache=False)
+
+    return unit
+
+
+def serving(method: str, adapters: int, length: int) -> list[paired.Contestant]:
+    """A row each its own adapter, one for all, and peft."""
+    own = {"method": method, "adapters": adapters, "length": length}
+    forward = "many_adapters:jlora_forward"
+    return [
+        paired.Contestant("jlora", forward, {**own, "mixed": True}),
+        paired.Contestant("jlora, one for all", forward, {**own, "adapters": 1, "mixed": False}),
+        paired.Contestant("peft", "many_adapters:peft_forward", own),
+    ]
+
+
+def training(method: str, adapters: int, length: int) -> list[paired.Contestant]:
+    """All at once, and one after the other."""
+    sizes = {**SMALL, "batch": ROWS, "length": length, "method": method, "adapters": adapters}
+    return [
+        paired.Contestant("jlora", "training_step:jlora_step", sizes),
+        paired.Contestant("peft", "training_step:peft_step", {**sizes, "autocast": True}),
+    ]
 
 
 def main() -> None:
-    """Measures, prints and writes the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (
-        ("adapters", 4), ("r", 16), ("batch", 8), ("length", 128), ("hidden", 512), ("layers", 4),
-        ("repeats", 15),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--quantized", action="store_true")
+    """Measures over the number of adapters."""
+    parser = paired.arguments(__doc__)
+    parser.add_argument("--what", default="serve,train")
+    parser.add_argument("--method", default="lora,qlora")
+    parser.add_argument("--adapters", default="1,2,4,8")
+    parser.add_argument("--length", type=int, default=SMALL["length"])
     asked = parser.parse_args()
-    results = {}
-    for name, pair in programs(asked).items():
-        medians = {k: statistics.median(v) for k, v in seconds(pair, asked.repeats).items()}
-        ratio = medians["each its own"] / medians["one"]
-        results[name] = {"seconds": medians, "ratio": round(ratio, 3)}
-        print(name, {k: f"{1e3 * v:.1f} ms" for k, v in medians.items()}, f"{ratio:.3f}")
-    platform = jax.default_backend()
-    path = HERE / "results" / f"many-adapters-{platform}.json"
-    whole = json.loads(path.read_text()) if path.exists() else {"results": {}}
-    key = f"{'NF4, ' if asked.quantized else ''}{asked.dtype}, {asked.adapters} adapters"
-    whole["results"][key] = {"options": vars(asked), **results}
-    where = {
-        "date": str(date.today()),
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "cpus": os.cpu_count(),
-    }
-    path.write_text(json.dumps({**where, **whole}, indent=1) + "\n")
+    numbers = [int(n) for n in asked.adapters.split(",")]
+    for what in asked.what.split(","):
+        contestants = {"serve": serving, "train": training}[what]
+        for method in asked.method.split(","):
+            points = {n: contestants(method, n, asked.length) for n in numbers}
+            facts = {"peers": ["peft"], "method": llama.METHODS[method]}
+            name = f"many-adapters-{what}-{method}"
+            paired.compare(name, "adapters", points, asked, warmup=2, **facts)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ The step is the one that ``jlora train`` runs, compiled from shapes alone as ``j
 Peak is arguments + temporaries + outputs - aliases, what the device holds while a step runs, in GB
 of 1e9 bytes. Targets are those of ``plan`` (GPUs need ``jax[cuda13]``, TPUs ``jax[tpu]``, neither
 needs the device), or ``cpu``, which is what is here. Results are merged into
-``benchmarks/results/memory-TARGET.json``, from which the printed table is made.
+``benchmarks/results/memory-TARGET.json``, from which ``tables.py`` makes the page's table.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import platform
 import tempfile
 import time
@@ -106,16 +107,27 @@ def program_of(hf: dict, row: Row, batch: int, length: int, devices: Any, **mesh
 
 
 def measure(
-    hf: dict, row: Row, batch: int, length: int, target: str | None, **mesh: int
+    hf: dict,
+    row: Row,
+    batch: int,
+    length: int,
+    target: str | None,
+    limit: float = math.inf,
+    **mesh: int,
 ) -> dict[str, Any]:
-    """Bytes of the compiled step, in all and by part; or why it cannot be compiled."""
-    from jlora.plan.memory import measured
+    """Bytes of the compiled step, in all and by part; or why it cannot be compiled.
+
+    What already exceeds ``limit`` by its weights, adapter and moments is not compiled.
+    """
+    from jlora.plan.memory import arguments, measured
     from jlora.plan.target import chosen_for, devices, parse
 
     aim, start = parse(target), time.perf_counter()
     found = devices(aim)
     assert found is not None, f"JAX's plugin for {target} is not installed"
     program = program_of(hf, row, batch, length, found if aim.hardware else found[:1], **mesh)
+    if (given := sum(arguments(program).values())) > limit:
+        return {"refused": f"weights, adapter and moments take {given:,} bytes"}
     try:
         with chosen_for(aim):
             memory = measured(program, program.compile())
@@ -136,34 +148,8 @@ def start(name: str) -> str | None:
     return target
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown: a line for each model and row, in GB."""
-    titles = [
-        "model",
-        "step",
-        "peak",
-        "paper",
-        "base",
-        "adapter",
-        "moments",
-        "temporaries",
-        "on the host",
-    ]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    for name in MODELS:
-        for row, got in results.get(name, {}).items():
-            if "refused" in got:
-                lines.append(f"| {name} | {row} | refused: {got['refused'][:80]} |" + " |" * 6)
-                continue
-            paper = PAPER.get(name, "") if row.startswith("QLoRA") else ""
-            keys = "base", "adapter", "optimizer", "temporaries", "host"
-            cells = [f"{got['peak'] / 1e9:.2f}", paper, *(f"{got[k] / 1e9:.2f}" for k in keys)]
-            lines.append(f"| {name} | {row} | " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
-    """Compiles the rows asked for, updates the target's results and prints them as a table."""
+    """Compiles the rows asked for, and updates the target's results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", required=True)
     parser.add_argument("--models", default=",".join(MODELS))
@@ -192,10 +178,9 @@ def main() -> None:
         "jax": jax.__version__,
         "python": platform.python_version(),
         "batch": [asked.batch, asked.length],
+        "paper": PAPER,
     }
-    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(whole, indent=1) + "\n")
-    print(table(whole["results"]))
 
 
 if __name__ == "__main__":

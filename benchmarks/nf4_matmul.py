@@ -21,13 +21,12 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-from memory import ENVIRONMENT, HERE, device_of
+from memory import HERE, start
 
 SHAPES = [(4096, 4096), (4096, 1024), (4096, 14_336), (14_336, 4096)]
 ROWS = [1, 16, 64, 256, 512, 2048, 4096]
@@ -106,12 +105,16 @@ def measure(repeats: int) -> list[dict[str, Any]]:
 
 def compile_only(target: str) -> None:
     """Temporary bytes of both ways, compiled for a device that is not here."""
+    start(target)
     import jax
     import jax.numpy as jnp
 
     from jlora import nf4
+    from jlora.plan.target import devices, parse
 
-    place = jax.sharding.SingleDeviceSharding(device_of(target))
+    found = devices(parse(target))
+    assert found is not None, f"JAX's plugin for {target} is not installed"
+    place = jax.sharding.SingleDeviceSharding(found[0])
     platform = "tpu" if target == "v5e" else "cuda"
 
     def shaped(tree: Any) -> Any:
@@ -134,14 +137,13 @@ def main() -> None:
     """Measures, compiles or computes, as asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--compile", choices=[t for t in ENVIRONMENT if t != "cpu"])
+    parser.add_argument("--compile", choices=list(DEVICES))
     parser.add_argument("--floor", action="store_true")
     asked = parser.parse_args()
     if asked.floor:
         print("\n\n".join(floors(device) for device in DEVICES))
         return
     if asked.compile:
-        os.environ |= ENVIRONMENT[asked.compile]
         compile_only(asked.compile)
         return
     import jax

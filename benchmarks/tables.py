@@ -14,6 +14,7 @@ faster one.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -211,6 +212,31 @@ def predicted(results: Path) -> str:
     return f"{markdown(head, rows)}\n\n{conditions(result['conditions'])}"
 
 
+def memory(target: str, results: Path) -> str:
+    """Of ``memory.py``: peaks of every model and way of training, GB; in brackets on the host."""
+    result = load(f"memory-{target}", results)
+    models, paper = result["results"], result["paper"]
+    ways = list(dict.fromkeys(way for each in models.values() for way in each))
+    compared = any(model in paper for model in models)
+
+    def cell(got: Mapping[str, Any] | None) -> str:
+        if got is None:
+            return ""
+        if "refused" in got:
+            return "does not compile"
+        host = f" ({got['host'] / 1e9:.2f})" if got["host"] else ""
+        return f"{got['peak'] / 1e9:.2f}{host}"
+
+    rows = [
+        [model, *(cell(each.get(way)) for way in ways), *[str(paper.get(model, ""))] * compared]
+        for model, each in models.items()
+    ]
+    batch, length = result["batch"]
+    where = f"Compiled for {target} with jax {result['jax']}, {batch} × {length}, {result['date']}."
+    head = ["model", *ways, *["QLoRA's paper"] * compared]
+    return f"{markdown(head, rows)}\n\n{where}"
+
+
 OWN: dict[str, Callable[[Path], str]] = {
     "training-step": training_step,
     "startup-commands": commands,
@@ -218,6 +244,8 @@ OWN: dict[str, Callable[[Path], str]] = {
     "floors": floors,
     "profile-step": profile,
     "predicted": predicted,
+    "memory-h200": functools.partial(memory, "h200"),
+    "memory-v5e": functools.partial(memory, "v5e"),
 }
 """Tables that are no comparison of one benchmark: name → function of the folder of results."""
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import llama
@@ -37,8 +38,19 @@ HEADLINE = {"length": 256, "depth": 8, "rank": 16, "batch": 8, "width": 768}
 SMALL = {"length": 256, "depth": 4, "rank": 16, "batch": 2, "width": 768}
 
 
-def jlora_step(method: str, length: int, depth: int, rank: int, batch: int, width: int) -> Any:
-    """One step of ``jlora train``."""
+def jlora_step(
+    method: str,
+    length: int,
+    depth: int,
+    rank: int,
+    batch: int,
+    width: int,
+    settings: Mapping[str, Any] | None = None,
+    adapters: int = 1,
+) -> Any:
+    """One step of ``jlora train``; ``settings`` are further ones of the adapter's config, and
+    several ``adapters`` are trained together on a part of the batch each.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -61,30 +73,42 @@ def jlora_step(method: str, length: int, depth: int, rank: int, batch: int, widt
         del base
     else:
         base = llama.quantize(base) if method == "qlora" else base
-        lora = jlora.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        lora = jlora.LoraConfig(**_adapter(rank, settings))
         trainable = jlora.init_adapter(jax.random.key(1), base, lora)
         bind, frozen = attach, (sharding.place(base, sharding.shardings(base, mesh)), None)
-    settings = TrainConfig(output_dir="unused", lr_scheduler_type="constant", learning_rate=1e-4)
-    optimizer = make_optimizer(settings, 1000, trainable)
+    several = adapters > 1
+    if several:
+        trainable = jax.tree.map(lambda leaf: jnp.stack([leaf] * adapters), trainable)
+    train = TrainConfig(output_dir="unused", lr_scheduler_type="constant", learning_rate=1e-4)
+    optimizer = make_optimizer(train, 1000, trainable)
     start = functools.partial(init_state, optimizer=optimizer)
+    start = jax.vmap(start) if several else start
     places = sharding.shardings(sharding.typed(start, trainable), mesh)
     state = jax.jit(start, out_shardings=places, donate_argnums=0)(trainable)
     del trainable
     options = sharding.compiler_options(mesh)
-    step = make_train_step(model, bind, optimizer, state_shardings=places, compiler_options=options)
+    step = make_train_step(
+        model,
+        bind,
+        optimizer,
+        state_shardings=places,
+        several=several,
+        compiler_options=options,
+    )
 
-    ids = np.random.default_rng(0).integers(0, llama.VOCAB, (1, batch, length), dtype=np.int32)
+    shape = (*[adapters] * several, 1, batch // adapters, length)
+    ids = np.random.default_rng(0).integers(0, llama.VOCAB, shape, dtype=np.int32)
     labels = np.concatenate([ids[..., 1:], np.full_like(ids[..., :1], -100)], axis=-1)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
     rows = {"input_ids": ids, "labels": labels, "positions": positions}
     rows["segment_ids"] = np.ones_like(ids)
-    target = sharding.batch_sharding(mesh)
+    target = sharding.batch_sharding(mesh, several)
     rows = {name: sharding.place(array, target) for name, array in rows.items()}
 
     def unit() -> dict[str, float]:
         nonlocal state
         state, metrics = step(state, frozen, rows)
-        facts = {"loss": float(metrics["loss"])}
+        facts = {"loss": float(metrics["loss"].mean())}
         jax.block_until_ready(state)
         memory = jax.local_devices()[0].memory_stats() or {}
         return facts | ({"device_peak_bytes": peak} if (peak := _peak(memory)) else {})
@@ -96,12 +120,29 @@ def _peak(memory: dict[str, int]) -> int:
     return memory.get("peak_bytes_in_use", 0)
 
 
+def _adapter(rank: int, settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Of ``LoraConfig``, jlora's and peft's."""
+    usual = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
+    return {**usual, **(settings or {})}
+
+
 def peft_step(
-    method: str, autocast: bool, length: int, depth: int, rank: int, batch: int, width: int
+    method: str,
+    autocast: bool,
+    length: int,
+    depth: int,
+    rank: int,
+    batch: int,
+    width: int,
+    settings: Mapping[str, Any] | None = None,
+    adapters: int = 1,
 ) -> Any:
-    """The same step with peft, transformers and bitsandbytes."""
+    """The same step with peft, transformers and bitsandbytes; of several ``adapters`` one after the
+    other.
+    """
     torch = llama.torch_threads()
     dtype = "float32" if method == "full" and autocast else "bfloat16"
+    names = [str(i) for i in range(adapters)]
     model = llama.transformers_model(llama.shape(width, depth), dtype)
     model.config.use_cache = False
     if method == "qlora":
@@ -109,28 +150,37 @@ def peft_step(
     if method != "full":
         import peft
 
-        config = peft.LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        model = peft.get_peft_model(model, config, autocast_adapter_dtype=autocast)
+        config = peft.LoraConfig(**_adapter(rank, settings), task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, config, "0", autocast_adapter_dtype=autocast)
+        for name in names[1:]:
+            model.add_adapter(name, config)
     if method == "qlora":
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
+    trained, optimizers = {}, {}
+    for name in names:
+        if adapters > 1:
+            model.set_adapter(name)
+        trained[name] = [p for p in model.parameters() if p.requires_grad]
+        optimizers[name] = torch.optim.AdamW(trained[name], lr=1e-4, weight_decay=0.0, fused=True)
     device = llama.torch_device()
-    ids = torch.randint(0, llama.VOCAB, (batch, length), device=device)
+    ids = torch.randint(0, llama.VOCAB, (batch // adapters, length), device=device)
     precision = torch.autocast(device, torch.bfloat16) if autocast else contextlib.nullcontext()
 
-    def unit() -> dict[str, float]:
+    def one(name: str) -> float:
+        if adapters > 1:
+            model.set_adapter(name)
         with precision:
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        facts = {"loss": loss.item()}
+        torch.nn.utils.clip_grad_norm_(trained[name], 1.0)
+        optimizers[name].step()
+        optimizers[name].zero_grad()
+        return loss.item()
+
+    def unit() -> dict[str, float]:
+        facts = {"loss": sum(one(name) for name in names) / adapters}
         if device == "cuda":
             torch.cuda.synchronize()
             facts["device_peak_bytes"] = torch.cuda.max_memory_allocated()

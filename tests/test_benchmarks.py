@@ -8,6 +8,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -284,13 +285,58 @@ def test_every_benchmark_runs_contestants_that_exist_and_has_its_table(tmp_path,
         monkeypatch.setattr(sys, "argv", [script, *arguments, "--anyway"])
         load(script.removesuffix(".py")).main()
     scripts = {command.split(".py")[0] for command in commands}
-    assert {setup.partition(":")[0] for setup in asked_for} == scripts
+    shared = {"adapters"}  # whose contestants are another's
+    assert {setup.partition(":")[0] for setup in asked_for} == scripts - shared
+    for path in tables.RESULTS.glob("memory-*.json"):  # these need a compiler for the target
+        (paired.RESULTS / path.name).write_bytes(path.read_bytes())
     page = tables.PAGE.read_text(encoding="utf-8")
     assert "Not measured yet" not in tables.made(page, paired.RESULTS)
     shown = {found[2] for found in tables.TABLE.finditer(page)} | {
         f"training-step-{method}" for method in tables.METHODS
     }
     assert {path.stem for path in paired.RESULTS.glob("*.json")} <= shown
+
+
+def test_memory_is_a_line_a_model_with_the_papers_figure_where_there_is_one(tmp_path):
+    row = {"peak": 7_123_000_000, "host": 0}
+    results = {
+        "7B": {"LoRA r 16, adamw": row, "QLoRA r 16, paged": {**row, "host": 250_000_000}},
+        "8B": {"LoRA r 16, adamw": {"refused": "too large"}},
+    }
+    whole = {"results": results, "jax": "1", "date": "2026-01-01", "batch": [1, 512]}
+    file = tmp_path / "memory-x.json"
+    file.write_text(json.dumps({**whole, "paper": {"7B": 6.9, "65B": 45.0}}))
+    lines = tables.memory("x", tmp_path).splitlines()
+    assert lines[0] == "| model | LoRA r 16, adamw | QLoRA r 16, paged | QLoRA's paper |"
+    assert lines[2] == "| 7B | 7.12 | 7.12 (0.25) | 6.9 |"
+    assert lines[3] == "| 8B | does not compile |  |  |"
+    assert lines[-1] == "Compiled for x with jax 1, 1 × 512, 2026-01-01."
+    file.write_text(json.dumps({**whole, "paper": {"65B": 45.0}}))
+    assert "paper" not in tables.memory("x", tmp_path)
+
+
+def test_what_cannot_fit_is_not_compiled(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    memory = load("memory")
+    small = memory.llama(64, 128, 2, 1, vocab_size=256)
+    got = memory.measure(small, memory.Row(4), 1, 64, None, limit=1e4)
+    assert re.fullmatch(r"weights, adapter and moments take [\d,]+ bytes", got["refused"])
+    with jax.numpy_dtype_promotion("standard"):  # optax does not promote strictly
+        assert memory.measure(small, memory.Row(4), 1, 64, None, limit=1e9)["peak"] < 1e9
+
+
+def test_floors_of_packed_products_need_no_device(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(sys, "argv", ["nf4_matmul.py", "--floor"])
+    load("nf4_matmul").main()
+    one_row = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("| 1 |"))
+    size, bandwidth, lanes = 4096 * 14_336, 4.8e12, 132 * 128 * 1.98e9
+    first, fused = (
+        43 * size / lanes + 2 * size / bandwidth,
+        13 * size / lanes,
+    )  # decoding is slowest
+    first, fused = 1e6 * first, 1e6 * fused
+    assert [float(x) for x in one_row.split("|")[2:4]] == pytest.approx([first, fused], abs=0.5)
 
 
 def test_the_page_of_plan_has_what_fits(monkeypatch):
