@@ -62,28 +62,62 @@ def test_an_estimate_is_near_the_compiler(tmp_path, case):
 
 
 @pytest.fixture
-def remedies_at(tmp_path):
-    """Remedies for QLoRA of an 8B model on an RTX 4090, by settings; and what was not enough."""
+def of_8b(tmp_path):
+    """The settings of QLoRA of an 8B model on rows of this length, with changes."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
 
-    def at(length):
-        settings = {
+    def settings(length, *overrides):
+        chosen = {
             "model": {"name_or_path": str(tmp_path)},
             "lora": {"r": 16, "target_modules": "all-linear"},
             **QLORA,
             "data": {"train": [{"path": "unused", "format": "text"}], "max_length": length},
             "train": {"output_dir": "unused", "max_steps": 1, "per_device_train_batch_size": 1},
         }
-        (tmp_path / "run.json").write_text(json.dumps(settings))
-        aim, rows = target.parse("rtx4090"), Rows(length)
+        (tmp_path / "run.json").write_text(json.dumps(chosen))
+        return config.load(str(tmp_path / "run.json"), list(overrides))
+
+    return settings
+
+
+@pytest.fixture
+def remedies_at(of_8b):
+    """Remedies on an RTX 4090, by settings; and what was not enough."""
+
+    def at(length):
         look = functools.partial(
-            forecast, tokenizer=None, rows=rows, aim=aim, found=None, whole=False
+            forecast,
+            tokenizer=None,
+            rows=Rows(length),
+            aim=target.parse("rtx4090"),
+            found=None,
+            whole=False,
         )
         with jax.numpy_dtype_promotion("standard"):
-            result = look(config.load(str(tmp_path / "run.json"), []))
+            result = look(of_8b(length))
             return {remedy.settings: remedy for remedy in find_remedies(result, look)}
 
     return at
+
+
+def test_a_step_takes_as_long_as_its_slowest_part(of_8b):
+    """An RTX 4090 sends 32 GB/s to the host and computes 165.2 TFLOPs a second."""
+
+    def seconds(*overrides):
+        chosen = of_8b(2048, "train.gradient_accumulation_steps=4", *overrides)
+        with jax.numpy_dtype_promotion("standard"):
+            found = forecast(chosen, None, Rows(2048), target.parse("rtx4090"), None)
+        return found.seconds(), found.work.flops
+
+    paging, offloading = "train.optim=paged_adamw_32bit", "train.activation_offloading=true"
+    plain, flops = seconds()
+    assert plain == {"compute": pytest.approx(flops / 165.2e12)}
+    moments = 2 * 4 * 41_943_040  # two in float32 of each of the adapter's weights
+    activations = 32 * 2048 * 4096 * 2  # of every layer, in bfloat16, for each micro-batch
+    assert seconds(paging)[0]["host"] == pytest.approx(moments / 32e9, rel=1e-3)
+    assert seconds(offloading)[0]["host"] == pytest.approx(4 * activations / 32e9)
+    both = moments + 4 * activations
+    assert seconds(paging, offloading)[0]["host"] == pytest.approx(both / 32e9, rel=1e-3)
 
 
 def test_a_change_that_needs_the_rest_of_a_gpu_says_so(remedies_at):

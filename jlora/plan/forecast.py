@@ -18,7 +18,7 @@ from jlora.header import tree_bytes
 from jlora.job import Job
 from jlora.plan import estimate, flops, hlo, target
 from jlora.plan.hardware import Hardware
-from jlora.plan.memory import OUT_OF_MEMORY, Memory, measured, refused_memory
+from jlora.plan.memory import OUT_OF_MEMORY, Memory, device_bytes, measured, refused_memory
 from jlora.plan.target import Target
 from jlora.program import Program
 from jlora.progress import Plan
@@ -76,6 +76,8 @@ class Forecast:
     """What the compiler said when it found the memory too small."""
     state_bytes: int = 0
     """Of what a checkpoint holds."""
+    host_traffic: int = 0
+    """Bytes that each device sends to the host in a step, and gets back."""
 
     @property
     def compiled(self) -> bool:
@@ -93,7 +95,7 @@ class Forecast:
         return self.plan.rows_per_step * self.rows.length * max(1, len(self.job.adapters))
 
     def seconds(self) -> dict[str, float]:
-        """What bounds the time of a step from below: matrix units, memory, links."""
+        """What bounds the time of a step from below: matrix units, memory, links, the host."""
         if self.hardware is None or self.work is None:
             return {}
         bounds = {"compute": self.work.flops / self.job.mesh.size / self.hardware.flops}
@@ -102,6 +104,8 @@ class Forecast:
         if self.work.collectives:
             sent = sum(one.sent for one in self.work.collectives)
             bounds["links"] = sent / self.hardware.link
+        if self.host_traffic and self.hardware.host:
+            bounds["host"] = self.host_traffic / self.hardware.host
         return bounds
 
     @property
@@ -175,7 +179,16 @@ def forecast(
         seconds,
         refused,
         tree_bytes(program.state) + _best(config, program),
+        _host_traffic(program, memory, plan),
     )
+
+
+def _host_traffic(program: Program, memory: Memory | None, plan: Plan) -> int:
+    """Moments once, activations for every micro-batch; each there and back."""
+    if memory is None:
+        return 0
+    moments = device_bytes(program.state.opt_state, "pinned_host")
+    return moments + (memory.host - moments) * plan.accumulation
 
 
 def stand_in(aim: Target) -> Sequence[Any]:

@@ -4,6 +4,7 @@ Rates are dense peaks in bfloat16 with float32 sums; a link's is what one device
 to the others of its node or slice, in one direction. Sources:
 
 NVIDIA  data sheets of A100, H100, H200 and L4, and the whitepaper of the Ada architecture (4090);
+        the host is behind 16 lanes of PCIe, 4.0 or (H100, H200) 5.0;
         what the compiler is told of the chip besides is as in XLA's own descriptions
         (``xla/backends/gpu/target_config/specs``), or CUDA's limits for its compute capability
 Google  cloud.google.com/tpu/docs: v5e, v6e; memory is what XLA leaves to a program
@@ -54,6 +55,8 @@ class Hardware:
     """Bytes a second."""
     most: int
     """Devices that are linked so."""
+    host: float | None
+    """Bytes a second to the host's memory, and as many back at once; None where none is named."""
     chip: Chip | None = None
 
 
@@ -65,37 +68,37 @@ HARDWARE = {
     for each in (
         Hardware(
             "rtx4090", "NVIDIA GeForce RTX 4090", ("NVIDIA GeForce RTX 4090",), "cuda",
-            25_757_220_864, 165.2 * TERA, 1008 * GB, 32 * GB, 8,
+            25_757_220_864, 165.2 * TERA, 1008 * GB, 32 * GB, 8, 32 * GB,
             Chip((8, 9), 128, 128, 1536, 102_400, 75_497_472, 2.52),
         ),
         Hardware(
             "l4", "NVIDIA L4", ("NVIDIA L4",), "cuda",
-            24_152_899_584, 121 * TERA, 300 * GB, 32 * GB, 8,
+            24_152_899_584, 121 * TERA, 300 * GB, 32 * GB, 8, 32 * GB,
             Chip((8, 9), 58, 128, 1536, 102_400, 50_331_648, 2.04),
         ),
         Hardware(
             "a100-40", "NVIDIA A100-SXM4-40GB", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
-            "cuda", 42_331_013_120, 312 * TERA, 1555 * GB, 300 * GB, 8, AMPERE,
+            "cuda", 42_331_013_120, 312 * TERA, 1555 * GB, 300 * GB, 8, 32 * GB, AMPERE,
         ),
         Hardware(
             "a100-80", "NVIDIA A100-SXM4-80GB", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB"),
-            "cuda", 85_100_068_864, 312 * TERA, 2039 * GB, 300 * GB, 8, AMPERE,
+            "cuda", 85_100_068_864, 312 * TERA, 2039 * GB, 300 * GB, 8, 32 * GB, AMPERE,
         ),
         Hardware(
             "h100", "NVIDIA H100 80GB HBM3", ("NVIDIA H100",), "cuda",
-            84_942_979_072, 989.4 * TERA, 3352 * GB, 450 * GB, 8, HOPPER,
+            84_942_979_072, 989.4 * TERA, 3352 * GB, 450 * GB, 8, 64 * GB, HOPPER,
         ),
         Hardware(
             "h200", "NVIDIA H200", ("NVIDIA H200",), "cuda",
-            151_397_597_184, 989.4 * TERA, 4800 * GB, 450 * GB, 8, HOPPER,
+            151_397_597_184, 989.4 * TERA, 4800 * GB, 450 * GB, 8, 64 * GB, HOPPER,
         ),
         Hardware(
             "v5e", "TPU v5e", ("TPU v5 lite", "TPU v5e"), "tpu",
-            int(15.75 * GiB), 197 * TERA, 819 * GB, 200 * GB, 256,
+            int(15.75 * GiB), 197 * TERA, 819 * GB, 200 * GB, 256, None,
         ),
         Hardware(
             "v6e", "TPU v6e", ("TPU v6 lite", "TPU v6e"), "tpu",
-            int(31.25 * GiB), 918 * TERA, 1640 * GB, 400 * GB, 256,
+            int(31.25 * GiB), 918 * TERA, 1640 * GB, 400 * GB, 256, None,
         ),
     )
 }  # fmt: skip
