@@ -5,6 +5,7 @@ jax is imported only where it is used, so that a second run on the same folder i
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -25,6 +26,9 @@ from jlora.files import storage_errors
 
 COMPILER = "compile"
 """How the names of threads that compile begin."""
+
+GRACE = 30.0
+"""Seconds that a process that failed waits for the others to fail, too."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -198,16 +202,29 @@ def _process_count() -> int:
 def leave(code: int, *, together: bool) -> NoReturn:
     """Ends this process with ``code``; ``together``: all processes end here (done, stopped).
 
-    One that fails alone leaves at once: an ordinary exit waits for the others, which wait for this
-    one, until JAX gives up after minutes. Ending together must not be so abrupt: the others abort
-    when the first is gone. Nor is there a reason to wait for a compiler.
+    One that fails alone does not make an ordinary exit: that waits for the others, which wait for
+    this one, until JAX gives up after minutes. Where all fail alike none may be so abrupt: the
+    others abort, with a trace, when the first is gone. So a failure waits ``GRACE`` seconds for the
+    others'. Nor is there a reason to wait for a compiler.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    compiling = any(thread.name.startswith(COMPILER) for thread in threading.enumerate())
-    if compiling or (not together and _process_count() > 1):
+    failed = not together and _process_count() > 1
+    if failed:
+        _part_from_the_others()
+    if failed or any(thread.name.startswith(COMPILER) for thread in threading.enumerate()):
         os._exit(code)
     sys.exit(code)
+
+
+def _part_from_the_others() -> None:
+    """Disconnects once all processes have come here; does nothing when they do not."""
+    import jax
+    from orbax.checkpoint import multihost
+
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        multihost.get_barrier_sync_fn()(key="jlora failed", timeout_ms=round(1000 * GRACE))
+        jax.distributed.shutdown()
 
 
 def without_torch() -> None:

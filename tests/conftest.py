@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pkgutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,14 @@ def assets() -> Path:
     if not folder:
         pytest.skip("set JLORA_TEST_ASSETS to the folder with the public test models and data")
     return Path(folder)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

@@ -95,9 +95,10 @@ def test_two_processes_stop_after_the_same_step(name, codes, free_port):
     assert outputs[0][-1] == outputs[1][-1] and int(outputs[0][-1]) > 3
 
 
-FAIL = """
+ALONE = """
 from jlora import runtime
 runtime.distributed()
+runtime.GRACE = 2
 import jax
 if jax.process_index() == 1:
     runtime.leave(65, together=False)
@@ -105,9 +106,9 @@ input()
 """
 
 
-def test_a_process_that_fails_leaves_without_waiting_for_the_other(free_port):
+def test_a_process_that_fails_does_not_wait_long_for_the_other(free_port):
     env = {"JLORA_COORDINATOR": f"127.0.0.1:{free_port}", "JLORA_NUM_PROCESSES": "2"}
-    runs = [python(FAIL, JLORA_PROCESS_ID=str(i), **env) for i in range(2)]
+    runs = [python(ALONE, JLORA_PROCESS_ID=str(i), **env) for i in range(2)]
     try:
         runs[1].communicate(timeout=60)
         assert runs[1].returncode == 65
@@ -117,13 +118,23 @@ def test_a_process_that_fails_leaves_without_waiting_for_the_other(free_port):
             run.communicate()
 
 
-@pytest.fixture
-def free_port():
-    import socket
+ALIKE = """
+import time
+from jlora import runtime
+runtime.distributed()
+import jax
+time.sleep(3 * jax.process_index())
+runtime.leave(65, together=False)
+"""
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+
+def test_processes_that_fail_alike_end_alike(free_port):
+    """The second would abort if the first, which coordinates, were gone."""
+    env = {"JLORA_COORDINATOR": f"127.0.0.1:{free_port}", "JLORA_NUM_PROCESSES": "2"}
+    runs = [python(ALIKE, JLORA_PROCESS_ID=str(i), **env) for i in range(2)]
+    for run in runs:
+        run.communicate(timeout=120)
+    assert [run.returncode for run in runs] == [65, 65]
 
 
 def test_one_process_is_not_distributed():

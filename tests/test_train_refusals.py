@@ -78,6 +78,36 @@ def test_a_fault_in_loading_ends_the_run_while_the_step_compiles(place):
     assert run.returncode == 65 and "damaged" in run.stderr
 
 
+TOO_LARGE = """
+import sys
+from jlora import cli, runtime
+from jlora.plan import target
+target.main_memory, runtime.GRACE = lambda: 1000, 120
+cli.leave(cli.main("train", sys.argv[1:]))
+"""
+
+
+def test_two_processes_refuse_what_does_not_fit(place, free_port):
+    """Both end by themselves; the first one says why."""
+    command = [sys.executable, "-c", TOO_LARGE, str(place.write())]
+    environ = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(place.cache)}
+    environ |= {"JLORA_COORDINATOR": f"127.0.0.1:{free_port}", "JLORA_NUM_PROCESSES": "2"}
+    runs = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environ | {"JLORA_PROCESS_ID": str(i)},
+        )
+        for i in range(2)
+    ]
+    said = [run.communicate(timeout=200)[1] for run in runs]
+    assert [run.returncode for run in runs] == [2, 2]
+    assert "does not fit" in said[0] and "train.check_memory=false" in said[0]
+    assert not (place.output / "metrics.jsonl").exists()
+
+
 def test_bad_rows_exit_65_naming_file_and_line(place):
     rows = place.folder / "rows.jsonl"
     good = json.dumps(chat("hi", "there"))
