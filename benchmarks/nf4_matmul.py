@@ -63,10 +63,10 @@ def floors(device: str) -> str:
 def ways(platform: str, transpose: bool) -> dict[str, Any]:
     """Both as functions (x, q)."""
     from jlora import nf4_kernel
-    from jlora.dot import _product
+    from jlora.products import product
 
     return {
-        "dequantize": lambda x, q: _product(x, q.dequantize(), int(transpose)),
+        "dequantize": lambda x, q: product(x, q.dequantize(), int(transpose)),
         "fused": lambda x, q: nf4_kernel.matmul(x, q, transpose, platform=platform),
     }
 

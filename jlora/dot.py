@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -23,11 +22,11 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from jlora import nf4_kernel
 from jlora.errors import DataError
 from jlora.kept import keep
 from jlora.lora import LoraWeight, TokenWeight
 from jlora.lora.probe import InputProbe, observe
+from jlora.products import after, dequantize_after, packed_product, product
 from jlora.quantization import is_packed
 
 Weight = Any
@@ -114,16 +113,6 @@ def columns(w: Weight, start: Int[Array, ""], size: int) -> Weight:
     return jax.lax.dynamic_slice_in_dim(w, start, size, axis=-1)
 
 
-def after(x: Array, value: Any) -> Any:
-    """``value`` itself, a tree of arrays, but not before ``x`` is there.
-
-    JAX computes what does not depend on a scan's carry once, before the scan, and keeps it for all
-    its steps: scalars and masks spread to the shape of activations, transposes of weights, whole
-    dequantized matrices. What comes after the carry's own values exists in its step only.
-    """
-    return jax.lax.optimization_barrier((jax.lax.stop_gradient(x), value))[1]
-
-
 def _adapted(x: Array, w: LoraWeight, dtype: Any) -> Array:
     """``x @ W + scale * (dropout(x) @ A) @ B`` (LoRA, arXiv 2106.09685), its columns times gain.
 
@@ -195,24 +184,14 @@ def _with_own_rows(ids: Array, w: TokenWeight) -> Array:
     return jnp.where((w.indices[which] == ids)[..., None], own, rows)
 
 
-def _product(x: Array, w: Array, w_axis: int, dtype: Any = None) -> Array:
-    """Contracts the last axis of ``x`` with ``w_axis`` of ``w``; float32 accumulation.
-
-    bf16 products on CPU are six times faster when asked for a float32 result.
-    """
-    dims = (((x.ndim - 1,), (w_axis,)), ((), ()))
-    out = jax.lax.dot_general(x, w.astype(x.dtype), dims, preferred_element_type=jnp.float32)
-    return out.astype(x.dtype if dtype is None else dtype)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _dense(x: Array, w: Array, dtype: Any) -> Array:
-    return _product(x, w, 0, dtype)
+    return product(x, w, 0, dtype)
 
 
 def _dense_fwd(x, w, dtype):
     saved = _kept(x.value, w.perturbed), _kept(w.value, x.perturbed)
-    return _product(x.value, w.value, 0, dtype), saved
+    return product(x.value, w.value, 0, dtype), saved
 
 
 def _kept(value: Array, needed: bool) -> Array:
@@ -230,7 +209,7 @@ def _dense_bwd(_, saved, g):
     if isinstance(g, SymbolicZero):
         return None, None
     g = g.astype(x.dtype)
-    dx = _product(g, w, 1) if w.ndim else None
+    dx = product(g, w, 1) if w.ndim else None
     return dx, _weight_gradient(x, g, w.dtype) if x.ndim else None
 
 
@@ -248,37 +227,9 @@ def _weight_gradient(x: Array, g: Array, dtype) -> Array:
 _dense.defvjp(_dense_fwd, _dense_bwd, symbolic_zeros=True)
 
 
-def _packed_product(x: Array, w: Any, transpose: bool, dtype: Any = None) -> Array:
-    """``x @ w`` or ``x @ w.mT``, by the fused kernel on platforms where that is known to win."""
-    fused = {
-        platform: functools.partial(
-            nf4_kernel.matmul, transpose=transpose, dtype=dtype, platform=platform
-        )
-        for platform in nf4_kernel.MEASURED
-        if nf4_kernel.fused_wins(platform, math.prod(x.shape[:-1]), w)
-    }
-
-    def dequantized(x, w):
-        return _product(x, _dequantize_after(x, w), int(transpose), dtype)
-
-    if not fused:
-        return dequantized(x, w)
-    return jax.lax.platform_dependent(x, w, default=dequantized, **fused)
-
-
-def _dequantize_after(x: Array, w: Any) -> Array:
-    """The dense matrix, not made before ``x`` is there.
-
-    Without this order the compiler dequantizes all weights of a layer at once, and keeps those of
-    a rematerialised forward pass for the backward pass. ``absmax`` is the smallest array that the
-    matrix depends on: the codes themselves would be copied out of their stack.
-    """
-    return dataclasses.replace(w, absmax=after(x, w.absmax)).dequantize()
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _packed(x: Array, w: Any, dtype: Any) -> Array:
-    return _packed_product(x, w, False, dtype)
+    return packed_product(x, w, False, dtype)
 
 
 def _packed_fwd(x, w, dtype):
@@ -287,7 +238,7 @@ def _packed_fwd(x, w, dtype):
 
 def _packed_bwd(_, saved, g):
     w, like = saved
-    return _packed_product(g.astype(like.dtype), w, True), None
+    return packed_product(g.astype(like.dtype), w, True), None
 
 
 _packed.defvjp(_packed_fwd, _packed_bwd)
@@ -381,7 +332,7 @@ _each.defvjp(_each_fwd, _each_bwd, symbolic_zeros=True)
 
 @jax.custom_vjp
 def _grouped_packed(x: Array, w: Any, sizes: Array) -> Array:
-    return _grouped_product(x, _dequantize_after(x, w), sizes, 1)
+    return _grouped_product(x, dequantize_after(x, w), sizes, 1)
 
 
 def _grouped_packed_fwd(x, w, sizes):
@@ -390,7 +341,7 @@ def _grouped_packed_fwd(x, w, sizes):
 
 def _grouped_packed_bwd(saved, g):
     w, sizes = saved
-    return _grouped_product(g, _dequantize_after(g, w), sizes, 2), None, None
+    return _grouped_product(g, dequantize_after(g, w), sizes, 2), None, None
 
 
 _grouped_packed.defvjp(_grouped_packed_fwd, _grouped_packed_bwd)

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int, Num, UInt8
 
 from jlora.codebooks import ASCENDING, DYNAMIC_MAP, DYNAMIC_THRESHOLDS, FOUR_BIT, THRESHOLDS
@@ -236,17 +237,52 @@ def dequantize(q: NF4Array, dtype: Any = None) -> Float[Array, "..."]:
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _dequantize(q: NF4Array, dtype):
-    absmax = dequantize_absmax(q)
     if q.rowwise:
-        blocks = q.codes.reshape(*absmax.shape, q.block_size // 2)
-        w = _values(q, blocks, (absmax[..., None],) * 2, dtype)
+        by_blocks, by_columns = (functools.partial(f, dtype=dtype) for f in (_blocks, _columns))
+        w = jax.lax.platform_dependent(q, tpu=by_columns, default=by_blocks)
     else:
+        absmax = dequantize_absmax(q)
         rows = functools.partial(_straddling_rows, dtype=dtype)
         for _ in q.lead:
             rows = jax.vmap(rows, in_axes=(0, 0, None))
         w = rows(q, absmax, jnp.arange(q.codes.shape[-2], dtype=jnp.uint32))
     w = w.reshape(*q.lead, *q.matrix_shape)
     return w.mT if q.transposed else w
+
+
+def halves(
+    q: NF4Array, dtype: Any = None
+) -> tuple[Float[Array, "*lead rows half"], Float[Array, "*lead rows half"]]:
+    """The values of even and of odd columns of a packed matrix ``of_rows``: (rows, cols / 2) each.
+
+    Rows and columns are those of the array that was quantized, whatever ``q.transposed`` says.
+    """
+    dtype = jnp.dtype(q.dtype if dtype is None else dtype)
+    # A TPU's compiler wants codes with the rows innermost, and would turn their whole stack over
+    # in front of a loop over layers. Asked for the layer's as they are first, it turns one over.
+    axes = tuple(range(q.codes.ndim))
+    codes = with_layout_constraint(q.codes, Layout(axes))
+    codes = with_layout_constraint(codes, Layout((*axes[:-2], axes[-1], axes[-2])))
+    absmax = jnp.repeat(dequantize_absmax(q), q.block_size // 2, axis=-1)
+    even, odd = _parts(q, codes, (absmax, absmax), dtype)
+    return even, odd
+
+
+def of_rows(q: Any) -> bool:
+    """Whether this is one packed matrix whose rows consist of whole blocks."""
+    return isinstance(q, NF4Array) and len(q.matrix_shape) == 2 and q.rowwise and not q.lead
+
+
+def _columns(q: NF4Array, dtype: Any) -> Array:
+    """All values of ``q``, by way of those of even and of odd columns."""
+    return _stacked(*halves(q, dtype)).reshape(*q.codes.shape[:-1], -1)
+
+
+def _blocks(q: NF4Array, dtype: Any) -> Array:
+    """All values of ``q``, block by block."""
+    absmax = dequantize_absmax(q)
+    codes = q.codes.reshape(*absmax.shape, q.block_size // 2)
+    return _values(q, codes, (absmax[..., None],) * 2, dtype).reshape(*q.codes.shape[:-1], -1)
 
 
 def take(q: NF4Array, ids: Int[Array, "*ids"]) -> Float[Array, "*ids cols"]:
@@ -282,12 +318,17 @@ def _straddling_rows(q: NF4Array, absmax: Array, rows: Array, dtype: Any) -> Arr
 def _values(q: NF4Array, codes: Array, absmax: Any, dtype: Any) -> Array:
     """(…, 2n) from bytes (…, n) and what their high and their low halves are scaled by."""
     # Scaling and rounding each half before they are interleaved keeps float32 out of memory.
+    even, odd = _parts(q, codes, absmax, dtype)
+    return _interleaved(even, odd).reshape(*codes.shape[:-1], -1)
+
+
+def _parts(q: NF4Array, codes: Array, absmax: Any, dtype: Any) -> list[Array]:
+    """The values of the bytes' high and of their low halves."""
     # The table comes after the scales: a loop over layers would else keep each of its values, as
     # large as the matrix, for all its steps.
     table = jax.lax.optimization_barrier((absmax, jnp.asarray(FOUR_BIT[q.quant_type])))[1]
-    halves = codes >> 4, codes & 15
-    parts = [(look_up(table, c) * a).astype(dtype) for c, a in zip(halves, absmax, strict=True)]
-    return _interleaved(*parts).reshape(*codes.shape[:-1], -1)
+    nibbles = codes >> 4, codes & 15
+    return [(look_up(table, c) * a).astype(dtype) for c, a in zip(nibbles, absmax, strict=True)]
 
 
 def _interleaved(even: Float[Array, "*n"], odd: Float[Array, "*n"]) -> Float[Array, "*n 2"]:

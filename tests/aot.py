@@ -5,7 +5,7 @@
 ``CONFIG.json`` holds a model's ``config.json`` and the run's settings. Needs JAX's plugin for the
 target, not the target. What is printed: ``plan --json``'s object, with ``large``, the types of all
 arrays of the compiled step with as many elements as ``stacked``, which is the smallest of the
-base's stacked matrices.
+base's stacked matrices, and ``copied``, the types and orders of axes of what is laid out anew.
 """
 
 import json
@@ -61,7 +61,7 @@ def main(file: str, name: str) -> None:
     set_environment(aim)
     import jax
 
-    from jlora.plan import forecast, hlo, report
+    from jlora.plan import forecast, hlo, hlo_text, report
 
     kept: list[str] = []
     work_of = hlo.work_of
@@ -74,10 +74,13 @@ def main(file: str, name: str) -> None:
     types = {
         f"{dtype}[{dims}]"
         for one in hlo.Module(kept[0]).instructions()
-        for dtype, dims in hlo.SHAPE.findall(one.type)
+        for dtype, dims in hlo_text.SHAPE.findall(one.type)
         if dims and math.prod(map(int, dims.split(","))) >= stacked
-    } if kept else set()  # fmt: skip
-    print(json.dumps(report.for_machines(result, []) | {"large": sorted(types)}))
+    }  # fmt: skip
+    copies = (one for one in hlo.Module(kept[0]).instructions() if one.opcode == "copy")
+    copied = sorted({one.type.partition(":")[0] for one in copies})
+    both = {"large": sorted(types), "copied": copied}
+    print(json.dumps(report.for_machines(result, []) | both))
 
 
 if __name__ == "__main__":

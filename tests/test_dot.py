@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from jlora import int8, nf4
+from jlora import int8, nf4, products
 from jlora.dot import columns, dot, embed, grouped_dot
 from jlora.lora import LoraWeight
 
@@ -152,6 +152,23 @@ def test_embed_takes_rows_of_any_weight():
     _, _, a, b = weights()
     got = embed(ids, LoraWeight(table, a, b, jnp.float32(2.0)))
     np.testing.assert_allclose(got, (table + 2 * a @ b)[ids], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_product_by_halves_is_the_product(dtype, transposed, transpose):
+    """Exact but for the order of the float32 sum; over either axis, of either way round."""
+    rng = np.random.default_rng(0)
+    q = nf4.quantize(jnp.asarray(rng.normal(size=(128, 192)), dtype))
+    q = q.mT if transposed else q
+    w = np.asarray(q.dequantize(), np.float64)
+    w = w.T if transpose else w
+    x = jnp.asarray(rng.normal(size=(2, 5, len(w))), dtype)
+    got = products.by_halves(x, q, transpose, jnp.float32)
+    want = np.asarray(x, np.float64) @ w
+    assert got.dtype == jnp.float32 and products.by_halves(x, q, transpose).dtype == dtype
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
 def test_columns_of_any_weight_are_those_of_the_dense_one():

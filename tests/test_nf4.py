@@ -201,6 +201,20 @@ def test_rows_that_are_taken_are_the_dequantized_ones(shape, double_quant):
         q.mT.take(ids)
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_columns_of_even_and_odd_index_apart(double_quant):
+    """As TPUs dequantize: the same values, also where they are put together again."""
+    q = nf4.quantize(normal(96, 256), 64, double_quant)
+    for packed in (q, q.mT):
+        even, odd = nf4.halves(packed)
+        np.testing.assert_array_equal(even, nf4.dequantize(q)[:, ::2])
+        np.testing.assert_array_equal(odd, nf4.dequantize(q)[:, 1::2])
+    stack = jax.vmap(lambda w: nf4.quantize(w, 64, double_quant))(normal(3, 96, 256))
+    assert stack.lead == (3,)
+    together = nf4._columns(stack, jnp.bfloat16)
+    np.testing.assert_array_equal(together, nf4.dequantize(stack, jnp.bfloat16))
+
+
 def test_taking_rows_dequantizes_no_other():
     q = jax.eval_shape(nf4.quantize, jax.ShapeDtypeStruct((4096, 512), jnp.bfloat16))
     ids = jax.ShapeDtypeStruct((8,), jnp.int32)

@@ -242,51 +242,110 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert least <= work.bytes <= 6 * least
 
 
-@pytest.mark.parametrize(
-    ("line", "moved"),
-    [
-        ("(bf16[32,64], bf16[32,64]{1,0:S(5)}, u32[]) copy-start(%stack)", 2 * 2 * 32 * 64),
-        ("((bf16[32,64], s32[], s32[]), bf16[1,64], u32[]) dynamic-slice-start(%stack, %at, %at)",
-         2 * 2 * 64),
-        ("((bf16[32,64], bf16[1,64], s32[]), bf16[32,64], u32[]) "
-         "dynamic-update-slice-start(%stack, %row, %at, %at)", 2 * 2 * 64),
-    ],
-)  # fmt: skip
-def test_what_starts_early_counts_once(line, moved):
+STARTS = {
+    "(bf16[32,64], bf16[32,64]{LAYOUT}, u32[]) copy-start(%stack)": 2 * 32 * 64,
+    "((bf16[32,64]{LAYOUT}, s32[], s32[]), bf16[1,64], u32[]) "
+    "dynamic-slice-start(%stack, %at, %at)": 2 * 64,
+    "((bf16[32,64]{LAYOUT}, bf16[1,64], s32[]), bf16[32,64]{LAYOUT}, u32[]) "
+    "dynamic-update-slice-start(%stack, %row, %at, %at)": 2 * 64,
+}
+"""Operations on a stack that start, and what they read or write on their other side."""
+MEMORIES = {"1,0": 2, "1,0:S(5)": 1, "1,0:T(8,128)(2,1)S(1)": 1}
+"""Layouts of a stack in the device's memory, the host's and a TPU's VMEM: how many sides count."""
+
+
+@pytest.mark.parametrize("layout", MEMORIES)
+@pytest.mark.parametrize("line", STARTS)
+def test_what_starts_early_counts_once_and_in_the_devices_memory(line, layout):
     text = f"""HloModule m
 
 ENTRY %main (stack: bf16[32,64], row: bf16[1,64], at: s32[]) -> bf16[32,64] {{
-  %stack = bf16[32,64]{{1,0:S(5)}} parameter(0)
+  %stack = bf16[32,64]{{{layout}}} parameter(0)
   %row = bf16[1,64]{{1,0}} parameter(1)
   %at = s32[] parameter(2)
-  ROOT %start = {line}
+  ROOT %start = {line.replace("LAYOUT", layout)}
 }}
 """
     work = hlo.work_of(text)
-    assert abs(work.bytes - moved) <= 8 and not work.flops  # the places of slices
+    assert work.bytes == MEMORIES[layout] * STARTS[line] and not work.flops
 
 
-def test_an_update_on_its_way_counts_as_the_update():
+@pytest.mark.parametrize("layout", MEMORIES)
+def test_an_update_on_its_way_counts_as_the_update(layout):
     """As activations go to the host: the stack they are written into is not read or written."""
-    text = """HloModule m
+    stack = f"bf16[32,64]{{{layout}}}"
+    text = f"""HloModule m
 
-%update (stack: bf16[32,64], row: bf16[1,64], at: s32[]) -> bf16[32,64] {
-  %stack = bf16[32,64]{1,0:S(5)} parameter(0)
-  %row = bf16[1,64]{1,0} parameter(1)
+%update (stack: bf16[32,64], row: bf16[1,64], at: s32[]) -> bf16[32,64] {{
+  %stack = {stack} parameter(0)
+  %row = bf16[1,64]{{1,0}} parameter(1)
   %at = s32[] parameter(2)
   %zero = s32[] constant(0)
-  ROOT %new = bf16[32,64]{1,0:S(5)} dynamic-update-slice(%stack, %row, %at, %zero)
+  ROOT %new = {stack} dynamic-update-slice(%stack, %row, %at, %zero)
+}}
+
+ENTRY %main (stack: bf16[32,64], row: bf16[1,64], at: s32[]) -> bf16[32,64] {{
+  %stack = {stack} parameter(0)
+  %row = bf16[1,64]{{1,0}} parameter(1)
+  %at = s32[] parameter(2)
+  %start = (({stack}, bf16[1,64], s32[]), {stack}, u32[]) async-start(%stack, %row, %at), calls=%update
+  ROOT %done = {stack} async-done(%start)
+}}
+"""  # noqa: E501
+    assert hlo.work_of(text).bytes == MEMORIES[layout] * 2 * 64
+
+
+def test_a_slice_in_another_layout_counts_as_a_slice():
+    """As TPUs read a layer's codes: what lays them out anew is a fusion within the fusion."""
+    text = """HloModule m
+
+%other (given: u8[32,64,128]) -> u8[32,64,128] {
+  %given = u8[32,64,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %copy = u8[32,64,128]{2,1,0:T(8,128)(4,1)} copy(%given)
 }
 
-ENTRY %main (stack: bf16[32,64], row: bf16[1,64], at: s32[]) -> bf16[32,64] {
-  %stack = bf16[32,64]{1,0:S(5)} parameter(0)
-  %row = bf16[1,64]{1,0} parameter(1)
-  %at = s32[] parameter(2)
-  %start = ((bf16[32,64], bf16[1,64], s32[]), bf16[32,64], u32[]) async-start(%stack, %row, %at), calls=%update
-  ROOT %done = bf16[32,64]{1,0:S(5)} async-done(%start)
+%taken (stack: u8[32,64,128], at: s32[]) -> u8[1,64,128] {
+  %stack.1 = u8[32,64,128]{2,1,0:T(8,128)(4,1)} parameter(0)
+  %at.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = u8[1,64,128]{2,1,0} dynamic-slice(%stack.1, %at.1, %zero, %zero), dynamic_slice_sizes={1,64,128}
+}
+
+%fused (at: s32[], stack: u8[32,64,128]) -> bf16[1,64,128] {
+  %at.2 = s32[] parameter(0)
+  %stack.2 = u8[32,64,128]{2,1,0:T(32,128)(4,1)} parameter(1)
+  %again = u8[32,64,128]{2,1,0:T(8,128)(4,1)} fusion(%stack.2), kind=kLoop, calls=%other
+  %layer = u8[1,64,128]{2,1,0} fusion(%again, %at.2), kind=kLoop, calls=%taken
+  ROOT %wide = bf16[1,64,128]{2,1,0} convert(%layer)
+}
+
+ENTRY %main (stack: u8[32,64,128], at: s32[]) -> bf16[1,64,128] {
+  %stack.3 = u8[32,64,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %at.3 = s32[] parameter(1)
+  ROOT %values = bf16[1,64,128]{2,1,0} fusion(%at.3, %stack.3), kind=kLoop, calls=%fused
 }
 """  # noqa: E501
-    assert hlo.work_of(text).bytes == 2 * 2 * 64
+    assert hlo.work_of(text).bytes == 4 + (1 + 2) * 64 * 128
+
+
+def test_an_exchange_that_goes_on_beside_fusions_counts_once():
+    """As TPUs have it: each of the fusions from its start to its end names it."""
+    gathering = """ (x: f32[4,8]) -> f32[16,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  ROOT %gathered = f32[16,8]{1,0} all-gather(%x), replica_groups={{0,1,2,3}}, dimensions={0}
+}
+"""
+    names = ("fused_computation.1", "async_collective_fusion.1", "fused_computation.2")
+    text = "HloModule m, num_partitions=4\n\n" + "\n".join(f"%{n}{gathering}" for n in names)
+    text += f"""
+ENTRY %main (x: f32[4,8]) -> f32[16,8] {{
+  %x.1 = f32[4,8]{{1,0}} parameter(0)
+  %async-collective-start.1 = f32[16,8]{{1,0}} fusion(%x.1), kind=kCustom, calls=%{names[0]}
+  %fusion.1 = f32[16,8]{{1,0}} fusion(%x.1), kind=kCustom, calls=%{names[1]}
+  ROOT %async-collective-done.1 = f32[16,8]{{1,0}} fusion(%x.1), kind=kCustom, calls=%{names[2]}
+}}
+"""
+    assert hlo.work_of(text).collectives == {("all-gather", 4): (1, 4 * 8 * 4)}
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jlora.dot import Weight, after, columns, dot, embed
+from jlora.dot import Weight, columns, dot, embed
 from jlora.kept import keep
+from jlora.products import after
 from jlora.sharding import split_rows
 
 

@@ -12,16 +12,21 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 import numpy as np
 
-BYTES = {
-    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
-    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
-}  # fmt: skip
-SHAPE = re.compile(r"\b(pred|[suf]\d+\w*|bf16|c64|c128)\[([\d,]*)\]")
-NAME = re.compile(r"%([\w.\-]+)")
+from jlora.plan.hlo_text import (
+    NAME,
+    PLACED,
+    Instruction,
+    closing,
+    dims_of,
+    in_memory,
+    n_bytes,
+    numbers,
+    parse,
+)
+
 CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -42,19 +47,11 @@ FREE = {
 }  # fmt: skip
 """Instructions that move nothing by themselves."""
 
+GOING_ON = ("async_collective_fusion", "async-collective-done")
+"""Beginnings of the names of fusions beside which an exchange goes on that another one started."""
+
+SAME = ("bitcast", "copy")
 SLICES = ("dynamic-slice", "slice", "gather")
-
-
-class Instruction(NamedTuple):
-    """One line of a computation."""
-
-    name: str
-    type: str
-    opcode: str
-    operands: tuple[str, ...]
-    rest: str
-    """Its attributes."""
-    root: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +138,7 @@ class Module:
                 assert match is not None
                 current = self.computations.setdefault(match[2], {})
                 self.entry = match[2] if match[1] else self.entry
-            elif found := _parse(line):
+            elif found := parse(line):
                 current[found.name] = found
 
     def instructions(self) -> Iterator[Instruction]:
@@ -181,7 +178,10 @@ class Module:
             return max(works, key=lambda work: (len(work.kernels), work.flops, work.bytes))
         within = fused or one.opcode not in ("while", "call", "async-start")
         for called in CALLED.findall(one.rest):
-            inner += self.work(called, within).times(self._trips(one))
+            work = self.work(called, within)
+            if called.startswith(GOING_ON) or one.name.startswith(GOING_ON):
+                work = dataclasses.replace(work, collectives={})
+            inner += work.times(self._trips(one))
         return inner
 
     def _trips(self, one: Instruction) -> int:
@@ -200,80 +200,94 @@ class Module:
         return max(found, default=1)
 
     def _moved(self, one: Instruction, own: Mapping[str, Instruction]) -> float:
-        """Bytes that an operation reads and writes."""
+        """Bytes that an operation reads from the device's memory and writes to it."""
         if one.opcode.endswith("-done"):
             return 0.0
-        if one.opcode in SLICES:
-            return 2 * n_bytes(one.type)
+        given = [own[name].type for name in one.operands if name in own]
         kind = one.opcode.removesuffix("-start")
+        if kind in SLICES:
+            return _part(given[0], _result(one)) + in_memory(_result(one))
         if kind == "dynamic-update-slice":
-            return 2 * n_bytes(own[one.operands[1]].type)
-        given = [n_bytes(own[name].type) for name in one.operands if name in own]
+            return in_memory(given[1]) + _part(given[0], given[1])
         if kind == "copy":
-            return 2 * sum(given)
-        if kind in SLICES:  # one that starts: operands, result and a number
-            return 2 * (n_bytes(one.type) - sum(given) - 4)
+            return in_memory(given[0]) + in_memory(_result(one))
         if one.opcode != "fusion":
-            return n_bytes(one.type) + sum(given)
+            return in_memory(one.type) + sum(map(in_memory, given))
         called = CALLED.search(one.rest)
         inner = self.computations[called[1]] if called else {}
-        return _read(inner, given) + _written(inner, n_bytes(one.type))
+        return self._read(inner) + _written(inner)
+
+    def _read(self, inner: Mapping[str, Instruction]) -> float:
+        """Bytes that a fusion reads: of what it only takes slices of, the slices."""
+        total = 0.0
+        for one in inner.values():
+            if one.opcode != "parameter":
+                continue
+            users = list(self._users(inner, one.name))
+            whole = in_memory(one.type)
+            sliced = [n_bytes(u.type) for u, place in users if u.opcode in SLICES and place == 0]
+            updated = [0 for u, place in users if u.opcode == "dynamic-update-slice" and not place]
+            partial = [*sliced, *updated]
+            total += min(whole, sum(partial)) if len(partial) == len(users) else whole
+        return total
+
+    def _users(
+        self, inner: Mapping[str, Instruction], name: str
+    ) -> Iterator[tuple[Instruction, int]]:
+        """What uses a value in a fusion, and as which operand, seen through what moves nothing."""
+        for one in inner.values():
+            for place, operand in enumerate(one.operands):
+                if operand != name:
+                    continue
+                if one.opcode in SAME and not one.root:
+                    yield from self._users(inner, one.name)
+                elif one.opcode == "fusion":
+                    yield from self._users_within(one, place, inner)
+                else:
+                    yield one, place
+
+    def _users_within(
+        self, fusion: Instruction, place: int, outer: Mapping[str, Instruction]
+    ) -> Iterator[tuple[Instruction, int]]:
+        """What uses an operand of a fusion within a fusion, which may only be another layout."""
+        called = CALLED.search(fusion.rest)
+        assert called is not None
+        inner = self.computations[called[1]]
+        given = next(
+            one
+            for one in inner.values()
+            if one.opcode == "parameter" and one.rest.startswith(f"({place})")
+        )
+        for one, at in self._users(inner, given.name):
+            if one.root and one.opcode in SAME:
+                yield from self._users(outer, fusion.name)
+            else:
+                yield one, at
 
 
-def n_bytes(type_: str) -> float:
-    """Bytes of a type's arrays."""
-    return sum(
-        BYTES.get(dtype, 1) * math.prod(_numbers(dims)) for dtype, dims in SHAPE.findall(type_)
-    )
+def _result(one: Instruction) -> str:
+    """The type of what an operation gives; one that starts has operands or a target before it."""
+    if one.opcode == one.opcode.removesuffix("-start"):
+        return one.type
+    text = one.type[1:]
+    match = PLACED.search(text, closing(text) if text.startswith("(") else 0)
+    return match[0] if match else ""
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(n) for n in re.findall(r"\d+", text)]
-
-
-def _dims(type_: str) -> list[int]:
-    """The dimensions of a type's first array."""
-    match = SHAPE.search(type_)
-    return _numbers(match[2]) if match else []
-
-
-def _parse(line: str) -> Instruction | None:
-    match = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
-    if match is None:
-        return None
-    rest = line[match.end() :]
-    end = _closing(rest) + 1 if rest.startswith("(") else rest.find(" ")
-    type_, rest = rest[:end], rest[end:].lstrip()
-    opcode, paren, rest = rest.partition("(")
-    if not paren:
-        return None
-    end = _closing(f"({rest}") - 1
-    given, rest = rest[:end], rest[end + 1 :]
-    if opcode == "constant":
-        rest = f"({given}){rest}"
-    operands = tuple(NAME.findall(given))
-    return Instruction(match[2], type_, opcode, operands, rest, bool(match[1]))
-
-
-def _closing(text: str) -> int:
-    """Where the first parenthesis of a text is closed."""
-    depth = 0
-    for match in re.finditer(r"[()]", text):
-        depth += 1 if match[0] == "(" else -1
-        if not depth:
-            return match.start()
-    return len(text)
+def _part(whole: str, part: str) -> float:
+    """Bytes of a part, where the whole of it is in the device's memory."""
+    return n_bytes(part) if in_memory(whole) else 0.0
 
 
 def _product(one: Instruction, own: Mapping[str, Instruction]) -> float:
     """FLOPs of a matrix product: two for each element of the result and contracted index."""
-    results = math.prod(_dims(one.type))
+    results = math.prod(dims_of(one.type))
     if match := LABELS.search(one.rest):  # a convolution, as TPUs have them
         return _convolution(one, own, match)
-    match, left = CONTRACTED.search(one.rest), _dims(own[one.operands[0]].type)
+    match, left = CONTRACTED.search(one.rest), dims_of(own[one.operands[0]].type)
     if match is None:
         return 0.0
-    return 2.0 * results * math.prod(left[axis] for axis in _numbers(match[1]))
+    return 2.0 * results * math.prod(left[axis] for axis in numbers(match[1]))
 
 
 def _convolution(one: Instruction, own: Mapping[str, Instruction], labels: re.Match[str]) -> float:
@@ -281,8 +295,8 @@ def _convolution(one: Instruction, own: Mapping[str, Instruction], labels: re.Ma
 
     XLA makes them of products, whose further axes become windows that mostly lie outside.
     """
-    given, kernel = (_dims(own[name].type) for name in one.operands[:2])
-    result = _dims(one.type)
+    given, kernel = (dims_of(own[name].type) for name in one.operands[:2])
+    result = dims_of(one.type)
     total = 2.0 * math.prod(result) * kernel[labels[2].index("i")]
     match = WINDOW.search(one.rest)
     window = dict(part.split("=") for part in match[1].split()) if match else {}
@@ -291,7 +305,7 @@ def _convolution(one: Instruction, own: Mapping[str, Instruction], labels: re.Ma
         values = window[name].split("x") if name in window else []
         return int(values[axis].partition("_")[0]) if values else default
 
-    for axis, size in enumerate(_numbers(window.get("size", ""))):
+    for axis, size in enumerate(numbers(window.get("size", ""))):
         before, stride = option("pad", axis, 0), option("stride", axis, 1)
         spread, apart = option("lhs_dilate", axis, 1), option("rhs_dilate", axis, 1)
         inputs = given[labels[1].index(str(axis))]
@@ -313,49 +327,18 @@ def _group(rest: str, devices: int) -> int:
     match = GROUPS.search(rest)
     if match is None:
         return devices
-    return int(match[1]) if match[1] else len(_numbers(match[2]))
+    return int(match[1]) if match[1] else len(numbers(match[2]))
 
 
-def _users(inner: Mapping[str, Instruction], name: str) -> Iterator[tuple[Instruction, int]]:
-    """What uses a value in a fusion, and as which operand, seen through what moves nothing."""
-    for one in inner.values():
-        for place, operand in enumerate(one.operands):
-            if operand != name:
-                continue
-            if one.opcode in ("bitcast", "copy") and not one.root:
-                yield from _users(inner, one.name)
-            else:
-                yield one, place
-
-
-def _read(inner: Mapping[str, Instruction], given: list[float]) -> float:
-    """Bytes that a fusion reads: of what it only takes slices of, the slices."""
-    total, seen = 0.0, 0
-    for one in inner.values():
-        if one.opcode != "parameter":
-            continue
-        seen += 1
-        users = list(_users(inner, one.name))
-        whole = n_bytes(one.type)
-        sliced = [n_bytes(u.type) for u, place in users if u.opcode in SLICES and place == 0]
-        updated = [0.0 for u, place in users if u.opcode == "dynamic-update-slice" and place == 0]
-        partial = sliced + updated
-        total += min(whole, sum(partial)) if len(partial) == len(users) else whole
-    return total if seen else sum(given)
-
-
-def _written(inner: Mapping[str, Instruction], whole: float) -> float:
+def _written(inner: Mapping[str, Instruction]) -> float:
     """Bytes that a fusion writes: of what it updates in place, the update."""
-    root = next((one for one in inner.values() if one.root), None)
-    if root is None:
-        return whole
+    root = next(one for one in inner.values() if one.root)
     results = [inner[n] for n in root.operands if n in inner] if root.opcode == "tuple" else [root]
     total = 0.0
-    for one in results:
-        while one.opcode in ("bitcast", "copy") and one.operands and one.operands[0] in inner:
+    for result in results:
+        one = result
+        while one.opcode in SAME and one.operands and one.operands[0] in inner:
             one = inner[one.operands[0]]
-        if one.opcode == "dynamic-update-slice" and one.operands[1] in inner:
-            total += n_bytes(inner[one.operands[1]].type)
-        else:
-            total += n_bytes(one.type)
+        update = one.opcode == "dynamic-update-slice" and one.operands[1] in inner
+        total += _part(result.type, (inner[one.operands[1]] if update else result).type)
     return total

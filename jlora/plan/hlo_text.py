@@ -1,0 +1,82 @@
+"""The text of an optimized HLO module: its instructions, their types, and the bytes of those."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
+    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
+}  # fmt: skip
+SHAPE = re.compile(r"\b(pred|[suf]\d+\w*|bf16|c64|c128)\[([\d,]*)\]")
+PLACED = re.compile(SHAPE.pattern + r"(?:\{([^}]*)\})?")
+"""An array's type and layout, in which ``S(n)`` is another memory: a TPU's VMEM, the host's."""
+NAME = re.compile(r"%([\w.\-]+)")
+
+
+class Instruction(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+    """Its attributes."""
+    root: bool
+
+
+def parse(line: str) -> Instruction | None:
+    """The instruction of a line; None where there is none."""
+    match = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
+    if match is None:
+        return None
+    rest = line[match.end() :]
+    end = closing(rest) + 1 if rest.startswith("(") else rest.find(" ")
+    type_, rest = rest[:end], rest[end:].lstrip()
+    opcode, paren, rest = rest.partition("(")
+    if not paren:
+        return None
+    end = closing(f"({rest}") - 1
+    given, rest = rest[:end], rest[end + 1 :]
+    if opcode in ("constant", "parameter"):  # its value, its place
+        rest = f"({given}){rest}"
+    operands = tuple(NAME.findall(given))
+    return Instruction(match[2], type_, opcode, operands, rest, bool(match[1]))
+
+
+def closing(text: str) -> int:
+    """Where the first parenthesis of a text is closed."""
+    depth = 0
+    for match in re.finditer(r"[()]", text):
+        depth += 1 if match[0] == "(" else -1
+        if not depth:
+            return match.start()
+    return len(text)
+
+
+def n_bytes(type_: str) -> float:
+    """Bytes of a type's arrays."""
+    return sum(
+        BYTES.get(dtype, 1) * math.prod(numbers(dims)) for dtype, dims in SHAPE.findall(type_)
+    )
+
+
+def in_memory(type_: str) -> float:
+    """Bytes of a type's arrays that are in the device's own memory."""
+    return sum(
+        n_bytes(match[0]) for match in PLACED.finditer(type_) if "S(" not in (match[3] or "")
+    )
+
+
+def numbers(text: str) -> list[int]:
+    """The whole numbers in a text."""
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def dims_of(type_: str) -> list[int]:
+    """The dimensions of a type's first array."""
+    match = SHAPE.search(type_)
+    return numbers(match[2]) if match else []
