@@ -135,8 +135,9 @@ def made_before(jaxpr, late):
     for equation in jaxpr.eqns:
         numbers = [i for i, v in enumerate(equation.invars) if isinstance(v, Var) and v in waits]
         for inner in jaxprs_in_params(equation.params):
-            assert len(inner.invars) == len(equation.invars)
-            found |= made_before(inner, numbers)
+            first = int(equation.primitive.name == "cond")  # the branches are not given which
+            assert len(inner.invars) == len(equation.invars) - first
+            found |= made_before(inner, [i - first for i in numbers])
         if numbers:
             waits |= set(equation.outvars)
         else:
