@@ -63,7 +63,7 @@ def floors(device: str) -> str:
 def ways(platform: str, transpose: bool) -> dict[str, Any]:
     """Both as functions (x, q)."""
     from jlora import nf4_kernel
-    from jlora.products import product
+    from jlora.dot.products import product
 
     return {
         "dequantize": lambda x, q: product(x, q.dequantize(), int(transpose)),

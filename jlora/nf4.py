@@ -238,8 +238,11 @@ def dequantize(q: NF4Array, dtype: Any = None) -> Float[Array, "..."]:
 @functools.partial(jax.jit, static_argnames="dtype")
 def _dequantize(q: NF4Array, dtype):
     if q.rowwise:
-        by_blocks, by_columns = (functools.partial(f, dtype=dtype) for f in (_blocks, _columns))
-        w = jax.lax.platform_dependent(q, tpu=by_columns, default=by_blocks)
+        w = jax.lax.platform_dependent(
+            q,
+            tpu=functools.partial(_columns, dtype=dtype),
+            default=functools.partial(_blocks, dtype=dtype),
+        )
     else:
         absmax = dequantize_absmax(q)
         rows = functools.partial(_straddling_rows, dtype=dtype)
@@ -264,8 +267,7 @@ def halves(
     codes = with_layout_constraint(q.codes, Layout(axes))
     codes = with_layout_constraint(codes, Layout((*axes[:-2], axes[-1], axes[-2])))
     absmax = jnp.repeat(dequantize_absmax(q), q.block_size // 2, axis=-1)
-    even, odd = _parts(q, codes, (absmax, absmax), dtype)
-    return even, odd
+    return _parts(q, codes, (absmax, absmax), dtype)
 
 
 def of_rows(q: Any) -> bool:
@@ -318,17 +320,17 @@ def _straddling_rows(q: NF4Array, absmax: Array, rows: Array, dtype: Any) -> Arr
 def _values(q: NF4Array, codes: Array, absmax: Any, dtype: Any) -> Array:
     """(…, 2n) from bytes (…, n) and what their high and their low halves are scaled by."""
     # Scaling and rounding each half before they are interleaved keeps float32 out of memory.
-    even, odd = _parts(q, codes, absmax, dtype)
-    return _interleaved(even, odd).reshape(*codes.shape[:-1], -1)
+    return _interleaved(*_parts(q, codes, absmax, dtype)).reshape(*codes.shape[:-1], -1)
 
 
-def _parts(q: NF4Array, codes: Array, absmax: Any, dtype: Any) -> list[Array]:
+def _parts(q: NF4Array, codes: Array, absmax: Any, dtype: Any) -> tuple[Array, Array]:
     """The values of the bytes' high and of their low halves."""
     # The table comes after the scales: a loop over layers would else keep each of its values, as
     # large as the matrix, for all its steps.
     table = jax.lax.optimization_barrier((absmax, jnp.asarray(FOUR_BIT[q.quant_type])))[1]
-    nibbles = codes >> 4, codes & 15
-    return [(look_up(table, c) * a).astype(dtype) for c, a in zip(nibbles, absmax, strict=True)]
+    high = (look_up(table, codes >> 4) * absmax[0]).astype(dtype)
+    low = (look_up(table, codes & 15) * absmax[1]).astype(dtype)
+    return high, low
 
 
 def _interleaved(even: Float[Array, "*n"], odd: Float[Array, "*n"]) -> Float[Array, "*n 2"]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jlora.products import after
+from jlora.dot.products import after
 from jlora.sharding import rows_each
 from jlora.state import TrainState
 

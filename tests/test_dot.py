@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from jlora import int8, nf4, products
-from jlora.dot import columns, dot, embed, grouped_dot
+from jlora import int8, nf4
+from jlora.dot import columns, dot, embed, grouped_dot, products
 from jlora.lora import LoraWeight
 
 I, O, R = 64, 128, 4

@@ -15,8 +15,8 @@ from jaxprs import equations
 
 from jlora import lora, nf4, sharding, step
 from jlora.config import LoraConfig, MeshConfig, QuantConfig
+from jlora.dot.products import product
 from jlora.models import Model, init_params
-from jlora.products import product
 from jlora.quantization import is_packed, quantize_params
 from jlora.state import LossScale, init_state
 from jlora.step import (

@@ -14,8 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jlora.dot import Weight, columns, dot, embed
+from jlora.dot.products import after
 from jlora.kept import keep
-from jlora.products import after
 from jlora.sharding import split_rows
 
 

@@ -213,9 +213,13 @@ class Module:
             return in_memory(given[0]) + in_memory(_result(one))
         if one.opcode != "fusion":
             return in_memory(one.type) + sum(map(in_memory, given))
-        called = CALLED.search(one.rest)
-        inner = self.computations[called[1]] if called else {}
+        inner = self._called(one)
         return self._read(inner) + _written(inner)
+
+    def _called(self, fusion: Instruction) -> dict[str, Instruction]:
+        called = CALLED.search(fusion.rest)
+        assert called is not None
+        return self.computations[called[1]]
 
     def _read(self, inner: Mapping[str, Instruction]) -> float:
         """Bytes that a fusion reads: of what it only takes slices of, the slices."""
@@ -225,10 +229,10 @@ class Module:
                 continue
             users = list(self._users(inner, one.name))
             whole = in_memory(one.type)
-            sliced = [n_bytes(u.type) for u, place in users if u.opcode in SLICES and place == 0]
-            updated = [0 for u, place in users if u.opcode == "dynamic-update-slice" and not place]
-            partial = [*sliced, *updated]
-            total += min(whole, sum(partial)) if len(partial) == len(users) else whole
+            sliced = [n_bytes(u.type) for u, place in users if u.opcode in SLICES and not place]
+            updated = [u for u, place in users if u.opcode == "dynamic-update-slice" and not place]
+            partial = len(sliced) + len(updated) == len(users)
+            total += min(whole, sum(sliced)) if partial else whole
         return total
 
     def _users(
@@ -250,9 +254,7 @@ class Module:
         self, fusion: Instruction, place: int, outer: Mapping[str, Instruction]
     ) -> Iterator[tuple[Instruction, int]]:
         """What uses an operand of a fusion within a fusion, which may only be another layout."""
-        called = CALLED.search(fusion.rest)
-        assert called is not None
-        inner = self.computations[called[1]]
+        inner = self._called(fusion)
         given = next(
             one
             for one in inner.values()
@@ -267,7 +269,7 @@ class Module:
 
 def _result(one: Instruction) -> str:
     """The type of what an operation gives; one that starts has operands or a target before it."""
-    if one.opcode == one.opcode.removesuffix("-start"):
+    if not one.opcode.endswith("-start"):
         return one.type
     text = one.type[1:]
     match = PLACED.search(text, closing(text) if text.startswith("(") else 0)

@@ -22,11 +22,11 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
+from jlora.dot.products import after, dequantize_after, packed_product, product
 from jlora.errors import DataError
 from jlora.kept import keep
 from jlora.lora import LoraWeight, TokenWeight
 from jlora.lora.probe import InputProbe, observe
-from jlora.products import after, dequantize_after, packed_product, product
 from jlora.quantization import is_packed
 
 Weight = Any

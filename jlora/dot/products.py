@@ -75,14 +75,13 @@ def by_halves(
     activations, which are few.
     """
     even, odd = nf4.halves(_after(x, q))
-    if int(transpose) != int(not q.transposed):  # along the columns are the results
-        parts = (product(x, half, 0, dtype) for half in (even, odd))
-        return jnp.stack(tuple(parts), axis=-1).reshape(*x.shape[:-1], -1)
+    if transpose == q.transposed:  # the results lie along the columns
+        results = product(x, even, 0, dtype), product(x, odd, 0, dtype)
+        return jnp.stack(results, axis=-1).reshape(*x.shape[:-1], -1)
     pairs = x.reshape(*x.shape[:-1], -1, 2)
-    first, second = (
-        product(pairs[..., i], half, 1, jnp.float32) for i, half in enumerate((even, odd))
-    )
-    return (first + second).astype(x.dtype if dtype is None else dtype)
+    of_even = product(pairs[..., 0], even, 1, jnp.float32)
+    of_odd = product(pairs[..., 1], odd, 1, jnp.float32)
+    return (of_even + of_odd).astype(x.dtype if dtype is None else dtype)
 
 
 def dequantize_after(x: Array, w: Any) -> Array:
