@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import llama
 import paired
 from training_step import HEADLINE
 
@@ -25,14 +24,16 @@ KINDS: dict[str, dict[str, Any]] = {
 """Settings of ``LoraConfig``, in both libraries by the same names."""
 
 
-def contestants(sizes: dict[str, Any], settings: dict[str, Any]) -> list[paired.Contestant]:
+def contestants(
+    method: str, sizes: dict[str, int], settings: dict[str, Any]
+) -> list[paired.Contestant]:
     """jlora with these settings and without, and peft with them."""
-    step = "training_step:jlora_step"
-    theirs = {**sizes, "autocast": True, "settings": settings}
+    step, plain = "training_step:jlora_step", {"method": method, "sizes": sizes}
+    own = {**plain, "settings": settings}
     return [
-        paired.Contestant("jlora", step, {**sizes, "settings": settings}),
-        paired.Contestant("jlora, LoRA", step, sizes),
-        paired.Contestant("peft", "training_step:peft_step", theirs),
+        paired.Contestant("jlora", step, own),
+        paired.Contestant("jlora, LoRA", step, plain),
+        paired.Contestant("peft", "training_step:peft_step", {**own, "autocast": True}),
     ]
 
 
@@ -43,10 +44,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=HEADLINE["length"])
     parser.add_argument("--batch", type=int, default=4)
     asked = parser.parse_args()
+    sizes = {**HEADLINE, "length": asked.length, "batch": asked.batch}
     for method in asked.method.split(","):
-        sizes = {**HEADLINE, "length": asked.length, "batch": asked.batch, "method": method}
-        points = {kind: contestants(sizes, settings) for kind, settings in KINDS.items()}
-        facts = {"grows": False, "peers": ["peft"], "method": llama.METHODS[method]}
+        points = {kind: contestants(method, sizes, settings) for kind, settings in KINDS.items()}
+        facts = {"grows": False, "peers": ["peft"]}
         paired.compare(f"adapters-{method}", "adapter", points, asked, warmup=2, **facts)
 
 

@@ -127,8 +127,9 @@ def main() -> None:
                 ),
             ]
             if what == "save":
-                sizes = {"method": "lora", **training_step.HEADLINE, "rank": rank}
-                step = paired.Contestant("a step", "training_step:jlora_step", sizes)
+                sizes = {**training_step.HEADLINE, "rank": rank}
+                own = {"method": "lora", "sizes": sizes}
+                step = paired.Contestant("a step", "training_step:jlora_step", own)
                 points[rank].append(step)
         peers = list(variants)
         paired.compare(f"checkpoint-{what}", "rank", points, asked, peers=peers, memory=False)

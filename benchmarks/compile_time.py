@@ -40,19 +40,20 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def compiling(model: str, layers: int, target: str) -> Any:
     """Traces, lowers and compiles the step of a model so deep."""
-    aim = start(target)
+    name = start(target)
     import jax
 
     from jlora.plan.target import chosen_for, devices, parse
 
-    found = (devices(parse(aim)) or ())[:1]
+    aim = parse(name)
+    found = (devices(aim) or ())[:1]
     hf = MODELS[model]
     key = "n_layer" if hf["model_type"] == "gpt2" else "num_hidden_layers"
     program = program_of({**hf, key: layers}, Row(16), batch=1, length=512, devices=found)
 
     def unit() -> None:
         jax.clear_caches()
-        with chosen_for(parse(aim)):
+        with chosen_for(aim):
             program.compile()
 
     return unit
@@ -76,7 +77,7 @@ def main() -> None:
         for model in MODELS
     }
     facts = {"grows": False, "memory": False}
-    paired.compare(f"compile-time-{asked.target}", "model", points, asked, warmup=1, **facts)
+    paired.compare(f"compile-time-{asked.target}", "model", points, asked, **facts)
 
 
 if __name__ == "__main__":

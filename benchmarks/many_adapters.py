@@ -89,10 +89,11 @@ def serving(method: str, adapters: int, length: int) -> list[paired.Contestant]:
 
 def training(method: str, adapters: int, length: int) -> list[paired.Contestant]:
     """All at once, and one after the other."""
-    sizes = {**SMALL, "batch": ROWS, "length": length, "method": method, "adapters": adapters}
+    sizes = {**SMALL, "batch": ROWS, "length": length}
+    own = {"method": method, "sizes": sizes, "adapters": adapters}
     return [
-        paired.Contestant("jlora", "training_step:jlora_step", sizes),
-        paired.Contestant("peft", "training_step:peft_step", {**sizes, "autocast": True}),
+        paired.Contestant("jlora", "training_step:jlora_step", own),
+        paired.Contestant("peft", "training_step:peft_step", {**own, "autocast": True}),
     ]
 
 
@@ -109,9 +110,8 @@ def main() -> None:
         contestants = {"serve": serving, "train": training}[what]
         for method in asked.method.split(","):
             points = {n: contestants(method, n, asked.length) for n in numbers}
-            facts = {"peers": ["peft"], "method": llama.METHODS[method]}
             name = f"many-adapters-{what}-{method}"
-            paired.compare(name, "adapters", points, asked, warmup=2, **facts)
+            paired.compare(name, "adapters", points, asked, warmup=2, peers=["peft"])
 
 
 if __name__ == "__main__":

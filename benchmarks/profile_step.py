@@ -90,7 +90,7 @@ def profiled(method: str) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             dump = f"--xla_dump_to={folder}/hlo --xla_dump_hlo_module_re=train_step"
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}"
-            clock = _trace(jlora_step(method, **HEADLINE), folder)
+            clock = _trace(jlora_step(method, HEADLINE), folder)
             (text,) = glob.glob(f"{folder}/hlo/*train_step*cpu_after_optimizations.txt")
             ops = operations(Path(text).read_text())
             seconds = {name: each for name, each in _seconds(folder).items() if name in ops}

@@ -40,11 +40,7 @@ SMALL = {"length": 256, "depth": 4, "rank": 16, "batch": 2, "width": 768}
 
 def jlora_step(
     method: str,
-    length: int,
-    depth: int,
-    rank: int,
-    batch: int,
-    width: int,
+    sizes: Mapping[str, int],
     settings: Mapping[str, Any] | None = None,
     adapters: int = 1,
 ) -> Any:
@@ -65,15 +61,15 @@ def jlora_step(
 
     mesh = sharding.make_mesh(MeshConfig())
     jax.set_mesh(mesh).__enter__()
-    checkpointing = method == "qlora"
-    model, base = llama.jlora_model(llama.shape(width, depth), gradient_checkpointing=checkpointing)
+    hf = llama.shape(sizes["width"], sizes["depth"])
+    model, base = llama.jlora_model(hf, gradient_checkpointing=method == "qlora")
     if method == "full":
         bind, frozen = _Cast("bfloat16"), ({}, None)
         trainable = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base)
         del base
     else:
         base = llama.quantize(base) if method == "qlora" else base
-        lora = jlora.LoraConfig(**_adapter(rank, settings))
+        lora = jlora.LoraConfig(**_adapter(sizes["rank"], settings))
         trainable = jlora.init_adapter(jax.random.key(1), base, lora)
         bind, frozen = attach, (sharding.place(base, sharding.shardings(base, mesh)), None)
     several = adapters > 1
@@ -96,10 +92,10 @@ def jlora_step(
         compiler_options=options,
     )
 
-    shape = (*[adapters] * several, 1, batch // adapters, length)
+    shape = (*[adapters] * several, 1, sizes["batch"] // adapters, sizes["length"])
     ids = np.random.default_rng(0).integers(0, llama.VOCAB, shape, dtype=np.int32)
     labels = np.concatenate([ids[..., 1:], np.full_like(ids[..., :1], -100)], axis=-1)
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
+    positions = np.broadcast_to(np.arange(sizes["length"], dtype=np.int32), ids.shape)
     rows = {"input_ids": ids, "labels": labels, "positions": positions}
     rows["segment_ids"] = np.ones_like(ids)
     target = sharding.batch_sharding(mesh, several)
@@ -128,12 +124,8 @@ def _adapter(rank: int, settings: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def peft_step(
     method: str,
+    sizes: Mapping[str, int],
     autocast: bool,
-    length: int,
-    depth: int,
-    rank: int,
-    batch: int,
-    width: int,
     settings: Mapping[str, Any] | None = None,
     adapters: int = 1,
 ) -> Any:
@@ -143,14 +135,14 @@ def peft_step(
     torch = llama.torch_threads()
     dtype = "float32" if method == "full" and autocast else "bfloat16"
     names = [str(i) for i in range(adapters)]
-    model = llama.transformers_model(llama.shape(width, depth), dtype)
+    model = llama.transformers_model(llama.shape(sizes["width"], sizes["depth"]), dtype)
     model.config.use_cache = False
     if method == "qlora":
         model = llama.pack(model)
     if method != "full":
         import peft
 
-        config = peft.LoraConfig(**_adapter(rank, settings), task_type="CAUSAL_LM")
+        config = peft.LoraConfig(**_adapter(sizes["rank"], settings), task_type="CAUSAL_LM")
         model = peft.get_peft_model(model, config, "0", autocast_adapter_dtype=autocast)
         for name in names[1:]:
             model.add_adapter(name, config)
@@ -165,7 +157,8 @@ def peft_step(
         trained[name] = [p for p in model.parameters() if p.requires_grad]
         optimizers[name] = torch.optim.AdamW(trained[name], lr=1e-4, weight_decay=0.0, fused=True)
     device = llama.torch_device()
-    ids = torch.randint(0, llama.VOCAB, (batch // adapters, length), device=device)
+    shape = sizes["batch"] // adapters, sizes["length"]
+    ids = torch.randint(0, llama.VOCAB, shape, device=device)
     precision = torch.autocast(device, torch.bfloat16) if autocast else contextlib.nullcontext()
 
     def one(name: str) -> float:
@@ -207,7 +200,7 @@ def _checked(unit: Any) -> Any:
 
 def contestants(method: str, sizes: dict[str, int]) -> list[paired.Contestant]:
     """jlora, and peft's two variants."""
-    shared = {"method": method, **sizes}
+    shared = {"method": method, "sizes": sizes}
     variants = {"peft, autocast": True, "peft, bfloat16": False}
     return [
         paired.Contestant("jlora", "training_step:jlora_step", shared),

@@ -4,6 +4,8 @@ import importlib.util
 import os
 import pkgutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,11 +50,28 @@ def assets() -> Path:
 
 
 @pytest.fixture
-def free_port() -> int:
-    """A port of this machine that nobody uses."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+def two_processes():
+    """Starts Python code in two processes of one run, on CPUs; gives both, their output piped."""
+
+    def start(code: str, *arguments: object, **environ: str) -> list[subprocess.Popen[str]]:
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{one.getsockname()[1]}"
+        shared = {"JLORA_COORDINATOR": address, "JLORA_NUM_PROCESSES": "2"}
+        shared |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **environ}
+        return [
+            subprocess.Popen(
+                [sys.executable, "-c", code, *map(str, arguments)],
+                env=os.environ | shared | {"JLORA_PROCESS_ID": str(i)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(2)
+        ]
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,6 @@
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from typing import NamedTuple
 
 import jax
@@ -336,19 +333,8 @@ runtime.leave(0, together=True)
 """
 
 
-def test_two_processes_save_one_checkpoint_and_one_process_reads_it(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    environ = os.environ | {"JLORA_COORDINATOR": address, "JLORA_NUM_PROCESSES": "2"}
-    environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path)]
-    runs = [
-        subprocess.Popen(
-            command, env=environ | {"JLORA_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, text=True
-        )
-        for i in range(2)
-    ]
+def test_two_processes_save_one_checkpoint_and_one_process_reads_it(tmp_path, two_processes):
+    runs = two_processes(TWO_PROCESSES, tmp_path)
     printed = [run.communicate(timeout=120)[0].splitlines()[-1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     value = np.arange(12, dtype=np.float32).reshape(4, 3)

@@ -87,9 +87,8 @@ with runtime.Signals() as signals:
 
 
 @pytest.mark.parametrize(("name", "codes"), [("SIGTERM", [143, 143]), ("SIGINT", [130, 143])])
-def test_two_processes_stop_after_the_same_step(name, codes, free_port):
-    env = {"JLORA_COORDINATOR": f"127.0.0.1:{free_port}", "JLORA_NUM_PROCESSES": "2"}
-    runs = [python(TWO, name, JLORA_PROCESS_ID=str(i), **env) for i in range(2)]
+def test_two_processes_stop_after_the_same_step(name, codes, two_processes):
+    runs = two_processes(TWO, name)
     outputs = [run.communicate(timeout=120)[0].splitlines() for run in runs]
     assert [run.returncode for run in runs] == codes
     assert outputs[0][-1] == outputs[1][-1] and int(outputs[0][-1]) > 3
@@ -106,9 +105,8 @@ input()
 """
 
 
-def test_a_process_that_fails_does_not_wait_long_for_the_other(free_port):
-    env = {"JLORA_COORDINATOR": f"127.0.0.1:{free_port}", "JLORA_NUM_PROCESSES": "2"}
-    runs = [python(ALONE, JLORA_PROCESS_ID=str(i), **env) for i in range(2)]
+def test_a_process_that_fails_does_not_wait_long_for_the_other(two_processes):
+    runs = two_processes(ALONE)
     try:
         runs[1].communicate(timeout=60)
         assert runs[1].returncode == 65
@@ -128,10 +126,9 @@ runtime.leave(65, together=False)
 """
 
 
-def test_processes_that_fail_alike_end_alike(free_port):
+def test_processes_that_fail_alike_end_alike(two_processes):
     """The second would abort if the first, which coordinates, were gone."""
-    env = {"JLORA_COORDINATOR": f"127.0.0.1:{free_port}", "JLORA_NUM_PROCESSES": "2"}
-    runs = [python(ALIKE, JLORA_PROCESS_ID=str(i), **env) for i in range(2)]
+    runs = two_processes(ALIKE)
     for run in runs:
         run.communicate(timeout=120)
     assert [run.returncode for run in runs] == [65, 65]

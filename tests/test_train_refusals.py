@@ -87,21 +87,9 @@ cli.leave(cli.main("train", sys.argv[1:]))
 """
 
 
-def test_two_processes_refuse_what_does_not_fit(place, free_port):
+def test_two_processes_refuse_what_does_not_fit(place, two_processes):
     """Both end by themselves; the first one says why."""
-    command = [sys.executable, "-c", TOO_LARGE, str(place.write())]
-    environ = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(place.cache)}
-    environ |= {"JLORA_COORDINATOR": f"127.0.0.1:{free_port}", "JLORA_NUM_PROCESSES": "2"}
-    runs = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environ | {"JLORA_PROCESS_ID": str(i)},
-        )
-        for i in range(2)
-    ]
+    runs = two_processes(TOO_LARGE, place.write(), XDG_CACHE_HOME=str(place.cache))
     said = [run.communicate(timeout=200)[1] for run in runs]
     assert [run.returncode for run in runs] == [2, 2]
     assert "does not fit" in said[0] and "train.check_memory=false" in said[0]
