@@ -17,7 +17,6 @@ compiled by torch.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -51,65 +50,71 @@ def jlora_step(
     import jax.numpy as jnp
     import numpy as np
 
-    import jlora
-    from jlora import sharding
-    from jlora.config import MeshConfig, TrainConfig
-    from jlora.job import _Cast, attach
-    from jlora.optim import make_optimizer
-    from jlora.state import init_state
-    from jlora.step import make_train_step
+    from jlora import init_adapter, sharding
+    from jlora.job import Job, binding
+    from jlora.program import Program
+    from jlora.progress import Plan
 
-    mesh = sharding.make_mesh(MeshConfig())
+    packed = method == "qlora"
+    config = _config(method, sizes, settings, adapters)
+    mesh = sharding.make_mesh(config.mesh)
     jax.set_mesh(mesh).__enter__()
     hf = llama.shape(sizes["width"], sizes["depth"])
-    model, base = llama.jlora_model(hf, gradient_checkpointing=method == "qlora")
-    if method == "full":
-        bind, frozen = _Cast("bfloat16"), ({}, None)
+    model, base = llama.jlora_model(hf, gradient_checkpointing=packed)
+    if config.lora is None:
         trainable = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base)
-        del base
+        base = {}
     else:
-        base = llama.quantize(base) if method == "qlora" else base
-        lora = jlora.LoraConfig(**_adapter(sizes["rank"], settings))
-        trainable = jlora.init_adapter(jax.random.key(1), base, lora)
-        bind, frozen = attach, (sharding.place(base, sharding.shardings(base, mesh)), None)
-    several = adapters > 1
-    if several:
-        trainable = jax.tree.map(lambda leaf: jnp.stack([leaf] * adapters), trainable)
-    train = TrainConfig(output_dir="unused", lr_scheduler_type="constant", learning_rate=1e-4)
-    optimizer = make_optimizer(train, 1000, trainable)
-    start = functools.partial(init_state, optimizer=optimizer)
-    start = jax.vmap(start) if several else start
-    places = sharding.shardings(sharding.typed(start, trainable), mesh)
-    state = jax.jit(start, out_shardings=places, donate_argnums=0)(trainable)
-    del trainable
-    options = sharding.compiler_options(mesh)
-    step = make_train_step(
-        model,
-        bind,
-        optimizer,
-        state_shardings=places,
-        several=several,
-        compiler_options=options,
-    )
+        base = llama.quantize(base) if packed else base
+        base = sharding.place(base, sharding.shardings(base, mesh))
+        trainable = init_adapter(jax.random.key(1), base, config.lora)
+        if adapters > 1:
+            trainable = jax.tree.map(lambda leaf: jnp.stack([leaf] * adapters), trainable)
+    job = Job(config, mesh, model, None, base, trainable, binding(config))
+    program = Program.of(job, Plan.of(config, mesh, lambda rows: 1), sizes["length"])
+    state = program.start(trainable)
 
-    shape = (*[adapters] * several, 1, sizes["batch"] // adapters, sizes["length"])
-    ids = np.random.default_rng(0).integers(0, llama.VOCAB, shape, dtype=np.int32)
+    like = program.batch["input_ids"]
+    ids = np.random.default_rng(0).integers(0, llama.VOCAB, like.shape, dtype=np.int32)
     labels = np.concatenate([ids[..., 1:], np.full_like(ids[..., :1], -100)], axis=-1)
     positions = np.broadcast_to(np.arange(sizes["length"], dtype=np.int32), ids.shape)
     rows = {"input_ids": ids, "labels": labels, "positions": positions}
     rows["segment_ids"] = np.ones_like(ids)
-    target = sharding.batch_sharding(mesh, several)
-    rows = {name: sharding.place(array, target) for name, array in rows.items()}
+    rows = {name: sharding.place(array, like.sharding) for name, array in rows.items()}
 
     def unit() -> dict[str, float]:
         nonlocal state
-        state, metrics = step(state, frozen, rows)
+        state, metrics = program.step(state, job.frozen, rows)
         facts = {"loss": float(metrics["loss"].mean())}
         jax.block_until_ready(state)
         memory = jax.local_devices()[0].memory_stats() or {}
         return facts | ({"device_peak_bytes": peak} if (peak := _peak(memory)) else {})
 
     return _checked(unit)
+
+
+def _config(
+    method: str, sizes: Mapping[str, int], settings: Mapping[str, Any] | None, adapters: int
+) -> Any:
+    """The settings of a run with this step."""
+    from jlora.config import Config, DataConfig, LoraConfig, ModelConfig, SourceConfig, TrainConfig
+
+    names = [str(i) for i in range(adapters)] if adapters > 1 else [None]
+    return Config(
+        model=ModelConfig(name_or_path="unused", dtype="bfloat16"),
+        lora=None if method == "full" else LoraConfig(**_adapter(sizes["rank"], settings)),
+        data=DataConfig(
+            train=tuple(SourceConfig(path="unused", format="text", adapter=n) for n in names)
+        ),
+        train=TrainConfig(
+            output_dir="unused",
+            max_steps=1000,
+            learning_rate=1e-4,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=sizes["batch"] // adapters,
+            gradient_accumulation_steps=1,
+        ),
+    )
 
 
 def _peak(memory: dict[str, int]) -> int:

@@ -32,7 +32,8 @@ class Program:
     step: Callable[[Any, Any, Any], Any]
     """(state, frozen, batch) → (state, metrics)."""
     start: Callable[[Any], Any]
-    """What is trained → the state before the first step, each leaf where it belongs."""
+    """What is trained → the state before the first step, each leaf where it belongs. The state
+    takes the place of what is given: there is no second copy while the run trains."""
     state: Any
     batch: Any
 
@@ -54,7 +55,7 @@ class Program:
             several=bool(job.adapters),
             compiler_options=sharding.compiler_options(mesh),
         )
-        start = jax.jit(start, out_shardings=places)
+        start = jax.jit(start, out_shardings=places, donate_argnums=0)
         return cls(job, step, start, state, _batch(job, plan, length))
 
     def compile(self) -> jax.stages.Compiled:

@@ -19,8 +19,8 @@ LAYERS = [
     {"bases", "combine", "dot", "models"},
     {"optim", "state", "step", "foreign"},
     {"adapter_io", "checkpoint", "data", "metrics", "console", "report", "runtime", "decoding"},
-    {"batches", "classes", "described", "evaluation", "header", "job", "outputs", "progress", "cli"}
-    | {"plan", "program"},
+    {"batches", "classes", "described", "evaluation", "header", "job", "loop", "outputs"}
+    | {"cli", "plan", "program", "progress"},
     {"train", "inspect_config", "evaluate", "generate", "merge", "export", "quantize"},
 ]
 """Lowest first: a module imports from lower layers, or from its own where that is not closed."""

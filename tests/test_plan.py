@@ -1,6 +1,7 @@
 """What ``plan`` says, against the run's own arrays, the compiler, arithmetic, and itself."""
 
 import functools
+import gc
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from jlora.described import describe_job, describe_model
 from jlora.errors import ConfigError
 from jlora.header import tree_bytes
 from jlora.job import open_job, open_tokenizer
+from jlora.metrics import MetricsLog
 from jlora.plan import flops, hlo, target
 from jlora.plan.forecast import Rows, forecast
 from jlora.program import Program
@@ -183,11 +185,43 @@ def test_memory_is_the_compilers(place, here):
 
     state = program.start(job.trainable)
     assert got.base == on_first(job.base) < tree_bytes(job.base)
-    assert got.adapter == on_first(job.trainable)
+    assert got.adapter == on_first(state.trainable)
     assert got.optimizer == on_first((state.opt_state, state.step))
     assert got.batch == 4 * 4 * 2 * 2 * 64  # arrays of int32, accumulated, rows, tokens
     assert got.temporaries == stats.temp_size_in_bytes and got.padding == 0
     assert result.state_bytes == tree_bytes(state)
+
+
+STOPPING = {"early_stopping_patience": 3}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [{"lora": {"r": 64}}, {"lora": {"r": 64}, "train": STOPPING}, {"lora": None}],
+    ids=["LoRA", "LoRA, early stopping", "full"],
+)
+def test_between_steps_a_run_holds_what_is_planned(place, here, monkeypatch, sections):
+    """No second copy of what is trained: all buffers that are alive, at every line of the log."""
+    said = looked(load(place, **sections), 1, whole=False).memory
+    assert (said.best == said.adapter) == ("train" in sections) and said.host == 0
+    planned = said.base + said.adapter + said.optimizer + said.best
+    seen, write = [], MetricsLog.write
+
+    def alive():
+        gc.collect()
+        shards = [s.data for array in jax.live_arrays() for s in array.addressable_shards]
+        return sum({one.unsafe_buffer_pointer(): one.nbytes for one in shards}.values())
+
+    def look(log, step, **values):
+        seen.append(alive() - before)
+        write(log, step, **values)
+
+    before = alive()
+    monkeypatch.setattr(MetricsLog, "write", look)
+    place.run(**sections)
+    slack = 4 * said.batch  # those that are made ahead, and metrics
+    assert slack < said.adapter / 4
+    assert all(planned <= size <= planned + slack for size in seen[2:]), (planned, seen)
 
 
 def test_paged_moments_are_the_hosts(place, here):

@@ -23,6 +23,8 @@ class Memory:
     adapter: int
     """What is trained: all parameters in full fine-tuning."""
     optimizer: int
+    best: int
+    """The best tree so far, which early stopping keeps; the step does not take it."""
     batch: int
     temporaries: int
     """Activations, gradients, and what the compiler needs besides."""
@@ -41,26 +43,27 @@ class Memory:
 def measured(program: Program, compiled: Any) -> Memory:
     """The compiler's own account of the memory, by what it is for."""
     stats = compiled.memory_analysis()
-    parts = arguments(program)
-    known = sum(parts.values())
+    parts = held(program)
+    arguments = sum(parts.values()) - parts["best"]
     return Memory(
         **parts,
         temporaries=stats.temp_size_in_bytes,
         outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        padding=stats.argument_size_in_bytes - known,
+        padding=stats.argument_size_in_bytes - arguments,
         host=stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes,
     )
 
 
-def arguments(program: Program) -> dict[str, int]:
-    """Bytes on one device of what the step is given."""
+def held(program: Program) -> dict[str, int]:
+    """Bytes on one device of what a run holds between two steps, and one batch."""
     state = program.state
-    trainable = state.trainable
+    trainable = device_bytes(state.trainable)
     rest = (state.step, state.opt_state, state.loss_scale)
     return {
         "base": device_bytes(program.job.frozen),
-        "adapter": device_bytes(trainable),
+        "adapter": trainable,
         "optimizer": device_bytes(rest),
+        "best": trainable if program.job.config.train.early_stopping_patience else 0,
         "batch": device_bytes(program.batch),
     }
 
@@ -84,6 +87,6 @@ def refused_memory(program: Program, said: str) -> Memory | None:
     match = whole or only
     if match is None:
         return None
-    size, parts = int(float(match[1]) * 2 ** {"G": 30, "M": 20}[match[2]]), arguments(program)
-    temporaries = size - sum(parts.values()) if whole else size
+    size, parts = int(float(match[1]) * 2 ** {"G": 30, "M": 20}[match[2]]), held(program)
+    temporaries = size - sum(parts.values()) + parts["best"] if whole else size
     return Memory(**parts, temporaries=temporaries, outputs=0, padding=0)
