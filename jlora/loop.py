@@ -33,12 +33,13 @@ from jlora.step import make_eval_step
 class Loop:
     """A run: what it works on, whom it tells, and how far it is.
 
-    Of ``job`` what is trained is not read: it goes from step to step in the state, and a second
-    copy of it would be memory that ``jlora plan`` does not count.
+    What is trained is in ``state`` only: a second copy of it, ``job``'s first values or a state
+    that somebody holds on to, would be memory that ``jlora plan`` does not count.
     """
 
     job: Job
     plan: Plan
+    state: TrainState
     rows: data.Prepared
     held_out: data.Prepared | None
     console: Console
@@ -55,35 +56,32 @@ class Loop:
         self.held_out_parts = parts(self.held_out, job.adapters) if self.held_out else []
         self.prompts = [outputs.prompts(one) for one, _ in job.each(None)]
 
-    def run(
-        self, state: TrainState, train_step: Callable[[Any, Any, Any], Any], signals: Signals
-    ) -> None:
+    def run(self, train_step: Callable[[Any, Any, Any], Any], signals: Signals) -> None:
         """Takes the run from its first step, or its last checkpoint, to what it leaves behind."""
-        state, self.progress = self.checkpoints.resume(state, self.progress, self.console)
+        resume = self.checkpoints.resume
+        self.state, self.progress = resume(self.state, self.progress, self.console)
         outputs.write_settings(self.job)
         self.log.truncate_to(self.progress.lines)
         if self.progress.step == 0:
-            self._look_before(state)
-        state = self._steps(state, train_step, signals)
-        self._finish(state)
+            self._look_before()
+        self._steps(train_step, signals)
+        self._finish()
 
-    def _look_before(self, state: TrainState) -> None:
+    def _look_before(self) -> None:
         """What the model says before it is trained."""
-        before, wanted = self._replies(state.trainable), self.job.config.evaluate
+        before, wanted = self._replies(self.state.trainable), self.job.config.evaluate
         self.progress.before = [s.reply for s in before[: wanted.samples * len(self.prompts)]]
         if wanted.exact_match:
             exact = evaluation.exact_match(before)
-            self._record(self._evaluate(state) | {"eval_exact_match": exact})
+            self._record(self._evaluate() | {"eval_exact_match": exact})
 
-    def _steps(
-        self, state: TrainState, train_step: Callable[[Any, Any, Any], Any], signals: Signals
-    ) -> TrainState:
+    def _steps(self, train_step: Callable[[Any, Any, Any], Any], signals: Signals) -> None:
         """All steps that are left; metrics are fetched while the next step is under way."""
         progress, settings, total = self.progress, self.settings, self.plan.total_steps
         pending = None
         with self.console.progress(total, progress.step):
             for step, batch in enumerate(self._batches(), progress.step + 1):
-                state, metrics = train_step(state, self.job.frozen, batch)
+                self.state, metrics = train_step(self.state, self.job.frozen, batch)
                 if pending:
                     self._finish_step(pending)
                 pending = metrics
@@ -96,15 +94,14 @@ class Loop:
                 pending = None
                 with self.meter.paused():
                     if evaluating and not last and self.held_out:
-                        self._record(self._evaluate(state))
+                        self._record(self._evaluate())
                     if saving or stop or progress.stopped_early:
-                        self._save(state)
+                        self._save()
                 if stop:
                     raise outputs.stopped(step, stop, settings)
                 if progress.stopped_early:
                     self.console.note(f"stopped early at step {step}: eval_loss no longer improves")
                     break
-        return state
 
     def _batches(self) -> Iterator[Any]:
         """The batches of the steps that are left, made ahead."""
@@ -132,12 +129,12 @@ class Loop:
             rate = float(self.learning_rate(max(progress.updates - 1, 0)))
             self._record(progress.line(rate, plan) | self.meter.rate())
 
-    def _finish(self, state: TrainState) -> None:
+    def _finish(self) -> None:
         """The last evaluation and checkpoint of a run that has not had them, and its result."""
         ending = not self.progress.finished
-        line = self._evaluate(state) if ending and not self.progress.stopped_early else {}
+        line = self._evaluate() if ending and not self.progress.stopped_early else {}
         best = self.checkpoints.best
-        trained = state.trainable if best is None else best
+        trained = self.state.trainable if best is None else best
         after = self._replies(trained)
         if ending:
             if self.job.config.evaluate.exact_match:
@@ -145,21 +142,21 @@ class Loop:
             if line:
                 self._record(line)
             self.progress.finished = True
-            self._save(state)
+            self._save()
         outputs.finish(self.job, self.plan, trained, self.progress.before, after, self.console)
 
-    def _evaluate(self, state: TrainState) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, float]:
         """The held-out loss as part of a line, noted for early stopping."""
         if self.held_out is None:
             return {}
         job, results = self.job, []
-        for (_, own), part in zip(job.each(state.trainable), self.held_out_parts, strict=True):
+        for (_, own), part in zip(job.each(self.state.trainable), self.held_out_parts, strict=True):
             batches = eval_batches(job.mesh, part, self.plan.eval_rows)
             results.append(evaluation.held_out(self.eval_step, own, job.frozen, batches))
         loss = evaluation.mean_loss(results)
         check_evaluation(loss, self.progress)
         if self.progress.note_evaluation(loss, self.settings):
-            self.checkpoints.keep_best(state.trainable)
+            self.checkpoints.keep_best(self.state.trainable)
         return evaluation.figures(results, job.adapters)
 
     def _replies(self, trainable: Any) -> list[evaluation.Sample]:
@@ -172,7 +169,7 @@ class Loop:
         self.log.write(self.progress.step, **line)
         self.console.log(self.progress.step, line)
 
-    def _save(self, state: TrainState) -> None:
+    def _save(self) -> None:
         """A checkpoint; the log's lines that it counts are on the disk before it is."""
         self.log.sync()
-        self.checkpoints.save(state, self.progress)
+        self.checkpoints.save(self.state, self.progress)

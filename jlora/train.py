@@ -72,8 +72,9 @@ def run(config: Config, options: argparse.Namespace) -> None:
                 console.note("compiling …")
             train_step = compiling.result()
         with jax.set_mesh(job.mesh):
-            loop = Loop(job, plan, rows, held_out, console, log)
-            loop.run(program.start(job.trainable), train_step, signals)
+            start = program.start
+            loop = Loop(job, plan, start(job.trainable), rows, held_out, console, log)
+            loop.run(train_step, signals)
 
 
 def _described(config: Config, tokenizer: Any) -> Job:
