@@ -14,6 +14,7 @@ are merged into ``benchmarks/results/fits.json``; the table goes into ``docs/pla
 import argparse
 import json
 import os
+from collections.abc import Callable
 from datetime import date
 from typing import Any
 
@@ -22,6 +23,8 @@ from memory import HERE, MODELS, Row, measure
 DEVICES = {"cuda": ("rtx4090", "a100-80", "h100", "h200"), "tpu": ("v5e",)}
 STEP, LONGEST = 1024, 131_072
 FIRST = (2048, 8192)
+REFUSED = 2**62
+"""The peak of what a compiler refuses without saying how much it would take."""
 RESULTS, PAGE = HERE / "results" / "fits.json", HERE.parent / "docs" / "plan.md"
 BEGIN, END = "<!-- fits: begin -->", "<!-- fits: end -->"
 NAMES = ("1B", "8B", "70B")
@@ -33,33 +36,41 @@ def longest(model: str, method: str, device: str, limit: int, guess: int) -> dic
     """The longest row whose step fits, its peak, and what was compiled on the way."""
     import jax
 
-    seen: dict[int, int] = {}
     row = Row(16, quantized="QLoRA" in method, offloading="offloading" in method)
 
     def peak(length: int) -> int:
-        if length not in seen:
-            jax.clear_caches()
-            hf = {**MODELS[model], "max_position_embeddings": LONGEST}
-            got = measure(hf, row, 1, length, device, limit)
-            seen[length] = got.get("peak", 2**62)
-            print(f"{model} {row} {device} {length}: {seen[length] / 1e9:.2f} GB", flush=True)
-        return seen[length]
+        jax.clear_caches()
+        hf = {**MODELS[model], "max_position_embeddings": LONGEST}
+        got = measure(hf, row, 1, length, device, limit).get("peak", REFUSED)
+        print(f"{model} {row} {device} {length}: {got / 1e9:.2f} GB", flush=True)
+        return got
 
-    low, high = 0, LONGEST + STEP  # the longest known to fit, the shortest known not to
-    for _ in range(10):
-        if peak(guess) <= limit:
-            low = guess
-        else:
-            high = guess
-        if high - low <= STEP or (low == 0 and high <= STEP):
-            break
-        guess = _next(seen, low, high, limit)
+    low, seen = search(peak, limit, guess)
     return {"length": low, "peak": seen.get(low), "limit": limit, "compiled": seen}
 
 
+def search(peak: Callable[[int], int], limit: int, guess: int) -> tuple[int, dict[int, int]]:
+    """The longest length, in steps of STEP, whose peak is within the limit, 0 if none is; and the
+    peaks that were looked at.
+    """
+    seen: dict[int, int] = {}
+    low, high = 0, LONGEST + STEP  # the longest known to fit, the shortest known not to
+    while high - low > STEP:
+        seen[guess] = peak(guess)
+        if seen[guess] <= limit:
+            low = guess
+        else:
+            high = guess
+        guess = _next(seen, low, high, limit)
+    return low, seen
+
+
 def _next(seen: dict[int, int], low: int, high: int, limit: int) -> int:
-    """Where the line through the two nearest peaks meets the limit, between the bounds."""
-    known = sorted(n for n in seen if seen[n] < 2**62)
+    """Where the line through the two nearest peaks meets the limit, if that is between the bounds.
+
+    Halfway between them otherwise: what a compiler refuses need not say how much it would take.
+    """
+    known = sorted(n for n in seen if seen[n] < REFUSED)
     middle = (low + high) // 2
     if known == [FIRST[0]] and low:
         middle = FIRST[1]
@@ -69,6 +80,8 @@ def _next(seen: dict[int, int], low: int, high: int, limit: int) -> int:
         a, b = sorted(sorted(known, key=lambda n: abs(seen[n] - limit))[:2])
         slope = max(1.0, (seen[b] - seen[a]) / (b - a))
         middle = int(b + (limit - seen[b]) / slope)
+    if not low < middle < high:
+        middle = (low + high) // 2
     return min(max(middle // STEP * STEP, low + STEP), high - STEP)
 
 
