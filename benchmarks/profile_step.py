@@ -68,7 +68,7 @@ def group_of(name: str, op: Op, rank: int | None) -> str:
     product = " dot(" in op.text + op.body
     if "jit(head)" in where or f"{llama.VOCAB}]" in op.text:
         return "head"
-    if "bhqd" in where or "branch_0_fun" in where:  # chunked attention's loops
+    if "bhqd" in where or "branch_0_fun/while" in where:  # chunked attention's loops
         return "attention"
     if product:
         ends = [op.text.partition("(")[0], *op.inputs]

@@ -364,6 +364,8 @@ ENTRY %main (x: bf16[64,32]) -> f32[64,48] {
   %scores = f32[64,64]{1,0} dot(%x, %x), metadata={op_name="jit(features)/bhqd,bhkd->bhqk/dot"}
   %logits = f32[64,99]{1,0} dot(%x, %w), metadata={op_name="jit(head)/dot_general"}
   %dense = bf16[32,48]{1,0} fusion(%codes), calls=%fused_ids, metadata={op_name="jit(features)"}
+  %chosen = f32[64,48]{1,0} dot(%x, %w), metadata={op_name="jit(features)/cond/branch_0_fun/dot"}
+  %softmax = f32[64]{0} fusion(%x), metadata={op_name="jit(features)/cond/branch_0_fun/while/exp"}
   %dynamic-update-slice.3 = bf16[8,64]{1,0} fusion(%x), calls=%fused_ids
   %norm = f32[64]{0} fusion(%x), calls=%fused_ids, metadata={op_name="jit(features)/rsqrt"}
   %moment = f32[64]{0} fusion(%x), calls=%fused_ids, metadata={op_name="jit(train_step)/adam"}
@@ -396,6 +398,8 @@ def test_operations_are_sorted_by_what_they_are_for():
         "base": "base",
         "delta": "adapter",
         "scores": "attention",
+        "chosen": "base",
+        "softmax": "attention",
         "logits": "head",
         "dense": "unpack",
         "dynamic-update-slice.3": "kept",
