@@ -391,7 +391,8 @@ def test_the_longest_row_is_found_in_a_few_looks(monkeypatch, says):
     assert max(looks) <= 12
 
 
-def test_operations_are_sorted_by_what_they_are_for():
+def test_operations_are_sorted_by_what_they_are_for(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
     profile = load("profile_step")
     ops = profile.operations(HLO)
     expected = {
@@ -410,7 +411,8 @@ def test_operations_are_sorted_by_what_they_are_for():
     assert profile.group_of("delta", ops["delta"], None) == "base"
 
 
-def test_operations_at_once_share_the_clock(tmp_path):
+def test_operations_at_once_share_the_clock(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
     profile = load("profile_step")
     events = [("while.1", 0, 100), ("dot.1", 10, 30), ("dot.2", 20, 40), ("dot.1", 70, 6)]
     trace = [{"args": {"hlo_op": name}, "ts": at, "dur": dur} for name, at, dur in events]
