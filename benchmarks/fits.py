@@ -41,9 +41,10 @@ def longest(model: str, method: str, device: str, limit: int, guess: int) -> dic
     def peak(length: int) -> int:
         jax.clear_caches()
         hf = {**MODELS[model], "max_position_embeddings": LONGEST}
-        got = measure(hf, row, 1, length, device, limit).get("peak", REFUSED)
-        print(f"{model} {row} {device} {length}: {got / 1e9:.2f} GB", flush=True)
-        return got
+        got = measure(hf, row, 1, length, device, limit)
+        said = got.get("refused") or f"{got['peak'] / 1e9:.2f} GB"
+        print(f"{model} {row} {device} {length}: {said}", flush=True)
+        return got.get("peak", REFUSED)
 
     low, seen = search(peak, limit, guess)
     return {"length": low, "peak": seen.get(low), "limit": limit, "compiled": seen}
@@ -71,7 +72,7 @@ def _next(seen: dict[int, int], low: int, high: int, limit: int) -> int:
     Halfway between them otherwise: what a compiler refuses need not say how much it would take.
     """
     known = sorted(n for n in seen if seen[n] < REFUSED)
-    middle = (low + high) // 2
+    halfway = middle = (low + high) // 2
     if known == [FIRST[0]] and low:
         middle = FIRST[1]
     elif len(known) == 1:
@@ -81,7 +82,7 @@ def _next(seen: dict[int, int], low: int, high: int, limit: int) -> int:
         slope = max(1.0, (seen[b] - seen[a]) / (b - a))
         middle = int(b + (limit - seen[b]) / slope)
     if not low < middle < high:
-        middle = (low + high) // 2
+        middle = halfway
     return min(max(middle // STEP * STEP, low + STEP), high - STEP)
 
 

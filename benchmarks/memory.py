@@ -119,14 +119,14 @@ def measure(
 
     What already exceeds ``limit`` by its weights, adapter and moments is not compiled.
     """
-    from jlora.plan.memory import held, measured
+    from jlora.plan.memory import arguments, measured
     from jlora.plan.target import chosen_for, devices, parse
 
     aim, start = parse(target), time.perf_counter()
     found = devices(aim)
     assert found is not None, f"JAX's plugin for {target} is not installed"
     program = program_of(hf, row, batch, length, found if aim.hardware else found[:1], **mesh)
-    if (given := sum(held(program).values())) > limit:
+    if (given := sum(arguments(program).values())) > limit:
         return {"refused": f"weights, adapter and moments take {given:,} bytes"}
     try:
         with chosen_for(aim):

@@ -21,7 +21,7 @@ from typing import Any
 
 import llama
 import paired
-from training_step import HEADLINE
+from training_step import HEADLINE, run_config
 
 STEPS = 3
 CASES = {
@@ -30,44 +30,21 @@ CASES = {
 }
 
 
-def settings(folder: str, method: str, length: int) -> dict[str, Any]:
-    """The settings of a run on the headline's Llama."""
-    own = {
-        "model": {"name_or_path": folder, "dtype": "bfloat16"},
-        "lora": {"r": HEADLINE["rank"], "target_modules": "all-linear"},
-        "quantization": {"load_in_4bit": True},
-        "data": {"train": [{"path": "unused", "format": "text"}], "max_length": length},
-        "train": {
-            "output_dir": "unused",
-            "max_steps": 1000,
-            "per_device_train_batch_size": HEADLINE["batch"],
-            "gradient_accumulation_steps": 1,
-            "gradient_checkpointing": method == "qlora",
-        },
-    }
-    without = {"lora": {"quantization"}, "qlora": set(), "full": {"lora", "quantization"}}[method]
-    return {name: section for name, section in own.items() if name not in without}
-
-
 def steps(method: str, length: int) -> Any:
     """A unit that plans, compiles and runs a step: its predicted and its measured bytes."""
 
     def unit() -> dict[str, int]:
         import jax
 
-        from jlora import config
         from jlora.plan import target
         from jlora.plan.forecast import Rows, forecast
         from jlora.program import Program
 
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "run.json"
             (Path(folder) / "config.json").write_text(json.dumps(llama.shape()))
-            file.write_text(json.dumps(settings(folder, method, length)))
+            config = run_config(method, {**HEADLINE, "length": length}, base=folder)
             devices = jax.devices()[:1]
-            plan = forecast(
-                config.load(file, []), None, Rows(length), target.Target(), devices, whole=False
-            )
+            plan = forecast(config, None, Rows(length), target.Target(), devices, whole=False)
         assert plan.memory is not None
         program = Program.of(plan.job, plan.plan, length)
         step = program.compile()

@@ -55,17 +55,17 @@ def jlora_step(
     from jlora.program import Program
     from jlora.progress import Plan
 
-    packed = method == "qlora"
-    config = _config(method, sizes, settings, adapters)
+    config = run_config(method, sizes, settings, adapters)
     mesh = sharding.make_mesh(config.mesh)
     jax.set_mesh(mesh).__enter__()
     hf = llama.shape(sizes["width"], sizes["depth"])
-    model, base = llama.jlora_model(hf, gradient_checkpointing=packed)
+    remat = config.train.gradient_checkpointing
+    model, base = llama.jlora_model(hf, gradient_checkpointing=remat)
     if config.lora is None:
         trainable = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base)
         base = {}
     else:
-        base = llama.quantize(base) if packed else base
+        base = llama.quantize(base) if config.quantization else base
         base = sharding.place(base, sharding.shardings(base, mesh))
         trainable = init_adapter(jax.random.key(1), base, config.lora)
         if adapters > 1:
@@ -93,19 +93,25 @@ def jlora_step(
     return _checked(unit)
 
 
-def _config(
-    method: str, sizes: Mapping[str, int], settings: Mapping[str, Any] | None, adapters: int
+def run_config(
+    method: str,
+    sizes: Mapping[str, int],
+    settings: Mapping[str, Any] | None = None,
+    adapters: int = 1,
+    base: str = "unused",
 ) -> Any:
-    """The settings of a run with this step."""
+    """The settings of a run with this step; see ``jlora_step``. ``base`` is the model's folder."""
+    from jlora import QuantConfig
     from jlora.config import Config, DataConfig, LoraConfig, ModelConfig, SourceConfig, TrainConfig
 
     names = [str(i) for i in range(adapters)] if adapters > 1 else [None]
+    sources = tuple(SourceConfig(path="unused", format="text", adapter=n) for n in names)
+    packed = method == "qlora"
     return Config(
-        model=ModelConfig(name_or_path="unused", dtype="bfloat16"),
+        model=ModelConfig(name_or_path=base, dtype="bfloat16"),
+        quantization=QuantConfig() if packed else None,
         lora=None if method == "full" else LoraConfig(**_adapter(sizes["rank"], settings)),
-        data=DataConfig(
-            train=tuple(SourceConfig(path="unused", format="text", adapter=n) for n in names)
-        ),
+        data=DataConfig(train=sources, max_length=sizes["length"]),
         train=TrainConfig(
             output_dir="unused",
             max_steps=1000,
@@ -113,6 +119,7 @@ def _config(
             lr_scheduler_type="constant",
             per_device_train_batch_size=sizes["batch"] // adapters,
             gradient_accumulation_steps=1,
+            gradient_checkpointing=packed,
         ),
     )
 

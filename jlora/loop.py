@@ -122,7 +122,7 @@ class Loop:
         values = together(values, job.adapters) if job.adapters else values
         check_finite(values, progress, plan)
         progress.add(values)
-        check_learning(progress, job.trainable, plan, job.adapters)
+        check_learning(progress, self.state.trainable, plan, job.adapters)
         self.meter.add(int(values["tokens"]))
         self.console.advance(progress.step)
         if progress.step % self.settings.logging_steps == 0 or progress.step == plan.total_steps:

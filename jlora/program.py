@@ -58,6 +58,11 @@ class Program:
         start = jax.jit(start, out_shardings=places, donate_argnums=0)
         return cls(job, step, start, state, _batch(job, plan, length))
 
+    @property
+    def best(self) -> Any:
+        """The tree that early stopping keeps beside the state, as shapes; None without it."""
+        return self.state.trainable if self.job.config.train.early_stopping_patience else None
+
     def compile(self) -> jax.stages.Compiled:
         """The executable of the step."""
         with jax.set_mesh(self.job.mesh):

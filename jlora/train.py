@@ -72,8 +72,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
                 console.note("compiling …")
             train_step = compiling.result()
         with jax.set_mesh(job.mesh):
-            start = program.start
-            loop = Loop(job, plan, start(job.trainable), rows, held_out, console, log)
+            loop = Loop(job, plan, program.start(job.trainable), rows, held_out, console, log)
             loop.run(train_step, signals)
 
 

@@ -16,7 +16,7 @@ import jax
 
 from jlora.job import Job
 from jlora.models.decoder import OFFLOAD
-from jlora.plan.memory import Memory, device_bytes, held
+from jlora.plan.memory import Memory, arguments, device_bytes
 from jlora.program import Program
 from jlora.progress import Plan
 from jlora.quantization import is_packed
@@ -36,7 +36,8 @@ def memory(program: Program, plan: Plan, length: int) -> Memory:
     if (model := program.job.model).gradient_checkpointing == OFFLOAD:
         width = jax.numpy.dtype(model.dtype).itemsize
         host += model.config.num_hidden_layers * tokens * model.config.hidden_size * width
-    return Memory(**held(program), temporaries=temporaries, outputs=0, padding=0, host=host)
+    parts = {**arguments(program), "best": device_bytes(program.best)}
+    return Memory(**parts, temporaries=temporaries, outputs=0, padding=0, host=host)
 
 
 def _temporaries(job: Job, tokens: int, accumulation: int) -> int:

@@ -178,7 +178,7 @@ def forecast(
         work,
         seconds,
         refused,
-        tree_bytes(program.state) + _best(config, program),
+        tree_bytes((program.state, program.best)),
         _host_traffic(program, memory, plan),
     )
 
@@ -208,8 +208,3 @@ def _work(counted: flops.Flops, text: str) -> Work:
     done = hlo.work_of(text)
     collectives = tuple(done.exchanges())
     return Work(counted.total, counted.attention, done.flops, done.bytes, collectives, done.kernels)
-
-
-def _best(config: Config, program: Program) -> int:
-    """Bytes of the best tree so far, which is kept with early stopping."""
-    return tree_bytes(program.state.trainable) if config.train.early_stopping_patience else 0

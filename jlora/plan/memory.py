@@ -43,27 +43,27 @@ class Memory:
 def measured(program: Program, compiled: Any) -> Memory:
     """The compiler's own account of the memory, by what it is for."""
     stats = compiled.memory_analysis()
-    parts = held(program)
-    arguments = sum(parts.values()) - parts["best"]
+    parts = arguments(program)
+    known = sum(parts.values())
     return Memory(
         **parts,
+        best=device_bytes(program.best),
         temporaries=stats.temp_size_in_bytes,
         outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        padding=stats.argument_size_in_bytes - arguments,
+        padding=stats.argument_size_in_bytes - known,
         host=stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes,
     )
 
 
-def held(program: Program) -> dict[str, int]:
-    """Bytes on one device of what a run holds between two steps, and one batch."""
+def arguments(program: Program) -> dict[str, int]:
+    """Bytes on one device of what the step is given."""
     state = program.state
-    trainable = device_bytes(state.trainable)
+    trainable = state.trainable
     rest = (state.step, state.opt_state, state.loss_scale)
     return {
         "base": device_bytes(program.job.frozen),
-        "adapter": trainable,
+        "adapter": device_bytes(trainable),
         "optimizer": device_bytes(rest),
-        "best": trainable if program.job.config.train.early_stopping_patience else 0,
         "batch": device_bytes(program.batch),
     }
 
@@ -87,6 +87,7 @@ def refused_memory(program: Program, said: str) -> Memory | None:
     match = whole or only
     if match is None:
         return None
-    size, parts = int(float(match[1]) * 2 ** {"G": 30, "M": 20}[match[2]]), held(program)
-    temporaries = size - sum(parts.values()) + parts["best"] if whole else size
-    return Memory(**parts, temporaries=temporaries, outputs=0, padding=0)
+    size, parts = int(float(match[1]) * 2 ** {"G": 30, "M": 20}[match[2]]), arguments(program)
+    temporaries = size - sum(parts.values()) if whole else size
+    best = device_bytes(program.best)
+    return Memory(**parts, best=best, temporaries=temporaries, outputs=0, padding=0)
