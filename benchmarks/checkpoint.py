@@ -38,8 +38,8 @@ def jlora_unit(what: str, rank: int) -> Any:
     import optax
 
     import jlora
-    from jlora import checkpoint
-    from jlora.state import init_state
+    from jlora.io import checkpoint
+    from jlora.training.state import init_state
 
     _, base = llama.jlora_model(llama.shape())
     config = jlora.LoraConfig(r=rank, target_modules="all-linear")

@@ -24,7 +24,7 @@ def jlora_unit(rows: int, width: int, packed: bool) -> Any:
     import jax.numpy as jnp
 
     import jlora
-    from jlora import nf4
+    from jlora.quant import nf4
 
     key = jax.random.key(0)
     w = jax.random.normal(key, (width, width), jnp.bfloat16) / width**0.5

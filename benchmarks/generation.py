@@ -19,7 +19,7 @@ def jlora_unit(batch: int, prompt: int, new: int, packed: bool) -> Any:
     """What ``jlora generate`` calls."""
     import numpy as np
 
-    from jlora import decoding
+    from jlora.inference import decoding
 
     model, params = llama.jlora_model(llama.shape())
     params = llama.quantize(params) if packed else params

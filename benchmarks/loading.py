@@ -19,7 +19,7 @@ import paired
 
 def write(folder: str, width: int) -> Any:
     """Writes the folder; no unit."""
-    from jlora.models import save_pretrained
+    from jlora.io.hf import save_pretrained
 
     save_pretrained(folder, *llama.jlora_model(llama.shape(width)))
     return dict
@@ -30,7 +30,7 @@ def jlora_unit(folder: str, packed: bool, cached: bool) -> Any:
     import jax
 
     import jlora
-    from jlora import runtime
+    from jlora.distributed import runtime
 
     if cached:
         runtime.compilation_cache()

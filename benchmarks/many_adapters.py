@@ -27,8 +27,8 @@ def jlora_forward(method: str, adapters: int, mixed: bool, length: int) -> Any:
     import numpy as np
 
     import jlora
-    from jlora import sharding
     from jlora.config import MeshConfig
+    from jlora.distributed import sharding
 
     model, params = llama.jlora_model(llama.shape(SMALL["width"], SMALL["depth"]))
     params = llama.quantize(params) if method == "qlora" else params

@@ -69,7 +69,6 @@ class Row:
 
 def program_of(hf: dict, row: Row, batch: int, length: int, devices: Any, **mesh: int) -> Any:
     """The run's step (``jlora.program.Program``) on rows of ``length`` tokens, made of shapes."""
-    from jlora import sharding
     from jlora.config import (
         Config,
         DataConfig,
@@ -80,9 +79,10 @@ def program_of(hf: dict, row: Row, batch: int, length: int, devices: Any, **mesh
         SourceConfig,
         TrainConfig,
     )
-    from jlora.described import describe_job, describe_model
-    from jlora.program import Program
-    from jlora.progress import Plan
+    from jlora.distributed import sharding
+    from jlora.run.abstract_job import describe_job, describe_model
+    from jlora.run.compiled_step import Program
+    from jlora.run.progress import Plan
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(hf))

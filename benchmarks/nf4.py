@@ -36,7 +36,7 @@ def jlora_unit(what: str, size: int, dtype: str) -> Any:
     import jax.numpy as jnp
     import numpy as np
 
-    from jlora import nf4
+    from jlora.quant import nf4
 
     values = _values(size)
     w = jnp.asarray(values).astype(dtype)

@@ -62,8 +62,8 @@ def floors(device: str) -> str:
 
 def ways(platform: str, transpose: bool) -> dict[str, Any]:
     """Both as functions (x, q)."""
-    from jlora import nf4_kernel
-    from jlora.dot.products import product
+    from jlora.ops.matmul import product
+    from jlora.quant import nf4_kernel
 
     return {
         "dequantize": lambda x, q: product(x, q.dequantize(), int(transpose)),
@@ -77,7 +77,7 @@ def measure(repeats: int) -> list[dict[str, Any]]:
     import jax.numpy as jnp
     import numpy as np
 
-    from jlora import nf4
+    from jlora.quant import nf4
 
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     lines = []
@@ -109,8 +109,8 @@ def compile_only(target: str) -> None:
     import jax
     import jax.numpy as jnp
 
-    from jlora import nf4
     from jlora.plan.target import devices, parse
+    from jlora.quant import nf4
 
     found = devices(parse(target))
     assert found is not None, f"JAX's plugin for {target} is not installed"

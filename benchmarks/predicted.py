@@ -38,7 +38,7 @@ def steps(method: str, length: int) -> Any:
 
         from jlora.plan import target
         from jlora.plan.forecast import Rows, forecast
-        from jlora.program import Program
+        from jlora.run.compiled_step import Program
 
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(llama.shape()))

@@ -30,12 +30,12 @@ import numpy as np
 from stories260k import CONFIG, texts
 
 import jlora
-from jlora import paths
 from jlora.assets.quickstart import corpus
 from jlora.config import QuantConfig
 from jlora.data import load_tokenizer
 from jlora.models import Model
-from jlora.quantization import quantize_params
+from jlora.quant.params import quantize_params
+from jlora.tree import paths
 
 LENGTH, STORIES, STRETCHES = 256, 64, 640
 QUICKSTART = Path(corpus.__file__).parent / "model"

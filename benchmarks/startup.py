@@ -54,7 +54,7 @@ def write(folder: str, layers: int) -> Any:
     """Writes a model with the quickstart's tokenizer; no unit."""
     import shutil
 
-    from jlora.models import save_pretrained
+    from jlora.io.hf import save_pretrained
 
     save_pretrained(folder, *llama.jlora_model(llama.shape(layers=layers)))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

@@ -50,10 +50,11 @@ def jlora_step(
     import jax.numpy as jnp
     import numpy as np
 
-    from jlora import init_adapter, sharding
-    from jlora.job import Job, binding
-    from jlora.program import Program
-    from jlora.progress import Plan
+    from jlora import init_adapter
+    from jlora.distributed import sharding
+    from jlora.run.compiled_step import Program
+    from jlora.run.job import Job, binding
+    from jlora.run.progress import Plan
 
     config = run_config(method, sizes, settings, adapters)
     mesh = sharding.make_mesh(config.mesh)

@@ -1,4 +1,4 @@
-"""LoRA and QLoRA fine-tuning in JAX: adapters and packed weights are pytrees.
+"""LoRA and QLoRA fine-tuning in JAX: adapters and quantized weights are pytrees.
 
     model, params = jlora.load_pretrained(path, quantization=jlora.QuantConfig())
     adapter = jlora.init_adapter(jax.random.key(0), params, jlora.LoraConfig(r=16))
@@ -16,14 +16,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jlora import nf4
-    from jlora.adapter_io import load_adapter, save_adapter
-    from jlora.bases import loftq, residual
-    from jlora.combine import add_weighted_adapter, extract_adapter, reduce_rank
     from jlora.config import LoraConfig, QuantConfig
-    from jlora.dot import dot, embed
-    from jlora.foreign.linen import from_linen
-    from jlora.foreign.nnx import from_nnx
+    from jlora.distributed import sharding
+    from jlora.interop.linen import from_linen
+    from jlora.interop.nnx import from_nnx
+    from jlora.io.hf import load_pretrained, save_pretrained
+    from jlora.io.peft import load_adapter, save_adapter
     from jlora.lora import (
         Adapter,
         AdapterStack,
@@ -35,8 +33,12 @@ if TYPE_CHECKING:
         stack_adapters,
         unmerge,
     )
-    from jlora.models import load_pretrained, save_pretrained, untie
-    from jlora.quantization import quantize_params as quantize
+    from jlora.lora.combine import add_weighted_adapter, extract_adapter, reduce_rank
+    from jlora.models import untie
+    from jlora.ops.dot import dot, embed
+    from jlora.quant import nf4
+    from jlora.quant.params import quantize_params as quantize
+    from jlora.training.quantized_init import loftq, residual
 
 __version__ = "0.1.0"
 
@@ -66,63 +68,76 @@ __all__ = [
     "residual",
     "save_adapter",
     "save_pretrained",
+    "sharding",
     "stack_adapters",
     "unmerge",
     "untie",
 ]
 
-_HOME = {
+_FUNCTIONS = {
     "Adapter": "lora",
     "AdapterStack": "lora",
     "LoraConfig": "config",
     "QuantConfig": "config",
-    "add_weighted_adapter": "combine",
+    "add_weighted_adapter": "lora.combine",
     "attach": "lora",
     "detach": "lora",
-    "dot": "dot",
-    "embed": "dot",
+    "dot": "ops.dot",
+    "embed": "ops.dot",
     "eva": "lora",
-    "extract_adapter": "combine",
-    "from_linen": "foreign.linen",
-    "from_nnx": "foreign.nnx",
+    "extract_adapter": "lora.combine",
+    "from_linen": "interop.linen",
+    "from_nnx": "interop.nnx",
     "init_adapter": "lora",
-    "load_adapter": "adapter_io",
-    "load_pretrained": "models",
-    "loftq": "bases",
+    "load_adapter": "io.peft",
+    "load_pretrained": "io.hf",
+    "loftq": "training.quantized_init",
     "merge": "lora",
-    "quantize": "quantization:quantize_params",
-    "reduce_rank": "combine",
-    "residual": "bases",
-    "save_adapter": "adapter_io",
-    "save_pretrained": "models",
+    "quantize": "quant.params:quantize_params",
+    "reduce_rank": "lora.combine",
+    "residual": "training.quantized_init",
+    "save_adapter": "io.peft",
+    "save_pretrained": "io.hf",
     "stack_adapters": "lora",
     "unmerge": "lora",
     "untie": "models",
 }
-"""Public name → its module, and its name there where that differs."""
+"""Public name → the module that defines it, and its name there where that differs."""
+
+_MODULES = {"nf4": "quant.nf4", "sharding": "distributed.sharding"}
+"""Public name of a module → the module."""
+
+
+class _Alias(ModuleType):
+    """Stands for a module of ``_MODULES`` in ``sys.modules``, for ``import jlora.nf4``."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # inspect asks every module for these: no reason to import jax
+            raise AttributeError(name)
+        return getattr(importlib.import_module(f"jlora.{_MODULES[self.__name__[6:]]}"), name)
 
 
 class _Package(ModuleType):
-    """The package's own module type: imports names on first use, and keeps functions functions.
+    """The package's own module type: imports public names on first use.
 
-    ``jlora.merge``, ``jlora.quantize`` and ``jlora.dot`` are functions *and* submodules (commands,
-    a file of the design). Importing a submodule sets it as an attribute of its package, which
-    would hide the function; that one assignment is left out. ``from jlora.merge import main`` and
-    ``python -m jlora.merge`` find the submodule in ``sys.modules`` and are not concerned.
+    ``jlora.merge`` and ``jlora.quantize`` are functions *and* commands. Importing a submodule sets
+    it as an attribute of its package, which would hide the function; those two assignments are
+    left out. ``python -m jlora.merge`` and ``from jlora.merge import main`` are not concerned.
     """
 
     def __getattr__(self, name: str) -> Any:
-        if name == "nf4":
-            return importlib.import_module("jlora.nf4")
-        if name not in _HOME:
+        if name in _MODULES:
+            value: Any = importlib.import_module(f"jlora.{_MODULES[name]}")
+        elif name in _FUNCTIONS:
+            module, _, attribute = _FUNCTIONS[name].partition(":")
+            value = getattr(importlib.import_module(f"jlora.{module}"), attribute or name)
+        else:
             raise AttributeError(f"module 'jlora' has no attribute {name!r}")
-        module, _, attribute = _HOME[name].partition(":")
-        value = getattr(importlib.import_module(f"jlora.{module}"), attribute or name)
         setattr(self, name, value)
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
+        if not (name in _FUNCTIONS and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
@@ -130,3 +145,5 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+for _name in _MODULES:
+    sys.modules[f"jlora.{_name}"] = _Alias(f"jlora.{_name}")

@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jlora
-from jlora import config, errors, files, runtime
+from jlora import config, errors, files
+from jlora.distributed import runtime
 
 USAGE = "CONFIG.yaml [section.key=value …] [--debug]"
 

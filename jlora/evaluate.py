@@ -12,16 +12,18 @@ from pathlib import Path
 
 import jax
 
-from jlora import evaluation, outputs, runtime, sharding
-from jlora.batches import check_fit, eval_batches, prepare
-from jlora.classes import with_classes
 from jlora.config import Config
-from jlora.console import Console
+from jlora.distributed import runtime, sharding
 from jlora.errors import ConfigError
 from jlora.files import write_atomic
-from jlora.job import open_job, open_tokenizer
-from jlora.progress import eval_rows
-from jlora.step import make_eval_step
+from jlora.inference import scoring
+from jlora.run import outputs
+from jlora.run.batches import check_fit, eval_batches, prepare
+from jlora.run.job import open_job, open_tokenizer
+from jlora.run.label_names import with_classes
+from jlora.run.progress import eval_rows
+from jlora.training.step import make_eval_step
+from jlora.ui.console import Console
 
 main = functools.partial(cli.main, "evaluate")
 
@@ -29,7 +31,7 @@ main = functools.partial(cli.main, "evaluate")
 def run(config: Config, options: argparse.Namespace) -> None:
     """Evaluates the result in ``train.output_dir`` on ``data.eval``.
 
-    Prints the figures and writes them to ``evaluation.json`` beside it, with the replies where
+    Prints the figures and writes them to ``held_out.json`` beside it, with the replies where
     ``evaluate.exact_match`` asks for them.
     """
     del options
@@ -50,14 +52,14 @@ def run(config: Config, options: argparse.Namespace) -> None:
     with jax.set_mesh(job.mesh):
         step = make_eval_step(job.model, job.bind, sharding.compiler_options(job.mesh))
         batches = eval_batches(job.mesh, rows, eval_rows(config, job.mesh))
-        held_out = evaluation.held_out(step, job.trainable, job.frozen, batches)
+        held_out = scoring.held_out(step, job.trainable, job.frozen, batches)
         counted = "eval_samples" if config.classifies else "eval_tokens"
         result = {**held_out.figures, counted: held_out.tokens}
         samples = outputs.replies(job, job.trainable, outputs.prompts(job))
     if config.evaluate.exact_match:
-        result["eval_exact_match"] = evaluation.exact_match(samples)
+        result["eval_exact_match"] = scoring.exact_match(samples)
         result["eval_replies"] = len(samples)
-    file = Path(config.train.output_dir) / "evaluation.json"
+    file = Path(config.train.output_dir) / "held_out.json"
     if jax.process_index() == 0:
         lines = [{**s._asdict(), "exact": s.exact} for s in samples]
         text = json.dumps({**result, "replies": lines}, indent=2, ensure_ascii=False)

@@ -13,16 +13,17 @@ from typing import Any
 
 import jax
 
-from jlora import checkpoint, outputs
-from jlora.adapter_io import BASE_FILE
-from jlora.classes import with_classes
 from jlora.config import Config
-from jlora.console import Console
-from jlora.described import adapter_shapes, describe_model
 from jlora.errors import ConfigError
 from jlora.files import write_atomic
-from jlora.job import each_adapter, open_job, open_tokenizer
+from jlora.io import checkpoint
+from jlora.io.peft import BASE_FILE
 from jlora.models import Model
+from jlora.run import outputs
+from jlora.run.abstract_job import adapter_shapes, describe_model
+from jlora.run.job import each_adapter, open_job, open_tokenizer
+from jlora.run.label_names import with_classes
+from jlora.ui.console import Console
 
 main = functools.partial(cli.main, "export")
 

@@ -16,16 +16,17 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jlora import decoding, runtime
 from jlora.config import Config
-from jlora.console import Console
 from jlora.data import reply_row
 from jlora.data.rows import BadRow, Chat, Completion, from_alpaca, from_messages
 from jlora.data.tokenizer import opening, token_ids
+from jlora.distributed import runtime
 from jlora.errors import ConfigError, DataError
 from jlora.files import storage_errors
-from jlora.job import open_job, open_tokenizer
+from jlora.inference import decoding
 from jlora.models import Model
+from jlora.run.job import open_job, open_tokenizer
+from jlora.ui.console import Console
 
 main = functools.partial(cli.main, "generate")
 

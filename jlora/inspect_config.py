@@ -14,18 +14,10 @@ from typing import Any
 
 import jax
 
-from jlora import header, paths
-from jlora.adapter_io import file_bytes
-from jlora.classes import with_classes
 from jlora.config import Config, LoraConfig
-from jlora.console import Console, Rows
-from jlora.described import adapter_shapes, describe_model
 from jlora.errors import ConfigError
-from jlora.job import open_tokenizer
-from jlora.models import Model
-from jlora.optim import check_optimizer, make_optimizer
-from jlora.quantization import describe, is_packed, quantize_params, settings_of
-from jlora.targets import (
+from jlora.io.peft import file_bytes
+from jlora.lora.targets import (
     Target,
     find_targets,
     is_replaced,
@@ -33,6 +25,15 @@ from jlora.targets import (
     replaced_leaves,
     scaling_of,
 )
+from jlora.models import Model
+from jlora.quant.params import describe, is_packed, quantize_params, settings_of
+from jlora.run import header
+from jlora.run.abstract_job import adapter_shapes, describe_model
+from jlora.run.job import open_tokenizer
+from jlora.run.label_names import with_classes
+from jlora.training.optim import check_optimizer, make_optimizer
+from jlora.tree import paths
+from jlora.ui.console import Console, Rows
 
 main = functools.partial(cli.main, "inspect")
 

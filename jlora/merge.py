@@ -15,14 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import lora, paths, runtime
-from jlora.classes import with_classes
+from jlora import lora
 from jlora.config import Config
-from jlora.console import Console
+from jlora.distributed import runtime
 from jlora.errors import ConfigError
 from jlora.files import storage_errors
-from jlora.job import Job, open_job, open_tokenizer
-from jlora.models import save_pretrained, untie
+from jlora.io.hf import save_pretrained
+from jlora.models import untie
+from jlora.run.job import Job, open_job, open_tokenizer
+from jlora.run.label_names import with_classes
+from jlora.tree import paths
+from jlora.ui.console import Console
 
 main = functools.partial(cli.main, "merge")
 

@@ -14,16 +14,17 @@ from typing import Any
 
 import jax
 
-from jlora import paths, runtime, sharding
 from jlora.config import Config, QuantConfig
-from jlora.console import Console
+from jlora.distributed import runtime, sharding
 from jlora.errors import ConfigError
 from jlora.files import storage_errors
-from jlora.job import open_tokenizer
-from jlora.models import hf_packed_write, load_pretrained, save_pretrained
-from jlora.models.hf_folder import find_folder, shard_files
-from jlora.models.hf_read import read_model
-from jlora.quantization import describe, is_packed, quantize_params
+from jlora.io.hf import load_pretrained, prequantized_write, save_pretrained
+from jlora.io.hf.folder import find_folder, shard_files
+from jlora.io.hf.read import read_model
+from jlora.quant.params import describe, is_packed, quantize_params
+from jlora.run.job import open_tokenizer
+from jlora.tree import paths
+from jlora.ui.console import Console
 
 main = functools.partial(cli.main, "quantize")
 
@@ -75,7 +76,7 @@ def _check(source: Path, out: Path, asked: QuantConfig) -> None:
             fix="name another one",
         )
     shapes = read_model(source).shapes
-    hf_packed_write.check(jax.eval_shape(lambda p: quantize_params(p, asked), shapes))
+    prequantized_write.check(jax.eval_shape(lambda p: quantize_params(p, asked), shapes))
 
 
 def _packed(params: Any) -> dict[str, str]:

@@ -13,21 +13,22 @@ from typing import Any
 
 import jax
 
-from jlora import data, runtime, sharding
-from jlora.batches import check_fit, check_same, parts, plan_of, prepare
-from jlora.classes import with_classes
+from jlora import data
 from jlora.config import Config
-from jlora.console import Console
 from jlora.data.classification import listed
-from jlora.described import describe_job, describe_model
-from jlora.header import show_header
-from jlora.job import Job, open_job, open_tokenizer
-from jlora.loop import Loop
-from jlora.metrics import MetricsLog
-from jlora.models.hf_folder import find_folder
-from jlora.optim import check_optimizer
+from jlora.distributed import runtime, sharding
+from jlora.io.hf.folder import find_folder
 from jlora.plan.check import compiled_beside, unless_refused
-from jlora.program import Program
+from jlora.run.abstract_job import describe_job, describe_model
+from jlora.run.batches import check_fit, check_same, parts, plan_of, prepare
+from jlora.run.compiled_step import Program
+from jlora.run.header import show_header
+from jlora.run.job import Job, open_job, open_tokenizer
+from jlora.run.label_names import with_classes
+from jlora.run.loop import Loop
+from jlora.training.optim import check_optimizer
+from jlora.ui.console import Console
+from jlora.ui.metrics_log import MetricsLog
 
 main = functools.partial(cli.main, "train")
 

@@ -12,10 +12,12 @@ from tiny_models import LLAMA
 from tiny_runs import Place, write_rows
 
 import jlora
-from jlora import evaluate, generate, paths
+from jlora import evaluate, generate
 from jlora.data.tokenizer import load_tokenizer
 from jlora.errors import ConfigError, DataError
-from jlora.models import Model, load_pretrained, save_pretrained
+from jlora.io.hf import load_pretrained, save_pretrained
+from jlora.models import Model
+from jlora.tree import paths
 
 LIKED, DISLIKED = ("fine", "good", "nice", "lovely"), ("bad", "awful", "poor", "sad")
 THINGS = ("sun", "moon", "tree", "bird", "boat", "lake", "road", "song", "hat", "wall")

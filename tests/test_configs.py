@@ -11,14 +11,16 @@ import jax.numpy as jnp
 import pytest
 from tiny_runs import standard_promotion
 
-from jlora import config, paths, sharding, train
-from jlora.job import attach
+from jlora import config, train
+from jlora.distributed import sharding
 from jlora.lora import init_adapter
 from jlora.models import Model, init_params
-from jlora.optim import make_optimizer
-from jlora.quantization import is_packed, quantize_params
-from jlora.state import init_state
-from jlora.step import make_train_step
+from jlora.quant.params import is_packed, quantize_params
+from jlora.run.job import attach
+from jlora.training.optim import make_optimizer
+from jlora.training.state import init_state
+from jlora.training.step import make_train_step
+from jlora.tree import paths
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))

@@ -9,12 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from jlora import lora, sharding
+from jlora import lora
 from jlora.config import LoraConfig, MeshConfig, QuantConfig
+from jlora.distributed import sharding
 from jlora.models import Model, init_params
-from jlora.quantization import quantize_params
-from jlora.state import init_state
-from jlora.step import make_train_step
+from jlora.quant.params import quantize_params
+from jlora.training.state import init_state
+from jlora.training.step import make_train_step
 
 MESHES = [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 STEPS = 3

@@ -11,8 +11,8 @@ from tiny_runs import Place, chat, write_rows
 import jlora
 from jlora import evaluate
 from jlora.data.tokenizer import load_tokenizer
-from jlora.decoding import generate
 from jlora.errors import ConfigError, DataError
+from jlora.inference.decoding import generate
 
 NEW = 4
 

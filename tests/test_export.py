@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from tiny_runs import Place
 
-from jlora import cli, config, outputs
-from jlora.job import open_job, open_tokenizer
-from jlora.optim import make_optimizer
-from jlora.progress import Plan, Progress
-from jlora.state import init_state
+from jlora import cli, config
+from jlora.run import outputs
+from jlora.run.job import open_job, open_tokenizer
+from jlora.run.progress import Plan, Progress
+from jlora.training.optim import make_optimizer
+from jlora.training.state import init_state
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 

@@ -10,8 +10,10 @@ from safetensors.numpy import load_file
 from tiny_runs import LLAMA
 
 import jlora
-from jlora import adapter_io, cli, header
+from jlora import cli
+from jlora.io import peft as adapter_io
 from jlora.models import Model
+from jlora.run import header
 
 GPT2 = {
     "model_type": "gpt2", "vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2,

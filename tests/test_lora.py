@@ -10,9 +10,9 @@ import tiny_models
 import jlora
 from jlora import lora
 from jlora.config import LoraConfig
-from jlora.dot import dot
 from jlora.errors import ConfigError, DataError
-from jlora.targets import find_targets, match_table, rank_of
+from jlora.lora.targets import find_targets, match_table, rank_of
+from jlora.ops.dot import dot
 
 L, D, F, V = 3, 8, 16, 11
 

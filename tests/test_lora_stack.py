@@ -7,11 +7,11 @@ import pytest
 import tiny_models
 
 import jlora
-from jlora import decoding
 from jlora.config import LoraConfig
-from jlora.dot import columns, dot
 from jlora.errors import DataError
+from jlora.inference import decoding
 from jlora.lora import LoraWeight
+from jlora.ops.dot import columns, dot
 
 FIELDS = [
     {"r": 4, "lora_alpha": 3, "target_modules": ["q_proj", "down_proj"], "lora_bias": True,

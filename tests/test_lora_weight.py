@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import nf4
-from jlora.dot import columns, dot, embed, grouped_dot
 from jlora.lora import LoraWeight, TokenWeight
+from jlora.ops.dot import columns, dot, embed, grouped_dot
+from jlora.quant import nf4
 
 IN, OUT, R = 64, 96, 3
 RNG = np.random.default_rng(0)

@@ -11,12 +11,12 @@ import pytest
 from jaxprs import equations
 from tiny_models import CONFIGS, LENGTH, LLAMA, LLAMA3_ROPE, build, decode, run, tokens
 
-from jlora import paths
 from jlora.config import QuantConfig
 from jlora.errors import ConfigError
-from jlora.models import Model, decoder, init_params
+from jlora.models import Model, init_params, layer_scan
 from jlora.models.registry import parse
-from jlora.quantization import quantize_params
+from jlora.quant.params import quantize_params
+from jlora.tree import paths
 
 EVERY = pytest.mark.parametrize("name", CONFIGS)
 
@@ -118,14 +118,14 @@ def test_rematerialised_gradients_are_the_same(policy, packed):
         return jnp.sum(jnp.sin(model(tree, ids)))
 
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
-    with mock.patch("jlora.kept.policy", jax.checkpoint_policies.everything_saveable):
+    with mock.patch("jlora.ops.remat.policy", jax.checkpoint_policies.everything_saveable):
         plain = gradient(x, model)
     jax.clear_caches()  # else what was traced is taken again
     remat = dataclasses.replace(model, gradient_checkpointing=policy)
     for each in (remat, model):
         np.testing.assert_allclose(gradient(x, each), plain, rtol=1e-4, atol=1e-5)
         assert policies(jax.make_jaxpr(each)(params, ids)) == {
-            decoder.policy(each.gradient_checkpointing)
+            layer_scan.policy(each.gradient_checkpointing)
         }
 
 

@@ -12,9 +12,10 @@ from tiny_runs import write_rows
 from transformers.models.auto import modeling_auto
 
 import jlora
-from jlora import paths
-from jlora.models import as_classifier, load_pretrained, save_pretrained
+from jlora.io.hf import load_pretrained, save_pretrained
+from jlora.models import as_classifier
 from jlora.models.registry import FAMILIES
+from jlora.tree import paths
 
 pytestmark = PEERS_TALK
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import jlora
-from jlora import adapter_io
 from jlora.errors import ConfigError
+from jlora.io import peft as adapter_io
 
 peft = pytest.importorskip("peft")
 

@@ -25,9 +25,9 @@ from tiny_peers import (
 )
 
 import jlora
-from jlora import adapter_io
 from jlora.errors import ConfigError
-from jlora.targets import find_targets
+from jlora.io import peft as adapter_io
+from jlora.lora.targets import find_targets
 
 pytestmark = PEERS_TALK
 

@@ -31,10 +31,11 @@ from tiny_peers import (
 )
 
 import jlora
-from jlora import adapter_io, paths
 from jlora.errors import ConfigError, DataError
+from jlora.io import peft as adapter_io
 from jlora.lora import factors
-from jlora.targets import find_targets, scaling_of
+from jlora.lora.targets import find_targets, scaling_of
+from jlora.tree import paths
 
 pytestmark = [
     *PEERS_TALK,

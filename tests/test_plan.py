@@ -16,15 +16,17 @@ import pytest
 from tiny_runs import OFF, write_rows
 
 import jlora
-from jlora import batches, cli, config, sharding, train
-from jlora.described import describe_job, describe_model
+from jlora import cli, config, train
+from jlora.distributed import sharding
 from jlora.errors import ConfigError
-from jlora.header import tree_bytes
-from jlora.job import open_job, open_tokenizer
-from jlora.metrics import MetricsLog
 from jlora.plan import flops, hlo, target
 from jlora.plan.forecast import Rows, forecast
-from jlora.program import Program
+from jlora.run import batches
+from jlora.run.abstract_job import describe_job, describe_model
+from jlora.run.compiled_step import Program
+from jlora.run.header import tree_bytes
+from jlora.run.job import open_job, open_tokenizer
+from jlora.ui.metrics_log import MetricsLog
 
 HERE = target.Target()
 QLORA = {"quantization": {"load_in_4bit": True, "block_size": 32}}
@@ -106,7 +108,7 @@ LABELS = [{"text": f"a text, number {n}", "label": "odd" if n % 2 else "even"} f
 
 def classifying(place, **sections):
     """A run on rows with classes."""
-    from jlora.classes import with_classes
+    from jlora.run.label_names import with_classes
 
     rows = write_rows(place.folder / "labels.jsonl", LABELS)
     source = [{"path": str(rows), "format": "classification"}]

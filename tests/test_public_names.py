@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import jlora
-from jlora import quantization
+from jlora.quant import params as quantization
 
 ROOT = Path(jlora.__file__).parents[1]
 
@@ -46,7 +46,7 @@ adapter = jlora.init_adapter(jax.random.key(0), params, jlora.LoraConfig(target_
 merged = jlora.merge(params, adapter)
 assert jnp.array_equal(merged["layer"]["kernel"], params["layer"]["kernel"])
 from jlora.merge import main, run
-from jlora.dot import dot
+from jlora.ops.dot import dot
 assert callable(main) and callable(run) and jlora.dot is dot
 assert isinstance(sys.modules["jlora.merge"], types.ModuleType)
 import importlib
@@ -66,9 +66,9 @@ print("fine")
     "imports",
     [
         "import sys",
-        "import sys, jlora.merge, jlora.train, jlora.dot",
-        "import sys; from jlora.merge import main; import jlora.dot, jlora.lora",
-        "import sys, jlora; jlora.merge; jlora.dot; import jlora.merge, jlora.dot",
+        "import sys, jlora.merge, jlora.train, jlora.ops.dot",
+        "import sys; from jlora.merge import main; import jlora.ops.dot, jlora.lora",
+        "import sys, jlora; jlora.merge; jlora.dot; import jlora.merge, jlora.ops.dot",
         "import sys, jlora.quantize; jlora.quantize; from jlora.quantize import main",
     ],
 )

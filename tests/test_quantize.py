@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 import jlora
 from jlora import cli
 from jlora.errors import ConfigError
-from jlora.models import save_pretrained
+from jlora.io.hf import save_pretrained
 
 command = importlib.import_module("jlora.quantize")  # jlora.quantize is the function
 NF4 = {"bnb_4bit_compute_dtype": "float32"}

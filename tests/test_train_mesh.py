@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load
 from tiny_runs import Place, chat, write_rows
 
-from jlora import metrics
+from jlora.ui import metrics_log
 
 MESHES = {
     "data": {"mesh.data": 8},
@@ -121,9 +121,9 @@ def test_a_signal_to_one_process_stops_both_and_the_same_command_goes_on(place):
     sections = settings("lora", steps=LONG, per_device=2)
     place.write(**sections)
     processes = start_two(place)
-    path = place.output / "metrics.jsonl"
+    path = place.output / "metrics_log.jsonl"
     while all(p.poll() is None for p in processes):
-        if path.exists() and metrics.read(path):
+        if path.exists() and metrics_log.read(path):
             break
         time.sleep(0.001)
     processes[1].send_signal(signal.SIGTERM)

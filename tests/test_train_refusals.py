@@ -55,7 +55,8 @@ def test_an_unknown_optimizer_exits_2_before_anything_is_read(place, capsys, tra
 
 WITHOUT_WAITING = """
 import sys, threading, time
-from jlora import cli, errors, program, train
+from jlora import cli, errors, train
+from jlora.run import compiled_step
 begun = threading.Event()
 
 def compile(self):
@@ -66,7 +67,7 @@ def read(*_, **__):
     assert begun.wait(60)
     raise errors.DataError("damaged")
 
-program.Program.compile, train.open_job = compile, read
+compiled_step.Program.compile, train.open_job = compile, read
 cli.leave(cli.main("train", sys.argv[1:]))
 """
 
@@ -80,7 +81,8 @@ def test_a_fault_in_loading_ends_the_run_while_the_step_compiles(place):
 
 TOO_LARGE = """
 import sys
-from jlora import cli, runtime
+from jlora import cli
+from jlora.distributed import runtime
 from jlora.plan import target
 target.main_memory, runtime.GRACE = lambda: 1000, 120
 cli.leave(cli.main("train", sys.argv[1:]))

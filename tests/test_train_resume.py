@@ -9,10 +9,10 @@ import time
 import pytest
 from tiny_runs import Place
 
-from jlora import metrics
+from jlora.distributed.runtime import RunLock
 from jlora.errors import ConfigError, OutputInUseError
-from jlora.outputs import Checkpoints
-from jlora.runtime import RunLock
+from jlora.run.outputs import Checkpoints
+from jlora.ui import metrics_log
 
 STEPS = 40
 LONG = {
@@ -39,8 +39,8 @@ def whole(tmp_path_factory, tiny_base, tiny_cache):
 
 def last_step(place):
     """The step of the last line; 0 before there is one."""
-    path = place.output / "metrics.jsonl"
-    lines = metrics.read(path) if path.exists() else []
+    path = place.output / "metrics_log.jsonl"
+    lines = metrics_log.read(path) if path.exists() else []
     return lines[-1]["step"] if lines else 0
 
 

@@ -9,8 +9,9 @@ from safetensors.numpy import load_file
 from tiny_runs import ADAPTER, Place
 
 import jlora
-from jlora import cli, config, metrics
+from jlora import cli, config
 from jlora.errors import ConfigError
+from jlora.ui import metrics_log
 
 TRAIN = {
     "max_steps": 5,
@@ -58,7 +59,7 @@ def run(place, only=None, *overrides, devices=1, **train):
     wanted = settings(place, only, **train)
     place.run(*overrides, devices=devices, **wanted)
     out = Path(wanted["train"]["output_dir"])
-    return metrics.read(out / "metrics.jsonl"), out
+    return metrics_log.read(out / "metrics_log.jsonl"), out
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import paths
 from jlora.models import Model, init_params
+from jlora.tree import paths
 
 LLAMA = {
     "model_type": "llama",

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from jlora import paths
-from jlora.codebooks import DYNAMIC_MAP, FOUR_BIT
 from jlora.config import QuantConfig
-from jlora.int8 import Int8Array
-from jlora.models import load_pretrained
-from jlora.models.hf_names import tensors
-from jlora.quantization import is_packed
+from jlora.io.hf import load_pretrained
+from jlora.io.hf.names import tensors
+from jlora.quant.codebooks import DYNAMIC_MAP, FOUR_BIT
+from jlora.quant.int8 import Int8Array
+from jlora.quant.params import is_packed
+from jlora.tree import paths
 
 
 def pack_folder(folder: Path, config: QuantConfig, dtype: str = "float32") -> dict:

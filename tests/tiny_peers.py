@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora import adapter_io
+from jlora.io import peft as adapter_io
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -13,7 +13,8 @@ import numpy as np
 from tiny_runs import OFF, Place
 
 import jlora
-from jlora import config, sharding
+from jlora import config
+from jlora.distributed import sharding
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 

@@ -17,8 +17,11 @@ import jax
 import yaml
 from tiny_tokenizer import tiny_tokenizer
 
-from jlora import cli, config, metrics, sharding, train
-from jlora.models import Model, init_params, save_pretrained
+from jlora import cli, config, train
+from jlora.distributed import sharding
+from jlora.io.hf import save_pretrained
+from jlora.models import Model, init_params
+from jlora.ui import metrics_log
 
 LLAMA = {
     "model_type": "llama",
@@ -138,8 +141,8 @@ class Place:
         return cli.main("train", [str(self.write(**sections)), OFF, *arguments])
 
     def log(self) -> list[dict[str, Any]]:
-        """metrics.jsonl without what depends on the clock."""
-        lines = metrics.read(self.output / "metrics.jsonl")
+        """metrics_log.jsonl without what depends on the clock."""
+        lines = metrics_log.read(self.output / "metrics_log.jsonl")
         return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
 
     def losses(self) -> list[float]:

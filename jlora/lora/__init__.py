@@ -13,7 +13,7 @@ of does not matter: arrays, or anything with ``shape``, ``dtype`` and ``dequanti
 
 from jlora.lora.adapter import DELTA, EMBEDDING_DELTA, MAGNITUDE, TOKENS, Adapter, scaling
 from jlora.lora.attaching import attach, detach
-from jlora.lora.eva import eva
+from jlora.lora.explained_variance import eva
 from jlora.lora.init import init_adapter
 from jlora.lora.merging import merge, unmerge
 from jlora.lora.stack import AdapterStack, stack_adapters

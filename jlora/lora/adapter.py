@@ -26,10 +26,10 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jlora import paths
 from jlora.config import LoraConfig
 from jlora.config.convert import FrozenMap
-from jlora.targets import rank_of, scaling_of
+from jlora.lora.targets import rank_of, scaling_of
+from jlora.tree import paths
 
 Tree = Any
 """Nested mappings, lists and registered pytrees of arrays; see ``paths``."""

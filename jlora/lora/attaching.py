@@ -12,15 +12,15 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
-from jlora import paths
 from jlora.config import LoraConfig
 from jlora.errors import DataError
 from jlora.lora import adapter as kinds
 from jlora.lora import terms
 from jlora.lora.adapter import Adapter, Tree, changed
 from jlora.lora.stack import BIAS_SCALING, SCALING, AdapterStack
+from jlora.lora.targets import is_replaced, rank_of, token_indices
 from jlora.lora.weight import LoraWeight, TokenWeight, dense
-from jlora.targets import is_replaced, rank_of, token_indices
+from jlora.tree import paths
 
 
 def attach(

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jlora import paths
 from jlora.config import LoraConfig
 from jlora.config.convert import FrozenMap
 from jlora.errors import ConfigError
@@ -28,8 +27,9 @@ from jlora.lora.adapter import (
     scaling,
 )
 from jlora.lora.attaching import fold
+from jlora.lora.targets import Target, find_targets, replaced_leaves, token_rows
 from jlora.lora.weight import dense
-from jlora.targets import Target, find_targets, replaced_leaves, token_rows
+from jlora.tree import paths
 
 
 def init_adapter(

@@ -6,11 +6,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jlora import paths
 from jlora.errors import ConfigError, DataError
 from jlora.lora.adapter import ADDED, EMBEDDING_DELTA, MAGNITUDE, TOKENS, Adapter, Tree
 from jlora.lora.attaching import attach
 from jlora.lora.weight import LoraWeight, delta, dense, wide
+from jlora.tree import paths
 
 
 def merge(params: Tree, adapter: Adapter, *others: Adapter) -> Tree:

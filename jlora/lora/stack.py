@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jlora import paths
 from jlora.config.convert import FrozenMap
 from jlora.errors import DataError, did_you_mean
 from jlora.lora import terms
 from jlora.lora.adapter import LORA_BIAS, PAIRS, Adapter, bias_scaling, scaling
+from jlora.tree import paths
 
 SCALING, BIAS_SCALING = SCALES = ("scaling", "bias_scaling")
 AXIS = {**dict.fromkeys((*PAIRS, *PAIRS.values()), -3), LORA_BIAS: -2, **dict.fromkeys(SCALES, -1)}

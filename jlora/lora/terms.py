@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jlora import paths
 from jlora.config import LoraConfig
 from jlora.lora.adapter import DELTA, EMBEDDING_DELTA, scaling
 from jlora.lora.weight import dense
+from jlora.tree import paths
 
 Leaves = Mapping[paths.Path, Any]
 Parts = Mapping[str, tuple[int, ...]]

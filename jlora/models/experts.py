@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jlora.dot import dot, grouped_dot
-from jlora.kept import keep
+from jlora.distributed.sharding import by_rows
 from jlora.models.config import DecoderConfig, Experts
 from jlora.models.layers import Linear, activation
-from jlora.sharding import by_rows
+from jlora.ops.dot import dot, grouped_dot
+from jlora.ops.remat import keep
 
 
 class Router(nnx.Module):

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jlora.dot import Weight, columns, dot, embed
-from jlora.dot.products import after
-from jlora.kept import keep
-from jlora.sharding import split_rows
+from jlora.distributed.sharding import split_rows
+from jlora.ops.dot import Weight, columns, dot, embed
+from jlora.ops.matmul import after
+from jlora.ops.remat import keep
 
 
 class Linear(nnx.Module):

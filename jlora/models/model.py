@@ -25,15 +25,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jlora import paths
 from jlora.errors import ConfigError
 from jlora.lora import LoraWeight, TokenWeight
-from jlora.models import decoder
-from jlora.models.attention import check_backend
+from jlora.models import layer_scan
 from jlora.models.config import DecoderConfig
+from jlora.models.decoder import Decoder
 from jlora.models.registry import family, parse
-from jlora.models.transformer import Decoder
-from jlora.quantization import is_packed
+from jlora.ops.attention import check_backend
+from jlora.quant.params import is_packed
+from jlora.tree import paths
 
 DTYPES = ("float32", "bfloat16", "float16")
 Path = paths.Path
@@ -52,13 +52,13 @@ class Model:
     """Which attention computes: see ``attention.BACKENDS``."""
     gradient_checkpointing: bool | str = False
     """What the backward pass recomputes of each layer: True all of it, False what lies between its
-    products, ``decoder.OFFLOAD`` or a policy's name (``decoder.REMAT``): see ``scan_layers``."""
+    products, ``layer_scan.OFFLOAD`` or a policy's name (``layer_scan.REMAT``)"""
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ConfigError(f"{self.dtype!r} is none of {', '.join(DTYPES)}", where="model.dtype")
         check_backend(self.attention)
-        decoder.policy(self.gradient_checkpointing)
+        layer_scan.policy(self.gradient_checkpointing)
 
     @classmethod
     def from_config(cls, hf: Mapping[str, Any], dtype: str = "bfloat16", **options: Any) -> Model:
@@ -105,7 +105,7 @@ class Model:
             positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         if segment_ids is not None:
             segment_ids = jnp.asarray(segment_ids)
-        call = decoder.Call(self.config, self.attention, segment_ids=segment_ids)
+        call = layer_scan.Call(self.config, self.attention, segment_ids=segment_ids)
         module = self._module(params)
         x, _ = module.features(ids, jnp.asarray(positions), call, None, self.gradient_checkpointing)
         return x
@@ -133,9 +133,9 @@ class Model:
             weight = weight.base
         return is_packed(weight)
 
-    def init_cache(self, batch: int, length: int) -> decoder.Cache:
+    def init_cache(self, batch: int, length: int) -> layer_scan.Cache:
         """An empty cache with room for ``length`` tokens in each of ``batch`` rows."""
-        return decoder.init_cache(self.config, batch, length, jnp.dtype(self.dtype))
+        return layer_scan.init_cache(self.config, batch, length, jnp.dtype(self.dtype))
 
     @functools.partial(jax.jit, static_argnums=0, static_argnames="last_only")
     def decode(
@@ -143,9 +143,9 @@ class Model:
         params: Params,
         ids: Int[Array | np.ndarray, "B t"],
         positions: Int[Array | np.ndarray, "B t"] | None,
-        cache: decoder.Cache,
+        cache: layer_scan.Cache,
         last_only: bool = False,
-    ) -> tuple[Float[Array, "B t V"] | Float[Array, "B V"], decoder.Cache]:
+    ) -> tuple[Float[Array, "B t V"] | Float[Array, "B V"], layer_scan.Cache]:
         """Appends tokens to the cache and returns their logits.
 
         Rows are independent: each appends its valid tokens after its own ``cache.length`` tokens,
@@ -165,15 +165,15 @@ class Model:
         if positions is None:
             positions = cache.length[:, None] + jnp.arange(ids.shape[1])
         positions = jnp.asarray(positions)
-        slots, length = decoder.cache_slots(cache, positions >= 0)
-        call = decoder.Call(self.config, self.attention, slots=slots)
-        module, kv = self._module(params), decoder.KV(cache.k, cache.v)
+        slots, length = layer_scan.cache_slots(cache, positions >= 0)
+        call = layer_scan.Call(self.config, self.attention, slots=slots)
+        module, kv = self._module(params), layer_scan.KV(cache.k, cache.v)
         x, kv = module.features(ids, jnp.maximum(positions, 0), call, kv, False)
         if last_only:
             steps = jnp.arange(ids.shape[1])
             last = jnp.max(jnp.where(positions >= 0, steps, 0), axis=1)
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-        return module.head(x), decoder.Cache(kv.k, kv.v, length)
+        return module.head(x), layer_scan.Cache(kv.k, kv.v, length)
 
     def _module(self, params: Params) -> Decoder:
         """The NNX module over these parameters."""

@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from jlora import paths
 from jlora.errors import ConfigError
 from jlora.models.model import Model
 from jlora.models.registry import family
+from jlora.tree import paths
 
 
 def untie(model: Model, params: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:

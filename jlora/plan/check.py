@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 
-from jlora import data, runtime
+from jlora import data
+from jlora.distributed import runtime
 from jlora.errors import ConfigError
 from jlora.plan import report, target
 from jlora.plan.forecast import Rows, forecast
 from jlora.plan.memory import OUT_OF_MEMORY, measured
 from jlora.plan.remedies import find_remedies, text
-from jlora.program import Program
+from jlora.run.compiled_step import Program
 
 
 class _DoesNotFitError(Exception):

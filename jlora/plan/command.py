@@ -6,18 +6,18 @@ import functools
 import json
 from typing import Any
 
-from jlora import runtime
-from jlora.batches import prepare
-from jlora.classes import with_classes
 from jlora.config import Config
-from jlora.console import Console
+from jlora.distributed import runtime
 from jlora.errors import ConfigError, JloraError
-from jlora.job import open_tokenizer
-from jlora.optim import check_optimizer
 from jlora.plan import report, target
 from jlora.plan.forecast import Rows, forecast
 from jlora.plan.remedies import find_remedies, text
 from jlora.plan.target import Target
+from jlora.run.batches import prepare
+from jlora.run.job import open_tokenizer
+from jlora.run.label_names import with_classes
+from jlora.training.optim import check_optimizer
+from jlora.ui.console import Console
 
 
 def plan(config: Config, aim: Target, *, as_json: bool = False) -> None:

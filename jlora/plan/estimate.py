@@ -14,13 +14,13 @@ from typing import Any
 
 import jax
 
-from jlora.job import Job
-from jlora.models.decoder import OFFLOAD
+from jlora.models.layer_scan import OFFLOAD
 from jlora.plan.memory import Memory, arguments, device_bytes
-from jlora.program import Program
-from jlora.progress import Plan
-from jlora.quantization import is_packed
-from jlora.step import CHUNK_ELEMENTS
+from jlora.quant.params import is_packed
+from jlora.run.compiled_step import Program
+from jlora.run.job import Job
+from jlora.run.progress import Plan
+from jlora.training.step import CHUNK_ELEMENTS
 
 TOLERANCE = 0.25
 """By which part of the compiled peak an estimate was off at most, where it is tested."""

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 from jax.extend.core import jaxprs_in_params
 
-from jlora.job import Job
-from jlora.program import Program
-from jlora.progress import Plan
+from jlora.run.compiled_step import Program
+from jlora.run.job import Job
+from jlora.run.progress import Plan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,18 +10,18 @@ from typing import Any
 
 import jax
 
-from jlora import sharding
 from jlora.config import Config
-from jlora.described import describe_job, describe_model
+from jlora.distributed import sharding
 from jlora.errors import JloraError
-from jlora.header import tree_bytes
-from jlora.job import Job
 from jlora.plan import estimate, flops, hlo, target
 from jlora.plan.hardware import Hardware
 from jlora.plan.memory import OUT_OF_MEMORY, Memory, device_bytes, measured, refused_memory
 from jlora.plan.target import Target
-from jlora.program import Program
-from jlora.progress import Plan
+from jlora.run.abstract_job import describe_job, describe_model
+from jlora.run.compiled_step import Program
+from jlora.run.header import tree_bytes
+from jlora.run.job import Job
+from jlora.run.progress import Plan
 
 
 @dataclasses.dataclass(frozen=True)

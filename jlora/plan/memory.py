@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jlora.program import Program
+from jlora.run.compiled_step import Program
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 """In what a compiler says that finds its device's memory too small."""

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jlora.config import Config, QuantConfig
-from jlora.header import size_text
 from jlora.plan.forecast import Forecast
 from jlora.plan.target import FRACTION
+from jlora.run.header import size_text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from jlora import data
-from jlora.batches import parts
 from jlora.config import Config
-from jlora.console import Rows as Table
-from jlora.console import Section, duration
-from jlora.header import count, size_text, sizes
 from jlora.plan.forecast import Forecast, Rows
 from jlora.plan.remedies import Remedy
+from jlora.run.batches import parts
+from jlora.run.header import count, size_text, sizes
+from jlora.ui.console import Rows as Table
+from jlora.ui.console import Section, duration
 
 UPPER_BOUND = "at most: all of the device's peak rate, nothing waiting for anything"
 

@@ -125,7 +125,7 @@ def chosen_for(target: Target) -> Iterator[None]:
         return
     from jax._src.cudnn import fused_attention_stablehlo as theirs
 
-    from jlora.models.attention import cudnn
+    from jlora.ops.attention import cudnn
 
     capability = target.hardware.chip.capability
 

@@ -85,11 +85,12 @@ def make_init(folder: Path, corpus_folder: Path) -> None:
     import jax
 
     from jlora import models
+    from jlora.io import hf
 
     tokens = tokenizer.train(strings(corpus_folder), CONFIG["vocab_size"])
     tokenizer.save(folder, tokens, CONFIG["max_position_embeddings"])
     model = models.Model.from_config(CONFIG, dtype="float32")
-    models.save_pretrained(folder, model, models.init_params(jax.random.key(0), model))
+    hf.save_pretrained(folder, model, models.init_params(jax.random.key(0), model))
 
 
 def train(work: Path, overrides: list[str]) -> None:
@@ -102,10 +103,10 @@ def make_model(folder: Path, trained: Path, init: Path) -> None:
     """Writes the trained weights in bfloat16, the tokenizer and a card."""
     import jax
 
-    from jlora import models
+    from jlora.io import hf
 
-    model, params = models.load_pretrained(str(trained), dtype="bfloat16")
-    models.save_pretrained(folder, model, params)
+    model, params = hf.load_pretrained(str(trained), dtype="bfloat16")
+    hf.save_pretrained(folder, model, params)
     for name in TOKENIZER_FILES:
         shutil.copyfile(init / name, folder / name)
     count = sum(int(leaf.size) for leaf in jax.tree.leaves(params))

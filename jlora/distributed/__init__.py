@@ -1,0 +1,1 @@
+"""Devices and processes: the mesh, the layout of every leaf, signals and locks."""

@@ -1,0 +1,1 @@
+"""Using a model: decoding, and what it does on held-out rows."""

@@ -1,0 +1,176 @@
+"""Linen modules on adapted and packed weights, by ``flax.linen.intercept_methods``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from flax.core import meta
+
+from jlora.interop.kernel import (
+    Kernel,
+    Layout,
+    attend,
+    contract,
+    einsum,
+    einsum_bias_shape,
+    einsum_layout,
+)
+from jlora.interop.view import View, view
+from jlora.ops.dot import embed
+
+LEAF = {nn.Dense: "kernel", nn.DenseGeneral: "kernel", nn.Einsum: "kernel", nn.Embed: "embedding"}
+"""Layers that can be factored, and the name of their weight."""
+
+METHODS = ("__call__", "attend")
+
+
+@dataclasses.dataclass(frozen=True)
+class LinenModel:
+    """A Linen module as a function of jlora's weights; see ``jlora.foreign``.
+
+    ``collections`` are the variables besides ``params`` (batch statistics), as they were given.
+    """
+
+    module: nn.Module
+    view: View
+    collections: dict[str, Any]
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
+        """``module.apply`` on the same arguments, products with adapted weights factored."""
+        variables = self._variables(self.view.factored(params))
+        with nn.intercept_methods(_factor):
+            return self.module.apply(variables, *args, **kwargs)
+
+    def native(self, params: Any) -> dict[str, Any]:
+        """The module's variables: every parameter dense, in its own place and shape."""
+        return self._variables(self.view.dense(params))
+
+    def _variables(self, leaves: dict) -> dict[str, Any]:
+        return {**self.collections, "params": traverse_util.unflatten_dict(leaves)}
+
+
+def from_linen(
+    module: nn.Module, variables: Any, *args: Any, as_matrices: Sequence[str] = (), **kwargs: Any
+) -> tuple[LinenModel, dict]:
+    """A model to call on jlora's weights, and its weights.
+
+    The module is traced once, without computing anything, to learn which axes of its kernels are
+    inputs. Parameters that it does not use with these arguments stay as they are.
+
+    Args:
+      module: any Linen module.
+      variables: its variables, with ``params``; boxes (``nn.Partitioned``) are taken off.
+      args: what ``module.apply`` takes after the variables; shapes are enough.
+      as_matrices: names of further modules whose kernels are to be seen as matrices (all axes but
+        the last, last axis): convolutions. Their product is not factored: what adapts them is
+        merged in every step.
+      kwargs: further arguments of ``module.apply``.
+
+    Returns:
+      ``(model, params)``: ``model(params, *args)`` is ``module.apply(variables, *args)``.
+
+    Raises:
+      ConfigError: ``as_matrices`` names no such module.
+    """
+    variables = dict(meta.unbox(variables))
+    leaves = traverse_util.flatten_dict(_plain(variables.pop("params")))
+    shapes: dict[tuple, tuple[int, ...]] = {}
+    layouts: dict[tuple, Layout | None] = {}
+
+    def record(next_fun: Callable, args: Any, kwargs: Any, context: Any) -> Any:
+        own, path = context.module, context.module.scope.path
+        for name, value in own.variables.get("params", {}).items():
+            if hasattr(value, "shape"):
+                shapes[(*path, name)] = value.shape
+        kind = _layer(own)
+        key = (*path, LEAF[kind]) if kind else ()
+        if key in shapes and context.method_name in METHODS:
+            layout = _layout(own, shapes[key], args, kwargs)
+            layouts[key] = layout if layouts.get(key, layout) == layout else None
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        every = {**variables, "params": traverse_util.unflatten_dict(leaves)}
+        jax.eval_shape(lambda v, a: module.apply(v, *a, **kwargs), every, args)
+    known = {key: layout for key, layout in layouts.items() if layout}
+    seen = view(leaves, shapes, known, as_matrices)
+    return LinenModel(module, seen, variables), seen.see(leaves)
+
+
+def _plain(tree: Any) -> Any:
+    return {k: _plain(v) for k, v in tree.items()} if hasattr(tree, "items") else tree
+
+
+def _layer(module: nn.Module) -> type[nn.Module] | None:
+    """The layer that a module computes as, if it is one of ``LEAF``."""
+    if getattr(module, "dot_general", None) or getattr(module, "dot_general_cls", None):
+        return None
+    of = type(module)
+    for kind in LEAF:
+        own = (getattr(of, method, None) is getattr(kind, method, None) for method in METHODS)
+        if issubclass(of, kind) and all(own):
+            return kind
+    return None
+
+
+def _layout(module: Any, shape: tuple[int, ...], args: Any, kwargs: Any) -> Layout | None:
+    if isinstance(module, nn.Einsum):
+        return einsum_layout(_equation(module, args, kwargs), shape)
+    if not isinstance(module, nn.DenseGeneral):
+        return Layout(shape, (0,), (1,))
+    inputs = 1 if isinstance(module.axis, int) else len(module.axis)
+    axes = tuple(range(len(shape)))
+    return None if module.batch_dims else Layout(shape, axes[:inputs], axes[inputs:])
+
+
+def _equation(module: nn.Einsum, args: Any, kwargs: Any) -> str:
+    given = args[1] if len(args) > 1 else kwargs.get("einsum_str")
+    return given or module.einsum_str or ""
+
+
+def _factor(next_fun: Callable, args: Any, kwargs: Any, context: Any) -> Any:
+    """Computes a layer whose weight is a ``Kernel``, as Flax does but for the product."""
+    module, method = context.module, context.method_name
+    kind = _layer(module)
+    weight = module.get_variable("params", LEAF[kind]) if kind else None
+    if not isinstance(weight, Kernel):
+        return next_fun(*args, **kwargs)
+    if kind is nn.Embed and method == "setup":
+        return None  # it would compare the kernel with an array
+    if method not in METHODS:
+        return next_fun(*args, **kwargs)
+    (x, *more) = (*args, *kwargs.values())
+    if kind is nn.Embed:
+        return _attend(module, weight, x) if method == "attend" else _embed(module, weight, x)
+    bias = module.get_variable("params", "bias") if module.use_bias else None
+    stand_in = jnp.zeros((), weight.dtype)
+    x, _, bias = module.promote_dtype(x, stand_in, bias, dtype=module.dtype)
+    if kind is nn.Einsum:
+        equation = _equation(module, (x, *more), {})
+        y = einsum(equation, x, weight, module.preferred_element_type)
+        shape = einsum_bias_shape(equation, x.ndim, weight.shape)
+        return y if bias is None else y + bias.reshape(shape)
+    axes = getattr(module, "axis", -1)
+    axes = sorted(i % x.ndim for i in ((axes,) if isinstance(axes, int) else axes))
+    y = contract(x, weight, tuple(axes))
+    return y if bias is None else y + bias
+
+
+def _embed(module: nn.Embed, weight: Kernel, ids: Any) -> Any:
+    ids = jnp.asarray(ids)
+    if module.num_embeddings == 1:  # Flax gives the one row to every number
+        ids = jnp.zeros_like(ids)
+    (rows,) = module.promote_dtype(embed(ids, weight.weight), dtype=module.dtype, inexact=False)
+    return rows
+
+
+def _attend(module: nn.Embed, weight: Kernel, query: Any) -> Any:
+    stand_in = jnp.zeros((), weight.dtype)
+    query, _ = module.promote_dtype(query, stand_in, dtype=module.dtype)
+    return attend(query, weight)

@@ -1,0 +1,108 @@
+"""The tensors of a checkpoint, and which part of the parameter tree each of them is.
+
+::
+
+    tree    ("model", "layers", "mlp", "up_proj", "kernel")         (L, in, out)
+    tensors model.layers.0.mlp.up_proj.weight … model.layers.{L-1}.mlp.up_proj.weight   [out, in]
+
+Only names and shapes here; no array is touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from jlora.models.family import Piece
+from jlora.models.model import Model
+from jlora.models.registry import family
+from jlora.tree import paths
+
+WEIGHT = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+"""Our leaf keys → transformers' last name part, where that is another."""
+
+HEADS = ("lm_head", "score")
+
+SCORE = "score.weight"
+"""The tensor of a classifier's head, in every family."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint and the slice of the tree that it holds."""
+
+    name: str
+    path: paths.Path
+    layer: int | None
+    """Its index on the leaf's leading axis, where the leaf is stacked."""
+    transposed: bool
+    """Whether the file holds the transpose, in its last two axes, of what the tree holds."""
+    shape: tuple[int, ...]
+    """As in the file."""
+    within: tuple[int | slice, ...] = ()
+    """Which part of the layer's array it is, where it is not the whole."""
+
+    @property
+    def index(self) -> tuple[int | slice, ...]:
+        """Which part of the leaf it is."""
+        return self.within if self.layer is None else (self.layer, *self.within)
+
+
+def tensors(model: Model) -> list[Tensor]:
+    """The tensors of the model's checkpoint, in tree order; tied heads have none."""
+    return [
+        tensor
+        for leaf in paths.leaves(model.shapes)
+        for layer in ([None] if leaf.layers is None else range(leaf.layers))
+        for tensor in _of_leaf(leaf, layer, model)
+    ]
+
+
+def _of_leaf(leaf: paths.Leaf, layer: int | None, model: Model) -> Iterator[Tensor]:
+    """The tensors that hold one layer of a leaf."""
+    own = family(model.config)
+    dotted = ".".join(leaf.path)
+    pieces = next((own.stored[end] for end in own.stored if f".{dotted}".endswith(f".{end}")), None)
+    flip = leaf.kind in own.flipped or (
+        leaf.kind == "kernel" and (own.transposed or leaf.path[0] in HEADS)
+    )
+    if pieces is None:
+        name = f"{leaf.module(layer)}.{WEIGHT.get(leaf.kind, leaf.kind)}"
+        shape = _turned(leaf.shape) if flip else leaf.shape
+        yield Tensor(name, leaf.path, layer, flip, shape)
+        return
+    front = "" if leaf.stack is None else ".".join((*leaf.stack, str(layer), ""))
+    for piece in pieces:
+        for within, shape, number in _parts(piece, leaf.shape):
+            name = f"{front}{piece.name.format(number)}"
+            yield Tensor(name, leaf.path, layer, flip, _turned(shape) if flip else shape, within)
+
+
+def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def _parts(
+    piece: Piece, shape: tuple[int, ...]
+) -> Iterator[tuple[tuple[int | slice, ...], tuple[int, ...], int]]:
+    """(index, shape, number) of each tensor of a piece within a leaf's layer."""
+    counted = "{}" in piece.name
+    rest = shape[1:] if counted else shape
+    part: tuple[slice, ...] = ()
+    if piece.parts > 1:
+        size = rest[0] // piece.parts
+        part, rest = (slice(piece.part * size, (piece.part + 1) * size),), (size, *rest[1:])
+    for number in range(shape[0] if counted else 1):
+        yield ((number, *part) if counted else part), rest, number
+
+
+def embedding_name(model: Model) -> str:
+    """The tensor that a tied head shares."""
+    path = family(model.config).rename(("model", "embed_tokens"))
+    return f"{'.'.join(path)}.weight"
+
+
+def head_name(model: Model) -> str:
+    """The tensor of a language model's head, where it is not tied."""
+    stored = family(model.config).stored.get("lm_head.kernel")
+    return stored[0].name if stored else "lm_head.weight"

@@ -1,0 +1,26 @@
+"""Adapter folders in PEFT's format."""
+
+from jlora.io.peft.base_model import BASE_FILE, write_record
+from jlora.io.peft.base_model import record as base_record
+from jlora.io.peft.config import CONFIG_FILE
+from jlora.io.peft.folder import (
+    describe_adapter,
+    file_bytes,
+    load_adapter,
+    save_adapter,
+    to_peft_tensors,
+)
+from jlora.io.peft.tensors import TENSOR_FILE
+
+__all__ = [
+    "BASE_FILE",
+    "CONFIG_FILE",
+    "TENSOR_FILE",
+    "base_record",
+    "describe_adapter",
+    "file_bytes",
+    "load_adapter",
+    "save_adapter",
+    "to_peft_tensors",
+    "write_record",
+]

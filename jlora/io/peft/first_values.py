@@ -1,0 +1,83 @@
+"""Adapters whose base PEFT changes when it loads them: PiSSA's, OLoRA's and LoftQ's.
+
+PEFT repeats the initialization and then overwrites A and B. What that leaves of the base is what
+the adapter is for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jlora.config import LoraConfig
+from jlora.errors import ConfigError
+from jlora.lora import Adapter, init_adapter
+from jlora.lora.targets import find_targets
+from jlora.tree import paths
+
+CONVERT = "convert it in PEFT: save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+
+
+def first_values(adapter: Adapter, params: Any, config: LoraConfig, file: Path) -> Adapter:
+    """``adapter`` as ``config``, the file's, says that it began.
+
+    Raises:
+      ConfigError: its base cannot be computed from ``params``.
+    """
+    kind = config.init_lora_weights
+    if kind == "loftq":
+        _check_loftq(adapter, params, config, file)
+        return adapter
+    named = dataclasses.replace(adapter.config, init_lora_weights=kind)
+    if not config.from_weights:
+        return dataclasses.replace(adapter, config=named)
+    if "_niter_" in str(kind):
+        raise _refusal(f"{kind} drew random numbers: its base cannot be computed again", file)
+    if kind == "olora" and adapter.config.fan_in_fan_out:
+        raise _refusal("PEFT's olora takes Conv1D's inputs for outputs: nothing fits then", file)
+    bases = _bases(params, adapter.config)
+    if any(hasattr(base, "dequantize") for base in bases):
+        raise _refusal(f"{kind} changed a base that was quantized then, and is quantized now", file)
+    if any(isinstance(base, jax.ShapeDtypeStruct) for base in bases):
+        raise _refusal(f"{kind} needs the base's values, not its shapes", file)
+    initial = init_adapter(jax.random.key(0), params, named).initial
+    return dataclasses.replace(adapter, config=named, initial=initial)
+
+
+def first_shapes(adapter: Adapter, params: Any, config: LoraConfig) -> Adapter:
+    """``first_values`` of an adapter that is described, without its refusals."""
+    kind = config.init_lora_weights
+    if kind == "loftq":
+        return adapter
+    named = dataclasses.replace(adapter.config, init_lora_weights=kind)
+    initial = None
+    if config.from_weights:
+        fresh = functools.partial(init_adapter, config=named)
+        initial = jax.eval_shape(fresh, jax.random.key(0), params).initial
+    return dataclasses.replace(adapter, config=named, initial=initial)
+
+
+def _check_loftq(adapter: Adapter, params: Any, config: LoraConfig, file: Path) -> None:
+    """ConfigError unless the base is what LoftQ trained on: packed as it was read."""
+    iterations = config.loftq_config.loftq_iter
+    if iterations > 1:
+        raise _refusal(f"loftq changed its base {iterations} times, and did not keep it", file)
+    if not all(hasattr(base, "dequantize") for base in _bases(params, adapter.config)):
+        raise ConfigError(
+            "loftq trained on a quantized base",
+            where=str(file),
+            fix="load it with QuantConfig(bnb_4bit_use_double_quant=False)",
+        )
+
+
+def _bases(params: Any, config: LoraConfig) -> list[Any]:
+    leaves = dict(paths.walk(params))
+    return [leaves[target.leaf] for target in find_targets(params, config)[1]]
+
+
+def _refusal(cause: str, file: Path) -> ConfigError:
+    return ConfigError(cause, where=str(file), fix=CONVERT)

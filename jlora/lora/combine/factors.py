@@ -1,0 +1,121 @@
+"""An adapter's pairs of A and B, module by module, and an adapter from such pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.config import LoraConfig
+from jlora.config.convert import FrozenMap
+from jlora.lora import Adapter
+from jlora.lora.adapter import PAIRS
+from jlora.lora.targets import listed, rank_of, scaling_of
+from jlora.tree import paths
+
+
+class Factors(NamedTuple):
+    """A and B of a module in every layer; a module that is not stacked has one layer."""
+
+    leaf: paths.Leaf  # A's: its path names the module
+    a: Any  # (layers, in, r)
+    b: Any  # (layers, r, out)
+    ranks: np.ndarray  # (layers,): how many columns are in use; 0: the layer is not adapted
+    scales: np.ndarray  # (layers,), float64
+
+
+def factors(adapter: Adapter) -> dict[paths.Path, Factors]:
+    """All pairs of an adapter by the path of A."""
+    leaves = {leaf.path: leaf for leaf in paths.leaves(adapter.weights)}
+    found = {}
+    for path, leaf in leaves.items():
+        if leaf.kind not in PAIRS:
+            continue
+        names = leaf.modules()
+        a, b = leaf.value, leaves[(*path[:-1], PAIRS[leaf.kind])].value
+        found[path] = Factors(
+            leaf,
+            a if leaf.stack else a[None],
+            b if leaf.stack else b[None],
+            np.array([rank_of(adapter.config, name) for name in names]),
+            np.array([scaling_of(adapter.config, name) for name in names]),
+        )
+    return found
+
+
+def other_leaves(adapter: Adapter) -> dict[paths.Path, Any]:
+    """What an adapter has besides its pairs: biases, saved modules, DoRA's magnitudes."""
+    pairs = {*PAIRS, *PAIRS.values()}
+    return {path: value for path, value in paths.walk(adapter.weights) if path[-1] not in pairs}
+
+
+def assemble(
+    modules: Mapping[paths.Path, Factors],
+    others: Mapping[paths.Path, Any],
+    config: LoraConfig,
+    parts: Mapping[str, tuple[int, ...]],
+) -> Adapter:
+    """The adapter of these pairs, with the columns that a layer does not use set to zero.
+
+    Args:
+      modules: the pairs.
+      others: leaves that are neither A nor B.
+      config: all but ranks and alphas, which are set so that they say what ``modules`` says.
+      parts: see ``Adapter``.
+    """
+    flat = dict(others)
+    for path, f in modules.items():
+        used = np.arange(f.a.shape[-1]) < f.ranks[:, None]
+        a, b = jnp.where(used[:, None, :], f.a, 0.0), jnp.where(used[:, :, None], f.b, 0.0)
+        flat[path] = a if f.leaf.stack else a[0]
+        flat[(*path[:-1], PAIRS[path[-1]])] = b if f.leaf.stack else b[0]
+    return Adapter(paths.nest(flat), _with_ranks(config, modules), parts=FrozenMap(parts))
+
+
+def _with_ranks(config: LoraConfig, modules: Mapping[paths.Path, Factors]) -> LoraConfig:
+    """The largest rank and alpha are ``r`` and ``lora_alpha``; the patterns hold the others."""
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for f in modules.values():
+        layers = zip(f.leaf.modules(), f.ranks.tolist(), f.scales.tolist(), strict=True)
+        for name, r, scale in layers:
+            if r:
+                alpha = scale * (math.sqrt(r) if config.use_rslora else r)
+                ranks[name], alphas[name] = r, int(alpha) if alpha == int(alpha) else alpha
+    r, alpha = max(ranks.values()), max(alphas.values())
+    return replace(
+        config,
+        r=r,
+        lora_alpha=alpha,
+        rank_pattern=paths.pattern_table(ranks, r),
+        alpha_pattern=paths.pattern_table(alphas, alpha),
+    )
+
+
+def joint_targets(adapters: Sequence[Adapter], modules: Mapping[paths.Path, Factors]) -> LoraConfig:
+    """The first adapter's config, with the targets of all.
+
+    Names are united and expressions joined, as PEFT does it. Adapters whose configs differ in kind,
+    or in layers or exclusions, have their modules listed by full names.
+    """
+    configs = [adapter.config for adapter in adapters]
+    targets = [c.target_modules for c in configs]
+    limits = {(c.exclude_modules, c.layers_to_transform, c.layers_pattern) for c in configs}
+    if len(limits) == 1 and all(isinstance(t, str) for t in targets):
+        different = list(dict.fromkeys(targets))
+        joined = "|".join(f"({t})" for t in different) if different[1:] else different[0]
+        return replace(configs[0], target_modules=joined)
+    if len(limits) == 1 and not any(isinstance(t, str) for t in targets):
+        names = dict.fromkeys(name for t in targets for name in t or ())
+        return replace(configs[0], target_modules=tuple(names))
+    full = [
+        name
+        for f in modules.values()
+        for name, r in zip(f.leaf.modules(), f.ranks, strict=True)
+        if r
+    ]
+    return listed(configs[0], full)

@@ -1,0 +1,56 @@
+"""Truncated singular value decompositions: the nearest matrices of a rank (Eckart–Young)."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jlora.lora import Adapter
+from jlora.lora.combine.factors import assemble, factors, other_leaves
+from jlora.lora.combine.refusals import no_plain_pairs, refuse
+
+
+def reduce_rank(adapter: Adapter, r: int) -> Adapter:
+    """The adapter with every delta replaced by the nearest one of rank ``r`` or less.
+
+    The error of a module, in the Frobenius norm, is the root of the sum of squares of the singular
+    values dropped; nothing is lost where the delta has no more than ``r`` of them. Scales stay, and
+    so do leaves that are not A or B. Modules whose rank is ``r`` or less keep their rank.
+
+    Raises:
+      ConfigError: ``r`` is not positive, or the adapter's pairs are not plain products.
+    """
+    faults = [] if r > 0 else [f"a rank of {r}: it must be positive"]
+    refuse([*faults, *no_plain_pairs(adapter)], "reduce_rank")
+    reduced = {}
+    for path, f in factors(adapter).items():
+        a, b = truncate_product(f.a, f.b, r)
+        reduced[path] = f._replace(a=a, b=b, ranks=np.minimum(f.ranks, a.shape[-1]))
+    return assemble(reduced, other_leaves(adapter), adapter.config, adapter.parts)
+
+
+@functools.partial(jax.jit, static_argnames="rank")
+def truncate_product(
+    a: Float[Array, "*layers in r"], b: Float[Array, "*layers r out"], rank: int
+) -> tuple[Float[Array, "*layers in k"], Float[Array, "*layers k out"]]:
+    """``truncate(a @ b, rank)`` without the product: QR of both factors, SVD of r×r."""
+    with jax.default_matmul_precision("highest"):
+        left, core_a = jnp.linalg.qr(a)
+        right, core_b = jnp.linalg.qr(b.mT)
+        a, b = truncate(core_a @ core_b.mT, rank)
+        return left @ a, b @ right.mT
+
+
+def truncate(
+    matrix: Float[Array, "*layers in out"], rank: int
+) -> tuple[Float[Array, "*layers in k"], Float[Array, "*layers k out"]]:
+    """A with orthonormal columns and B with the singular values in it, as PEFT splits them.
+
+    They have fewer than ``rank`` columns where a side of the matrix is smaller.
+    """
+    u, s, vh = jnp.linalg.svd(matrix, full_matrices=False)
+    return u[..., :rank], (s[..., None] * vh)[..., :rank, :]

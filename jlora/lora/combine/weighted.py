@@ -1,0 +1,197 @@
+"""``add_weighted_adapter``: several adapters into one, in all the ways that PEFT knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from jlora.lora import Adapter
+from jlora.lora.attaching import fold
+from jlora.lora.combine.factors import Factors, assemble, factors, joint_targets
+from jlora.lora.combine.pruning import Rule, merge_tensors
+from jlora.lora.combine.refusals import BY_FACTOR, PRUNES, adapter_faults, refuse, setting_faults
+from jlora.lora.combine.truncation import truncate, truncate_product
+from jlora.tree import paths
+
+Pair = tuple[Array, Array, np.ndarray]
+"""A (layers, in, r), B (layers, r, out) and how many of their columns each layer uses."""
+
+
+def add_weighted_adapter(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    combination_type: str = "svd",
+    *,
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    key: Key[Array, ""] | None = None,
+) -> Adapter:
+    """One adapter from several: Δ ≈ Σ w·Δ, by one of PEFT's combination types.
+
+    - ``cat``: exact; A and B side by side, so that ranks add up.
+    - ``svd``: the nearest to the exact sum of rank ``svd_rank``.
+    - ``linear``: A and B are summed by themselves, each times √|w·scale|, with the sign on A.
+    - ``ties``, ``magnitude_prune``: likewise, of the largest values only; ``ties`` takes the mean
+      of those whose sign is the majority's.
+    - ``dare_linear``, ``dare_ties``: likewise, of values drawn at random, divided by ``density``.
+    - these with ``_svd``: of the deltas themselves; the result is cut to ``svd_rank``.
+
+    A module that some adapters lack is combined from the others. The result's scale is one. Other
+    than PEFT, a single adapter is treated by the type asked for, columns that an adapter lacks are
+    not stored by ``cat``, and layers are those of all adapters, not of the first.
+
+    Args:
+      adapters: adapters of one tree.
+      weights: theirs; negative ones subtract.
+      combination_type: see above.
+      svd_rank: rank of the result of ``svd`` types; None: the largest rank of the adapters.
+      svd_clamp: a quantile in (0.5, 1] of the values of A and B, at which ``svd`` types clip them.
+      density: the part of values that is kept, in (0, 1]; types that prune need it.
+      majority_sign_method: ``total`` elects the sign of the sum, ``frequency`` that of most values.
+      key: a JAX random key; the ``dare`` types need it.
+
+    Raises:
+      ConfigError: listing everything that stands against it.
+    """
+    modules = [factors(adapter) for adapter in adapters]
+    faults = list(setting_faults(combination_type, svd_rank, svd_clamp, density, key))
+    if majority_sign_method not in ("total", "frequency"):
+        faults.append(f"majority_sign_method: {majority_sign_method!r} (total or frequency)")
+    if not adapters or len(adapters) != len(weights):
+        faults.append(f"{len(adapters)} adapters and {len(weights)} weights")
+    faults += adapter_faults(adapters, modules, by_factor=combination_type in BY_FACTOR)
+    refuse(faults, "add_weighted_adapter")
+
+    elect = majority_sign_method if combination_type.removesuffix("_svd").endswith("ties") else None
+    rule = Rule(PRUNES[combination_type], elect, 1.0 if density is None else density)
+    configs = [adapter.config for adapter in adapters]
+    rank = svd_rank or max(r for c in configs for r in (c.r, *c.rank_pattern.values()))
+    combined: dict[paths.Path, Factors] = {}
+    for path in dict.fromkeys(path for own in modules for path in own):
+        having = [i for i, own in enumerate(modules) if path in own]
+        some = [modules[i][path] for i in having]
+        own_weights = jnp.stack([jnp.asarray(weights[i], jnp.float32) for i in having])
+        own_key = None if key is None else fold(key, path)
+        if combination_type == "cat":
+            a, b, ranks = _cat(some, own_weights)
+        elif combination_type in BY_FACTOR:
+            a, b, ranks = _merge_factors(some, own_weights, own_key, rule)
+        else:
+            a, b, ranks = _merge_deltas(some, own_weights, own_key, rule, rank, svd_clamp)
+        combined[path] = Factors(some[0].leaf, a, b, ranks, np.ones(len(ranks)))
+    ordinary = {"use_rslora": False, "init_lora_weights": True}
+    config = dataclasses.replace(joint_targets(adapters, combined), **ordinary)
+    parts = {name: widths for adapter in adapters for name, widths in adapter.parts.items()}
+    return assemble(combined, {}, config, parts)
+
+
+def _cat(some: Sequence[Factors], weights: Array) -> Pair:
+    """Side by side, in each layer the columns in use first."""
+    a, b = _side_by_side(some, weights)
+    used = np.concatenate([np.arange(f.a.shape[-1]) < f.ranks[:, None] for f in some], 1)
+    ranks = used.sum(1)
+    order = np.argsort(~used, axis=1, stable=True)[:, : ranks.max()]
+    a = jnp.take_along_axis(a, order[:, None, :], 2)
+    return a, jnp.take_along_axis(b, order[:, :, None], 1), ranks
+
+
+def _merge_factors(some: Sequence[Factors], weights: Array, key: Array | None, rule: Rule) -> Pair:
+    """A and B are merged by themselves, layer by layer, where ranks are equal."""
+    a, b = _stacked(some)
+    ranks = np.stack([f.ranks for f in some], 1)
+    scaled = weights * _scales(some)  # (layers, n)
+    root = jnp.sqrt(jnp.abs(scaled))
+    keys = [None, None] if key is None else jax.random.split(key, (2, len(a)))
+    sizes = [(rule.density * ranks * width).astype(np.int32) for width in (a.shape[2], b.shape[3])]
+    a = _merge_layers(a, jnp.where(scaled < 0, -root, root), sizes[0], keys[0], rule)
+    return a, _merge_layers(b, root, sizes[1], keys[1], rule), ranks.max(1)
+
+
+def _merge_deltas(
+    some: Sequence[Factors],
+    weights: Array,
+    key: Array | None,
+    rule: Rule,
+    rank: int,
+    clamp: float | None,
+) -> Pair:
+    """The deltas themselves are merged and cut to ``rank``; dense only where they are pruned."""
+    if rule.prune is None:
+        a, b = _side_by_side(some, weights)
+        a, b = truncate_product(a, b, rank)
+    else:
+        a, b = _stacked(some)
+        keys = None if key is None else jax.random.split(key, len(a))
+        scales = jnp.asarray(_scales(some))
+        a, b = _merge_products(a, b, scales, weights, keys, rule, rank)
+    if clamp is not None:
+        values = jnp.concatenate([a.reshape(len(a), -1), b.reshape(len(b), -1)], 1)
+        high = jnp.quantile(values, clamp, axis=1)[:, None, None]
+        a, b = jnp.clip(a, -high, high), jnp.clip(b, -high, high)
+    return a, b, np.where(np.any([f.ranks for f in some], 0), a.shape[-1], 0)
+
+
+@functools.partial(jax.jit, static_argnames="rule")
+def _merge_layers(
+    tensors: Float[Array, "layers n in out"],
+    weights: Float[Array, "layers n"],
+    sizes: Int[Any, "layers n"],
+    keys: Key[Array, " layers"] | None,
+    rule: Rule,
+) -> Float[Array, "layers in out"]:
+    def layer(x):
+        tensors, weights, sizes, key = x
+        return merge_tensors(tensors, weights, sizes, key, rule)
+
+    return jax.lax.map(layer, (tensors, weights, sizes, keys))
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "rank"))
+def _merge_products(
+    a: Float[Array, "layers n in r"],
+    b: Float[Array, "layers n r out"],
+    scales: Float[Array, "layers n"],
+    weights: Float[Array, " n"],
+    keys: Key[Array, " layers"] | None,
+    rule: Rule,
+    rank: int,
+) -> tuple[Float[Array, "layers in k"], Float[Array, "layers k out"]]:
+    """The merged deltas, cut to ``rank``: those of one layer are dense at a time."""
+    n, fan_in, fan_out = a.shape[1], a.shape[2], b.shape[3]
+    sizes = jnp.full(n, int(rule.density * (fan_in * fan_out)))
+
+    def layer(x):
+        a, b, scale, key = x
+        deltas = scale[:, None, None] * jnp.matmul(a, b, precision="highest")
+        return truncate(merge_tensors(deltas, weights, sizes, key, rule), rank)
+
+    return jax.lax.map(layer, (a, b, scales, keys))
+
+
+def _side_by_side(some: Sequence[Factors], weights: Array) -> tuple[Array, Array]:
+    """Σ w·scale·A@B as one product: A (layers, in, Σr) and B (layers, Σr, out)."""
+    scaled = weights * _scales(some)
+    a = [scaled[:, i, None, None] * f.a for i, f in enumerate(some)]
+    return jnp.concatenate(a, -1), jnp.concatenate([f.b for f in some], -2)
+
+
+def _stacked(some: Sequence[Factors]) -> tuple[Array, Array]:
+    """A (layers, n, in, r) and B (layers, n, r, out), padded to the largest rank."""
+    r = max(f.a.shape[-1] for f in some)
+    a = [jnp.pad(f.a, ((0, 0), (0, 0), (0, r - f.a.shape[2]))) for f in some]
+    b = [jnp.pad(f.b, ((0, 0), (0, r - f.b.shape[1]), (0, 0))) for f in some]
+    return jnp.stack(a, 1), jnp.stack(b, 1)
+
+
+def _scales(some: Sequence[Factors]) -> np.ndarray:
+    """The scale of every layer and adapter: (layers, n), float32."""
+    return np.stack([f.scales for f in some], 1).astype(np.float32)

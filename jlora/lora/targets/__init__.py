@@ -1,0 +1,32 @@
+"""Which weights a LoraConfig adapts, by PEFT's rules."""
+
+from jlora.lora.targets.find import find_targets, match_table, replaced_leaves, token_rows
+from jlora.lora.targets.names import listed
+from jlora.lora.targets.rules import (
+    is_replaced,
+    is_saved,
+    is_target,
+    is_target_parameter,
+    parameter_rank_of,
+    rank_of,
+    scaling_of,
+    token_indices,
+)
+from jlora.lora.targets.target import Target
+
+__all__ = [
+    "Target",
+    "find_targets",
+    "is_replaced",
+    "is_saved",
+    "is_target",
+    "is_target_parameter",
+    "listed",
+    "match_table",
+    "parameter_rank_of",
+    "rank_of",
+    "replaced_leaves",
+    "scaling_of",
+    "token_indices",
+    "token_rows",
+]

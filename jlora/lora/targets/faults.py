@@ -1,0 +1,165 @@
+"""What is wrong with a LoraConfig for a tree: patterns without a match, impossible choices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from jlora.config import LoraConfig
+from jlora.errors import nearest
+from jlora.lora.targets.names import SCORE_HEADS
+from jlora.lora.targets.rules import is_saved, is_target, token_indices
+from jlora.lora.targets.target import Target
+from jlora.tree import paths
+
+
+def faults_of(
+    config: LoraConfig,
+    leaves: Sequence[paths.Leaf],
+    candidates: Sequence[Target],
+    targets: Sequence[Target],
+) -> list[str]:
+    """A message for everything that is wrong; ``config`` is resolved."""
+    modules = sorted({name for leaf in leaves for name in leaf.modules()})
+    return [
+        *_unmatched(config, modules, candidates, targets),
+        *_not_adaptable(config, modules, candidates),
+        *_unsupported(config, targets),
+        *_many_axes(config, leaves),
+        *_tokens(config, leaves, targets),
+    ]
+
+
+def _unmatched(
+    config: LoraConfig,
+    modules: Sequence[str],
+    candidates: Sequence[Target],
+    targets: Sequence[Target],
+) -> Iterator[str]:
+    """A message for every pattern that matches nothing."""
+    linear = [n for c in candidates for n in c.names if not c.experts]
+    parameters = [n for c in candidates for n in c.names if c.experts]
+    adapted = [n for t in targets for n, r in zip(t.names, t.ranks, strict=True) if r]
+
+    def check(key: str, pattern: str, hits: Iterator[bool], names: Sequence[str]) -> Iterator[str]:
+        if not any(hits):
+            yield f"{key}: {pattern!r} matches nothing{_near(pattern, names)}"
+
+    for key in ("target_modules", "exclude_modules"):
+        value = getattr(config, key) or ()
+        for p in [value] if isinstance(value, str) else value:
+            probe = p if isinstance(value, str) else (p,)
+            yield from check(key, p, (paths.matches(n, probe) for n in linear), linear)
+    for p in config.target_parameters or ():
+        hits = (paths.matches(n, (p,)) for n in parameters)
+        yield from check("target_parameters", p, hits, parameters)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for p in getattr(config, key):
+            hits = (paths.pattern_value({p: True}, n, False) for n in adapted)
+            yield from check(key, p, hits, adapted)
+    saved = config.modules_to_save or ()
+    if config.task_type == "SEQ_CLS":
+        if not any(is_saved(n, head) for n in modules for head in SCORE_HEADS):
+            yield "task_type: SEQ_CLS needs a model with a score head (load it with num_labels)"
+        saved = [m for m in saved if m not in SCORE_HEADS]
+    for m in saved:
+        yield from check("modules_to_save", m, (is_saved(n, m) for n in modules), modules)
+    yield from _missing_layers(config, linear)
+
+
+def _missing_layers(config: LoraConfig, linear: Sequence[str]) -> Iterator[str]:
+    wanted = config.layers_to_transform
+    if wanted is None or isinstance(config.target_modules, str):
+        return
+    numbers = (paths.layer_number(n, config.layers_pattern) for n in linear)
+    there = {i for i in numbers if i is not None}
+    wanted = (wanted,) if isinstance(wanted, int) else wanted
+    if missing := [i for i in wanted if i not in there]:
+        last = max(there, default=-1)
+        yield f"layers_to_transform: no layer {missing}; layers are numbered 0 to {last}"
+
+
+def _not_adaptable(
+    config: LoraConfig, modules: Sequence[str], candidates: Sequence[Target]
+) -> Iterator[str]:
+    """A message if an expression also matches what cannot be adapted; PEFT refuses that too."""
+    if not isinstance(config.target_modules, str):
+        return
+    known = {n for c in candidates for n in c.names if not c.experts}
+    for name in modules:
+        parts = name.split(".")
+        nodes = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        for node in nodes:
+            if node not in known and is_target(config, node):
+                yield f"target_modules: it also matches {node}, which is not a linear layer"
+                return
+
+
+def _unsupported(config: LoraConfig, targets: Sequence[Target]) -> Iterator[str]:
+    """A message for every setting that PEFT has no meaning for on one of the targets."""
+    experts = [t for t in targets if t.experts]
+    for key in ("lora_dropout", "use_dora", "lora_bias"):
+        if experts and getattr(config, key):
+            yield f"{key}: is not possible for parameters of experts (target_parameters)"
+    kind = config.init_lora_weights
+    if experts and isinstance(kind, str) and kind != "gaussian":
+        yield f"init_lora_weights: {kind} is not possible for experts (target_parameters)"
+    for t in targets:
+        taken = t.kind == "kernel" and (config.from_weights or kind == "loftq")
+        if taken and max(t.ranks) > min(t.shape):
+            yield f"init_lora_weights: {t.names[0]} {t.shape} has no {max(t.ranks)} directions"
+    if config.lora_bias and any(t.kind == "embedding" for t in targets):
+        yield "lora_bias: is not possible for embeddings"
+    for t in targets:
+        if config.use_dora and paths.is_part(t.path):
+            parts = [o.ranks for o in targets if o.path[:-1] == t.path[:-1]]
+            if len(parts) < len(t.widths) or len({tuple(map(bool, ranks)) for ranks in parts}) > 1:
+                yield (
+                    f"use_dora: {t.path[-1]} is a part of {t.path[-2]}, and no file could hold the "
+                    f"magnitudes of a part: name {t.path[-2]}, or all its parts"
+                )
+                return
+
+
+def _many_axes(config: LoraConfig, leaves: Sequence[paths.Leaf]) -> Iterator[str]:
+    """A message if a kernel is named whose shape does not say which of its axes are inputs."""
+    for leaf in leaves:
+        named = leaf.kind == "kernel" and any(is_target(config, n) for n in leaf.modules())
+        if named and len(leaf.shape) > 2:
+            yield (
+                f"target_modules: {leaf.module()} has a kernel {leaf.shape}, whose shape does not "
+                "say which axes are inputs; jlora.from_linen and jlora.from_nnx ask its layer "
+                "(name a convolution in their as_matrices, or in exclude_modules)"
+            )
+
+
+def _tokens(
+    config: LoraConfig, leaves: Sequence[paths.Leaf], targets: Sequence[Target]
+) -> Iterator[str]:
+    """A message for rows that the embeddings do not have, and for rows trained twice."""
+    wanted = config.trainable_token_indices
+    if not wanted:
+        return
+    tables = [leaf for leaf in leaves if leaf.kind == "embedding" and leaf.stack is None]
+    names = [leaf.module() for leaf in tables]
+    for end in wanted if isinstance(wanted, Mapping) else ():
+        if not any(paths.matches(name, (end,)) for name in names):
+            yield f"trainable_token_indices: {end!r} is no embedding{_near(end, names)}"
+    if not isinstance(wanted, Mapping) and not any(token_indices(config, n) for n in names):
+        known = ", ".join(names)
+        yield f"trainable_token_indices: say of which embedding, as in {{name: [1, 2]}} ({known})"
+    adapted = {name for t in targets for name in t.names}
+    for leaf in tables:
+        name, rows = leaf.module(), token_indices(config, leaf.module())
+        if missing := [i for i in rows if i >= leaf.shape[0]]:
+            yield f"trainable_token_indices: {name} has {leaf.shape[0]} rows, and no {missing}"
+        if rows and (
+            name in adapted or any(is_saved(name, m) for m in config.modules_to_save or ())
+        ):
+            yield f"trainable_token_indices: {name} is trained already, by LoRA or in full"
+
+
+def _near(pattern: str, names: Sequence[str]) -> str:
+    """The nearest last names, or else what there is."""
+    short = sorted({n.rsplit(".", 1)[-1] for n in names})
+    close = nearest(pattern.rsplit(".", 1)[-1], short) or short
+    return f" (there is: {', '.join(close)})" if close else ""

@@ -1,0 +1,142 @@
+"""Which weights a LoraConfig adapts, by PEFT's rules; every pattern in it must match something."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jlora.config import LoraConfig
+from jlora.errors import ConfigError
+from jlora.lora.targets.faults import faults_of
+from jlora.lora.targets.names import resolve, with_heads
+from jlora.lora.targets.rules import (
+    is_replaced,
+    parameter_rank_of,
+    rank_of,
+    token_indices,
+)
+from jlora.lora.targets.target import Target
+from jlora.tree import paths
+
+
+def find_targets(params: Any, config: LoraConfig) -> tuple[LoraConfig, list[Target]]:
+    """The config with ``target_modules`` resolved to names, and what it matches, in tree order.
+
+    Raises:
+      ConfigError: listing every pattern that matches nothing, with the nearest names, and what is
+        named twice or cannot be adapted.
+    """
+    leaves = paths.leaves(params)
+    candidates = _candidates(leaves)
+    conv1d = any(c.path[-1] == "c_attn" for c in candidates)  # GPT-2 stores (in, out)
+    whole = [c for c in candidates if c.kind == "kernel" and not paths.is_part(c.path)]
+    linear = [path for c in whole for path in _last_named(c)]
+    config = dataclasses.replace(resolve(with_heads(config), linear), fan_in_fan_out=conv1d)
+    ranked = [_ranked(c, config) for c in candidates]
+    targets = [t for t in ranked if any(t.ranks)]
+    faults = faults_of(config, leaves, candidates, targets)
+    if not faults and not targets and not config.trainable_token_indices:
+        faults.append("target_modules: everything it matches is excluded")
+    if faults:
+        raise ConfigError("; ".join(faults), where="lora", fix="every pattern must match a module")
+    return config, _without_covered_parts(config, targets)
+
+
+def match_table(targets: Sequence[Target]) -> list[dict[str, Any]]:
+    """Rows for people: module (``*`` for the layer), layers adapted, shape, rank, parameters."""
+    rows = []
+    for t in targets:
+        used = [r for r in t.ranks if r]
+        rows.append(
+            {
+                "module": paths.module_name(t.path, t.stack, None),
+                "layers": len(used),
+                "shape": t.shape,
+                "r": used[0] if len(set(used)) == 1 else f"{min(used)}–{max(used)}",
+                "parameters": sum(used) * sum(t.shape) * max(t.experts, 1),
+            }
+        )
+    return rows
+
+
+def replaced_leaves(params: Any, config: LoraConfig) -> list[paths.Leaf]:
+    """The leaves that are trained as a whole, in some layer at least."""
+    return [
+        leaf
+        for leaf in paths.leaves(params)
+        if any(is_replaced(config, name, leaf.kind) for name in leaf.modules())
+    ]
+
+
+def token_rows(params: Any, config: LoraConfig) -> list[tuple[paths.Leaf, Sequence[int]]]:
+    """The embeddings of which rows are trained, and the numbers of these rows."""
+    found = [(leaf, token_indices(config, leaf.module())) for leaf in paths.leaves(params)]
+    return [(leaf, rows) for leaf, rows in found if leaf.kind == "embedding" and rows]
+
+
+def _candidates(leaves: Sequence[paths.Leaf]) -> list[Target]:
+    """Everything that can be adapted: linear layers and their parts, embeddings, experts."""
+    found = []
+    shapes = {leaf.path: leaf.shape for leaf in leaves}
+    for leaf in leaves:
+        module, shape = leaf.path[:-1], leaf.shape
+
+        def target(path: paths.Path, *rest: Any, leaf: paths.Leaf = leaf) -> Target:
+            names = tuple(paths.module_names(path, leaf.stack, leaf.layers))
+            return Target(path, leaf.stack, names, *rest)
+
+        if leaf.kind in paths.EXPERTS and len(shape) == 3:
+            experts, fan_out, fan_in = shape
+            found.append(target(leaf.path, (fan_in, fan_out), (), leaf.kind, experts))
+        elif leaf.kind in ("kernel", "embedding") and len(shape) == 2 and module:
+            found.append(target(module, shape, (), leaf.kind))
+            widths = paths.part_widths(module, shapes) if leaf.kind == "kernel" else ()
+            for name, width in zip(paths.FUSED.get(module[-1], ()), widths, strict=False):
+                part = (*module, name)
+                found.append(target(part, (shape[0], width), (), leaf.kind, 0, widths))
+    return found
+
+
+def _last_named(target: Target) -> list[paths.Path]:
+    """Its path; of a layer that is itself the stacked node one for each number, its last name."""
+    if target.path != target.stack:
+        return [target.path]
+    return [tuple(name.split(".")) for name in target.names]
+
+
+def _ranked(target: Target, config: LoraConfig) -> Target:
+    rank = parameter_rank_of if target.experts else rank_of
+    return target._replace(ranks=tuple(rank(config, name) for name in target.names))
+
+
+def _without_covered_parts(config: LoraConfig, targets: Sequence[Target]) -> list[Target]:
+    """Leaves out the parts that an expression matches along with their projection.
+
+    Raises:
+      ConfigError: a weight would be trained twice, as a part and as a whole.
+    """
+    wholes = {t.path: t for t in targets}
+    kept = []
+    for t in targets:
+        if not paths.is_part(t.path):
+            kept.append(t)
+            continue
+        cover = wholes.get(paths.whole(t.path))
+        projections = paths.module_names(paths.whole(t.path), t.stack, len(t.ranks))
+        saved = any(is_replaced(config, name, "kernel") for name in projections)
+        if cover is None and not saved:
+            kept.append(t)
+        elif cover is None or not _covers(config, cover, t):
+            raise ConfigError(
+                f"{t.path[-2]} and its part {t.path[-1]} would both be trained",
+                where="lora.target_modules",
+                fix=f"name either {t.path[-2]}, or the parts to adapt",
+            )
+    return kept
+
+
+def _covers(config: LoraConfig, projection: Target, part: Target) -> bool:
+    """Whether an expression took the projection wherever it took the part."""
+    layers = zip(projection.ranks, part.ranks, strict=True)
+    return isinstance(config.target_modules, str) and all(whole or not r for whole, r in layers)

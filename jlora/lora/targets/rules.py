@@ -1,0 +1,83 @@
+"""What a LoraConfig says of one module, by PEFT's rules.
+
+These look at the module's name alone; ``target_modules`` is resolved to names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from jlora.config import LoraConfig
+from jlora.tree import paths
+
+INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
+"""What families call the embedding that a plain list of ``trainable_token_indices`` is for."""
+
+
+def is_target(config: LoraConfig, name: str) -> bool:
+    """Whether PEFT would put LoRA on the module ``name``."""
+    if config.exclude_modules and paths.matches(name, config.exclude_modules):
+        return False
+    if any(is_saved(name, m) for m in config.modules_to_save or ()):
+        return False
+    if config.target_modules is None or not paths.matches(name, config.target_modules):
+        return False
+    wanted = config.layers_to_transform
+    # A name given in full is taken whatever its layer, as in PEFT.
+    if wanted is None or wanted == () or name in config.target_modules:
+        return True
+    number = paths.layer_number(name, config.layers_pattern)
+    return number is not None and number in ((wanted,) if isinstance(wanted, int) else wanted)
+
+
+def is_target_parameter(config: LoraConfig, name: str) -> bool:
+    """Whether PEFT would put LoRA on the bare parameter ``name``, in whatever layer it is."""
+    return paths.matches(name, config.target_parameters or ())
+
+
+def is_saved(name: str, module: str) -> bool:
+    """Whether PEFT trains the module ``name`` in full for this entry of ``modules_to_save``.
+
+    As in PEFT, an entry is the end of a module's name, at a dot or not: ``norm`` is also
+    ``input_layernorm``. Everything below such a module is trained with it.
+    """
+    return f"{module}." in f"{name}."
+
+
+def is_replaced(config: LoraConfig, name: str, kind: str) -> bool:
+    """Whether the leaf ``kind`` of the module ``name`` is trained as a whole."""
+    if any(is_saved(name, m) for m in config.modules_to_save or ()):
+        return True
+    if kind != "bias" or config.bias == "none":
+        return False
+    node, _, last = name.rpartition(".")
+    parts = [f"{node}.{part}" for part in paths.FUSED.get(last, ())]
+    return config.bias == "all" or any(is_target(config, n) for n in (name, *parts))
+
+
+def rank_of(config: LoraConfig, name: str) -> int:
+    """The rank of the module ``name``; 0 if it is not adapted."""
+    adapted = is_target(config, name)
+    return paths.pattern_value(config.rank_pattern, name, config.r) if adapted else 0
+
+
+def parameter_rank_of(config: LoraConfig, name: str) -> int:
+    """The rank of the bare parameter ``name``; 0 if it is not adapted."""
+    adapted = is_target_parameter(config, name)
+    return paths.pattern_value(config.rank_pattern, name, config.r) if adapted else 0
+
+
+def scaling_of(config: LoraConfig, name: str) -> float:
+    """alpha/r of the module ``name``, or alpha/√r with rank-stabilized LoRA (arXiv 2312.03732)."""
+    r = paths.pattern_value(config.rank_pattern, name, config.r)
+    alpha = paths.pattern_value(config.alpha_pattern, name, config.lora_alpha)
+    return alpha / math.sqrt(r) if config.use_rslora else alpha / r
+
+
+def token_indices(config: LoraConfig, name: str) -> Sequence[int]:
+    """The rows of the embedding ``name`` that train: ``trainable_token_indices``."""
+    wanted = config.trainable_token_indices or ()
+    if isinstance(wanted, Mapping):
+        return next((rows for end, rows in wanted.items() if paths.matches(name, (end,))), ())
+    return wanted if name.rpartition(".")[2] in INPUT_EMBEDDINGS else ()

@@ -1,0 +1,1 @@
+"""Operations that models are written in: products, embedding look-ups, attention."""

@@ -1,0 +1,144 @@
+"""Attention behind one door: ``attend`` for whole sequences, ``attend_cached`` for decoding.
+
+What a token sees, in both: tokens of its own document (equal ``segment_ids``), not after it, and
+at most ``window`` back, itself included. Order and distance are by index in the row, so a packed
+document computes what it computes alone. Padding is segment 0: it sees other padding only and is
+seen by no document, and its results are finite.
+
+Queries are (B, T, heads, dim), keys and values (B, S, kv_heads, dim) with heads a multiple of
+kv_heads: query head ``h`` reads key head ``h // (heads // kv_heads)``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jlora.ops.attention import chunked, cudnn, reference, splash
+from jlora.ops.attention.case import Case
+from jlora.ops.attention.choice import (
+    KERNELS,
+    check_backend,
+    check_possible,
+    fallback,
+)
+from jlora.ops.attention.split import on_each_device
+from jlora.ops.remat import keep
+
+
+def attend(
+    q: Float[Array, "B T heads dim"],
+    k: Float[Array, "B T kv_heads dim"],
+    v: Float[Array, "B T kv_heads dim"],
+    *,
+    scale: float | Float[Array, ""],
+    segment_ids: Int[Array, "B T"] | None = None,
+    window: int | Int[Array, ""] | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+    backend: str = "auto",
+) -> Float[Array, "B T heads dim"]:
+    """Causal self-attention within documents, over a whole row.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      scale: the factor on query-key products; a constant, without a gradient.
+      segment_ids: the document of each token, 0 for padding; None is one document a row.
+      window: how many tokens back a token sees, itself included; None is all.
+      softcap: bounds the scaled products: ``softcap * tanh(. / softcap)``; None is no bound.
+      sinks: one more score a head, in the softmax's denominator only.
+      backend: one of ``BACKENDS``.
+    """
+    check_backend(backend)
+    if isinstance(scale, jax.Array):
+        scale = jax.lax.stop_gradient(scale)
+    case = Case(
+        dtype=q.dtype.name,
+        length=q.shape[1],
+        head_dim=q.shape[3],
+        segments=segment_ids is not None,
+        traced_window=isinstance(window, jax.Array),
+        softcap=softcap is not None,
+        sinks=sinks is not None,
+        capability=cudnn.capability(),
+    )
+    check_possible(backend, case)
+    operands = q, k, v, segment_ids, sinks
+    settings = {"scale": scale, "window": window, "softcap": softcap}
+    compute = {name: functools.partial(f, **settings) for name, f in _COMPUTE.items()}
+    if backend != "auto":
+        return compute[backend](*operands)
+    plain = compute[fallback(case.length)]
+    kernels = {
+        platform: compute[name]
+        for platform, (name, kernel) in KERNELS.items()
+        if kernel.available() and kernel.declines(case) is None
+    }
+    if not kernels:
+        return plain(*operands)
+    return jax.lax.platform_dependent(*operands, default=plain, **kernels)
+
+
+def attend_cached(
+    q: Float[Array, "B T heads dim"],
+    k: Float[Array, "B S kv_heads dim"],
+    v: Float[Array, "B S kv_heads dim"],
+    *,
+    slots: Int[Array, "B T"],
+    scale: float | Float[Array, ""],
+    window: int | Int[Array, ""] | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+) -> Float[Array, "B T heads dim"]:
+    """Attention of tokens in cache slots ``slots`` over a cache that holds them and what precedes.
+
+    Slots of a row are filled in order, so that a slot after the query's own is not yet filled.
+    """
+    mask = reference.seen(slots, jnp.arange(k.shape[1])[None], window)
+    return _with_sinks(*reference.attend(q, k, v, mask, scale, softcap), sinks)
+
+
+def _reference(q, k, v, segment_ids, sinks, *, scale, window, softcap):
+    mask = reference.seen_in_rows(q.shape[1], segment_ids, window)
+    return keep(_with_sinks(*reference.attend(q, k, v, mask, scale, softcap), sinks))
+
+
+def _chunked(q, k, v, segment_ids, sinks, *, scale, window, softcap):
+    return _with_sinks(*chunked.attend(q, k, v, segment_ids, window, scale, softcap), sinks)
+
+
+def _cudnn(q, k, v, segment_ids, sinks, *, scale, window, softcap):
+    def packed(q, k, v):
+        compute = _COMPUTE[fallback(q.shape[1])]
+        return compute(q, k, v, segment_ids, sinks, scale=scale, window=window, softcap=softcap)
+
+    return cudnn.attend(q, k, v, segment_ids, window, scale, packed)
+
+
+def _splash(q, k, v, segment_ids, sinks, *, scale, window, softcap):
+    return splash.attend(q, k, v, segment_ids, window, scale, softcap, sinks)
+
+
+_COMPUTE = {
+    "reference": _reference,
+    "chunked": _chunked,
+    "cudnn": on_each_device(_cudnn),
+    "splash": on_each_device(_splash),
+}
+
+
+def _with_sinks(
+    out: Float[Array, "B T heads dim"],
+    logsumexp: Float[Array, "B T heads"],
+    sinks: Float[Array, " heads"] | None,
+) -> Float[Array, "B T heads dim"]:
+    """The results of a softmax whose denominator has ``exp(sink)`` in it besides."""
+    if sinks is None:
+        return out
+    share = jax.nn.sigmoid(logsumexp - sinks.astype(jnp.float32))
+    return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)

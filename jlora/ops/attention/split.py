@@ -1,0 +1,42 @@
+"""Kernels over a mesh: XLA cannot split them, so each device is given its part."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from jlora.distributed.sharding import BATCH
+
+
+def on_each_device(compute: Callable[..., Array]) -> Callable[..., Array]:
+    """``compute(q, k, v, segment_ids, sinks, …)`` for each device's rows and heads.
+
+    Rows are split over ``data`` and ``fsdp``, heads over ``tensor``, as the projections make them;
+    what an axis does not divide is computed whole.
+    """
+
+    @functools.wraps(compute)
+    def split(q, k, v, segment_ids, sinks, **settings):
+        mesh = jax.sharding.get_abstract_mesh()
+        part = functools.partial(compute, **settings)
+        if mesh.size <= 1:
+            return part(q, k, v, segment_ids, sinks)
+        rows = _dividing(BATCH, q.shape[0], mesh)
+        heads = _dividing(("tensor",), k.shape[2], mesh)
+        whole = PartitionSpec(rows, None, heads)
+        given = whole, whole, whole, PartitionSpec(rows), PartitionSpec(heads)
+        part = jax.shard_map(part, in_specs=given, out_specs=whole, check_vma=False)
+        return part(q, k, v, segment_ids, sinks)
+
+    return split
+
+
+def _dividing(axes: tuple[str, ...], size: int, mesh: Any) -> tuple[str, ...] | None:
+    present = tuple(axis for axis in axes if axis in mesh.shape)
+    return present if size % math.prod(mesh.shape[axis] for axis in present) == 0 else None

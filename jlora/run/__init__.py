@@ -1,0 +1,1 @@
+"""What commands share: a job and its compiled step, the loop, and what a run writes."""

@@ -1,0 +1,1 @@
+"""Training without models: the step, its state and optimizers."""

@@ -1,0 +1,80 @@
+"""Which leaf is updated how: weight decay, the rates of LoRA+, and what LoRA-FA leaves as it is.
+
+Rules of transformers (``get_decay_parameter_names``) and of peft (``create_loraplus_optimizer``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jlora.config import TrainConfig
+from jlora.lora import Adapter
+from jlora.tree import paths
+
+FROZEN = "frozen"
+
+
+def speeds(config: TrainConfig) -> Mapping[str, float]:
+    """Prefix of a group's name → what the learning rate is multiplied by there.
+
+    With LoRA+ (arXiv 2402.12354) B, biases and other vectors learn faster than A and saved
+    modules, and the pairs of embeddings have a rate of their own.
+    """
+    if config.loraplus_lr_ratio is None:
+        return {"": 1.0}
+    embedding = config.loraplus_lr_embedding / config.learning_rate
+    return {"": 1.0, "B_": config.loraplus_lr_ratio, "embedding_": embedding}
+
+
+def frozen_kinds(config: TrainConfig) -> tuple[str, ...]:
+    """Names of a trainable tree's leaves that get no gradient and stay as they are."""
+    return ("lora_A",) if config.lorafa else ()
+
+
+def stays(path: Any, kinds: Sequence[str]) -> bool:
+    """Whether the leaf at a JAX key path is of these kinds, or in an adapter's ``initial``."""
+    names = _names(path)
+    return names[-1] in kinds or names[0] == "initial"
+
+
+def moving(config: TrainConfig, trainable: Any) -> list[Any]:
+    """The leaves that an optimizer with these settings changes."""
+    flat = jax.tree_util.tree_leaves_with_path(trainable)
+    return [leaf for path, leaf in flat if not stays(path, frozen_kinds(config))]
+
+
+def group_labels(config: TrainConfig, trainable: Any) -> Any:
+    """The tree with the name of its group in place of every leaf.
+
+    A name is a prefix of ``speeds`` before ``decay`` or ``no_decay``, or ``frozen``. With LoRA+::
+
+        {"lora_A": …, "lora_B": …, "bias": …}
+        {"lora_A": "decay", "lora_B": "B_decay", "bias": "B_no_decay"}
+    """
+    inside = int(isinstance(trainable, Adapter))  # an adapter's own paths begin below its field
+    leaves = paths.leaves(trainable.weights if inside else trainable)
+    vectors = {leaf.path for leaf in leaves if len(leaf.shape) == 1}
+
+    def label(path: Any, _: Any) -> str:
+        names = _names(path)
+        decay = "decay" if _decays(names[-1]) else "no_decay"
+        if stays(path, frozen_kinds(config)):
+            return FROZEN
+        if config.loraplus_lr_ratio is None:
+            return decay
+        if names[-1].startswith("lora_embedding_"):
+            return f"embedding_{decay}"
+        return f"B_{decay}" if names[-1] == "lora_B" or names[inside:] in vectors else decay
+
+    return jax.tree_util.tree_map_with_path(label, trainable)
+
+
+def _decays(name: str) -> bool:
+    return "bias" not in name and name != "scale"
+
+
+def _names(path: Any) -> paths.Path:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

@@ -1,0 +1,361 @@
+"""Packed folders: what is read of them, what is refused, and what commands make of them."""
+
+import importlib
+import json
+import re
+import shutil
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_results
+from safetensors.numpy import load_file, save_file
+from tiny_models import build, tokens
+from tiny_packed import as_bytes, pack_folder, parts
+from tiny_runs import Place
+
+from jlora.config import MeshConfig, QuantConfig
+from jlora.distributed import sharding
+from jlora.errors import ConfigError, DataError
+from jlora.io.hf import folder as hf_folder
+from jlora.io.hf import load_pretrained, save_pretrained
+from jlora.quant.codebooks import DYNAMIC_MAP
+from jlora.quant.nf4 import quantize
+from jlora.quant.params import is_packed
+from jlora.tree import paths
+
+NF4 = QuantConfig(block_size=32)
+UP = "model.layers.1.mlp.up_proj.weight"
+STATE = f"{UP}.quant_state.bitsandbytes__nf4"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A packed llama folder, not to be changed, and its parameters."""
+    folder = tmp_path_factory.mktemp("made") / "m"
+    save_pretrained(folder, *build("llama"))
+    return folder, pack_folder(folder, NF4)
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(made[0], tmp_path / "m")
+
+
+def edit(folder, change):
+    """Rewrites ``model.safetensors`` with ``change(tensors)`` applied."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def fault(folder) -> str:
+    with pytest.raises(DataError) as caught:
+        load_pretrained(folder)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("llama", QuantConfig()),  # rows of half a block
+        ("llama", QuantConfig(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False)),
+        ("llama", QuantConfig(load_in_8bit=True, llm_int8_skip_modules=("o_proj",))),
+        ("llama", QuantConfig(include_modules=("lm_head", "embed_tokens"))),
+        ("gpt2", QuantConfig(block_size=32)),
+    ],
+)
+def test_a_packed_folder_is_read_as_it_was_packed(tmp_path, name, config):
+    save_pretrained(tmp_path, *build(name))
+    want = pack_folder(tmp_path, config, dtype="bfloat16")
+    read = load_pretrained(tmp_path, dtype="bfloat16")[1]
+    same(read, want)
+    same(load_pretrained(tmp_path, dtype="bfloat16", quantization=config)[1], want)
+    assert sum(map(is_packed, dict(paths.walk(read)).values())) >= 4
+
+
+def test_checkpoints_of_the_base_model_alone_are_read(folder, made):
+    edit(folder, lambda t: [t.update({k.removeprefix("model."): t.pop(k)}) for k in list(t)])
+    same(load_pretrained(folder, dtype="float32")[1], made[1])
+
+
+def test_parts_mean_nothing_where_the_configuration_says_nothing(folder):
+    hf = json.loads((folder / "config.json").read_text())
+    del hf["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(hf))
+    assert "up_proj.weight.absmax is not part of this model (2×)" in fault(folder)
+    plain = folder.parent / "plain"
+    save_pretrained(plain, *build("llama"))
+    hf["quantization_config"] = {"load_in_8bit": True}
+    (plain / "config.json").write_text(json.dumps(hf))
+    assert "quantization_config is in config.json, but no tensor is packed" in fault(plain)
+
+
+def test_all_faults_are_listed_at_once(folder, monkeypatch):
+    other = "model.layers.{}.mlp.down_proj.weight"
+    gate = "model.layers.0.mlp.gate_proj.weight"
+
+    def spoil(t):
+        for i in range(2):
+            del t[f"{other.format(i)}.quant_map"]
+        t[f"{UP}.absmax"] = t[f"{UP}.absmax"][:-1]
+        t[f"{UP}.nested_absmax"] = t[f"{UP}.nested_absmax"].astype(np.float16)
+        t[f"{UP}.extra_map"] = np.zeros(2, np.float32)
+        t[UP] = t[UP][1:]
+        del t[f"{gate}.quant_state.bitsandbytes__nf4"]
+        t["model.norm.weight.absmax"] = np.zeros(2, np.float32)
+        t["model.layers.0.extra.SCB"] = np.zeros(2, np.float32)
+        del t["model.layers.0.self_attn.q_proj.weight"]
+
+    edit(folder, spoil)
+    seen = []
+    monkeypatch.setattr(hf_folder.Shards, "read", spy(seen.append))
+    text = fault(folder)
+    for line in (
+        "model.layers.*.mlp.down_proj.weight.quant_map is missing (2×)",
+        f"{UP}.absmax has shape [47], expected [48]",
+        f"{UP}.nested_absmax is of type F16, expected F32",
+        f"{UP}.extra_map is not part of this model",
+        f"{UP} holds 767 bytes, expected 768",
+        f"{gate}.quant_state.bitsandbytes__nf4 is missing",
+        "model.norm.weight.absmax is not part of this model",
+        "model.layers.0.extra.SCB is not part of this model",
+        "model.layers.0.self_attn.q_proj.weight is missing",
+    ):
+        assert f"\n  {line}" in text, line
+    assert max(value.nbytes for value in seen) <= 1024  # only tables and texts
+
+
+def spy(see, original=hf_folder.Shards.read):
+    def read(self, name):
+        value = original(self, name)
+        see(value)
+        return value
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": [48, 64]}, r"says shape \[48, 64\], expected \[48, 32\]"),
+        ({"shape": [10**30, 10**30]}, r"says shape \[1000.*expected \[48, 32\]"),
+        ({"blocksize": 64}, "absmax has shape"),
+        ({"blocksize": 48}, "says blocksize 48, which cannot be"),
+        ({"blocksize": 32.0}, "says blocksize 32.0"),
+        ({"blocksize": [32]}, r"says blocksize \[32\]"),
+        ({"quant_type": "fp4"}, 'says quant_type "fp4"'),
+        ({"nested_blocksize": 0}, "says nested_blocksize 0"),
+        ({"nested_offset": float("nan")}, "says nested_offset NaN"),
+        ({"nested_offset": 10**400}, "says nested_offset 1000"),
+        ({"nested_offset": None}, "says nested_offset null"),
+        ({"nested_dtype": "float16"}, 'says nested_dtype "float16"'),
+    ],
+)
+def test_what_a_quant_state_says_is_checked(folder, changes, message):
+    def change(t):
+        t[STATE] = as_bytes(json.loads(t[STATE].tobytes()) | changes)
+
+    edit(folder, change)
+    with pytest.raises(DataError, match=f"layers.1.mlp.up_proj.*{message}"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (as_bytes([1]), "does not hold a JSON object"),
+        (np.full(4000, ord("["), np.uint8), "does not hold a JSON object"),
+        (np.full(40, 255, np.uint8), "does not hold a JSON object"),
+        (np.zeros(5000, np.uint8), r"is U8 \[5000\], not a short text's bytes"),
+        (np.zeros(10, np.float32), r"is F32 \[10\], not a short text's bytes"),
+    ],
+)
+def test_a_quant_state_that_is_none_is_refused(folder, value, message):
+    edit(folder, lambda t: t.update({STATE: value}))
+    with pytest.raises(DataError, match=f"{STATE} {message}"):
+        load_pretrained(folder)
+
+
+def test_another_four_bit_code_is_refused(folder):
+    edit(folder, lambda t: t.update({f"{UP}.quant_map": np.linspace(-1, 1, 16, dtype="f4")}))
+    assert f"{UP}.quant_map is not bitsandbytes' table of nf4" in fault(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("weight_format", np.uint8(2), "is 2: only 0, row after row, is supported"),
+        ("SCB", np.zeros(3, np.float32), r"has shape \[3\], expected \[48\]"),
+        ("SCB", None, "is missing"),
+        ("weight.absmax", np.zeros(3, np.float32), "is not part of this model"),
+        ("weight", np.zeros((32, 48), np.int8), r"has shape \[32, 48\], expected \[48, 32\]"),
+    ],
+)
+def test_faults_in_eight_bits(tmp_path, part, value, message):
+    save_pretrained(tmp_path, *build("llama"))
+    pack_folder(tmp_path, QuantConfig(load_in_8bit=True))
+    name = UP.replace("weight", part)
+    edit(tmp_path, lambda t: t.pop(name) if value is None else t.update({name: np.asarray(value)}))
+    assert f"\n  {name} " in (text := fault(tmp_path))
+    assert re.search(message, text)
+
+
+@pytest.mark.parametrize("nested_block", [256, 20])
+def test_other_constants_of_double_quantization_are_undone(folder, made, nested_block):
+    """One layer has them; then no layer keeps 8-bit scales. NumPy rounds both operations."""
+    table = DYNAMIC_MAP if nested_block == 20 else np.linspace(-1, 1, 256, dtype=np.float32)
+    scale = np.array([0.25, 0.5, 0.125], np.float32)[: -(-48 // nested_block)]
+
+    def change(t):
+        t[f"{UP}.nested_quant_map"], t[f"{UP}.nested_absmax"] = table, scale
+        state = json.loads(t[STATE].tobytes()) | {"nested_blocksize": nested_block}
+        t[STATE] = as_bytes(state)
+
+    edit(folder, change)
+    leaf = load_pretrained(folder, dtype="float32", quantization=NF4)[1]["model"]["layers"]
+    leaf, before = leaf["mlp"]["up_proj"]["kernel"], made[1]["model"]["layers"]
+    before = before["mlp"]["up_proj"]["kernel"]
+    assert leaf.nested_absmax is None and leaf.nested_offset is None
+    codes, offset = np.asarray(before.absmax), np.asarray(before.nested_offset)
+    first = DYNAMIC_MAP[codes[0]] * np.asarray(before.nested_absmax)[0, 0] + offset[0]
+    spread = np.repeat(scale, nested_block)[:48].reshape(codes[1].shape)
+    want = np.stack([first, table[codes[1]] * spread + offset[1]])
+    assert want.dtype == np.float32 == leaf.absmax.dtype
+    np.testing.assert_array_equal(leaf.absmax, want)
+    np.testing.assert_array_equal(leaf.codes, before.codes)
+    np.testing.assert_array_equal(leaf.dequantize()[0], before.dequantize()[0])
+
+
+def remove(t, weight):
+    for name in [n for n in t if n == weight or n.startswith(f"{weight}.")]:
+        del t[name]
+
+
+@pytest.mark.parametrize("other", ["not packed", "fp4 with double quantization, blocks of 32"])
+def test_layers_packed_in_different_ways_are_refused(folder, other):
+    w = jnp.ones((48, 32))
+    packed = parts(UP, jax.tree.map(np.array, quantize(w, 32, quant_type="fp4")))
+
+    def change(t):
+        remove(t, UP)
+        t.update({UP: np.array(w)} if other == "not packed" else packed)
+
+    edit(folder, change)
+    text = fault(folder)
+    assert f"{UP} is {other}, but model.layers.0.mlp.up_proj.weight is nf4 with" in text
+    assert "all layers must be packed alike" in text
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (QuantConfig(), "nf4 with double quantization, blocks of 64, but .* blocks of 32"),
+        (QuantConfig(block_size=32, bnb_4bit_quant_type="fp4"), "fp4 with .* it is nf4 with"),
+        (QuantConfig(block_size=32, bnb_4bit_use_double_quant=False), "nf4, blocks of 32, but"),
+        (QuantConfig(load_in_8bit=True), "int8, but .* it is nf4 with"),
+        (
+            QuantConfig(block_size=32, llm_int8_skip_modules=("up_proj",)),
+            "up_proj.weight not packed, but .* it is nf4",
+        ),
+        (
+            QuantConfig(block_size=32, include_modules=("lm_head",)),
+            "lm_head.weight nf4 .* it is not packed",
+        ),
+    ],
+)
+def test_a_section_that_contradicts_the_folder_is_refused(made, asked, message):
+    with pytest.raises(ConfigError, match=f"quantization: asks for .*{message}") as caught:
+        load_pretrained(made[0], quantization=asked)
+    assert "leave the section out" in str(caught.value)
+
+
+def test_other_ways_to_quantize_are_refused(folder):
+    hf = json.loads((folder / "config.json").read_text())
+    hf["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(ConfigError, match=r"quantization_config: .*already quantized, by 'gptq'"):
+        load_pretrained(folder)
+
+
+def test_packed_parameters_are_placed_on_a_mesh(made):
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    model, placed = load_pretrained(made[0], "float32", mesh=mesh)
+    same(placed, made[1])
+    want = jax.tree.leaves(sharding.shardings(made[1], mesh))
+    assert [leaf.sharding for leaf in jax.tree.leaves(placed)] == want
+    kernel = placed["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert not kernel.codes.sharding.is_fully_replicated
+    ids = tokens(model, 2, 8)
+    np.testing.assert_allclose(model(placed, ids), model(made[1], ids), atol=1e-5)
+
+
+def test_one_dense_matrix_at_a_time_is_in_memory_while_quantizing(tmp_path, monkeypatch):
+    save_pretrained(tmp_path, *build("gpt2", "bfloat16"))  # no cast: what is read is packed
+    alive, most = [], []
+
+    def see(value):
+        alive[:] = [ref for ref in alive if ref() is not None]
+        alive.append(weakref.ref(value))
+        most.append(len(alive))
+
+    monkeypatch.setattr(hf_folder.Shards, "read", spy(see))
+    load_pretrained(tmp_path, dtype="bfloat16", quantization=NF4)
+    assert len(most) > 20 and max(most) == 1
+
+
+def test_saving_writes_dense_weights_and_no_quantization_config(made, tmp_path):
+    model, params = load_pretrained(made[0], dtype="float32")
+    save_pretrained(tmp_path, model, params)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    dense = paths.map_leaves(lambda _, x: x.dequantize() if is_packed(x) else x, params)
+    same(load_pretrained(tmp_path, dtype="float32")[1], dense)
+
+
+@pytest.fixture
+def packed_base(place, tmp_path):
+    """A place whose base is packed as the other place's would be by settings."""
+    base = shutil.copytree(place.base, tmp_path / "packed")
+    pack_folder(base, QuantConfig())
+    other = Place(tmp_path / "other", base, place.cache)
+    other.folder.mkdir()
+    return other
+
+
+def test_training_on_a_packed_folder_is_training_on_a_quantized_one(place, packed_base, capsys):
+    train = {"max_steps": 2, "logging_steps": 1}
+    settings = {"bnb_4bit_compute_dtype": "float32"}
+    for where, sections in ((place, {"quantization": settings}), (packed_base, {})):
+        where.settings_for_loss()
+        where.run(train=train, **sections)
+    shown = capsys.readouterr().out
+    assert shown.count("QLoRA") == 2 and shown.count("the base came packed") == 1
+    assert packed_base.losses() == place.losses() and len(place.losses()) == 2
+    assert packed_base.adapter() == place.adapter()
+
+
+def test_a_packed_base_is_not_trained_in_full(packed_base):
+    with pytest.raises(ConfigError, match="cannot be trained in full"):
+        packed_base.run(lora=None)
+
+
+def test_a_packed_base_has_no_original_to_merge_into(packed_base, result):
+    packed_base.output = result.output
+    merge = importlib.import_module("jlora.merge")
+    out = {"output_dir": str(packed_base.folder / "merged")}
+    with pytest.raises(ConfigError, match=r"merge.base: the base model came packed"):
+        tiny_results.run(packed_base, merge, merge={"base": "original", **out})
+    tiny_results.run(packed_base, merge, merge=out, train={"bf16": False})
+    model, params = load_pretrained(out["output_dir"], dtype="float32")
+    place = Place(packed_base.folder, result.base, result.cache)
+    place.output = result.output
+    want = tiny_results.logits(*tiny_results.trained(place, quantized=True))
+    np.testing.assert_allclose(tiny_results.logits(model, params), want, atol=1e-4)

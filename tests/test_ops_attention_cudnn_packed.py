@@ -1,0 +1,145 @@
+"""Packed rows by a code in more dimensions, with JAX's own computation: against the reference."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jlora.ops.attention import Case, attend, choose, cudnn
+
+B, T = 2, 41
+IDS = jnp.asarray(
+    [np.repeat([0, 1, 2, 3, 0], [4, 11, 1, 20, 5]), np.repeat([255, 1, 128, 127], [9, 10, 11, 11])]
+)
+
+
+def qkv(dtype, dim, size=1.0):
+    rng = np.random.default_rng(0)
+    draw = lambda heads: rng.standard_normal((B, T, heads, dim)) * size  # noqa: E731
+    return [jnp.asarray(draw(heads), dtype) for heads in (4, 2, 2)]
+
+
+def loss(function, q, k, v, **more):
+    out = function(q, k, v, segment_ids=IDS, **more)
+    weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+    return (out.astype(jnp.float32) * weights).sum(), out
+
+
+def refused(q, k, v):
+    return q * jnp.nan
+
+
+def ours(q, k, v, segment_ids, scale, window=None):
+    return cudnn.attend(q, k, v, segment_ids, window, scale, refused, implementation="xla")
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    """JAX's own computation promotes 16 bits to 32; in other threads than this one, too."""
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    yield
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def both(dtype, dim, size=1.0, **more):
+    reference = functools.partial(attend, backend="reference")
+    for function in (ours, reference):
+        gradient = jax.jit(jax.grad(functools.partial(loss, function, **more), (0, 1, 2), True))
+        yield jax.tree.leaves(gradient(*qkv(dtype, dim, size)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "atol"),
+    [(jnp.float32, 80, 1e-5), (jnp.bfloat16, 64, 4e-2)],
+)
+def test_results_and_gradients_are_the_references(dtype, dim, atol):
+    got, want = both(dtype, dim, scale=dim**-0.5)
+    for a, b in zip(got, want, strict=True):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        np.testing.assert_allclose(a, b, atol=atol)
+
+
+def test_no_score_is_large_enough_to_be_seen_from_another_document():
+    got, want = both(jnp.float32, 64, size=100.0, scale=0.125)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max())
+
+
+def test_windows_and_traced_scales():
+    got, want = both(jnp.float32, 64, window=6, scale=jnp.float32(0.125))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_another_document_changes_no_bit():
+    q, k, v = qkv(jnp.bfloat16, 64)
+    other = np.asarray(IDS) != np.asarray([[3], [127]])
+    rng = np.random.default_rng(1)
+
+    def changed(x):
+        return jnp.where(other[:, :, None, None], rng.standard_normal(x.shape), x).astype(x.dtype)
+
+    def results(q, k, v):
+        weights = jnp.where(other, 0.0, 1.0)[:, :, None, None]
+        f = lambda *x: (ours(*x, IDS, 0.125).astype(jnp.float32) * weights).sum()  # noqa: E731
+        return ours(q, k, v, IDS, 0.125), *jax.grad(f, (0, 1, 2))(q, k, v)
+
+    for a, b in zip(results(q, k, v), results(*map(changed, (q, k, v))), strict=True):
+        np.testing.assert_array_equal(a[~other], b[~other])
+
+
+def test_gradients_stay_in_their_document():
+    q, k, v = qkv(jnp.bfloat16, 64)
+    mine = np.asarray(IDS) == np.asarray([[3], [127]])
+    f = lambda *x: (ours(*x, IDS, 0.125)[mine] ** 2).sum()  # noqa: E731
+    for gradient in jax.grad(f, (0, 1, 2))(q, k, v):
+        assert np.isfinite(gradient).all()
+        assert not gradient[~mine].any() and gradient[mine].any()
+
+
+@pytest.mark.parametrize(("ids", "dim"), [(IDS + 1, 64), (-IDS, 64), (IDS, 120)])
+def test_what_has_no_code_goes_another_way(ids, dim):
+    assert np.isnan(ours(*qkv(jnp.bfloat16, dim), ids, 0.1)).all()
+
+
+def by_jax(monkeypatch, after=lambda out: out):
+    """A GPU at hand, whose cuDNN computes what JAX does, and then something more."""
+    computed = functools.partial(cudnn._causal, implementation="xla")
+
+    monkeypatch.setattr(cudnn, "_causal", lambda *args, **more: after(computed(*args, **more)))
+    monkeypatch.setattr(cudnn, "capability", lambda: (9, 0))
+    cudnn.fault.cache_clear()
+
+
+@pytest.fixture
+def forgotten():
+    yield
+    cudnn.fault.cache_clear()
+
+
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_gpu_is_tried_before_it_is_used(monkeypatch, packed):
+    assert cudnn.fault("bfloat16", 64, packed) is None, "without a GPU there is nothing to try"
+    by_jax(monkeypatch)
+    jitted = jax.jit(lambda x: x if cudnn.fault("bfloat16", 64, packed) is None else x / 0)
+    assert jitted(1.0) == 1.0, "while a program is traced, too"
+    by_jax(monkeypatch, lambda out: out * 1.2)
+    assert "are not those of the reference" in cudnn.fault("bfloat16", 64, packed)
+    by_jax(monkeypatch, lambda out: out * jnp.nan)
+    assert "are not those of the reference" in cudnn.fault("bfloat16", 64, packed)
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_a_gpu_that_fails_is_not_used(monkeypatch):
+    def no_plan(out):
+        raise RuntimeError("cuDNN creates no execution plans")
+
+    by_jax(monkeypatch, no_plan)
+    case = Case(dtype="bfloat16", length=512, head_dim=64, segments=True, capability=(9, 0))
+    choice = choose("cuda", case)
+    assert choice.backend == "chunked"
+    assert choice.why.startswith("cuDNN fails on this GPU (cuDNN creates no execution plans); 512")
+    assert not cudnn.packs("bfloat16", 64, (9, 0))

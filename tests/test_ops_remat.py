@@ -1,0 +1,148 @@
+"""What a layer leaves for the backward pass, and what XLA makes of it on a CPU."""
+
+import dataclasses
+import functools
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jaxprs import equations
+
+from jlora import lora
+from jlora.config import LoraConfig, MeshConfig
+from jlora.distributed import sharding
+from jlora.inference import decoding
+from jlora.models import Model, init_params
+from jlora.run.job import attach
+from jlora.training.state import init_state
+from jlora.training.step import make_train_step
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 61,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "max_position_embeddings": 256,
+}
+LAYERS, ROWS, R = 3, 2, 4
+MODEL = Model.from_config(LLAMA, "bfloat16")
+BASE = jax.eval_shape(functools.partial(init_params, model=MODEL), jax.random.key(0))
+
+
+def adapter_of(**fields):
+    config = LoraConfig(r=R, lora_dropout=0.1, target_modules="all-linear", **fields)
+    fresh = functools.partial(lora.init_adapter, config=config)
+    return jax.eval_shape(fresh, jax.random.key(1), BASE)
+
+
+ADAPTER = adapter_of()
+
+
+def kept_shapes(length, remat, key, adapter=ADAPTER):
+    """Of the arrays that the forward scan gives the backward one, what follows (layers, rows)."""
+    kept = kept_arrays(length, remat, key, adapter)
+    return Counter((a.shape[2:], a.dtype.name) for a in kept)
+
+
+def kept_arrays(length, remat, key, adapter=ADAPTER):
+    """The same, as they are."""
+    model = dataclasses.replace(MODEL, gradient_checkpointing=remat)
+    ids = jax.ShapeDtypeStruct((ROWS, length), jnp.int32)
+
+    def total(adapter, base, ids, key):
+        return jnp.sum(model.features(attach((base, None), adapter, key), ids))
+
+    jaxpr = jax.make_jaxpr(jax.grad(total))(adapter, BASE, ids, key)
+    scans = [e for e in equations(jaxpr) if e.primitive.name == "scan"]
+    loops = [e for e in scans if e.params["length"] == LAYERS]  # DoRA's norms are one, too
+    stacked = [[v.aval for v in e.outvars] for e in loops]
+    kept = [[a for a in results if a.shape[:2] == (LAYERS, ROWS)] for results in stacked]
+    return next(filter(None, kept))
+
+
+@pytest.mark.parametrize("length", [16, 80], ids=["reference", "chunked"])
+def test_a_layer_keeps_its_products_and_nothing_else(length):
+    kept = Counter({((length, R), "bfloat16"): 7})  # x @ A of the adapter's seven
+    kept.update(((length, n), "bfloat16") for n in (48, 64, 128, 128))  # v, o, gate and up
+    kept.update(((length, n, 24), "bfloat16") for n in (4, 2))  # q and k, rotated
+    kept.update([((length, 64), "bfloat16"), ((length, 4, 24), "bfloat16")])  # stream, attention
+    if length == 80:
+        kept.update([((length, 4), "float32")])  # each softmax's denominator
+    assert kept_shapes(length, False, None) == kept
+
+
+def test_dropout_keeps_what_it_drew():
+    """A mask for each of the seven, of the width that its layer reads; none is drawn again."""
+    plain, dropped = (kept_shapes(16, False, key) for key in (None, jax.random.key(2)))
+    masks = Counter(((16, n), "bool") for n in (64, 64, 64, 96, 64, 64, 128))
+    assert dropped == plain + masks
+
+
+def test_dora_keeps_what_its_gain_multiplies():
+    """The base's product of each of the seven, which the gain's gradient would compute again."""
+    plain, dora = (
+        kept_shapes(16, False, None, each) for each in (ADAPTER, adapter_of(use_dora=True))
+    )
+    products = Counter(((16, n), "bfloat16") for n in (96, 48, 48, 64, 128, 128, 64))
+    assert dora == plain + products
+
+
+def test_checkpointing_keeps_the_stream_alone():
+    assert kept_shapes(16, True, jax.random.key(2)) == {((16, 64), "bfloat16"): 1}
+
+
+def test_offloading_keeps_the_stream_on_the_host():
+    (host,) = kept_arrays(16, "offload", jax.random.key(2))
+    (device,) = kept_arrays(16, True, jax.random.key(2))
+    assert (host.shape, host.dtype) == (device.shape, device.dtype)
+    assert (host.memory_space, device.memory_space) == (
+        jax.memory.Space.Host,
+        jax.memory.Space.Device,
+    )
+
+
+def widened_in(text):
+    """The stacks of layers that a compiled program has in float32."""
+    stacks = ("64,96", "64,128", "128,64", f"{ROWS},80,128")
+    # Only what is written to memory: a fusion's inside computes a slice, whatever it says.
+    written = [line for line in text.splitlines() if "fusion(" in line or "tuple(" in line]
+    return [s for s in stacks if any(f"f32[{LAYERS},{s}]" in line for line in written)]
+
+
+def test_no_stack_of_layers_is_widened_on_a_cpu():
+    """Neither the bfloat16 weights nor what layers keep: see ``sharding.COMPILER_OPTIONS``."""
+    optimizer = optax.sgd(0.1)
+    state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), ADAPTER)
+    tokens = jax.ShapeDtypeStruct((1, ROWS, 80), jnp.int32)
+    rows = dict.fromkeys(("input_ids", "labels", "positions", "segment_ids"), tokens)
+
+    def widened(options):
+        step = make_train_step(MODEL, attach, optimizer, compiler_options=options)
+        return widened_in(step.lower(state, (BASE, None), rows).compile().as_text())
+
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    assert not widened(sharding.compiler_options(mesh))
+    if jax.version.__version_info__ < (0, 11):  # where XLA still does it without being asked
+        assert widened(None)
+
+
+def test_nor_is_one_while_tokens_are_generated(monkeypatch):
+    """Every token would read its weights in twice as many bytes."""
+    ids, numbers = jnp.zeros((1, 16), jnp.int32), jnp.zeros(1, jnp.int32)
+
+    def widened():
+        decoding._compiled.cache_clear()
+        run = decoding._compiled(MODEL, 1, 16, 4, (), decoding.Sampling())
+        return widened_in(run.lower(BASE, ids, ids, jax.random.key(0), numbers).compile().as_text())
+
+    assert not widened()
+    monkeypatch.setattr(sharding, "COMPILER_OPTIONS", {})
+    if jax.version.__version_info__ < (0, 11):
+        assert widened()
+    decoding._compiled.cache_clear()

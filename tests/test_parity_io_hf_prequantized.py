@@ -1,0 +1,163 @@
+"""Folders that transformers saved with bitsandbytes: the same bytes, weights and logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_peers import BASES, FAST, IDS, PEERS_TALK, assert_close, torch, transformers
+
+import jlora
+from jlora.io.hf.names import tensors
+from jlora.quant.nf4 import NF4Array
+from jlora.quant.params import is_packed
+from jlora.tree import paths
+
+bnb = pytest.importorskip("bitsandbytes")
+pytestmark = PEERS_TALK
+
+QWEN2 = transformers.Qwen2Config(
+    vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+    initializer_range=0.06,
+)  # fmt: skip
+WIDE_GPT2 = transformers.GPT2Config(
+    **{**BASES["gpt2"].to_dict(), "n_embd": 64, "n_layer": 2}
+    | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+)
+CONFIGS = {"llama": BASES["llama"], "qwen2": QWEN2, "gpt2": WIDE_GPT2}
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+FP4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
+DOUBLE = {"bnb_4bit_use_double_quant": True}
+CASES = {
+    "llama, nf4 with double quantization": ("llama", NF4 | DOUBLE),
+    "llama, fp4": ("llama", FP4),
+    "llama, blocks of 32": ("llama", NF4 | DOUBLE | {"block_size": 32}),
+    "llama, some left out, bytes stored as bfloat16": (
+        "llama",
+        NF4 | {"bnb_4bit_quant_storage": "bfloat16", "llm_int8_skip_modules": ["o_proj"]},
+    ),
+    "llama, 8 bits": ("llama", {"load_in_8bit": True}),
+    "qwen2, nf4": ("qwen2", NF4),
+    "qwen2, fp4 with double quantization": ("qwen2", FP4 | DOUBLE),
+    "gpt2, nf4 with double quantization": ("gpt2", NF4 | DOUBLE),
+    "gpt2, 8 bits": ("gpt2", {"load_in_8bit": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """Folders of the models in float32, made once."""
+    folders = {}
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for weight in module.parameters():
+                if weight.ndim == 1:
+                    weight.add_(0.2 * torch.randn_like(weight))
+        folders[name] = tmp_path_factory.mktemp(name)
+        module.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+def saved(request, dense, tmp_path_factory):
+    """bitsandbytes' model, the folder that transformers saved of it, and what jlora reads there."""
+    name, settings = request.param
+    settings = dict(settings)
+    block = settings.pop("block_size", 64)
+    how = transformers.BitsAndBytesConfig(**settings, bnb_4bit_compute_dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        dense[name],
+        quantization_config=how,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        device_map="cpu",
+    )
+    if block != 64:
+        reblock(theirs, block)
+    folder = tmp_path_factory.mktemp("packed")
+    theirs.save_pretrained(folder)
+    return theirs, folder, *jlora.load_pretrained(folder, dtype="float32")
+
+
+def reblock(model, block):
+    """Packs again in blocks of another size, for which transformers has no setting."""
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            old = module.weight
+            values = bnb.functional.dequantize_4bit(old.data, old.quant_state)
+            settings = {"quant_type": old.quant_type, "compress_statistics": True}
+            module.weight = bnb.nn.Params4bit(
+                values, requires_grad=False, blocksize=block, **settings
+            ).to("cpu")
+
+
+def module_weights(model):
+    """Weights [out, in] of all packed modules by name, dequantized by bitsandbytes."""
+    found = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, bnb.nn.Linear4bit):
+            found[name] = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            found[name] = bnb.functional.int8_vectorwise_dequant(weight.CB, weight.SCB)
+    return {name: value.float().numpy() for name, value in found.items()}
+
+
+def layer_of(leaf, tensor):
+    if tensor.layer is None:
+        return leaf
+    return jax.tree.map(lambda x: x[tensor.layer], leaf)
+
+
+def test_the_bytes_are_the_files_and_the_weights_bitsandbytes(saved):
+    theirs, folder, model, params = saved
+    file, weights = load_file(folder / "model.safetensors"), module_weights(theirs)
+    for tensor in tensors(model):
+        leaf = paths.get(params, tensor.path)
+        module = tensor.name.removesuffix(".weight")
+        assert is_packed(leaf) == (module in weights), tensor.name
+        if not is_packed(leaf):
+            continue
+        layer = layer_of(leaf, tensor)
+        if isinstance(layer, NF4Array):
+            parts = {"": layer.codes, ".absmax": layer.absmax}
+            if f"{tensor.name}.nested_absmax" in file:
+                parts[".nested_absmax"] = layer.nested_absmax
+            stored = {part: file[tensor.name + part] for part in parts}
+            offset = theirs.get_submodule(module).weight.quant_state.offset
+            assert offset is None or float(layer.nested_offset) == offset.item()
+        else:
+            parts = {"": layer.codes, "SCB": layer.absmax}
+            stored = {"": file[tensor.name], "SCB": file[f"{module}.SCB"]}
+        for part, value in parts.items():
+            assert np.asarray(value).tobytes() == stored[part].tobytes(), (tensor.name, part)
+        values = np.asarray(layer.dequantize())
+        np.testing.assert_array_equal(values.T, weights.pop(module), err_msg=tensor.name)
+    assert not weights
+
+
+def test_the_logits_are_bitsandbytes(saved):
+    """Sums of at most 128 products in another order; logits of 64 features, three layers.
+
+    In 8 bits bitsandbytes rounds activations too, which jlora does not: there the peer is the
+    dense model with bitsandbytes' dequantized weights.
+    """
+    theirs, _, model, params = saved
+    peer = theirs.train()  # without gradients its forward pass repacks the weights in place
+    if theirs.config.quantization_config.load_in_8bit:
+        peer = transformers.AutoModelForCausalLM.from_config(
+            theirs.config, dtype=torch.float32, attn_implementation="eager"
+        ).train()
+        own = {k: v for k, v in theirs.state_dict().items() if v.is_floating_point()}
+        for name, value in module_weights(theirs).items():
+            turned = peer.get_submodule(name).weight.shape != value.shape
+            turned |= "Conv1D" in type(peer.get_submodule(name)).__name__
+            own[f"{name}.weight"] = torch.tensor(value.T if turned else value)
+        peer.load_state_dict({k: v for k, v in own.items() if not k.endswith(".SCB")})
+    want = peer(input_ids=torch.tensor(IDS).long()).logits.detach().float().numpy()
+    got = jax.jit(model, compiler_options=FAST)(params, jnp.asarray(IDS))
+    assert_close(got, want, 1e-5)

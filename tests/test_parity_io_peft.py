@@ -1,0 +1,199 @@
+"""Adapter folders between peft and jlora: the same bytes both ways, and nothing lost on loading."""
+
+import copy
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny_peers import (
+    CASES,
+    NUMBERS,
+    PEERS_TALK,
+    assert_close,
+    both_bases,
+    jlora_logits,
+    make_peft,
+    peft,
+    torch,
+    torch_logits,
+)
+
+import jlora
+from jlora import lora
+from jlora.errors import DataError
+from jlora.io import peft as adapter_io
+from jlora.tree import paths
+
+pytestmark = PEERS_TALK
+FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return both_bases(tmp_path_factory)
+
+
+def load_peft(base, folder):
+    """peft's model of a folder; asserts that nothing was missing or unexpected.
+
+    peft itself only warns of what is missing and says nothing of what is unexpected.
+    """
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(base.module), folder)
+    result = peft.set_peft_model_state_dict(model, load_file(folder / FILE))
+    assert not result.unexpected_keys
+    trained = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert set(trained) == set(load_file(folder / FILE))
+    return model.eval()
+
+
+def random_adapter(params, fields, seed=0):
+    """A, B and whatever else trains are random; unused columns are zero."""
+    random = jlora.LoraConfig(**fields, init_lora_weights=False)
+    adapter = lora.init_adapter(jax.random.key(seed), params, random)
+    rng = np.random.default_rng(seed)
+
+    def stir(path, leaf):
+        noise = 0.1 * rng.normal(size=leaf.shape).astype(np.float32)
+        return leaf if path[-1] in lora.DELTA else leaf + noise
+
+    config = dataclasses.replace(adapter.config, init_lora_weights=True)
+    weights = paths.map_leaves(stir, adapter.weights)
+    return dataclasses.replace(adapter, weights=weights, config=config)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_pefts_folder_comes_back_byte_for_byte(bases, name, tmp_path):
+    base, fields = bases[CASES[name][0]], CASES[name][1]
+    theirs = make_peft(base, fields)
+    theirs.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    adapter = jlora.load_adapter(tmp_path / "peft", base.params)
+    adapter_io.save_adapter(tmp_path / "ours", adapter)
+    assert (tmp_path / "ours" / FILE).read_bytes() == (tmp_path / "peft" / FILE).read_bytes()
+
+    ours, want = (json.loads((tmp_path / d / CONFIG).read_text()) for d in ("ours", "peft"))
+    del want["peft_version"]  # peft did not write ours
+    if isinstance(want["target_modules"], str):  # torch may have more that an expression matches
+        want["target_modules"] = theirs.targeted_module_names
+    for raw in (ours, want):
+        for key in ("target_modules", "exclude_modules", "modules_to_save"):
+            raw[key] = sorted(raw[key]) if isinstance(raw[key], list) else raw[key]
+    assert ours == want
+    parsed = peft.LoraConfig.from_pretrained(tmp_path / "ours")
+    assert (parsed.r, parsed.lora_alpha) == (want["r"], want["lora_alpha"])
+    np.testing.assert_array_equal(
+        torch_logits(load_peft(base, tmp_path / "ours")), torch_logits(theirs)
+    )
+
+
+@pytest.mark.parametrize("name", ["patterns", "modules to save", "gpt2, all-linear"])
+def test_our_folder_is_what_peft_would_write(bases, name, tmp_path):
+    base, fields = bases[CASES[name][0]], CASES[name][1]
+    adapter = random_adapter(base.params, fields)
+    jlora.save_adapter(tmp_path / "ours", adapter)
+    theirs = load_peft(base, tmp_path / "ours")
+    assert_close(jlora_logits(base, base.params, adapter), torch_logits(theirs), 1e-5)
+    theirs.save_pretrained(tmp_path / "peft")
+    assert (tmp_path / "ours" / FILE).read_bytes() == (tmp_path / "peft" / FILE).read_bytes()
+    assert all(v.dtype == torch.float32 for v in load_file(tmp_path / "ours" / FILE).values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("gpt2", {"target_modules": ["q_proj", "v_proj"], "r": 2, "lora_alpha": 6}),
+        ("gpt2", {
+            "target_modules": ["k_proj", "v_proj", "c_fc"],
+            "layers_to_transform": [0, 2],
+            "rank_pattern": {"v_proj": 3, r"h\.2\.mlp\.c_fc": 5},
+            "alpha_pattern": {"k_proj": 2, "c_fc": 4},
+            "use_rslora": True,
+            "bias": "lora_only",
+        }),
+        ("gpt2", {
+            "target_modules": ["q_proj", "k_proj", "mlp.c_proj"],
+            "rank_pattern": {r"h\.0\..*": 3, "k_proj": 1},
+        }),
+        ("gpt2", {
+            "target_modules": r".*\.(0\.attn\.v_proj|1\.attn\.q_proj|2\.attn\.c_proj)",
+            "modules_to_save": ["ln_f"],
+        }),
+        ("phi3", {
+            "target_modules": ["k_proj", "v_proj", "up_proj", "o_proj", "embed_tokens"],
+            "rank_pattern": {"v_proj": 3, r"layers\.1\.mlp\.up_proj": 2},
+            "alpha_pattern": {"k_proj": 2, "embed_tokens": 3},
+        }),
+        ("phi3", {"target_modules": ["q_proj", "up_proj"], "lora_bias": True, "r": 2}),
+        ("phi3", {
+            "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"],
+            "use_dora": True,
+            "layers_to_transform": [1],
+            "alpha_pattern": {"v_proj": 20},
+        }),
+    ],
+    ids=[
+        "two parts",
+        "ranks, layers and biases",
+        "a pattern that also names the whole",
+        "other parts in other layers",
+        "parts of other widths",
+        "biases of parts",
+        "magnitudes of all parts",
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted:UserWarning")
+def test_parts_of_projections_have_their_logits_in_peft(bases, kind, fields, tmp_path):
+    base = bases[kind]
+    adapter = random_adapter(base.params, fields)
+    jlora.save_adapter(tmp_path, adapter)
+    want = jlora_logits(base, base.params, adapter)
+    assert_close(torch_logits(load_peft(base, tmp_path)), want, 1e-5)
+    assert np.abs(want - jlora_logits(base, base.params)).max() > 1e-2 * np.abs(want).max()
+    again = jlora.load_adapter(tmp_path, base.params)
+    assert_close(jlora_logits(base, base.params, again), want, 1e-5)
+
+
+def test_expressions_that_match_more_in_torch_load_in_peft(bases, tmp_path):
+    """``mlp.act_fn`` has no weights here; peft refuses an expression that matches it."""
+    base = bases["llama"]
+    fields = {"target_modules": r".*\.[02]\.mlp\..*", "rank_pattern": {r".*2\.mlp\.up_proj": 3}}
+    with pytest.raises(ValueError, match="not supported"):
+        make_peft(base, fields)
+    adapter = random_adapter(base.params, fields)
+    jlora.save_adapter(tmp_path, adapter)
+    want = jlora_logits(base, base.params, adapter)
+    assert_close(torch_logits(load_peft(base, tmp_path)), want, 1e-5)
+
+
+def test_bfloat16_adapters_are_read_exactly(bases, tmp_path):
+    base = bases["llama"]
+    fields = {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["lm_head"]}
+    theirs = make_peft(base, fields)
+    theirs.save_pretrained(tmp_path)
+    narrow = {k: (v * 2.0**-40).bfloat16() for k, v in load_file(tmp_path / FILE).items()}
+    save_file(narrow, tmp_path / FILE, {"format": "pt"})
+    tensors = adapter_io.to_peft_tensors(jlora.load_adapter(tmp_path, base.params))
+    assert set(tensors) == set(narrow)
+    for key, value in narrow.items():
+        np.testing.assert_array_equal(tensors[key], value.float().numpy())
+
+
+def test_the_base_weight_beside_an_adapted_head_must_be_the_models(bases, tmp_path):
+    """peft's files hold it, and peft loads it over the model's own."""
+    base = bases["llama"]
+    theirs = make_peft(base, {"target_modules": ["lm_head"]})
+    theirs.save_pretrained(tmp_path)
+    key = "base_model.model.lm_head.base_layer.weight"
+    tensors = load_file(tmp_path / FILE)
+    adapter = jlora.load_adapter(tmp_path, base.params)
+    assert_close(jlora_logits(base, base.params, adapter), torch_logits(theirs), 1e-5)
+    jlora.save_adapter(tmp_path / "ours", adapter)
+    np.testing.assert_array_equal(
+        torch_logits(load_peft(base, tmp_path / "ours")), torch_logits(theirs)
+    )
+    for other in (tensors[key] + 1, tensors[key][:-1].contiguous()):
+        save_file({**tensors, key: other}, tmp_path / FILE, {"format": "pt"})
+        with pytest.raises(DataError, match=r"lm_head.*own weight"):
+            jlora.load_adapter(tmp_path, base.params)
