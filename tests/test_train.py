@@ -48,9 +48,9 @@ def test_a_run_leaves_what_the_contract_names(epochs):
     left = {path.name for path in place.output.iterdir()}
     assert left >= {
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
-        "tokenizer_config.json", "config.yaml", "metrics_log.jsonl", "checkpoints", "report.html",
+        "tokenizer_config.json", "config.yaml", "metrics.jsonl", "checkpoints", "report.html",
     }  # fmt: skip
-    lines = metrics_log.read(place.output / "metrics_log.jsonl")
+    lines = metrics_log.read(place.output / "metrics.jsonl")
     training = [line for line in lines if "loss" in line]
     assert [line["step"] for line in training] == [2, 4, 6, 8, 10]
     names = ["step", "loss", "learning_rate", "grad_norm", "epoch", "tokens", "tokens_per_second"]

@@ -121,7 +121,7 @@ def test_a_signal_to_one_process_stops_both_and_the_same_command_goes_on(place):
     sections = settings("lora", steps=LONG, per_device=2)
     place.write(**sections)
     processes = start_two(place)
-    path = place.output / "metrics_log.jsonl"
+    path = place.output / "metrics.jsonl"
     while all(p.poll() is None for p in processes):
         if path.exists() and metrics_log.read(path):
             break

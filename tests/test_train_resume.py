@@ -39,7 +39,7 @@ def whole(tmp_path_factory, tiny_base, tiny_cache):
 
 def last_step(place):
     """The step of the last line; 0 before there is one."""
-    path = place.output / "metrics_log.jsonl"
+    path = place.output / "metrics.jsonl"
     lines = metrics_log.read(path) if path.exists() else []
     return lines[-1]["step"] if lines else 0
 

@@ -1,4 +1,4 @@
-"""metrics_log.jsonl: always JSON, no gap and no repeat after an interruption."""
+"""metrics.jsonl: always JSON, no gap and no repeat after an interruption."""
 
 import json
 
@@ -12,7 +12,7 @@ from jlora.ui.metrics_log import MetricsLog
 
 
 def test_lines_are_json_objects_that_begin_with_their_step(tmp_path):
-    path = tmp_path / "run" / "metrics_log.jsonl"
+    path = tmp_path / "run" / "metrics.jsonl"
     with MetricsLog(path) as log:
         log.write(1, loss=jnp.float32(0.5), grad_norm=np.float32(2), done=False)
         assert path.read_text() == '{"step": 1, "loss": 0.5, "grad_norm": 2.0, "done": false}\n'

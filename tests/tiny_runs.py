@@ -141,8 +141,8 @@ class Place:
         return cli.main("train", [str(self.write(**sections)), OFF, *arguments])
 
     def log(self) -> list[dict[str, Any]]:
-        """metrics_log.jsonl without what depends on the clock."""
-        lines = metrics_log.read(self.output / "metrics_log.jsonl")
+        """metrics.jsonl without what depends on the clock."""
+        lines = metrics_log.read(self.output / "metrics.jsonl")
         return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
 
     def losses(self) -> list[float]:

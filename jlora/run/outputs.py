@@ -233,7 +233,7 @@ def finish(
 def _write_report(job: Job, plan: Plan, samples: list[dict[str, str]]) -> Path:
     """``report.html`` from the run's log."""
     out = Path(job.config.train.output_dir)
-    lines = metrics_log.read(out / "metrics_log.jsonl")
+    lines = metrics_log.read(out / "metrics.jsonl")
     summary = {"model": job.config.model.name_or_path, "steps": plan.total_steps}
     figures = ("eval_loss", "eval_accuracy", "eval_f1", "eval_exact_match", "tokens")
     for line in lines:
@@ -248,7 +248,7 @@ def _final_card(console: Console, job: Job, written: str, html: Path) -> None:
     where = {
         "adapter" if job.config.lora else "model": written,
         "report": html,
-        "metrics": Path(out) / "metrics_log.jsonl",
+        "metrics": Path(out) / "metrics.jsonl",
         "checkpoints": Path(out) / "checkpoints",
         "settings": Path(out) / "config.yaml",
     }
