@@ -30,10 +30,10 @@ def jlora_unit(folder: str, packed: bool, cached: bool) -> Any:
     import jax
 
     import jlora
-    from jlora.distributed import runtime
+    from jlora.run import environment
 
     if cached:
-        runtime.compilation_cache()
+        environment.enable_compilation_cache()
     load, devices = jlora.load_pretrained, jax.devices()
     assert devices
 

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import jlora
 from jlora import config, errors, files
-from jlora.distributed import runtime
+from jlora.distributed import processes
+from jlora.run import environment
 
 USAGE = "CONFIG.yaml [section.key=value …] [--debug]"
 
@@ -59,7 +60,7 @@ COMMANDS = {
 
 def entry() -> NoReturn:
     """The console script ``jlora``."""
-    runtime.without_torch()
+    environment.block_torch()
     leave(dispatch(sys.argv[1:]))
 
 
@@ -84,10 +85,10 @@ def dispatch(argv: Sequence[str]) -> int:
 def main(command: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Runs a command with its arguments and returns the exit code.
 
-    None means ``sys.argv``, in a process that is this command's own, see ``runtime.without_torch``.
+    None means ``sys.argv``, in a process of the command alone; see ``block_torch``.
     """
     if argv is None:
-        runtime.without_torch()
+        environment.block_torch()
     options = _parse(command, argv, prog or f"python -m {COMMANDS[command].module}")
     return guard(lambda: _run(COMMANDS[command], options), debug=options.debug)
 
@@ -95,7 +96,7 @@ def main(command: str, argv: Sequence[str] | None = None, prog: str | None = Non
 def leave(code: int) -> NoReturn:
     """Ends the process; with several, one that failed alone does not wait for the others."""
     stopped = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
-    runtime.leave(code, together=code in stopped)
+    processes.exit_process(code, all_exit=code in stopped)
 
 
 def _run(command: Command, options: argparse.Namespace) -> None:

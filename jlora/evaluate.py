@@ -13,11 +13,11 @@ from pathlib import Path
 import jax
 
 from jlora.config import Config
-from jlora.distributed import runtime, sharding
+from jlora.distributed import processes, sharding
 from jlora.errors import ConfigError
 from jlora.files import write_atomic
 from jlora.inference import scoring
-from jlora.run import outputs
+from jlora.run import environment, outputs
 from jlora.run.batches import check_fit, eval_batches, prepare
 from jlora.run.job import open_job, open_tokenizer
 from jlora.run.label_names import with_classes
@@ -31,7 +31,7 @@ main = functools.partial(cli.main, "evaluate")
 def run(config: Config, options: argparse.Namespace) -> None:
     """Evaluates the result in ``train.output_dir`` on ``data.eval``.
 
-    Prints the figures and writes them to ``held_out.json`` beside it, with the replies where
+    Prints the figures and writes them to ``evaluation.json`` beside it, with the replies where
     ``evaluate.exact_match`` asks for them.
     """
     del options
@@ -39,9 +39,9 @@ def run(config: Config, options: argparse.Namespace) -> None:
         raise ConfigError(
             "there are no held-out rows", where="data.eval", fix="name a file to evaluate on"
         )
-    runtime.distributed()
+    processes.initialize()
     if config.train.compilation_cache:
-        runtime.compilation_cache()
+        environment.enable_compilation_cache()
     console = Console(enabled=jax.process_index() == 0)
     config, _ = with_classes(config)
     tokenizer = open_tokenizer(config)
@@ -59,7 +59,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
     if config.evaluate.exact_match:
         result["eval_exact_match"] = scoring.exact_match(samples)
         result["eval_replies"] = len(samples)
-    file = Path(config.train.output_dir) / "held_out.json"
+    file = Path(config.train.output_dir) / "evaluation.json"
     if jax.process_index() == 0:
         lines = [{**s._asdict(), "exact": s.exact} for s in samples]
         text = json.dumps({**result, "replies": lines}, indent=2, ensure_ascii=False)

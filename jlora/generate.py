@@ -20,11 +20,12 @@ from jlora.config import Config
 from jlora.data import reply_row
 from jlora.data.rows import BadRow, Chat, Completion, from_alpaca, from_messages
 from jlora.data.tokenizer import opening, token_ids
-from jlora.distributed import runtime
+from jlora.distributed import processes
 from jlora.errors import ConfigError, DataError
 from jlora.files import storage_errors
 from jlora.inference import decoding
 from jlora.models import Model
+from jlora.run import environment
 from jlora.run.job import open_job, open_tokenizer
 from jlora.ui.console import Console
 
@@ -53,9 +54,9 @@ def run(config: Config, options: argparse.Namespace) -> None:
         )
     settings = config.generate
     prompts = list(_prompts(config))
-    runtime.distributed()
+    processes.initialize()
     if config.train.compilation_cache:
-        runtime.compilation_cache()
+        environment.enable_compilation_cache()
     tokenizer = open_tokenizer(config)
     ids = [_ids(p, config, tokenizer) for p in prompts]
     console = Console(enabled=jax.process_index() == 0, file=sys.stderr)  # stdout is for replies

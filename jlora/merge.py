@@ -17,7 +17,7 @@ import numpy as np
 
 from jlora import lora
 from jlora.config import Config
-from jlora.distributed import runtime
+from jlora.distributed import processes
 from jlora.errors import ConfigError
 from jlora.files import storage_errors
 from jlora.io.hf import save_pretrained
@@ -44,7 +44,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
             where="lora",
             fix=f"the model is in {config.train.output_dir} already",
         )
-    runtime.distributed()
+    processes.initialize()
     console = Console(enabled=jax.process_index() == 0)
     config, _ = with_classes(config)
     tokenizer = open_tokenizer(config)

@@ -15,13 +15,13 @@ from typing import Any
 import jax
 
 from jlora.config import Config, QuantConfig
-from jlora.distributed import runtime, sharding
+from jlora.distributed import processes, sharding
 from jlora.errors import ConfigError
 from jlora.files import storage_errors
 from jlora.io.hf import load_pretrained, prequantized_write, save_pretrained
 from jlora.io.hf.folder import find_folder, shard_files
 from jlora.io.hf.read import read_model
-from jlora.quant.params import describe, is_packed, quantize_params
+from jlora.quant.params import describe, is_quantized, quantize_params
 from jlora.run.job import open_tokenizer
 from jlora.tree import paths
 from jlora.ui.console import Console
@@ -43,7 +43,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
             where="quantization",
             fix="add the section, such as quantization: {load_in_4bit: true}",
         )
-    runtime.distributed()
+    processes.initialize()
     console = Console(enabled=jax.process_index() == 0)
     source = find_folder(config.model.name_or_path, config.model.revision)
     out = Path(config.quantize.output_dir or Path(config.train.output_dir) / "quantized")
@@ -57,7 +57,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
             )
         console.note(f"writing {out}")
         model = dataclasses.replace(model, dtype=asked.bnb_4bit_compute_dtype)
-        files = save_pretrained(out, model, params, packed=True)
+        files = save_pretrained(out, model, params, quantized=True)
     if jax.process_index() == 0:
         with storage_errors(out):
             tokenizer.save_pretrained(out)
@@ -82,7 +82,7 @@ def _check(source: Path, out: Path, asked: QuantConfig) -> None:
 def _packed(params: Any) -> dict[str, str]:
     """How much is packed, and into how many bits a parameter."""
     leaves = [leaf for _, leaf in paths.walk(params)]
-    packed = [leaf for leaf in leaves if is_packed(leaf)]
+    packed = [leaf for leaf in leaves if is_quantized(leaf)]
     size, every = sum(leaf.size for leaf in packed), sum(leaf.size for leaf in leaves)
     bits = 8 * sum(leaf.nbytes for leaf in packed) / size
     return {"packed": f"{size:,} of {every:,} parameters, in {bits:.2f} bits each"}

@@ -16,9 +16,12 @@ import jax
 from jlora import data
 from jlora.config import Config
 from jlora.data.classification import listed
-from jlora.distributed import runtime, sharding
+from jlora.distributed import processes, sharding
+from jlora.distributed.lock import RunLock
+from jlora.distributed.signals import StopSignals
 from jlora.io.hf.folder import find_folder
 from jlora.plan.check import compiled_beside, unless_refused
+from jlora.run import environment
 from jlora.run.abstract_job import describe_job, describe_model
 from jlora.run.batches import check_fit, check_same, parts, plan_of, prepare
 from jlora.run.compiled_step import Program
@@ -35,9 +38,9 @@ main = functools.partial(cli.main, "train")
 
 def run(config: Config, options: argparse.Namespace) -> None:
     """Trains what the settings say and writes everything to ``train.output_dir``."""
-    runtime.distributed()
+    processes.initialize()
     if config.train.compilation_cache:
-        runtime.compilation_cache()
+        environment.enable_compilation_cache()
     first, out = jax.process_index() == 0, Path(config.train.output_dir)
     console = Console(enabled=first)
     check_optimizer(config.train)
@@ -48,9 +51,9 @@ def run(config: Config, options: argparse.Namespace) -> None:
             console.text(text)
         return
     with (
-        runtime.RunLock(out, enabled=first),
+        RunLock(out, enabled=first),
         MetricsLog(out / "metrics.jsonl", enabled=first) as log,
-        runtime.Signals() as signals,
+        StopSignals() as signals,
     ):
         if names := config.model.id2label:
             console.note(f"{len(names)} classes, from {origin}: {listed(names)}")

@@ -307,9 +307,9 @@ TWO_PROCESSES = """
 import sys
 from pathlib import Path
 from jlora.io import checkpoint
-from jlora.distributed import runtime
+from jlora.distributed import processes
 from jlora.tree.fingerprint import fingerprint
-runtime.distributed()
+processes.initialize()
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
@@ -330,7 +330,7 @@ for name in like:
     for shard in tree[name].addressable_shards:
         assert (np.asarray(shard.data) == value[shard.index]).all()
 print(extra, run["base_fingerprint"])
-runtime.leave(0, together=True)
+processes.exit_process(0, all_exit=True)
 """
 
 

@@ -82,9 +82,9 @@ def test_a_fault_in_loading_ends_the_run_while_the_step_compiles(place):
 TOO_LARGE = """
 import sys
 from jlora import cli
-from jlora.distributed import runtime
+from jlora.distributed import processes
 from jlora.plan import target
-target.main_memory, runtime.GRACE = lambda: 1000, 120
+target.main_memory, processes.FAILURE_BARRIER_SECONDS = lambda: 1000, 120
 cli.leave(cli.main("train", sys.argv[1:]))
 """
 

@@ -9,7 +9,7 @@ import time
 import pytest
 from tiny_runs import Place
 
-from jlora.distributed.runtime import RunLock
+from jlora.distributed.lock import RunLock
 from jlora.errors import ConfigError, OutputInUseError
 from jlora.run.outputs import Checkpoints
 from jlora.ui import metrics_log

@@ -1,1 +1,1 @@
-"""Devices and processes: the mesh, the layout of every leaf, signals and locks."""
+"""Devices and processes: the mesh, how arrays are sharded over it, locks and signals."""

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jlora import data
-from jlora.distributed import runtime
+from jlora.distributed import processes
 from jlora.errors import ConfigError
 from jlora.plan import report, target
 from jlora.plan.forecast import Rows, forecast
@@ -34,7 +34,7 @@ def compiled_beside(program: Program, rows: data.Prepared) -> Iterator[Future[An
       ConfigError: the devices cannot hold what the step needs; the message says what to change.
         Not with ``train.check_memory: false``.
     """
-    pool = ThreadPoolExecutor(1, runtime.COMPILER)
+    pool = ThreadPoolExecutor(1, processes.COMPILER_THREAD)
     compiling = pool.submit(_compiled, program)
     pool.shutdown(wait=False)
     try:

@@ -7,12 +7,12 @@ import json
 from typing import Any
 
 from jlora.config import Config
-from jlora.distributed import runtime
 from jlora.errors import ConfigError, JloraError
 from jlora.plan import report, target
 from jlora.plan.forecast import Rows, forecast
 from jlora.plan.remedies import find_remedies, text
 from jlora.plan.target import Target
+from jlora.run import environment
 from jlora.run.batches import prepare
 from jlora.run.job import open_tokenizer
 from jlora.run.label_names import with_classes
@@ -27,7 +27,7 @@ def plan(config: Config, aim: Target, *, as_json: bool = False) -> None:
       ConfigError: it does not fit; the message says what to change. And see ``describe_job``.
     """
     if config.train.compilation_cache and aim.hardware is None:
-        runtime.compilation_cache()  # what is compiled here, the run need not compile again
+        environment.enable_compilation_cache()  # the run reuses it
     check_optimizer(config.train)
     config, _ = with_classes(config)
     tokenizer, rows = _read(config)

@@ -1,1 +1,1 @@
-"""What commands share: a job and its compiled step, the loop, and what a run writes."""
+"""What the commands share: a job, its compiled training step, the loop, and what a run writes."""

@@ -10,14 +10,15 @@ import jax
 from jlora.config import Config, TrainConfig, in_lines
 from jlora.data import Prepared
 from jlora.data.classification import listed
-from jlora.distributed import runtime, sharding
+from jlora.distributed import sharding
+from jlora.distributed.devices import describe_devices
 from jlora.lora.targets import match_table
 from jlora.models import Model
 from jlora.ops.attention import Case, choose, cudnn
-from jlora.quant.params import describe, is_packed, settings_of
+from jlora.quant.params import describe, is_quantized, settings_of
 from jlora.run.job import Job
 from jlora.run.progress import Plan
-from jlora.training.optim import moving, warmup_steps
+from jlora.training.optim import trainable_leaves, warmup_steps
 from jlora.ui.console import Console, Rows
 
 SECTIONS = ("model", "quantization", "lora", "data", "train", "mesh", "evaluate")
@@ -108,8 +109,8 @@ def sizes(config: Config, frozen: Any, trainable: Any, initial: Any = None) -> d
 
     ``initial`` is no part of the model, but takes memory.
     """
-    moves, every = count(moving(config.train, trainable)), count(frozen) + count(trainable)
-    packed = [x for x in jax.tree.leaves(frozen, is_leaf=is_packed) if is_packed(x)]
+    moves, every = count(trainable_leaves(config.train, trainable)), count(frozen) + count(trainable)
+    packed = [x for x in jax.tree.leaves(frozen, is_leaf=is_quantized) if is_quantized(x)]
     kind = "full fine-tuning"
     if config.lora:
         kind = "QLoRA" if packed else "LoRA"
@@ -140,7 +141,7 @@ def _run(job: Job, plan: Plan) -> Mapping[str, Any]:
     settings, mesh = job.config.train, dict(job.mesh.shape)
     warm = warmup_steps(settings, plan.total_steps)
     return {
-        "devices": runtime.describe_devices(),
+        "devices": describe_devices(),
         "mesh": " × ".join(f"{axis} {size}" for axis, size in mesh.items()),
         "batch": f"{plan.rows_per_step} rows a step ({settings.per_device_train_batch_size} a "
         f"device, {plan.accumulation} accumulated)",

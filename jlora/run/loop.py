@@ -11,7 +11,7 @@ import jax
 
 from jlora import data
 from jlora.distributed import sharding
-from jlora.distributed.runtime import Signals
+from jlora.distributed.signals import StopSignals
 from jlora.inference import scoring
 from jlora.run import outputs
 from jlora.run.batches import batch_at, batches_at, eval_batches, parts
@@ -59,7 +59,7 @@ class Loop:
         self.held_out_parts = parts(self.held_out, job.adapters) if self.held_out else []
         self.prompts = [outputs.prompts(one) for one, _ in job.each(None)]
 
-    def run(self, train_step: Callable[[Any, Any, Any], Any], signals: Signals) -> None:
+    def run(self, train_step: Callable[[Any, Any, Any], Any], signals: StopSignals) -> None:
         """Takes the run from its first step, or its last checkpoint, to what it leaves behind."""
         resume = self.checkpoints.resume
         self.state, self.progress = resume(self.state, self.progress, self.console)
@@ -78,7 +78,7 @@ class Loop:
             exact = scoring.exact_match(before)
             self._record(self._evaluate() | {"eval_exact_match": exact})
 
-    def _steps(self, train_step: Callable[[Any, Any, Any], Any], signals: Signals) -> None:
+    def _steps(self, train_step: Callable[[Any, Any, Any], Any], signals: StopSignals) -> None:
         """All steps that are left; metrics are fetched while the next step is under way."""
         progress, settings, total = self.progress, self.settings, self.plan.total_steps
         pending = None

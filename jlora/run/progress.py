@@ -14,7 +14,7 @@ import numpy as np
 
 from jlora.config import Config, TrainConfig
 from jlora.errors import DivergedError
-from jlora.training.optim import frozen_kinds, stays, warmup_steps
+from jlora.training.optim import frozen_kinds, is_frozen, warmup_steps
 
 LEARNING_BY = 2
 """Updates by which every leaf must have had a gradient: B moves first, then A. With a warm-up it is
@@ -225,7 +225,7 @@ def check_learning(
     dead = [
         owner + jax.tree_util.keystr(path, simple=True, separator=".")
         for (owner, path), alive in zip(leaves, progress.alive, strict=True)
-        if not alive and not stays(path, plan.frozen)
+        if not alive and not is_frozen(path, plan.frozen)
     ]
     if not dead:
         return
