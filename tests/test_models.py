@@ -270,7 +270,7 @@ def test_a_branch_for_each_window_computes_the_same(name, monkeypatch):
     model, params = build(name)
     ids = tokens(model, 2, LENGTH)
     want = run(model, params, ids)
-    monkeypatch.setattr(decoder, "needs_static_window", lambda backend: True)
+    monkeypatch.setattr(layer_scan, "needs_static_window", lambda backend: True)
     branching = dataclasses.replace(model, attention="reference")
     assert_same(run(branching, params, ids), want)
     assert "cond" in str(jax.make_jaxpr(branching)(params, ids))

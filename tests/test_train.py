@@ -116,7 +116,7 @@ def float32(tmp_path_factory, tiny_base, tiny_cache):
     """The losses of a run in float32 with gradient checkpointing."""
     place = Place(tmp_path_factory.mktemp("float32"), tiny_base, tiny_cache)
     place.settings_for_loss()
-    with mock.patch.object(program, "make_train_step", wraps=compiled_step.make_train_step) as made:
+    with mock.patch.object(compiled_step, "make_train_step", wraps=compiled_step.make_train_step) as made:
         place.run(train={"logging_steps": 1})
     assert made.call_args.args[0].gradient_checkpointing
     return place.losses()
@@ -135,7 +135,7 @@ def test_half_precision_computes_nearly_the_same_and_keeps_a_float32_adapter(
 
 def test_gradient_checkpointing_changes_nothing(place, float32):
     place.settings_for_loss()
-    with mock.patch.object(program, "make_train_step", wraps=compiled_step.make_train_step) as made:
+    with mock.patch.object(compiled_step, "make_train_step", wraps=compiled_step.make_train_step) as made:
         place.run(train={"logging_steps": 1, "gradient_checkpointing": False})
     assert not made.call_args.args[0].gradient_checkpointing
     np.testing.assert_allclose(place.losses(), float32, rtol=1e-5)
@@ -149,7 +149,7 @@ def test_activation_offloading_changes_no_bit(place, float32, devices):
     if devices > 1:
         run(train={"logging_steps": 1, "resume": "never"})
     expected = float32 if devices == 1 else place.losses()
-    with mock.patch.object(program, "make_train_step", wraps=compiled_step.make_train_step) as made:
+    with mock.patch.object(compiled_step, "make_train_step", wraps=compiled_step.make_train_step) as made:
         run(train={"logging_steps": 1, "resume": "never", "activation_offloading": True})
     assert made.call_args.args[0].gradient_checkpointing == "offload"
     assert place.losses() == expected
