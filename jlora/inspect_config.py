@@ -26,7 +26,7 @@ from jlora.lora.targets import (
     scaling_of,
 )
 from jlora.models import Model
-from jlora.quant.params import describe, is_packed, quantize_params, settings_of
+from jlora.quant.params import describe, is_quantized, quantize_params, settings_of
 from jlora.run import header
 from jlora.run.abstract_job import adapter_shapes, describe_model
 from jlora.run.job import open_tokenizer
@@ -142,7 +142,7 @@ def _kept(base: Any) -> Rows:
     for leaf in paths.leaves(base):
         if len(leaf.shape) > 1:
             name = f"{leaf.module()}.{leaf.kind}" if leaf.kind in paths.EXPERTS else leaf.module()
-            packed = is_packed(leaf.value)
+            packed = is_quantized(leaf.value)
             how = describe(settings_of(leaf.value)).split()[0] if packed else leaf.value.dtype.name
             size = header.size_text(header.tree_bytes(leaf.value))
             rows.append((name, leaf.layers or 1, header.shape_text(leaf.shape), how, size))

@@ -15,7 +15,7 @@ from jlora import config, train
 from jlora.distributed import sharding
 from jlora.lora import init_adapter
 from jlora.models import Model, init_params
-from jlora.quant.params import is_packed, quantize_params
+from jlora.quant.params import is_quantized, quantize_params
 from jlora.run.job import attach
 from jlora.training.optim import make_optimizer
 from jlora.training.state import init_state
@@ -122,7 +122,7 @@ def test_qlora_compiles_as_written_on_the_shapes_it_names(name):
         return quantize_params(init_params(key, model), settings.quantization)
 
     frozen = jax.eval_shape(base, jax.random.key(0))
-    kernels = [leaf for leaf in jax.tree.leaves(frozen, is_leaf=is_packed) if is_packed(leaf)]
+    kernels = [leaf for leaf in jax.tree.leaves(frozen, is_leaf=is_quantized) if is_quantized(leaf)]
     assert len(kernels) == 7
     assert 8 * sum(q.nbytes for q in kernels) <= 4.13 * sum(q.size for q in kernels)
     adapter = jax.eval_shape(

@@ -169,16 +169,16 @@ def test_products_with_sharded_packed_kernels_and_gradients_equal_the_unsharded(
 def test_an_axis_that_would_cut_blocks_splits_the_other_dimension():
     mesh = mesh_of(data=1, fsdp=8)
     in_four_blocks = nf4.quantize(normal(24, 256)).mT  # (in 256, out 24)
-    got = sharding.packed_spec(("q_proj", "kernel"), in_four_blocks, mesh)
+    got = sharding.quantized_spec(("q_proj", "kernel"), in_four_blocks, mesh)
     assert got.codes == got.absmax == PartitionSpec(("tensor", "fsdp"), None)
-    got = sharding.packed_spec(("o_proj", "kernel"), in_four_blocks, mesh)
+    got = sharding.quantized_spec(("o_proj", "kernel"), in_four_blocks, mesh)
     assert got.codes == PartitionSpec("fsdp", "tensor")
-    got = sharding.packed_spec(("q_proj", "kernel"), nf4.quantize(normal(25, 256)).mT, mesh)
+    got = sharding.quantized_spec(("q_proj", "kernel"), nf4.quantize(normal(25, 256)).mT, mesh)
     assert got.codes == PartitionSpec("tensor", None)  # neither 4 blocks nor 25 rows
     across_rows = nf4.quantize(normal(24, 40)).mT
-    got = sharding.packed_spec(("q_proj", "kernel"), across_rows, mesh)
+    got = sharding.quantized_spec(("q_proj", "kernel"), across_rows, mesh)
     assert got.codes == PartitionSpec(("tensor", "fsdp"), None) and got.absmax == PartitionSpec()
-    got = sharding.packed_spec(("o_proj", "kernel"), across_rows, mesh)
+    got = sharding.quantized_spec(("o_proj", "kernel"), across_rows, mesh)
     assert got.codes == PartitionSpec("fsdp", "tensor") and got.absmax == PartitionSpec()
 
 

@@ -71,8 +71,8 @@ def close(got, want, tolerance=1e-5):
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max())
 
 
-PACKED = ["dense", "to heads", "einsum back"]
-CASES = [(name, False) for name in LAYERS] + [(name, True) for name in PACKED]
+QUANTIZED = ["dense", "to heads", "einsum back"]
+CASES = [(name, False) for name in LAYERS] + [(name, True) for name in QUANTIZED]
 
 
 @pytest.mark.parametrize(("name", "packed"), CASES)

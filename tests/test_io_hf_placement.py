@@ -72,7 +72,7 @@ def test_packed_parts_are_put_child_by_child(on_mesh):
     want = jax.vmap(nf4.quantize)(w)
     where = None
     if on_mesh:
-        specs = sharding.packed_spec(("q_proj", "kernel"), want, mesh())
+        specs = sharding.quantized_spec(("q_proj", "kernel"), want, mesh())
         where = jax.tree.map(lambda s: NamedSharding(mesh(), s), specs)
     shapes = jax.tree.map(shape_of, want)
     indices = [(2,), (0,), (1,)]

@@ -23,7 +23,7 @@ from jlora.io.hf import folder as hf_folder
 from jlora.io.hf import load_pretrained, save_pretrained
 from jlora.quant.codebooks import DYNAMIC_MAP
 from jlora.quant.nf4 import quantize
-from jlora.quant.params import is_packed
+from jlora.quant.params import is_quantized
 from jlora.tree import paths
 
 NF4 = QuantConfig(block_size=32)
@@ -79,7 +79,7 @@ def test_a_packed_folder_is_read_as_it_was_packed(tmp_path, name, config):
     read = load_pretrained(tmp_path, dtype="bfloat16")[1]
     same(read, want)
     same(load_pretrained(tmp_path, dtype="bfloat16", quantization=config)[1], want)
-    assert sum(map(is_packed, dict(paths.walk(read)).values())) >= 4
+    assert sum(map(is_quantized, dict(paths.walk(read)).values())) >= 4
 
 
 def test_checkpoints_of_the_base_model_alone_are_read(folder, made):
@@ -316,7 +316,7 @@ def test_saving_writes_dense_weights_and_no_quantization_config(made, tmp_path):
     model, params = load_pretrained(made[0], dtype="float32")
     save_pretrained(tmp_path, model, params)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-    dense = paths.map_leaves(lambda _, x: x.dequantize() if is_packed(x) else x, params)
+    dense = paths.map_leaves(lambda _, x: x.dequantize() if is_quantized(x) else x, params)
     same(load_pretrained(tmp_path, dtype="float32")[1], dense)
 
 

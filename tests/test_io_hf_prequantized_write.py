@@ -40,7 +40,7 @@ def shapes(name="llama", dtype="float32", **fields):
 
 def written(folder, model, params, **options):
     """The tensors of all shards and the config of the folder just written."""
-    files = save_pretrained(folder, model, params, packed=True, **options)
+    files = save_pretrained(folder, model, params, quantized=True, **options)
     tensors = {}
     for file in files:
         tensors |= load_file(file) if file.suffix == ".safetensors" else {}
@@ -192,7 +192,7 @@ def test_shards_keep_a_matrix_together_and_their_size(tmp_path):
     model, params = packed()
     tensors, _ = written(tmp_path / "one", model, params)
     limit = 12_000
-    files = save_pretrained(tmp_path, model, params, max_shard_size=limit, packed=True)
+    files = save_pretrained(tmp_path, model, params, max_shard_size=limit, quantized=True)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in tensors.values())
     assert index["weight_map"].keys() == tensors.keys()
@@ -255,5 +255,5 @@ def adapted(params):
 def test_what_transformers_cannot_load_is_refused(tmp_path, change, message):
     model, params = shapes()
     with pytest.raises(ConfigError, match=message):
-        save_pretrained(tmp_path, model, change(params), packed=True)
+        save_pretrained(tmp_path, model, change(params), quantized=True)
     assert not list(tmp_path.iterdir())

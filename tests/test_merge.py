@@ -14,7 +14,7 @@ import jlora
 from jlora.errors import ConfigError
 
 command = importlib.import_module("jlora.merge")  # jlora.merge is the function
-PACKED = {"bnb_4bit_compute_dtype": "float32"}
+QUANTIZED = {"bnb_4bit_compute_dtype": "float32"}
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_merged_adapter_is_the_attached_one(here, logits, capsys):
 
 @pytest.mark.parametrize(("base", "like"), [("dequantized", 1), ("original", 0)])
 def test_a_quantized_base_is_merged_as_trained_on_or_as_it_was(here, logits, base, like, capsys):
-    got = merged(here, merge={"base": base}, quantization=PACKED)
+    got = merged(here, merge={"base": base}, quantization=QUANTIZED)
     assert close(got, logits[like]) and not close(got, logits[1 - like])
     shown = differences(capsys.readouterr().out)
     assert shown["dequantized base"][1] < 1e-4

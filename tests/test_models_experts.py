@@ -13,7 +13,7 @@ from jlora.errors import ConfigError
 from jlora.io.hf import load_pretrained, save_pretrained
 from jlora.models.experts import Mixture
 from jlora.models.registry import parse
-from jlora.quant.params import is_packed, quantize_params
+from jlora.quant.params import is_quantized, quantize_params
 
 MIXTURES = pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"])
 
@@ -142,8 +142,10 @@ def test_packed_experts_compute_what_they_stand_for(name, tmp_path):
     assert jax.tree.structure(packed) == jax.tree.structure(want)
     jax.tree.map(np.testing.assert_array_equal, packed, want)
     experts = packed["model"]["layers"]["mlp"]["experts"]
-    assert all(is_packed(experts[kind]) for kind in ("gate_up_proj", "down_proj"))
-    dense = jax.tree.map(lambda q: q.dequantize() if is_packed(q) else q, want, is_leaf=is_packed)
+    assert all(is_quantized(experts[kind]) for kind in ("gate_up_proj", "down_proj"))
+    dense = jax.tree.map(
+        lambda q: q.dequantize() if is_quantized(q) else q, want, is_leaf=is_quantized
+    )
 
     @jax.jit
     def run(table, tree, ids):
@@ -164,6 +166,6 @@ def test_packed_experts_compute_what_they_stand_for(name, tmp_path):
         for a, b in zip(got, expected, strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
     with pytest.raises(ConfigError, match=r"packed experts[\s\S]*llm_int8_skip_modules"):
-        save_pretrained(tmp_path, model, packed, packed=True)
+        save_pretrained(tmp_path, model, packed, quantized=True)
     save_pretrained(tmp_path, model, packed)
     jax.tree.map(np.testing.assert_array_equal, load_pretrained(tmp_path, "float32")[1], dense)

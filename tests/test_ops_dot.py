@@ -166,9 +166,9 @@ def test_a_product_by_halves_is_the_product(dtype, transposed, transpose):
     w = np.asarray(q.dequantize(), np.float64)
     w = w.T if transpose else w
     x = jnp.asarray(rng.normal(size=(2, 5, len(w))), dtype)
-    got = matmul.by_halves(x, q, transpose, jnp.float32)
+    got = matmul.even_odd_matmul(x, q, transpose, jnp.float32)
     want = np.asarray(x, np.float64) @ w
-    assert got.dtype == jnp.float32 and matmul.by_halves(x, q, transpose).dtype == dtype
+    assert got.dtype == jnp.float32 and matmul.even_odd_matmul(x, q, transpose).dtype == dtype
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 

@@ -10,7 +10,7 @@ from tiny_peers import BASES, FAST, IDS, PEERS_TALK, assert_close, torch, transf
 import jlora
 from jlora.io.hf.names import tensors
 from jlora.quant.nf4 import NF4Array
-from jlora.quant.params import is_packed
+from jlora.quant.params import is_quantized
 from jlora.tree import paths
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -119,8 +119,8 @@ def test_the_bytes_are_the_files_and_the_weights_bitsandbytes(saved):
     for tensor in tensors(model):
         leaf = paths.get(params, tensor.path)
         module = tensor.name.removesuffix(".weight")
-        assert is_packed(leaf) == (module in weights), tensor.name
-        if not is_packed(leaf):
+        assert is_quantized(leaf) == (module in weights), tensor.name
+        if not is_quantized(leaf):
             continue
         layer = layer_of(leaf, tensor)
         if isinstance(layer, NF4Array):

@@ -65,7 +65,7 @@ def load_torch(folder, **options):
 def test_transformers_loads_it_and_computes_the_same(dense, tmp_path, name, form):
     config = jlora.QuantConfig(**(FORMATS | MORE)[form])
     model, params = jlora.load_pretrained(dense[name], "float32", quantization=config)
-    save_pretrained(tmp_path, model, params, max_shard_size="30KB", packed=True)
+    save_pretrained(tmp_path, model, params, max_shard_size="30KB", quantized=True)
     theirs = load_torch(tmp_path).train()  # an evaluating Linear4bit repacks its weight in place
     for module in theirs.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -96,7 +96,7 @@ def test_it_is_what_transformers_writes(dense, tmp_path, name, form):
     theirs.save_pretrained(tmp_path / "theirs")
     config = jlora.QuantConfig(**fields)
     model, params = jlora.load_pretrained(dense[name], "float32", quantization=config)
-    save_pretrained(tmp_path / "ours", model, params, packed=True)
+    save_pretrained(tmp_path / "ours", model, params, quantized=True)
     ours, want = (load_file(tmp_path / f / "model.safetensors") for f in ("ours", "theirs"))
     assert ours.keys() == want.keys()
     steps = []

@@ -9,7 +9,7 @@ import pytest
 from jlora.config import QuantConfig
 from jlora.errors import ConfigError
 from jlora.quant import int8, nf4
-from jlora.quant.params import is_packed, pack, quantize_params
+from jlora.quant.params import is_quantized, pack, quantize_params
 
 
 def normal(*shape, seed=0, dtype=np.float32):
@@ -113,6 +113,6 @@ def test_the_matrix_of_each_expert_is_packed_for_itself(settings):
         alone = one(experts["gate_up_proj"][at])
         jax.tree.map(lambda a, b, at=at: np.testing.assert_array_equal(a[at], b), q, alone)
     assert packed["gate"]["weight"].dtype == packed["experts"]["down_proj_bias"].dtype
-    assert not is_packed(packed["gate"]["weight"])
+    assert not is_quantized(packed["gate"]["weight"])
     skip = QuantConfig(**settings, llm_int8_skip_modules=("experts",))
-    assert not is_packed(quantize_params(tree, skip)["layers"]["experts"]["gate_up_proj"])
+    assert not is_quantized(quantize_params(tree, skip)["layers"]["experts"]["gate_up_proj"])

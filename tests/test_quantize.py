@@ -30,7 +30,7 @@ def test_it_writes_the_base_as_it_is_loaded(place, fields):
     got = quantized(place, quantization=NF4 | fields)
     settings = jlora.QuantConfig(**NF4, **fields)
     model, params = jlora.load_pretrained(place.base, "float32", quantization=settings)
-    save_pretrained(place.folder / "wanted", model, params, packed=True)
+    save_pretrained(place.folder / "wanted", model, params, quantized=True)
     want = load_file(place.folder / "wanted" / "model.safetensors")
     assert got.keys() == want.keys()
     for name, value in want.items():

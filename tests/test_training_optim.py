@@ -176,7 +176,7 @@ def test_what_an_adapter_started_from_stays():
     labels = optim.group_labels(settings(), adapter)
     assert set(jax.tree.leaves(labels.initial)) == {"frozen"}
     assert set(jax.tree.leaves(labels.weights)) == {"decay"}
-    assert len(optim.moving(settings(), adapter)) == 2
+    assert len(optim.trainable_leaves(settings(), adapter)) == 2
 
 
 @pytest.mark.parametrize(("name", "copies"), [("adamw", 2), ("lion", 1), ("sgd", 0)])

@@ -19,7 +19,7 @@ from jlora.distributed import sharding
 from jlora.models import Model, init_params
 from jlora.ops.matmul import product
 from jlora.quant import nf4
-from jlora.quant.params import is_packed, quantize_params
+from jlora.quant.params import is_quantized, quantize_params
 from jlora.training import step
 from jlora.training.state import LossScale, init_state
 from jlora.training.step import (
@@ -375,7 +375,7 @@ def test_a_packed_head_is_taken_in_parts_and_changes_nothing(name, elements):
     """61 tokens in parts of 17 that overlap at the end, against the dequantized tree's loss."""
     model, packed, adapter = packed_parts(name)
     dense = jax.tree.map(
-        lambda leaf: leaf.dequantize() if is_packed(leaf) else leaf, packed, is_leaf=is_packed
+        lambda leaf: leaf.dequantize() if is_quantized(leaf) else leaf, packed, is_leaf=is_quantized
     )
     rows = jax.tree.map(jnp.asarray, batch())
 

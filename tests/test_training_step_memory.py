@@ -16,7 +16,7 @@ from jlora.config import LoraConfig, QuantConfig, TrainConfig
 from jlora.models import Model, init_params
 from jlora.ops.dot import dot
 from jlora.quant import params as quantization
-from jlora.quant.params import is_packed
+from jlora.quant.params import is_quantized
 from jlora.training import step
 from jlora.training.state import init_state
 from jlora.training.step import make_train_step
@@ -168,8 +168,8 @@ def test_a_weight_is_dequantized_when_its_input_is_there():
 def test_norms_and_softmax_are_float32_over_weights_that_stay_narrow():
     run, arguments = shapes_of(2, True)
     frozen = arguments[1]
-    dense = [x for x in jax.tree.leaves(frozen, is_leaf=is_packed) if not is_packed(x)]
-    packed = [x for x in jax.tree.leaves(frozen, is_leaf=is_packed) if is_packed(x)]
+    dense = [x for x in jax.tree.leaves(frozen, is_leaf=is_quantized) if not is_quantized(x)]
+    packed = [x for x in jax.tree.leaves(frozen, is_leaf=is_quantized) if is_quantized(x)]
     assert {str(x.dtype) for x in dense} == {str(x.dtype) for x in packed} == {"bfloat16"}
     assert {x.shape for x in dense} == {(61, 128), (128, 61), (2, 128), (128,)}
     found = list(equations(jax.make_jaxpr(run)(*arguments).jaxpr))

@@ -12,7 +12,7 @@ from jlora.io.hf import load_pretrained
 from jlora.io.hf.names import tensors
 from jlora.quant.codebooks import DYNAMIC_MAP, FOUR_BIT
 from jlora.quant.int8 import Int8Array
-from jlora.quant.params import is_packed
+from jlora.quant.params import is_quantized
 from jlora.tree import paths
 
 
@@ -22,7 +22,7 @@ def pack_folder(folder: Path, config: QuantConfig, dtype: str = "float32") -> di
     file = load_file(folder / "model.safetensors")
     for tensor in tensors(model):
         leaf = paths.get(params, tensor.path)
-        if is_packed(leaf):
+        if is_quantized(leaf):
             at = ... if tensor.layer is None else tensor.layer
             layer = jax.tree.map(lambda x, at=at: np.array(x[at]), leaf)
             del file[tensor.name]

@@ -36,12 +36,10 @@ from jlora.config import MeshConfig
 from jlora.errors import ConfigError
 from jlora.quant.int8 import Int8Array
 from jlora.quant.nf4 import NF4Array
-from jlora.quant.params import is_packed
+from jlora.quant.params import QuantizedArray, is_quantized
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
-Packed = NF4Array | Int8Array
-
 MODULES = (
     (r"o_proj|down_proj|c_proj|out_proj|dense|dense_4h_to_h|fc2|wo", ("tensor", "fsdp")),
     (r"[Ee]mbed.*|wte|wpe", ("tensor", "fsdp")),
@@ -117,9 +115,9 @@ def spec(path: Sequence[str], shape: Sequence[int], mesh: Mesh) -> PartitionSpec
     return PartitionSpec(*[None] * (len(shape) - 2), *kept)
 
 
-def packed_spec(
-    path: Sequence[str], q: Packed, mesh: Any, without: frozenset[str] = frozenset()
-) -> Packed:
+def quantized_spec(
+    path: Sequence[str], q: QuantizedArray, mesh: Any, without: frozenset[str] = frozenset()
+) -> QuantizedArray:
     """The layouts of a packed array's children, in their places.
 
     Values and the scales they share are split alike, so that each device can dequantize what it
@@ -184,7 +182,7 @@ def by_rows(f: Callable[[Array, Any], Array], x: Float[Array, "B ..."], weights:
     return jax.shard_map(f, **specs, axis_names=axes, check_vma=False)(x, weights)
 
 
-def gather_packed(tree: Any) -> Any:
+def gather_quantized(tree: Any) -> Any:
     """The same values under jit, packed arrays no longer split over ``fsdp``: for one layer's use.
 
     Without it XLA dequantizes the shards and gathers those, at eight times the bytes of the codes.
@@ -194,12 +192,12 @@ def gather_packed(tree: Any) -> Any:
         return tree
 
     def whole(path: tuple, leaf: Any) -> Any:
-        if not is_packed(leaf):
+        if not is_quantized(leaf):
             return leaf
-        specs = packed_spec(_keys(path), leaf, mesh, frozenset({"fsdp"}))
+        specs = quantized_spec(_keys(path), leaf, mesh, frozenset({"fsdp"}))
         return jax.tree.map(jax.lax.with_sharding_constraint, leaf, specs)
 
-    return jax.tree_util.tree_map_with_path(whole, tree, is_leaf=is_packed)
+    return jax.tree_util.tree_map_with_path(whole, tree, is_leaf=is_quantized)
 
 
 def _split(axes: Sequence[str | None], sizes: Sequence[int], mesh: Any) -> tuple[Any, Any]:
@@ -244,13 +242,13 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     """
 
     def layout(path: tuple, leaf: Any) -> Any:
-        if not is_packed(leaf):
+        if not is_quantized(leaf):
             at = spec(_keys(path), np.shape(leaf), mesh)
             return NamedSharding(mesh, at, memory_kind=_memory_kind(leaf))
-        specs = packed_spec(_keys(path), leaf, mesh)
+        specs = quantized_spec(_keys(path), leaf, mesh)
         return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=_is_spec)
 
-    return jax.tree_util.tree_map_with_path(layout, tree, is_leaf=is_packed)
+    return jax.tree_util.tree_map_with_path(layout, tree, is_leaf=is_quantized)
 
 
 def typed(function: Any, *arguments: Any) -> Any:
@@ -334,11 +332,11 @@ def describe(tree: Any, mesh: Mesh) -> list[Row]:
     A layout names the axes that split the leaf's last two dimensions, as in ``fsdp × tensor``.
     """
     groups: dict[tuple[str, str], list[int]] = {}
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)[0]
-    layouts = jax.tree.leaves(shardings(tree, mesh), is_leaf=is_packed)
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)[0]
+    layouts = jax.tree.leaves(shardings(tree, mesh), is_leaf=is_quantized)
     for (path, leaf), layout in zip(leaves, layouts, strict=True):
         arrays, parts = jax.tree.leaves(leaf), jax.tree.leaves(layout)
-        kind = _keys(path)[-1] + (f" ({_code(leaf)})" if is_packed(leaf) else "")
+        kind = _keys(path)[-1] + (f" ({_code(leaf)})" if is_quantized(leaf) else "")
         group = groups.setdefault((kind, _name(parts[0], mesh)), [0, 0, 0])
         group[0] += 1
         for array, part in zip(arrays, parts, strict=True):
@@ -361,7 +359,7 @@ def _name(layout: NamedSharding, mesh: Mesh) -> str:
     return " × ".join(axis for axis in axes if mesh.shape[axis] > 1) or "nothing"
 
 
-def _code(leaf: Packed) -> str:
+def _code(leaf: QuantizedArray) -> str:
     return "int8" if isinstance(leaf, Int8Array) else leaf.quant_type.upper()
 
 

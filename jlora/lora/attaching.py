@@ -96,7 +96,7 @@ def _attach_stack(
         _check_shapes(leaf, changes, stack.parts, (len(stack),))
         where = list(terms.columns(leaf, changes, stack.parts))
         own_scales = [scales[(*c.module, SCALING)] for c in where]
-        a, b, scale = terms.side_by_side(leaf, changes, where, own_scales)
+        a, b, scale = terms.concat_factors(leaf, changes, where, own_scales)
         ids = jnp.asarray(adapter_ids, jnp.int32)
         ids = jnp.broadcast_to(ids, (leaf.layers, *ids.shape)) if leaf.layers else ids
         bias = _bias(changes, where, [scales.get((*c.module, BIAS_SCALING)) for c in where])
@@ -174,9 +174,11 @@ def _with_delta(
     where = list(terms.columns(leaf, own, parts))
     scales = [jnp.asarray(kinds.scaling(config, c.module, leaf.stack, leaf.layers)) for c in where]
     bias_scales = [kinds.bias_scaling(config, c.module, leaf.stack, leaf.layers) for c in where]
-    a, b, scale = terms.side_by_side(leaf, own, where, scales)
+    a, b, scale = terms.concat_factors(leaf, own, where, scales)
     if first is not None:
-        a, b, scale = terms.without((a, b, scale), terms.combine(leaf, first, config, parts))
+        a, b, scale = terms.subtract_factors(
+            (a, b, scale), terms.combine(leaf, first, config, parts)
+        )
     if leaf.kind in paths.EXPERTS:  # they lie [out, in]
         a, b = b.mT, a.mT
     key, dropout = dropout_key, float(config.lora_dropout)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jlora.errors import ConfigError, DataError
 from jlora.lora.adapter import ADDED, EMBEDDING_DELTA, MAGNITUDE, TOKENS, Adapter, Tree
 from jlora.lora.attaching import attach
-from jlora.lora.weight import LoraWeight, delta, dense, wide
+from jlora.lora.weight import LoraWeight, delta, dense, to_float32
 from jlora.tree import paths
 
 
@@ -50,7 +50,7 @@ def unmerge(merged: Tree, adapter: Adapter) -> Tree:
     def subtract(leaf: Any) -> Any:
         if not isinstance(leaf, LoraWeight):
             return leaf
-        return (wide(leaf.base) - delta(leaf)).astype(leaf.dtype)
+        return (to_float32(leaf.base) - delta(leaf)).astype(leaf.dtype)
 
     return _with_biases(attach(merged, adapter), sign=-1.0, fold=subtract)
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jlora.lora.weight import Over
+from jlora.lora.weight import WeightWrapper
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class InputProbe(Over):
+class InputProbe(WeightWrapper):
     """Stands for ``base``; the gradient of ``slot`` is ``xᵀ[x@directions, 1, x²]`` of the inputs x.
 
     That is: the products of x's scatter matrix with some directions, the sum of all x (second to

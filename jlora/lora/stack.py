@@ -183,7 +183,7 @@ def _leaves(adapter: Adapter) -> Flat:
     for path in [p for p in first if p[-1] in PAIRS]:
         a, b = path, (*path[:-1], PAIRS[path[-1]])
         scale = flat[(*path[:-1], SCALING)]
-        pair = terms.without((flat[a], flat[b], scale), (first[a], first[b], scale))
+        pair = terms.subtract_factors((flat[a], flat[b], scale), (first[a], first[b], scale))
         flat[a], flat[b], flat[(*path[:-1], SCALING)] = pair
     return flat
 

@@ -84,10 +84,10 @@ def combine(
     """
     where = list(columns(leaf, own, parts))
     scales = [jnp.asarray(scaling(config, c.module, leaf.stack, leaf.layers)) for c in where]
-    return side_by_side(leaf, own, where, scales)
+    return concat_factors(leaf, own, where, scales)
 
 
-def side_by_side(
+def concat_factors(
     leaf: paths.Leaf, own: Leaves, where: Sequence[Columns], scales: Sequence[Array]
 ) -> tuple[Any, Any, Array]:
     """``combine`` of the modules ``where``, with a scale for each."""
@@ -103,7 +103,9 @@ def side_by_side(
     return together, jnp.concatenate(placed, -2), jnp.ones_like(scales[0])
 
 
-def without(terms: tuple[Any, Any, Array], first: tuple[Any, Any, Array]) -> tuple[Any, Any, Array]:
+def subtract_factors(
+    terms: tuple[Any, Any, Array], first: tuple[Any, Any, Array]
+) -> tuple[Any, Any, Array]:
     """The terms of ``scale·A@B - first``: what a weight gets that the base has a share of."""
     (a, b, scale), (a0, b0, scale0) = terms, first
     b, b0 = scale[..., None, None] * b, scale0[..., None, None] * b0

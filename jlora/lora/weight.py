@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-class Over:
+class WeightWrapper:
     """What lies over a base weight and stands for another one of its shape and dtype."""
 
     base: Any
@@ -32,12 +32,12 @@ class Over:
 
     def dequantize(self) -> Array:
         """The dense weight, in the base's dtype; computed in float32 and rounded once."""
-        return wide(self).astype(self.dtype)
+        return to_float32(self).astype(self.dtype)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LoraWeight(Over):
+class LoraWeight(WeightWrapper):
     """A weight with a low-rank delta: stands for ``(base + scale * lora_A @ lora_B) * gain``.
 
     All children may carry a leading layer axis, which ``lax.scan`` slices off; ``matrices`` are the
@@ -98,7 +98,7 @@ class Transposed:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TokenWeight(Over):
+class TokenWeight(WeightWrapper):
     """An embedding of which a few rows are others: ``rows[i]`` stands for row ``indices[i]``.
 
     ``transposed``, it is the output head tied to such an embedding, (dim, vocabulary).
@@ -120,17 +120,17 @@ def dense(leaf: Any) -> Array:
     return leaf.dequantize() if hasattr(leaf, "dequantize") else leaf
 
 
-def wide(leaf: Any) -> Float[Array, "..."]:
+def to_float32(leaf: Any) -> Float[Array, "..."]:
     """The array that a leaf stands for in float32, whatever lies on top of it."""
     if isinstance(leaf, LoraWeight):
-        total = wide(leaf.base) + delta(leaf)
+        total = to_float32(leaf.base) + delta(leaf)
         return total if leaf.gain is None else total * leaf.gain[..., None, :]
     if isinstance(leaf, TokenWeight):
-        table = wide(leaf.base)
+        table = to_float32(leaf.base)
         place = (..., leaf.indices) if leaf.transposed else leaf.indices
         return table.at[place].set(leaf.rows.mT if leaf.transposed else leaf.rows)
-    if isinstance(leaf, Over):
-        return wide(leaf.base)
+    if isinstance(leaf, WeightWrapper):
+        return to_float32(leaf.base)
     return dense(leaf).astype(jnp.float32)
 
 

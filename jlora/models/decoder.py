@@ -22,7 +22,7 @@ from jlora.models.experts import Mixture
 from jlora.models.layer_scan import KV, Call, scan_layers, stack
 from jlora.models.layers import Embedding, Linear, Norm, Part, activation, make_norm, project
 from jlora.ops.dot import Weight
-from jlora.ops.remat import keep
+from jlora.ops.remat import saveable
 
 
 class Attention(nnx.Module):
@@ -60,7 +60,7 @@ class Attention(nnx.Module):
         q, k = call.rotate(q, index), call.rotate(k, index)
         if self.q_norm is None and not call.config.fused_qkv:
             # Then nothing needs what they were before, and nothing is rotated again.
-            q, k = keep(q), keep(k)
+            q, k = saveable(q), saveable(k)
         v = v.reshape(*k.shape)
         sinks = None if self.sinks is None else self.sinks.get_value()
         out, kv = call.attend(q, k, v, index, kv, sinks)

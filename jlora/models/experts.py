@@ -22,7 +22,7 @@ from jlora.distributed.sharding import by_rows
 from jlora.models.config import DecoderConfig, Experts
 from jlora.models.layers import Linear, activation
 from jlora.ops.dot import dot, grouped_dot
-from jlora.ops.remat import keep
+from jlora.ops.remat import saveable
 
 
 class Router(nnx.Module):
@@ -64,10 +64,10 @@ class GatedExperts(nnx.Module):
         self, x: Float[Array, "rows D"], sizes: Int[Array, " experts"]
     ) -> Float[Array, "rows D"]:
         """Each row through its expert; rows are sorted by expert, ``sizes`` rows to each."""
-        gate_up = keep(grouped_dot(x, self.gate_up_proj.get_value().mT, sizes))
+        gate_up = saveable(grouped_dot(x, self.gate_up_proj.get_value().mT, sizes))
         gate, up = jnp.split(gate_up, 2, axis=-1)
         inner = activation(self.act)(gate) * up
-        return keep(grouped_dot(inner, self.down_proj.get_value().mT, sizes))
+        return saveable(grouped_dot(inner, self.down_proj.get_value().mT, sizes))
 
 
 class ClampedExperts(nnx.Module):
@@ -89,12 +89,12 @@ class ClampedExperts(nnx.Module):
     ) -> Float[Array, "rows D"]:
         """Each row through its expert; rows are sorted by expert, ``sizes`` rows to each."""
         gate_up = grouped_dot(x, self.gate_up_proj.get_value().mT, sizes)
-        gate_up = keep(gate_up + _of_rows(self.gate_up_proj_bias, gate_up, sizes))
+        gate_up = saveable(gate_up + _of_rows(self.gate_up_proj_bias, gate_up, sizes))
         gate = jnp.minimum(gate_up[..., ::2], self.limit)
         up = jnp.clip(gate_up[..., 1::2], -self.limit, self.limit)
         inner = (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
         out = grouped_dot(inner, self.down_proj.get_value().mT, sizes)
-        return keep(out + _of_rows(self.down_proj_bias, out, sizes))
+        return saveable(out + _of_rows(self.down_proj_bias, out, sizes))
 
 
 def _of_rows(bias: nnx.Param, like: Array, sizes: Array) -> Array:

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jlora.distributed.sharding import gather_packed
+from jlora.distributed.sharding import gather_quantized
 from jlora.errors import ConfigError, did_you_mean
 from jlora.models.config import DecoderConfig
 from jlora.models.rope import rotate
@@ -155,7 +155,7 @@ def scan_layers(
 
     def body(carry, layer):
         index, weights = layer
-        block = nnx.merge(graph, gather_packed(weights))
+        block = nnx.merge(graph, gather_quantized(weights))
         x, kv = block(checkpoint_name(carry[0], remat.INPUT), call, index, carry[1])
         return (x, kv), None
 

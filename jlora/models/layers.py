@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from jlora.distributed.sharding import split_rows
 from jlora.ops.dot import Weight, columns, dot, embed
-from jlora.ops.matmul import after
-from jlora.ops.remat import keep
+from jlora.ops.matmul import barrier_after
+from jlora.ops.remat import saveable
 
 
 class Linear(nnx.Module):
@@ -29,7 +29,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*B in"]) -> Float[Array, "*B out"]:
         """The product plus the bias, in ``x.dtype``."""
         y = dot(x, self.kernel.get_value())
-        return keep(y if self.bias is None else y + self.bias.get_value().astype(y.dtype))
+        return saveable(y if self.bias is None else y + self.bias.get_value().astype(y.dtype))
 
 
 class Embedding(nnx.Module):
@@ -61,7 +61,8 @@ def project(
     ``w`` is a kernel (dim, vocabulary), or an embedding (vocabulary, dim) that is ``tied`` to it.
     """
     if tied:
-        w = after(x, w).mT  # in a loop over parts of the sequence, no transposed copy precedes it
+        # In a loop over parts of the sequence, XLA would hoist a transposed copy out of the loop.
+        w = barrier_after(w, x).mT
     logits = dot(x, w if part is None else columns(w, *part), jnp.float32)
     if bias is None:
         return logits

@@ -32,7 +32,7 @@ from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
 from jlora.models.registry import family, parse
 from jlora.ops.attention import check_backend
-from jlora.quant.params import is_packed
+from jlora.quant.params import is_quantized
 from jlora.tree import paths
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -131,7 +131,7 @@ class Model:
         weight = self._module(params).head_weight()
         while isinstance(weight, LoraWeight | TokenWeight):
             weight = weight.base
-        return is_packed(weight)
+        return is_quantized(weight)
 
     def init_cache(self, batch: int, length: int) -> layer_scan.Cache:
         """An empty cache with room for ``length`` tokens in each of ``batch`` rows."""

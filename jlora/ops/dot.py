@@ -25,9 +25,9 @@ from jaxtyping import Array, Float, Int
 from jlora.errors import DataError
 from jlora.lora import LoraWeight, TokenWeight
 from jlora.lora.probe import InputProbe, observe
-from jlora.ops.matmul import after, dequantize_after, packed_product, product
-from jlora.ops.remat import keep
-from jlora.quant.params import is_packed
+from jlora.ops.matmul import barrier_after, dequantize_after, packed_product, product
+from jlora.ops.remat import saveable
+from jlora.quant.params import is_quantized
 
 Weight = Any
 """An array (in, out), a packed one or a LoraWeight over one of them."""
@@ -52,7 +52,7 @@ def dot(x: Float[Array, "*batch in"], w: Weight, dtype: Any = None) -> Float[Arr
         return _tied(x, w, dtype)
     if isinstance(w, InputProbe):
         return observe(dot(x, w.base, dtype), x, w.slot, w.directions, w.mask)
-    if is_packed(w):
+    if is_quantized(w):
         return _packed(x, w, jnp.dtype(x.dtype if dtype is None else dtype))
     return _dense(x, w, jnp.dtype(x.dtype if dtype is None else dtype))
 
@@ -71,9 +71,9 @@ def grouped_dot(
     its own; a packed array is a constant.
     """
     if isinstance(w, LoraWeight):
-        inner = keep(grouped_dot(x, w.scaled_A, sizes))
+        inner = saveable(grouped_dot(x, w.scaled_A, sizes))
         return grouped_dot(x, w.base, sizes) + grouped_dot(inner, w.lora_B, sizes)
-    return _grouped_packed(x, w, sizes) if is_packed(w) else _grouped(x, w, sizes)
+    return _grouped_packed(x, w, sizes) if is_quantized(w) else _grouped(x, w, sizes)
 
 
 def embed(ids: Int[Array, "*batch"], w: Weight) -> Float[Array, "*batch dim"]:
@@ -89,7 +89,7 @@ def embed(ids: Int[Array, "*batch"], w: Weight) -> Float[Array, "*batch dim"]:
         return rows + delta.astype(rows.dtype)
     if isinstance(w, TokenWeight):
         return _with_own_rows(ids, w)
-    return w.take(ids) if is_packed(w) else jnp.take(w, ids, axis=0)
+    return w.take(ids) if is_quantized(w) else jnp.take(w, ids, axis=0)
 
 
 def columns(w: Weight, start: Int[Array, ""], size: int) -> Weight:
@@ -108,7 +108,7 @@ def columns(w: Weight, start: Int[Array, ""], size: int) -> Weight:
         inside = (w.indices >= start) & (w.indices < start + size)
         indices = jnp.where(inside, w.indices - start, size)  # out of range: left out
         return dataclasses.replace(w, base=columns(w.base, start, size), indices=indices)
-    if is_packed(w):
+    if is_quantized(w):
         return w.mT.take(start + jnp.arange(size)).mT
     return jax.lax.dynamic_slice_in_dim(w, start, size, axis=-1)
 
@@ -120,17 +120,17 @@ def _adapted(x: Array, w: LoraWeight, dtype: Any) -> Array:
     """
     base, kept = dot(x, w.base, dtype), _dropout(x, w)
     if w.adapter_ids is not None:
-        return _with_own_deltas(base, keep(_each(x, w.lora_A, _ids_of(x, w))), w)
-    delta = dot(keep(dot(kept, w.scaled_A)), w.lora_B)
+        return _with_own_deltas(base, saveable(_each(x, w.lora_A, _ids_of(x, w))), w)
+    delta = dot(saveable(dot(kept, w.scaled_A)), w.lora_B)
     if w.bias is not None:
         delta = delta + w.bias.astype(delta.dtype)
     if w.gain is None:
         return base + delta.astype(base.dtype)
     # The gain's gradient needs both addends; the base's product is not to be computed again.
-    base, delta = keep(base).astype(jnp.float32), delta.astype(jnp.float32)
+    base, delta = saveable(base).astype(jnp.float32), delta.astype(jnp.float32)
     if kept is x:
         return ((base + delta) * w.gain).astype(x.dtype if dtype is None else dtype)
-    left = keep(dot(kept, w.base, jnp.float32))
+    left = saveable(dot(kept, w.base, jnp.float32))
     total = base + (w.gain - 1) * left + w.gain * delta
     return total.astype(x.dtype if dtype is None else dtype)
 
@@ -164,8 +164,8 @@ def _dropout(x: Array, w: LoraWeight) -> Array:
     """``x`` with some of its elements zero and the others larger; ``x`` itself without a key."""
     if w.dropout_key is None or not w.dropout:
         return x
-    left = keep(jax.random.bernoulli(w.dropout_key, 1 - w.dropout, x.shape))
-    return jnp.where(left, x / (1 - w.dropout), after(x, jnp.zeros((), x.dtype)))
+    left = saveable(jax.random.bernoulli(w.dropout_key, 1 - w.dropout, x.shape))
+    return jnp.where(left, x / (1 - w.dropout), barrier_after(jnp.zeros((), x.dtype), x))
 
 
 def _tied(x: Array, w: TokenWeight, dtype: Any) -> Array:

@@ -2,7 +2,7 @@
 
 A packed matrix is dequantized first and multiplied then, except
 
-- on a TPU, with few enough rows, by halves: see ``by_halves``;
+- on a TPU, with few enough rows, by halves: see ``even_odd_matmul``;
 - where a kernel that dequantizes tile by tile is known to win: see ``nf4_kernel``.
 """
 
@@ -20,12 +20,12 @@ from jaxtyping import Array, Float
 from jlora.distributed.sharding import rows_each
 from jlora.quant import nf4, nf4_kernel
 
-HALVES_ROWS = 2048
+EVEN_ODD_MAX_ROWS = 2048
 """Up to how many rows of a device a TPU multiplies by halves: by XLA's own estimate of cycles for
 a v5e (docs/log.md), no TPU has measured it."""
 
 
-def after(x: Array, value: Any) -> Any:
+def barrier_after(value: Any, x: Array) -> Any:
     """``value`` itself, a tree of arrays, but not before ``x`` is there.
 
     JAX computes what does not depend on a scan's carry once, before the scan, and keeps it for all
@@ -49,8 +49,8 @@ def packed_product(x: Array, w: Any, transpose: bool, dtype: Any = None) -> Arra
     """``x @ w`` or ``x @ w.mT`` in the way that suits the platform."""
     rows = math.prod(x.shape[:-1])
     ways = {}
-    if nf4.of_rows(w) and rows_each(rows) <= HALVES_ROWS:
-        ways["tpu"] = functools.partial(by_halves, transpose=transpose, dtype=dtype)
+    if nf4.is_rowwise_matrix(w) and rows_each(rows) <= EVEN_ODD_MAX_ROWS:
+        ways["tpu"] = functools.partial(even_odd_matmul, transpose=transpose, dtype=dtype)
     for platform in nf4_kernel.MEASURED:
         if nf4_kernel.fused_wins(platform, rows, w):
             ways[platform] = functools.partial(
@@ -65,7 +65,7 @@ def packed_product(x: Array, w: Any, transpose: bool, dtype: Any = None) -> Arra
     return jax.lax.platform_dependent(x, w, default=dequantized, **ways)
 
 
-def by_halves(
+def even_odd_matmul(
     x: Float[Array, "*batch k"], q: nf4.NF4Array, transpose: bool, dtype: Any = None
 ) -> Float[Array, "*batch n"]:
     """``x @ q`` or ``x @ q.mT``: the columns of even and of odd index each for themselves.
@@ -74,7 +74,7 @@ def by_halves(
     matrix, and keeps it from dequantizing within the product; here it is done to the rows of
     activations, which are few.
     """
-    even, odd = nf4.halves(_after(x, q))
+    even, odd = nf4.dequantize_even_odd(_absmax_after(q, x))
     if transpose == q.transposed:  # the results lie along the columns
         results = product(x, even, 0, dtype), product(x, odd, 0, dtype)
         return jnp.stack(results, axis=-1).reshape(*x.shape[:-1], -1)
@@ -90,11 +90,11 @@ def dequantize_after(x: Array, w: Any) -> Array:
     Without this order the compiler dequantizes all weights of a layer at once, and keeps those of
     a rematerialised forward pass for the backward pass.
     """
-    return _after(x, w).dequantize()
+    return _absmax_after(w, x).dequantize()
 
 
-def _after(x: Array, w: Any) -> Any:
+def _absmax_after(w: Any, x: Array) -> Any:
     """``absmax`` is the smallest array that the matrix depends on: the codes themselves would be
     copied out of their stack.
     """
-    return dataclasses.replace(w, absmax=after(x, w.absmax))
+    return dataclasses.replace(w, absmax=barrier_after(w.absmax, x))

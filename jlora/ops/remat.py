@@ -11,7 +11,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-NAME = "kept"
+SAVED = "saved"
 """The name of what is kept, for ``jax.checkpoint_policies``."""
 
 INPUT = "layer input"
@@ -21,12 +21,12 @@ KERNELS = ("dot_product_attention_fwd_wrapper",)
 """Primitives whose results are kept; cuDNN's attention takes no names."""
 
 
-_named = jax.checkpoint_policies.save_only_these_names(NAME)
+_named = jax.checkpoint_policies.save_only_these_names(SAVED)
 
 
-def keep(x: Array) -> Array:
+def saveable(x: Array) -> Array:
     """``x``, which is kept in a layer whose gradient is wanted, if the gradient needs it."""
-    return checkpoint_name(x, NAME)
+    return checkpoint_name(x, SAVED)
 
 
 offloaded = jax.checkpoint_policies.save_and_offload_only_these_names(

@@ -16,7 +16,7 @@ import jax
 
 from jlora.models.layer_scan import OFFLOAD
 from jlora.plan.memory import Memory, arguments, device_bytes
-from jlora.quant.params import is_packed
+from jlora.quant.params import is_quantized
 from jlora.run.compiled_step import Program
 from jlora.run.job import Job
 from jlora.run.progress import Plan
@@ -67,10 +67,10 @@ def _dense(job: Job, width: int) -> float:
             width * math.prod(leaf.sharding.shard_shape(leaf.shape))
             for leaf in jax.tree.leaves(job.trainable)
         )
-    leaves = jax.tree.leaves(job.base, is_leaf=is_packed)
-    stacked = [_one_layer(leaf) for leaf in leaves if is_packed(leaf) or len(leaf.shape) > 2]
+    leaves = jax.tree.leaves(job.base, is_leaf=is_quantized)
+    stacked = [_one_layer(leaf) for leaf in leaves if is_quantized(leaf) or len(leaf.shape) > 2]
     gathered = job.mesh.shape["fsdp"] > 1
-    packed = [_one_layer(leaf) for leaf in leaves if is_packed(leaf)]
+    packed = [_one_layer(leaf) for leaf in leaves if is_quantized(leaf)]
     sizes = sorted(stacked if gathered else packed, reverse=True)
     return width * sum(sizes[:2]) / job.mesh.shape["tensor"]
 

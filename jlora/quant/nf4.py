@@ -253,10 +253,10 @@ def _dequantize(q: NF4Array, dtype):
     return w.mT if q.transposed else w
 
 
-def halves(
+def dequantize_even_odd(
     q: NF4Array, dtype: Any = None
 ) -> tuple[Float[Array, "*lead rows half"], Float[Array, "*lead rows half"]]:
-    """The values of even and of odd columns of a packed matrix ``of_rows``: (rows, cols / 2) each.
+    """The even and the odd columns of a rowwise matrix, dequantized: (rows, cols / 2) each.
 
     Rows and columns are those of the array that was quantized, whatever ``q.transposed`` says.
     """
@@ -270,14 +270,14 @@ def halves(
     return _parts(q, codes, (absmax, absmax), dtype)
 
 
-def of_rows(q: Any) -> bool:
+def is_rowwise_matrix(q: Any) -> bool:
     """Whether this is one packed matrix whose rows consist of whole blocks."""
     return isinstance(q, NF4Array) and len(q.matrix_shape) == 2 and q.rowwise and not q.lead
 
 
 def _columns(q: NF4Array, dtype: Any) -> Array:
     """All values of ``q``, by way of those of even and of odd columns."""
-    return _stacked(*halves(q, dtype)).reshape(*q.codes.shape[:-1], -1)
+    return _stacked(*dequantize_even_odd(q, dtype)).reshape(*q.codes.shape[:-1], -1)
 
 
 def _blocks(q: NF4Array, dtype: Any) -> Array:

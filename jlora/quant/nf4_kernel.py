@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jlora.quant.codebooks import FOUR_BIT
-from jlora.quant.nf4 import NF4Array, dequantize_absmax, look_up, of_rows
+from jlora.quant.nf4 import NF4Array, dequantize_absmax, is_rowwise_matrix, look_up
 
 MEASURED: dict[str, int] = {}
 """Platform ("cuda", "tpu") → up to how many rows of ``x`` the kernel was measured to be faster.
@@ -49,7 +49,7 @@ def fused_wins(platform: str, x_rows: int, q: Any) -> bool:
     Only where tiles cover the matrix without a copy, and on one device: XLA cannot split a kernel
     over a mesh and would gather what it reads.
     """
-    if x_rows > MEASURED.get(platform, 0) or not of_rows(q):
+    if x_rows > MEASURED.get(platform, 0) or not is_rowwise_matrix(q):
         return False
     covered = q.matrix_shape[0] % 128 == 0 and q.matrix_shape[1] % 256 == 0
     return covered and jax.sharding.get_abstract_mesh().size <= 1
@@ -79,7 +79,7 @@ def matmul(
     Raises:
       ValueError: ``q`` is stacked, no matrix, or has blocks that straddle rows.
     """
-    if not of_rows(q):
+    if not is_rowwise_matrix(q):
         raise ValueError(f"multiplies by one matrix of whole blocks, not by {q}")
     axis = int(q.transposed != transpose)
     flat = x.reshape(-1, x.shape[-1])

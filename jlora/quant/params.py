@@ -21,13 +21,13 @@ from jlora.quant.int8 import Int8Array
 from jlora.quant.nf4 import NF4Array
 from jlora.tree import paths
 
-PACKED = (NF4Array, Int8Array)
-Packed = NF4Array | Int8Array
+QUANTIZED = (NF4Array, Int8Array)
+QuantizedArray = NF4Array | Int8Array
 
 
-def is_packed(leaf: Any) -> bool:
+def is_quantized(leaf: Any) -> bool:
     """Whether a leaf of a tree is a packed array."""
-    return isinstance(leaf, PACKED)
+    return isinstance(leaf, QUANTIZED)
 
 
 def pack(w: Float[Array, "*lead rows cols"], config: QuantConfig) -> NF4Array | Int8Array:
@@ -40,7 +40,7 @@ def pack(w: Float[Array, "*lead rows cols"], config: QuantConfig) -> NF4Array | 
     return nf4.quantize(w, config.block_size, double, kind)
 
 
-def settings_of(leaf: Packed) -> QuantConfig:
+def settings_of(leaf: QuantizedArray) -> QuantConfig:
     """The settings that pack as a leaf is packed."""
     if isinstance(leaf, Int8Array):
         return QuantConfig(load_in_8bit=True)
@@ -89,7 +89,7 @@ def rows_first(path: paths.Path) -> bool:
 
 
 def _is_wanted(leaf: paths.Leaf, config: QuantConfig) -> bool:
-    is_array = not is_packed(leaf.value) and hasattr(leaf.value, "dtype")
+    is_array = not is_quantized(leaf.value) and hasattr(leaf.value, "dtype")
     axes = 3 if leaf.kind in paths.EXPERTS else 2
     if not (is_array and len(leaf.shape) == axes):
         return False

@@ -109,7 +109,8 @@ def sizes(config: Config, frozen: Any, trainable: Any, initial: Any = None) -> d
 
     ``initial`` is no part of the model, but takes memory.
     """
-    moves, every = count(trainable_leaves(config.train, trainable)), count(frozen) + count(trainable)
+    moves = count(trainable_leaves(config.train, trainable))
+    every = count(frozen) + count(trainable)
     packed = [x for x in jax.tree.leaves(frozen, is_leaf=is_quantized) if is_quantized(x)]
     kind = "full fine-tuning"
     if config.lora:

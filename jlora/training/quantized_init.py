@@ -56,7 +56,7 @@ def loftq(
     In each of ``loftq_config.loftq_iter`` rounds the base less ``s·A@B`` is packed, and A and B are
     the best approximation of ``params`` less the packed base. With one round the base is
     ``quantize(params, quantization)``; after more it is another, to be kept with the adapter
-    (``save_pretrained(…, packed=True)``). Targets that stay dense start as with True.
+    (``save_pretrained(…, quantized=True)``). Targets that stay dense start as with True.
 
     PEFT's A and B do not take the adapter's scale into account: they are these where
     ``lora_alpha`` is r.

@@ -18,7 +18,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jlora.distributed.sharding import rows_each
-from jlora.ops.matmul import after
+from jlora.ops.matmul import barrier_after
 from jlora.training.state import TrainState
 
 IGNORE = -100
@@ -83,7 +83,7 @@ def cross_entropy(
     logits: Float[Array, "batch length vocab"], labels: Int[Array, "batch length"]
 ) -> Float[Array, ""]:
     """The summed negative log-likelihood of the labels that are not -100; 0 when there are none."""
-    tokens, zero = after(logits, (jnp.arange(logits.shape[-1]), jnp.float32(0.0)))
+    tokens, zero = barrier_after((jnp.arange(logits.shape[-1]), jnp.float32(0.0)), logits)
     picked = jnp.sum(jnp.where(labels[..., None] == tokens, logits, zero), axis=-1)
     losses = jax.nn.logsumexp(logits, axis=-1) - picked
     return jnp.sum(jnp.where(labels == IGNORE, 0.0, losses))
@@ -102,7 +102,7 @@ def cross_entropy_by_tokens(
     def part(first):
         start = jnp.minimum(first, vocab - size)  # the last part overlaps the one before it
         logits, tokens = head(start, size=size), start + jnp.arange(size)
-        zero, nothing = after(logits, (jnp.float32(0.0), jnp.float32(-jnp.inf)))
+        zero, nothing = barrier_after((jnp.float32(0.0), jnp.float32(-jnp.inf)), logits)
         chosen = (labels[..., None] == tokens) & (tokens >= first)
         picked = jnp.sum(jnp.where(chosen, logits, zero), axis=-1)
         return jax.nn.logsumexp(jnp.where(tokens >= first, logits, nothing), axis=-1), picked

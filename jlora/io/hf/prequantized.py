@@ -35,7 +35,7 @@ from jlora.io.hf.folder import Shards
 from jlora.io.hf.names import Tensor
 from jlora.quant.codebooks import DYNAMIC_MAP, FOUR_BIT
 from jlora.quant.nf4 import BLOCK_SIZES, NESTED_BLOCK, NF4Array
-from jlora.quant.params import Packed, describe, pack, rows_first
+from jlora.quant.params import QuantizedArray, describe, pack, rows_first
 from jlora.tree import paths
 
 STATE = "quant_state.bitsandbytes__"
@@ -113,13 +113,13 @@ def packed_shapes(
     return paths.map_leaves(leaf, shapes)
 
 
-def _shape(tensor: Tensor, dtype: Any, config: QuantConfig) -> Packed:
+def _shape(tensor: Tensor, dtype: Any, config: QuantConfig) -> QuantizedArray:
     """One layer's packed matrix with ``jax.ShapeDtypeStruct`` children."""
     matrix = jax.ShapeDtypeStruct(matrix_shape(tensor), dtype)
     return jax.eval_shape(functools.partial(pack, config=config), matrix)
 
 
-def is_packed(shards: Shards, weight: str, parts: Mapping[str, str], tensor: Tensor) -> bool:
+def is_prequantized(shards: Shards, weight: str, parts: Mapping[str, str], tensor: Tensor) -> bool:
     """Whether the file means ``weight`` to be packed, be it whole or not."""
     return len(tensor.shape) == 2 and (bool(parts) or shards.dtype(weight) in ("U8", "I8"))
 
@@ -278,14 +278,14 @@ def how(stored: Stored | None) -> str:
     return "not packed" if stored is None else describe(stored.config)
 
 
-def read(shards: Shards, stored: Stored, like: Packed) -> list[Any]:
+def read(shards: Shards, stored: Stored, like: QuantizedArray) -> list[Any]:
     """The children of one matrix, in the shapes that they have in the leaf ``like``."""
     children = _read(shards, stored, like)
     shapes = [child.shape[len(like.lead) :] for child in jax.tree.leaves(like)]
     return [np.reshape(child, shape) for child, shape in zip(children, shapes, strict=True)]
 
 
-def _read(shards: Shards, stored: Stored, like: Packed) -> list[Any]:
+def _read(shards: Shards, stored: Stored, like: QuantizedArray) -> list[Any]:
     names = stored.names
     if not isinstance(like, NF4Array):
         return [shards.read(names["weight"]), shards.read(names["SCB"])]

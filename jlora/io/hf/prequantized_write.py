@@ -17,7 +17,7 @@ from jlora.models.model import Model
 from jlora.quant.codebooks import DYNAMIC_MAP, FOUR_BIT
 from jlora.quant.int8 import Int8Array
 from jlora.quant.nf4 import NESTED_BLOCK, NF4Array
-from jlora.quant.params import is_packed
+from jlora.quant.params import is_quantized
 from jlora.tree import paths
 
 BESIDE = 1536
@@ -30,8 +30,8 @@ TIED_HEAD = "lm_head"
 def check(params: Mapping[str, Any]) -> None:
     """ConfigError if transformers could not load ``params`` packed; shapes are enough."""
     leaves = paths.leaves(params)
-    packed = [leaf for leaf in leaves if is_packed(leaf.value)]
-    adapted = [x for x in leaves if hasattr(x.value, "dequantize") and not is_packed(x.value)]
+    packed = [leaf for leaf in leaves if is_quantized(leaf.value)]
+    adapted = [x for x in leaves if hasattr(x.value, "dequantize") and not is_quantized(x.value)]
     _refuse(
         adapted,
         "layers with an adapter cannot be written packed",
@@ -112,9 +112,9 @@ def quantization_config(model: Model, params: Mapping[str, Any]) -> dict[str, An
     transformers would guess, and leave out the head.
     """
     leaves = paths.leaves(params)
-    code, double = _format(next(leaf.value for leaf in leaves if is_packed(leaf.value)))
+    code, double = _format(next(leaf.value for leaf in leaves if is_quantized(leaf.value)))
     eight = code == "int8"
-    dense = [leaf for leaf in leaves if leaf.kind == "kernel" and not is_packed(leaf.value)]
+    dense = [leaf for leaf in leaves if leaf.kind == "kernel" and not is_quantized(leaf.value)]
     skipped = [module for leaf in dense for module in leaf.modules()]
     if model.config.tie_word_embeddings:
         skipped.append(TIED_HEAD)

@@ -28,7 +28,7 @@ from jlora.io.hf.prequantized import Problems, Stored, size_text
 from jlora.io.hf.score import WithScore
 from jlora.models.model import Model
 from jlora.models.registry import as_classifier, family, parse
-from jlora.quant.params import describe, is_packed, pack, quantize_params
+from jlora.quant.params import describe, is_quantized, pack, quantize_params
 from jlora.tree import paths
 
 
@@ -125,7 +125,7 @@ def check(shards: Shards, model: Model, folder: Path) -> Source:
         own = parts.get(names.get(name, ""), {})
         if name not in names:
             problems.append((name, "is missing"))
-        elif packs and prequantized.is_packed(shards, names[name], own, tensor):
+        elif packs and prequantized.is_prequantized(shards, names[name], own, tensor):
             packed[name], faults = prequantized.inspect(shards, names[name], own, tensor)
             problems += faults
             parts.pop(names[name], None)
@@ -199,7 +199,7 @@ def _check_packing(source: Source, model: Model, quantization: QuantConfig) -> N
     named = quantization.llm_int8_skip_modules or quantization.include_modules
     for tensor in tensors(model):
         stored = source.packed.get(tensor.name)
-        packs = is_packed(paths.get(wanted, tensor.path)) if named else stored is not None
+        packs = is_quantized(paths.get(wanted, tensor.path)) if named else stored is not None
         have, want = prequantized.how(stored), describe(quantization) if packs else "not packed"
         if have != want:
             raise ConfigError(
@@ -260,7 +260,7 @@ def read_params(
             return part
 
         where = None if layout is None else paths.get(layout, path)
-        turned = groups[path][0].transposed and not is_packed(shape)
+        turned = groups[path][0].transposed and not is_quantized(shape)
         return assemble(shape, where, parts, read, turned)
 
     return paths.map_leaves(leaf, shapes)
@@ -297,7 +297,7 @@ def _read(
     if first.name in source.packed:
         return prequantized.read(shards, source.packed[first.name], shape)
     value = _dense(shards, source.names, group, shape)
-    if quantization is None or not is_packed(shape):
+    if quantization is None or not is_quantized(shape):
         return value
     matrix = jnp.asarray(value)
     return pack(matrix if prequantized.as_torch(first) else matrix.mT, quantization)

@@ -26,7 +26,7 @@ from jlora.io.hf.folder import INDEX, SINGLE
 from jlora.io.hf.names import Tensor, tensors
 from jlora.models.model import Model
 from jlora.models.registry import family
-from jlora.quant.params import is_packed
+from jlora.quant.params import is_quantized
 from jlora.tree import paths
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -38,11 +38,11 @@ def save_pretrained(
     model: Model,
     params: Mapping[str, Any],
     max_shard_size: int | str = "5GB",
-    packed: bool = False,
+    quantized: bool = False,
 ) -> list[Path]:
     """Writes ``model`` and ``params`` to ``directory``; returns the files, ``config.json`` last.
 
-    Quantized leaves are written dense, unless ``packed``, and leaves with an adapter merged, in
+    Quantized leaves are written dense, unless ``quantized``, and leaves with an adapter merged, in
     their own dtype; shards of an earlier save there are removed. In a run of many processes all
     must call it; the first one writes.
 
@@ -52,17 +52,17 @@ def save_pretrained(
       params: its whole parameter tree.
       max_shard_size: bytes, or a number with KB, MB, GB, KiB, MiB or GiB; a tensor that is larger
         gets a shard of its own.
-      packed: write quantized leaves as they are, in bitsandbytes' format (``hf_packed_write``).
+      quantized: write quantized leaves as they are, in bitsandbytes' format (``hf_packed_write``).
 
     Raises:
       DataError: ``params`` is not the model's tree. StorageError: the disk is full or damaged.
-      ConfigError: transformers could not load the packed leaves, or the size is none.
+      ConfigError: transformers could not load the quantized leaves, or the size is none.
     """
     folder = Path(directory)
     names = _check(model, params)
-    if packed:
+    if quantized:
         prequantized_write.check(params)
-    shards = _plan(names, params, _bytes(max_shard_size), packed)
+    shards = _plan(names, params, _bytes(max_shard_size), quantized)
     files = [folder / SINGLE]
     if len(shards) > 1:
         files = [_numbered(folder, i + 1, len(shards)) for i in range(len(shards))]
@@ -73,7 +73,7 @@ def save_pretrained(
     for file, shard in zip(files, shards, strict=True):
         arrays = {}
         for tensor in shard:
-            arrays |= _arrays(params, tensor, packed)
+            arrays |= _arrays(params, tensor, quantized)
         weight_map |= dict.fromkeys(arrays, file.name)
         total += sum(value.nbytes for value in arrays.values())
         if writes:
@@ -83,7 +83,7 @@ def save_pretrained(
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_atomic(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
             files.append(folder / INDEX)
-        write_atomic(folder / "config.json", _config(model, params, packed))
+        write_atomic(folder / "config.json", _config(model, params, quantized))
         _remove_stale(folder, {f.name for f in files})
     return [*files, folder / "config.json"]
 
@@ -117,12 +117,12 @@ def _bytes(size: int | str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def _plan(names: list[Tensor], params: Any, limit: int, packed: bool) -> list[list[Tensor]]:
+def _plan(names: list[Tensor], params: Any, limit: int, quantized: bool) -> list[list[Tensor]]:
     """Tensors in order, cut into shards of at most ``limit`` bytes."""
     shards: list[list[Tensor]] = [[]]
     used = 0
     for tensor in names:
-        size = _nbytes(tensor, params, packed)
+        size = _nbytes(tensor, params, quantized)
         if shards[-1] and used + size > limit:
             shards.append([])
             used = 0
@@ -131,20 +131,20 @@ def _plan(names: list[Tensor], params: Any, limit: int, packed: bool) -> list[li
     return shards
 
 
-def _nbytes(tensor: Tensor, params: Any, packed: bool) -> int:
+def _nbytes(tensor: Tensor, params: Any, quantized: bool) -> int:
     leaf = paths.get(params, tensor.path)
-    if packed and is_packed(leaf):
+    if quantized and is_quantized(leaf):
         return prequantized_write.nbytes(leaf, 1 if tensor.layer is None else leaf.shape[0])
     return int(np.prod(tensor.shape)) * np.dtype(leaf.dtype).itemsize
 
 
-def _arrays(params: Any, tensor: Tensor, packed: bool) -> dict[str, np.ndarray]:
-    """What the files hold of one tensor, on the host: itself, or its packed parts."""
+def _arrays(params: Any, tensor: Tensor, quantized: bool) -> dict[str, np.ndarray]:
+    """What the files hold of one tensor, on the host: itself, or its quantized parts."""
     leaf = paths.get(params, tensor.path)
     lead = tuple(i for i in tensor.index if isinstance(i, int))
     if lead:
         leaf = jax.tree.map(lambda x: x[lead], leaf)
-    if packed and is_packed(leaf):
+    if quantized and is_quantized(leaf):
         module = tensor.name.removesuffix(".weight")
         return prequantized_write.entries(module, jax.tree.map(sharding.gather, leaf))
     dense = leaf.dequantize() if hasattr(leaf, "dequantize") else leaf
@@ -176,12 +176,12 @@ def _write_shard(file: Path, arrays: dict[str, np.ndarray]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _config(model: Model, params: Any, packed: bool) -> str:
+def _config(model: Model, params: Any, quantized: bool) -> str:
     """The original ``config.json``; ``dtype`` is what the weights are written in."""
     hf = model.config.hf
     hf.pop("torch_dtype", None)
     hf.pop("quantization_config", None)
-    if packed:
+    if quantized:
         hf["quantization_config"] = prequantized_write.quantization_config(model, params)
     hf.setdefault("architectures", [family(model.config).architecture])
     if sorted(model.config.eos_token_ids) != sorted(_ids(hf.get("eos_token_id"))):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jlora.config import LoraConfig
 from jlora.files import storage_errors, write_atomic
 from jlora.lora.targets import is_replaced
-from jlora.quant.params import describe, is_packed, settings_of
+from jlora.quant.params import describe, is_quantized, settings_of
 from jlora.tree import paths
 from jlora.tree.fingerprint import fingerprint
 
@@ -70,4 +70,4 @@ def differences(directory: str | Path, params: Any, config: LoraConfig) -> Itera
 
 
 def _kept(leaf: Any) -> str:
-    return describe(settings_of(leaf)) if is_packed(leaf) else str(jnp.asarray(leaf).dtype)
+    return describe(settings_of(leaf)) if is_quantized(leaf) else str(jnp.asarray(leaf).dtype)

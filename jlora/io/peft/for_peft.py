@@ -50,7 +50,7 @@ def for_peft(adapter: Adapter) -> Adapter:
         a, b, scale = terms.combine(leaf, own, adapter.config, adapter.parts)
         if begun:
             first_terms = terms.combine(leaf, begun, adapter.config, adapter.parts)
-            a, b, scale = terms.without((a, b, scale), first_terms)
+            a, b, scale = terms.subtract_factors((a, b, scale), first_terms)
         weights |= {(*module, names[0]): a, (*module, names[1]): b}
         weights |= _in_columns(leaf, own, adapter)
         settings |= _joint_settings(leaf, own, a.shape[-1], adapter)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jlora.ops.attention.reference import MASKED, seen, softcapped
-from jlora.ops.remat import keep
+from jlora.ops.remat import saveable
 
 CHUNK = 256
 """Tokens that are computed at once, on an accelerator."""
@@ -182,7 +182,7 @@ def _forward(softcap: float | None, chunk: int, given: _Given) -> tuple[Array, A
 
 
 def _forward_saving(given, softcap, chunk):
-    out, logsumexp = map(keep, _attend(given, softcap, chunk))
+    out, logsumexp = map(saveable, _attend(given, softcap, chunk))
     return (out, logsumexp), (given, out, logsumexp)
 
 

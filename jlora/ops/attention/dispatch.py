@@ -26,7 +26,7 @@ from jlora.ops.attention.choice import (
     fallback,
 )
 from jlora.ops.attention.split import on_each_device
-from jlora.ops.remat import keep
+from jlora.ops.remat import saveable
 
 
 def attend(
@@ -105,7 +105,7 @@ def attend_cached(
 
 def _reference(q, k, v, segment_ids, sinks, *, scale, window, softcap):
     mask = reference.seen_in_rows(q.shape[1], segment_ids, window)
-    return keep(_with_sinks(*reference.attend(q, k, v, mask, scale, softcap), sinks))
+    return saveable(_with_sinks(*reference.attend(q, k, v, mask, scale, softcap), sinks))
 
 
 def _chunked(q, k, v, segment_ids, sinks, *, scale, window, softcap):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jlora.ops.attention.case import Case
-from jlora.ops.remat import NAME
+from jlora.ops.remat import SAVED
 
 BLOCKS = (512, 256, 128)
 """Tokens that the kernel computes at once, the first that divides a row; 128 is its least."""
@@ -73,7 +73,7 @@ def attend(
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=softcap,
-        residual_checkpoint_name=NAME,
+        residual_checkpoint_name=SAVED,
         interpret=interpret,
     )
 

@@ -10,7 +10,7 @@ chain        the optimizer of a run
 """
 
 from jlora.training.optim.chain import OPTIMIZERS, check_optimizer, make_optimizer
-from jlora.training.optim.groups import frozen_kinds, group_labels, moving, stays
+from jlora.training.optim.groups import frozen_kinds, group_labels, is_frozen, trainable_leaves
 from jlora.training.optim.lora_fa import without_gradient_of_a
 from jlora.training.optim.schedules import schedule, warmup_steps
 
@@ -19,10 +19,10 @@ __all__ = [
     "check_optimizer",
     "frozen_kinds",
     "group_labels",
+    "is_frozen",
     "make_optimizer",
-    "moving",
     "schedule",
-    "stays",
+    "trainable_leaves",
     "warmup_steps",
     "without_gradient_of_a",
 ]

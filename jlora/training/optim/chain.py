@@ -17,7 +17,7 @@ import optax
 from jlora.config import OPTAX, TrainConfig
 from jlora.training.optim.by_name import from_optax, refused
 from jlora.training.optim.eight_bit import eight_bit
-from jlora.training.optim.groups import FROZEN, group_labels, speeds
+from jlora.training.optim.groups import FROZEN, group_labels, lr_multipliers
 from jlora.training.optim.lora_fa import precondition_b
 from jlora.training.optim.paged import paged
 from jlora.training.optim.schedules import schedule
@@ -40,7 +40,7 @@ def make_optimizer(
     rate = schedule(config, total_steps)
     make = from_optax if config.optim.startswith(OPTAX) else OPTIMIZERS[config.optim]
     groups: dict[Hashable, optax.GradientTransformation] = {FROZEN: optax.set_to_zero()}
-    for prefix, factor in speeds(config).items():
+    for prefix, factor in lr_multipliers(config).items():
         own = _times(factor, rate)
         groups[f"{prefix}decay"] = make(config, own, config.weight_decay)
         groups[f"{prefix}no_decay"] = make(config, own, 0.0)

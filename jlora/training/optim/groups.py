@@ -17,7 +17,7 @@ from jlora.tree import paths
 FROZEN = "frozen"
 
 
-def speeds(config: TrainConfig) -> Mapping[str, float]:
+def lr_multipliers(config: TrainConfig) -> Mapping[str, float]:
     """Prefix of a group's name → what the learning rate is multiplied by there.
 
     With LoRA+ (arXiv 2402.12354) B, biases and other vectors learn faster than A and saved
@@ -34,22 +34,23 @@ def frozen_kinds(config: TrainConfig) -> tuple[str, ...]:
     return ("lora_A",) if config.lorafa else ()
 
 
-def stays(path: Any, kinds: Sequence[str]) -> bool:
+def is_frozen(path: Any, kinds: Sequence[str]) -> bool:
     """Whether the leaf at a JAX key path is of these kinds, or in an adapter's ``initial``."""
     names = _names(path)
     return names[-1] in kinds or names[0] == "initial"
 
 
-def moving(config: TrainConfig, trainable: Any) -> list[Any]:
+def trainable_leaves(config: TrainConfig, trainable: Any) -> list[Any]:
     """The leaves that an optimizer with these settings changes."""
     flat = jax.tree_util.tree_leaves_with_path(trainable)
-    return [leaf for path, leaf in flat if not stays(path, frozen_kinds(config))]
+    return [leaf for path, leaf in flat if not is_frozen(path, frozen_kinds(config))]
 
 
 def group_labels(config: TrainConfig, trainable: Any) -> Any:
     """The tree with the name of its group in place of every leaf.
 
-    A name is a prefix of ``speeds`` before ``decay`` or ``no_decay``, or ``frozen``. With LoRA+::
+    A label is a key of ``lr_multipliers`` before ``decay`` or ``no_decay``, or ``frozen``.
+    With LoRA+::
 
         {"lora_A": …, "lora_B": …, "bias": …}
         {"lora_A": "decay", "lora_B": "B_decay", "bias": "B_no_decay"}
@@ -61,7 +62,7 @@ def group_labels(config: TrainConfig, trainable: Any) -> Any:
     def label(path: Any, _: Any) -> str:
         names = _names(path)
         decay = "decay" if _decays(names[-1]) else "no_decay"
-        if stays(path, frozen_kinds(config)):
+        if is_frozen(path, frozen_kinds(config)):
             return FROZEN
         if config.loraplus_lr_ratio is None:
             return decay
