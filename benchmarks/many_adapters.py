@@ -38,7 +38,7 @@ def jlora_forward(method: str, adapters: int, mixed: bool, length: int) -> Any:
     adapter = jlora.stack_adapters(every) if mixed else every[0]
     ids = np.random.default_rng(0).integers(0, llama.VOCAB, (ROWS, length), dtype=np.int32)
     rows = jnp.arange(ROWS) % adapters if mixed else None
-    options = sharding.compiler_options(sharding.make_mesh(MeshConfig()))
+    options = compiler_options(sharding.make_mesh(MeshConfig()))
 
     def forward(params: Any, adapter: Any, ids: Any) -> Any:
         return model(jlora.attach(params, adapter, adapter_ids=rows), ids)

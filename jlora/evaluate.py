@@ -13,7 +13,8 @@ from pathlib import Path
 import jax
 
 from jlora.config import Config
-from jlora.distributed import processes, sharding
+from jlora.distributed import processes
+from jlora.distributed.mesh import compiler_options
 from jlora.errors import ConfigError
 from jlora.files import write_atomic
 from jlora.inference import scoring
@@ -50,7 +51,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
         job = open_job(config, tokenizer, trained=True, progress=progress)
     check_fit(job, rows)
     with jax.set_mesh(job.mesh):
-        step = make_eval_step(job.model, job.bind, sharding.compiler_options(job.mesh))
+        step = make_eval_step(job.model, job.bind, compiler_options(job.mesh))
         batches = eval_batches(job.mesh, rows, eval_rows(config, job.mesh))
         held_out = scoring.held_out(step, job.trainable, job.frozen, batches)
         counted = "eval_samples" if config.classifies else "eval_tokens"

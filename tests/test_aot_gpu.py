@@ -76,7 +76,7 @@ def test_qlora_of_8b_takes_what_is_said():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_no_matrix_is_written_beside_an_adapters(packed):
-    """XLA would make one product of both: 355 and 308 GiB moved, see sharding.COMPILER_OPTIONS."""
+    """XLA would make one product of both: 355 and 308 GiB moved, see mesh.COMPILER_OPTIONS."""
     assert step("h200", packed)["work"]["bytes_moved"] < 295 * GiB
 
 

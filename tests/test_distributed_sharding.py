@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.config import MeshConfig, QuantConfig
 from jlora.distributed import sharding
+from jlora.distributed.mesh import AXES
 from jlora.errors import ConfigError
 from jlora.ops.dot import dot
 from jlora.quant import codebooks, int8, nf4
@@ -53,7 +54,7 @@ def params():
 )
 def test_one_axis_takes_the_devices_that_are_left(sizes, expected):
     mesh = mesh_of(**sizes)
-    assert tuple(mesh.shape.values()) == expected and mesh.axis_names == sharding.AXES
+    assert tuple(mesh.shape.values()) == expected and mesh.axis_names == AXES
     assert set(mesh.devices.flat) == set(jax.devices())
 
 
@@ -197,7 +198,7 @@ PACKINGS = {
 @pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS.keys())
 def test_a_shard_is_dequantized_where_it_lies(packing, sizes, module):
     """Every device makes its part from what it holds, and exactly what one device makes."""
-    mesh = mesh_of(**dict(zip(sharding.AXES, sizes, strict=True)))
+    mesh = mesh_of(**dict(zip(AXES, sizes, strict=True)))
     kernels = [packing(normal(64, 256, seed=s)).mT for s in range(2)]
     tree = {"layers": {module: {"kernel": jax.tree.map(lambda *x: jnp.stack(x), *kernels)}}}
     where = sharding.shardings(tree, mesh)
@@ -220,7 +221,7 @@ def test_moments_lie_as_what_they_belong_to():
     layouts = sharding.shardings(state, mesh)
     assert layouts["opt"][0].count.spec == PartitionSpec()
     for tree in (layouts["trainable"], layouts["opt"][0].mu, layouts["opt"][0].nu):
-        assert tree == sharding.adapter_shardings(adapter, mesh)
+        assert tree == sharding.shardings(adapter, mesh)
     assert layouts["trainable"]["layers"]["o_proj"]["lora_B"] == NamedSharding(
         mesh, PartitionSpec(None, None, "fsdp")
     )
@@ -246,7 +247,7 @@ def test_description_counts_the_bytes_on_each_device():
     assert sum(row.device_bytes for row in rows) == sum(s.data.nbytes for s in held)
     names = {(row.kind, row.layout) for row in rows}
     assert {("kernel (NF4)", "tensor × fsdp"), ("kernel", "fsdp × tensor")} <= names
-    assert ("bias", "nothing") in names
+    assert ("bias", "replicated") in names
     assert [r.total_bytes for r in rows] == sorted((r.total_bytes for r in rows), reverse=True)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from jlora.config import MeshConfig
 from jlora.distributed import sharding
+from jlora.distributed.mesh import BATCH_AXES
 from jlora.ops.attention import chunked, reference
 
 B, T, HEADS, KV, DIM, CHUNK = 2, 13, 4, 2, 8, 4
@@ -148,8 +149,8 @@ def test_a_mesh_splits_rows_and_heads_and_gathers_neither():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     q, k, v = qkv(batch=4)
     segments = jnp.concatenate([SEGMENTS, SEGMENTS[::-1]])
-    spec = jax.sharding.PartitionSpec(sharding.BATCH)
-    heads = jax.sharding.PartitionSpec(sharding.BATCH, None, "tensor")
+    spec = jax.sharding.PartitionSpec(BATCH_AXES)
+    heads = jax.sharding.PartitionSpec(BATCH_AXES, None, "tensor")
     places = [jax.sharding.NamedSharding(mesh, s) for s in (heads, heads, heads, spec)]
     placed = jax.device_put([q, k, v, segments], places)
 

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.config import MeshConfig
 from jlora.distributed import sharding
+from jlora.distributed.mesh import BATCH_AXES
 from jlora.ops.attention import attend
 from jlora.ops.attention.split import on_each_device
 
@@ -33,8 +34,8 @@ def test_parts_make_the_whole(batch, kv_heads, divided):
     want = gradients(reference, *given)
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     if divided:
-        rows = PartitionSpec(sharding.BATCH)
-        heads = PartitionSpec(sharding.BATCH, None, "tensor")
+        rows = PartitionSpec(BATCH_AXES)
+        heads = PartitionSpec(BATCH_AXES, None, "tensor")
         places = [NamedSharding(mesh, s) for s in (heads, heads, heads, rows, PartitionSpec())]
         given = jax.device_put(list(given), places)
     with jax.set_mesh(mesh):

@@ -13,6 +13,7 @@ from jaxprs import equations
 from jlora import lora
 from jlora.config import LoraConfig, MeshConfig
 from jlora.distributed import sharding
+from jlora.distributed.mesh import compiler_options
 from jlora.inference import decoding
 from jlora.models import Model, init_params
 from jlora.run.job import attach
@@ -116,7 +117,7 @@ def widened_in(text):
 
 
 def test_no_stack_of_layers_is_widened_on_a_cpu():
-    """Neither the bfloat16 weights nor what layers keep: see ``sharding.COMPILER_OPTIONS``."""
+    """Neither the bfloat16 weights nor what layers keep: see ``mesh.COMPILER_OPTIONS``."""
     optimizer = optax.sgd(0.1)
     state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), ADAPTER)
     tokens = jax.ShapeDtypeStruct((1, ROWS, 80), jnp.int32)
@@ -127,7 +128,7 @@ def test_no_stack_of_layers_is_widened_on_a_cpu():
         return widened_in(step.lower(state, (BASE, None), rows).compile().as_text())
 
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    assert not widened(sharding.compiler_options(mesh))
+    assert not widened(compiler_options(mesh))
     if jax.version.__version_info__ < (0, 11):  # where XLA still does it without being asked
         assert widened(None)
 

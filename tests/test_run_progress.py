@@ -75,7 +75,7 @@ def test_float16_is_given_the_warm_up_to_learn_in():
 def metrics(loss=1.0, targets=10, alive=(True, True), finite=True, norm=0.5):
     values = {"loss": loss, "grad_norm": norm, "target_tokens": targets, "tokens": 2 * targets}
     arrays = {k: np.asarray(v) for k, v in values.items()}
-    flags = {"finite": finite, "weights_finite": True, "alive": alive}
+    flags = {"finite": finite, "weights_finite": True, "has_gradient": alive}
     return arrays | {name: np.asarray(value) for name, value in flags.items()}
 
 

@@ -42,13 +42,13 @@ def run(name, mesh, fp16=False, state=None, steps=(1, 2, 3)):
     optimizer = optim.make_optimizer(settings, 10, params)
     start = functools.partial(init_state, optimizer=optimizer, fp16=fp16)
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
-        places = sharding.shardings(sharding.typed(start, params), mesh)
+        places = sharding.shardings(sharding.output_types(start, params), mesh)
         if state is None:
             state = jax.jit(start, out_shardings=places)(params)
         moments = kinds(state)
 
         def update(state, grads, finite):
-            return step._apply(state, grads, optimizer, finite)
+            return step._apply_update(state, grads, optimizer, finite)
 
         jitted = jax.jit(update, donate_argnums=0, out_shardings=places)
         for i in steps:

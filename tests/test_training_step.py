@@ -16,8 +16,10 @@ from jaxprs import equations
 from jlora import lora
 from jlora.config import LoraConfig, MeshConfig, QuantConfig
 from jlora.distributed import sharding
+from jlora.distributed.mesh import BATCH_AXES
 from jlora.models import Model, init_params
 from jlora.ops.matmul import product
+from jlora.ops.weights import has_quantized_base
 from jlora.quant import nf4
 from jlora.quant.params import is_quantized, quantize_params
 from jlora.training import step
@@ -158,7 +160,7 @@ def test_a_chunk_counts_the_rows_of_one_device():
     np.testing.assert_allclose(four, one, rtol=1e-6)
 
 
-def test_a_part_of_a_packed_head_counts_the_rows_of_one_device():
+def test_a_vocab_chunk_is_sized_by_the_rows_of_one_device():
     sizes = []
 
     def head(start, size):
@@ -169,7 +171,7 @@ def test_a_part_of_a_packed_head_counts_the_rows_of_one_device():
     for count in (1, 4):
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:count])
         with jax.set_mesh(mesh), mock.patch.object(step, "CHUNK_ELEMENTS", B * T * 5):
-            loss = jax.jit(lambda: step.cross_entropy_by_tokens(head, labels, V))()
+            loss = jax.jit(lambda: step.cross_entropy_in_vocab_chunks(head, labels, V))()
         np.testing.assert_allclose(loss, B * T * np.log(V), rtol=1e-6)
     assert set(sizes) == {5, 20} and sizes[0] == 5
 
@@ -221,7 +223,7 @@ def test_a_batch_without_targets_moves_nothing():
     rows["labels"] = np.full_like(rows["labels"], IGNORE)
     gradient, metrics = one_step(stacked(rows, 2))
     assert metrics["loss"] == 0 and metrics["grad_norm"] == 0 and metrics["target_tokens"] == 0
-    assert metrics["finite"] and not metrics["alive"].any()
+    assert metrics["finite"] and not metrics["has_gradient"].any()
     assert_close(gradient, jax.tree.map(np.zeros_like, gradient), 0)
 
 
@@ -236,7 +238,7 @@ def test_alive_says_which_leaves_have_a_gradient():
     ]
     fresh = jax.tree.unflatten(jax.tree.structure(adapter), fresh)
     _, metrics = one_step(stacked(batch(), 1), adapter=fresh)
-    assert metrics["alive"].tolist() == [name == "lora_B" for name in names]
+    assert metrics["has_gradient"].tolist() == [name == "lora_B" for name in names]
 
 
 # Dropout
@@ -311,7 +313,7 @@ def test_classes_are_counted_over_all_devices():
             want[2, label] += 1
     assert want[0].any() and (want[1] > want[0]).any()
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    rows = jax.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.BATCH))
+    rows = jax.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH_AXES))
     for place in (jnp.asarray, functools.partial(jax.device_put, device=rows)):
         with jax.set_mesh(mesh):
             got = jax.jit(class_counts)(place(logits), place(labels.astype(np.int32)))
@@ -357,25 +359,28 @@ def test_many_steps_compile_once_and_donate_their_state():
     assert run._cache_size() == 1 and int(state.step) == 3 and metrics["finite"]
 
 
-def packed_parts(name):
-    """A tiny model whose embedding and head are packed too, and an adapter on it."""
+def quantized_model(name):
+    """A tiny model whose embedding and head are quantized, too, and an adapter on it."""
     model, params = tiny_models.build(name)
     heads = ["lm_head"] if "lm_head" in params else []
     table = {"llama": "embed_tokens", "gpt2": "wte"}[name]
     config = QuantConfig(block_size=32, include_modules=[table, *heads])
-    packed = quantize_params(params, config)
-    assert model.packed_head(packed) and not model.packed_head(params)
+    quantized = quantize_params(params, config)
+    assert has_quantized_base(model.head_weight(quantized))
+    assert not has_quantized_base(model.head_weight(params))
     adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    return model, packed, lora.init_adapter(jax.random.key(3), packed, adapter)
+    return model, quantized, lora.init_adapter(jax.random.key(3), quantized, adapter)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("elements", [2**24, B * T * 17])
-def test_a_packed_head_is_taken_in_parts_and_changes_nothing(name, elements):
-    """61 tokens in parts of 17 that overlap at the end, against the dequantized tree's loss."""
-    model, packed, adapter = packed_parts(name)
+def test_a_quantized_head_in_vocab_chunks_gives_the_same_loss(name, elements):
+    """A vocabulary of 61 in overlapping chunks of 17, against the dequantized head."""
+    model, quantized, adapter = quantized_model(name)
     dense = jax.tree.map(
-        lambda leaf: leaf.dequantize() if is_quantized(leaf) else leaf, packed, is_leaf=is_quantized
+        lambda leaf: leaf.dequantize() if is_quantized(leaf) else leaf,
+        quantized,
+        is_leaf=is_quantized,
     )
     rows = jax.tree.map(jnp.asarray, batch())
 
@@ -385,10 +390,10 @@ def test_a_packed_head_is_taken_in_parts_and_changes_nothing(name, elements):
     run = jax.value_and_grad(loss, argnums=1)
     expected, gradient = jax.jit(run)(dense, adapter)
     with mock.patch.object(step, "CHUNK_ELEMENTS", elements):
-        got, packed_gradient = jax.jit(run)(packed, adapter)
+        got, quantized_gradient = jax.jit(run)(quantized, adapter)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
-    assert_close(packed_gradient, gradient, atol=2e-4 * _largest(gradient))
-    logits = model(attach(packed, adapter, None), rows["input_ids"])
+    assert_close(quantized_gradient, gradient, atol=2e-4 * _largest(gradient))
+    logits = model(attach(quantized, adapter, None), rows["input_ids"])
     plain = model(attach(dense, adapter, None), rows["input_ids"])
     np.testing.assert_allclose(logits, plain, rtol=1e-5, atol=1e-5)
 
@@ -397,7 +402,7 @@ def _largest(tree):
     return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
 
 
-def test_the_loss_of_a_packed_head_never_dequantizes_all_of_it():
+def test_the_loss_of_a_quantized_head_never_dequantizes_all_of_it():
     vocab, width = 32768, 64
     model = Model.from_config(NARROW | {"vocab_size": vocab}, "float32")
     config = QuantConfig(block_size=32, include_modules=["embed_tokens", "lm_head"])

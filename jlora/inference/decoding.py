@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jlora.config import GenerateConfig
-from jlora.distributed import sharding
+from jlora.distributed.mesh import COMPILER_OPTIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _compiled(
         start = (jnp.int32(1), jnp.isin(first, eos), first, cache, tokens)
         return jax.lax.while_loop(going_on, one, start)[-1]
 
-    return jax.jit(run, compiler_options=sharding.COMPILER_OPTIONS.get(jax.default_backend()))
+    return jax.jit(run, compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
 
 
 def _until(tokens: list[int], eos_ids: Sequence[int]) -> list[int]:

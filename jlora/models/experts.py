@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jlora.distributed.sharding import by_rows
+from jlora.distributed.constraints import shard_map_rows
 from jlora.models.config import DecoderConfig, Experts
 from jlora.models.layers import Linear, activation
 from jlora.ops.dot import dot, grouped_dot
@@ -123,7 +123,7 @@ class Mixture(nnx.Module):
         def mix(x: Array, weights: Any) -> Array:
             return _mix(x, *nnx.merge(graph, weights))
 
-        mixed = by_rows(mix, x, weights)
+        mixed = shard_map_rows(mix, x, weights)
         if self.shared_expert is None or self.shared_expert_gate is None:
             return mixed
         return mixed + jax.nn.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jlora.distributed.sharding import gather_quantized
+from jlora.distributed.constraints import gather_quantized
 from jlora.errors import ConfigError, did_you_mean
 from jlora.models.config import DecoderConfig
 from jlora.models.rope import rotate

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jlora.distributed.sharding import split_rows
-from jlora.ops.dot import Weight, columns, dot, embed
+from jlora.distributed.constraints import split_rows
+from jlora.ops.dot import columns, dot, embed
 from jlora.ops.matmul import barrier_after
 from jlora.ops.remat import saveable
+from jlora.ops.weights import Weight
 
 
 class Linear(nnx.Module):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jlora.distributed.sharding import rows_each
+from jlora.distributed.constraints import rows_per_device
 from jlora.quant import nf4, nf4_kernel
 
 EVEN_ODD_MAX_ROWS = 2048
@@ -49,7 +49,7 @@ def packed_product(x: Array, w: Any, transpose: bool, dtype: Any = None) -> Arra
     """``x @ w`` or ``x @ w.mT`` in the way that suits the platform."""
     rows = math.prod(x.shape[:-1])
     ways = {}
-    if nf4.is_rowwise_matrix(w) and rows_each(rows) <= EVEN_ODD_MAX_ROWS:
+    if nf4.is_rowwise_matrix(w) and rows_per_device(rows) <= EVEN_ODD_MAX_ROWS:
         ways["tpu"] = functools.partial(even_odd_matmul, transpose=transpose, dtype=dtype)
     for platform in nf4_kernel.MEASURED:
         if nf4_kernel.fused_wins(platform, rows, w):

@@ -33,7 +33,7 @@ def describe_job(config: Config, model: Model, tokenizer: Any, mesh: jax.shardin
     base = base_shapes(config, model)
     bind = binding(config)
     if config.lora is None:
-        trainable = sharding.described(base, mesh)
+        trainable = sharding.abstract_arrays(base, mesh)
         return Job(config, mesh, model, tokenizer, {}, trainable, bind)
     adapter = adapter_shapes(config, base)
     _, targets = find_targets(base, adapter.config)
@@ -42,7 +42,7 @@ def describe_job(config: Config, model: Model, tokenizer: Any, mesh: jax.shardin
         several = functools.partial(jax.tree.map, lambda leaf: jnp.stack([leaf] * len(names)))
         trainable = jax.eval_shape(several, trainable)
     base, trainable, initial = (
-        sharding.described(tree, mesh) for tree in (base, trainable, adapter.initial)
+        sharding.abstract_arrays(tree, mesh) for tree in (base, trainable, adapter.initial)
     )
     return Job(config, mesh, model, tokenizer, base, trainable, bind, tuple(targets), initial)
 

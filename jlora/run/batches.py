@@ -58,7 +58,7 @@ def batches_at(
     accumulation: int,
 ) -> Callable[[int], Batch]:
     """``batch_at`` of several adapters, each with its rows: (adapters, accumulation, B, T)."""
-    target = sharding.batch_sharding(mesh, several=True)
+    target = sharding.batch_sharding(mesh, multi_adapter=True)
 
     def at(step: int) -> Batch:
         each = [data.batch_at(rows, order, step, accumulation) for rows, order in parts]

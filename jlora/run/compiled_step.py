@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.distributed import sharding
+from jlora.distributed.mesh import compiler_options
 from jlora.run.job import Job
 from jlora.run.progress import Plan
 from jlora.training.optim import make_optimizer
@@ -44,7 +45,7 @@ class Program:
         optimizer = make_optimizer(settings, plan.total_steps, job.trainable)
         start = functools.partial(init_state, optimizer=optimizer, fp16=plan.fp16)
         start = jax.vmap(start) if job.adapters else start
-        state = sharding.described(sharding.typed(start, job.trainable), mesh)
+        state = sharding.abstract_arrays(sharding.output_types(start, job.trainable), mesh)
         places = jax.tree.map(lambda leaf: leaf.sharding, state)
         step = make_train_step(
             job.model,
@@ -52,8 +53,8 @@ class Program:
             optimizer,
             seed=settings.seed,
             state_shardings=places,
-            several=bool(job.adapters),
-            compiler_options=sharding.compiler_options(mesh),
+            multi_adapter=bool(job.adapters),
+            compiler_options=compiler_options(mesh),
         )
         start = jax.jit(start, out_shardings=places, donate_argnums=0)
         return cls(job, step, start, state, _batch(job, plan, length))
@@ -72,7 +73,7 @@ class Program:
 def _batch(job: Job, plan: Plan, length: int) -> dict[str, jax.ShapeDtypeStruct]:
     """What ``batches`` makes for every step: (adapters, accumulation, B, T) without the first."""
     shape = (plan.accumulation, plan.rows_per_step // plan.accumulation, length)
-    at = sharding.batch_sharding(job.mesh, several=bool(job.adapters))
+    at = sharding.batch_sharding(job.mesh, multi_adapter=bool(job.adapters))
     several = (len(job.adapters),) if job.adapters else ()
     like = jax.ShapeDtypeStruct((*several, *shape), jnp.int32, sharding=at)
     return dict.fromkeys(NAMES, like)

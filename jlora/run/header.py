@@ -13,6 +13,7 @@ from jlora.data.classification import listed
 from jlora.distributed import sharding
 from jlora.distributed.devices import describe_devices
 from jlora.lora.targets import match_table
+from jlora.lora.weight import is_weight_leaf
 from jlora.models import Model
 from jlora.ops.attention import Case, choose, cudnn
 from jlora.quant.params import describe, is_quantized, settings_of
@@ -56,7 +57,7 @@ def tree_bytes(tree: Any) -> int:
 
 def count(tree: Any) -> int:
     """Elements of all leaves; an NF4 leaf counts the parameters that it stands for."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "dequantize"))
+    leaves = jax.tree.leaves(tree, is_leaf=is_weight_leaf)
     return sum(leaf.size for leaf in leaves)
 
 

@@ -155,7 +155,7 @@ def _open_adapter(
     if names := config.adapters:
         trainable = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(names)), trainable)
     both = trainable, initial
-    trainable, initial = sharding.place(both, sharding.adapter_shardings(both, mesh))
+    trainable, initial = sharding.place(both, sharding.shardings(both, mesh))
     _, targets = find_targets(params, adapter.config)
     bind = binding(config)
     return Job(config, mesh, model, tokenizer, params, trainable, bind, tuple(targets), initial)

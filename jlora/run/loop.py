@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jlora import data
-from jlora.distributed import sharding
+from jlora.distributed.mesh import compiler_options
 from jlora.distributed.signals import StopSignals
 from jlora.inference import scoring
 from jlora.run import outputs
@@ -53,7 +53,7 @@ class Loop:
         self.settings = settings
         self.progress, self.meter = Progress(), Meter()
         self.learning_rate = schedule(settings, plan.total_steps)
-        self.eval_step = make_eval_step(job.model, job.bind, sharding.compiler_options(job.mesh))
+        self.eval_step = make_eval_step(job.model, job.bind, compiler_options(job.mesh))
         folder = Path(settings.output_dir) / "checkpoints"
         self.checkpoints = outputs.Checkpoints(folder, job, plan, self.rows.fingerprint)
         self.held_out_parts = parts(self.held_out, job.adapters) if self.held_out else []

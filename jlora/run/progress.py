@@ -100,7 +100,7 @@ class Progress:
         self.last = {"grad_norm": float(metrics["grad_norm"])}
         self.updates += bool(metrics["finite"])
         if metrics["finite"]:
-            alive = [bool(a) for a in metrics["alive"]]
+            alive = [bool(a) for a in metrics["has_gradient"]]
             self.alive = [a or b for a, b in zip(self.alive or alive, alive, strict=True)]
 
     def line(self, learning_rate: float, plan: Plan) -> dict[str, float]:
@@ -144,7 +144,7 @@ def together(metrics: Mapping[str, Any], adapters: Sequence[str]) -> dict[str, A
         "tokens": np.sum(metrics["tokens"]),
         "finite": np.all(metrics["finite"]),
         "weights_finite": np.all(metrics["weights_finite"]),
-        "alive": np.ravel(metrics["alive"]),
+        "has_gradient": np.ravel(metrics["has_gradient"]),
         "each": {name: list(pair) for name, pair in zip(adapters, pairs, strict=True)},
     }
 

@@ -1,9 +1,12 @@
-"""The training step: loss, accumulation, gradient of the trainable tree only, update. Pure.
+"""The training step: loss, gradient accumulation, gradient of the trainable tree only, update.
 
-The model is an argument: anything with ``features(params, input_ids, positions, segment_ids)``
-giving (B, T, D), ``head(params, features, start, size)`` giving float32 logits (B, t, V) or those
-of ``size`` tokens from ``start`` on, ``packed_head(params)``, and in ``config`` ``num_outputs`` (V)
-and ``num_labels``, which is None unless the outputs are classes.
+Pure functions. The model is an argument, any object with
+
+- ``features(params, input_ids, positions, segment_ids)``: the last hidden states (B, T, D);
+- ``head(params, features, start, size)``: float32 logits (B, T, V), or (B, T, size) of the
+  vocabulary entries from ``start`` on;
+- ``head_weight(params)``: the weight of that head;
+- ``config.num_outputs`` (V), and ``config.num_labels``: None unless the outputs are classes.
 """
 
 from __future__ import annotations
@@ -17,19 +20,20 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jlora.distributed.sharding import rows_each
+from jlora.distributed.constraints import rows_per_device
 from jlora.ops.matmul import barrier_after
+from jlora.ops.weights import has_quantized_base
 from jlora.training.state import TrainState
 
 IGNORE = -100
 """The label of positions without loss, as in transformers."""
 
 CHUNK_ELEMENTS = 2**24
-"""Logits a device computes at once (64 MiB of float32); more go through the head in chunks."""
+"""The most logits that a device computes at once (64 MiB of float32)."""
 
 Batch = Mapping[str, Array]
 Bind = Callable[[Any, Any, Array | None], Any]
-"""``bind(frozen, trainable, key)`` makes the parameters of one forward pass."""
+"""``bind(frozen, trainable, dropout_key)``: the parameters of one forward pass."""
 
 
 def loss_and_count(
@@ -38,12 +42,12 @@ def loss_and_count(
     """The summed cross-entropy (nats) of the labelled tokens, and how many there are.
 
     Args:
-      model: see the module's header.
-      params: what ``model`` takes.
-      batch: int32 arrays (B, T): ``input_ids``, ``labels`` (the token that follows, or the class
-        of a text that ends here, or -100), ``positions``, ``segment_ids``.
+      model: see the module's docstring.
+      params: its parameters, with an adapter attached or not.
+      batch: int32 arrays (B, T): ``input_ids``, ``labels`` (the next token, or the class of the
+        text whose last token this is, or -100), ``positions``, ``segment_ids``.
     """
-    return _loss_of(model, params, _features(model, params, batch), batch["labels"])
+    return _loss_from_features(model, params, _features(model, params, batch), batch["labels"])
 
 
 def _features(model: Any, params: Any, batch: Batch) -> Float[Array, "batch length dim"]:
@@ -52,13 +56,13 @@ def _features(model: Any, params: Any, batch: Batch) -> Float[Array, "batch leng
     )
 
 
-def _loss_of(
+def _loss_from_features(
     model: Any,
     params: Any,
     features: Float[Array, "batch length dim"],
     labels: Int[Array, "batch length"],
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """See ``loss_and_count``."""
+    """The results of ``loss_and_count``; the logits never exist all at once if they are many."""
     batch_size, length = labels.shape
     vocab = model.config.num_outputs
 
@@ -67,14 +71,14 @@ def _loss_of(
         y = jax.lax.dynamic_slice_in_dim(labels, start, size, axis=1)
         return cross_entropy(model.head(params, h), y)
 
-    size = _chunk_length(rows_each(batch_size), length, vocab)
-    if model.packed_head(params):
+    size = _chunk_length(rows_per_device(batch_size), length, vocab)
+    if has_quantized_base(model.head_weight(params)):
         head = functools.partial(model.head, params, features)
-        total = cross_entropy_by_tokens(head, labels, vocab)
+        total = cross_entropy_in_vocab_chunks(head, labels, vocab)
     elif size == length:
         total = cross_entropy(model.head(params, features), labels)
     else:
-        # Checkpointed: one chunk's logits exist at a time, in the backward pass too.
+        # Rematerialised, so that only one chunk's logits exist in the backward pass, too.
         total = jax.lax.map(jax.checkpoint(chunk_loss), jnp.arange(0, length, size)).sum()
     return total, jnp.sum(labels != IGNORE)
 
@@ -82,40 +86,37 @@ def _loss_of(
 def cross_entropy(
     logits: Float[Array, "batch length vocab"], labels: Int[Array, "batch length"]
 ) -> Float[Array, ""]:
-    """The summed negative log-likelihood of the labels that are not -100; 0 when there are none."""
+    """The summed negative log-likelihood of the labels that are not -100; 0 if there are none."""
+    # Without the barrier these constants, broadcast to the logits' shape, are hoisted out of a loop.
     tokens, zero = barrier_after((jnp.arange(logits.shape[-1]), jnp.float32(0.0)), logits)
     picked = jnp.sum(jnp.where(labels[..., None] == tokens, logits, zero), axis=-1)
     losses = jax.nn.logsumexp(logits, axis=-1) - picked
     return jnp.sum(jnp.where(labels == IGNORE, 0.0, losses))
 
 
-def cross_entropy_by_tokens(
+def cross_entropy_in_vocab_chunks(
     head: Callable[..., Array], labels: Int[Array, "batch length"], vocab: int
 ) -> Float[Array, ""]:
-    """``cross_entropy`` of the logits that ``head(start, size=n)`` gives for some of the tokens.
+    """``cross_entropy`` of logits ``head(start, size=n)``, one range of the vocabulary at a time.
 
-    Each part of a packed head is dequantized once here and once for the gradient, and never all of
-    it; parts of the sequence would each dequantize the whole.
+    For quantized heads. Each range of the head is dequantized once in the forward and once in the
+    backward pass, and the dense head never exists; chunks of the sequence would dequantize all of
+    it once for each chunk.
     """
-    size = min(vocab, max(1, CHUNK_ELEMENTS // (rows_each(labels.shape[0]) * labels.shape[1])))
+    tokens_per_device = rows_per_device(labels.shape[0]) * labels.shape[1]
+    size = min(vocab, max(1, CHUNK_ELEMENTS // tokens_per_device))
 
-    def part(first):
-        start = jnp.minimum(first, vocab - size)  # the last part overlaps the one before it
+    def vocab_chunk(first):
+        start = jnp.minimum(first, vocab - size)  # the last chunk overlaps the previous one
         logits, tokens = head(start, size=size), start + jnp.arange(size)
-        zero, nothing = barrier_after((jnp.float32(0.0), jnp.float32(-jnp.inf)), logits)
-        chosen = (labels[..., None] == tokens) & (tokens >= first)
-        picked = jnp.sum(jnp.where(chosen, logits, zero), axis=-1)
-        return jax.nn.logsumexp(jnp.where(tokens >= first, logits, nothing), axis=-1), picked
+        zero, excluded = barrier_after((jnp.float32(0.0), jnp.float32(-jnp.inf)), logits)
+        is_label = (labels[..., None] == tokens) & (tokens >= first)
+        picked = jnp.sum(jnp.where(is_label, logits, zero), axis=-1)
+        return jax.nn.logsumexp(jnp.where(tokens >= first, logits, excluded), axis=-1), picked
 
-    sums, picked = jax.lax.map(jax.checkpoint(part), jnp.arange(0, vocab, size))
+    sums, picked = jax.lax.map(jax.checkpoint(vocab_chunk), jnp.arange(0, vocab, size))
     losses = jax.nn.logsumexp(sums, axis=0) - picked.sum(axis=0)
     return jnp.sum(jnp.where(labels == IGNORE, 0.0, losses))
-
-
-def _chunk_length(rows: int, length: int, vocab_size: int) -> int:
-    """The longest divisor of ``length`` whose logits of all rows stay within CHUNK_ELEMENTS."""
-    fits = max(1, CHUNK_ELEMENTS // (rows * vocab_size))
-    return next(c for c in range(min(fits, length), 0, -1) if length % c == 0)
 
 
 def make_train_step(
@@ -125,22 +126,30 @@ def make_train_step(
     *,
     seed: int = 0,
     state_shardings: Any = None,
-    several: bool = False,
+    multi_adapter: bool = False,
     compiler_options: dict[str, str] | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Array]]]:
     """The jitted step ``(state, frozen, batch) -> (state, metrics)``; ``state`` is donated.
 
-    ``batch`` holds arrays (accumulation, B, T). The loss of the step is the summed loss of all its
-    micro-batches over all their labelled tokens, whichever device or micro-batch they are on, so
-    that accumulation changes nothing. Dropout is a function of (seed, step, micro-batch).
+    The batch has arrays (accumulation, B, T). The step's loss is the summed loss of all
+    micro-batches divided by the number of all their labelled tokens, on whichever device they are:
+    how a batch is divided into micro-batches changes nothing. Dropout is a function of (seed, step,
+    micro-batch).
 
-    Metrics: ``loss``, ``grad_norm`` (before clipping), ``target_tokens``, ``tokens`` (all that are
-    not padding), ``finite`` (loss and gradient are), ``weights_finite`` (after the update), and
-    ``alive``: for each trainable leaf, in tree order, whether its gradient is not all zero.
+    Metrics: ``loss``, ``grad_norm`` (before clipping), ``target_tokens`` (labelled), ``tokens``
+    (not padding), ``finite`` (whether loss and gradient are), ``weights_finite`` (whether the
+    updated weights are), and ``has_gradient``: for each trainable leaf, in tree order, whether its
+    gradient has a nonzero element.
 
-    With ``several`` the state, the batch and the metrics have a leading axis of trainable trees:
-    each is trained on its own part of the batch as if it were alone, and the frozen parameters are
-    read once for all. ``compiler_options`` are XLA's (``sharding.compiler_options``).
+    Args:
+      model: see the module's docstring.
+      bind: combines frozen and trainable parameters.
+      optimizer: for the trainable tree.
+      seed: of dropout.
+      state_shardings: a sharding for every leaf of the state; None lets XLA choose.
+      multi_adapter: the state, the batch and the metrics have a leading axis of adapters. Each is
+        trained on its own part of the batch as if alone; the frozen parameters are read once.
+      compiler_options: XLA's, see ``mesh.compiler_options``.
     """
 
     def train_step(state: TrainState, frozen: Any, batch: Batch):
@@ -158,7 +167,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / scale, grads) if state.loss_scale else grads
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        state = _apply(state, grads, optimizer, finite)
+        state = _apply_update(state, grads, optimizer, finite)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
@@ -168,12 +177,12 @@ def make_train_step(
             "weights_finite": jnp.stack(
                 [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state.trainable)]
             ).all(),
-            "alive": jnp.stack([jnp.max(jnp.abs(g)) != 0 for g in jax.tree.leaves(grads)]),
+            "has_gradient": jnp.stack([jnp.max(jnp.abs(g)) != 0 for g in jax.tree.leaves(grads)]),
         }
         return state, metrics
 
     shardings = None if state_shardings is None else (state_shardings, None)
-    if several:
+    if multi_adapter:  # loss, clipping, moments and dropout are then per adapter without more ado
         train_step = jax.vmap(train_step, in_axes=(0, None, 0))
     return jax.jit(
         train_step,
@@ -186,16 +195,16 @@ def make_train_step(
 def make_eval_step(
     model: Any, bind: Bind, compiler_options: dict[str, str] | None = None
 ) -> Callable[[Any, Any, Batch], tuple[Array, Array, Array | None]]:
-    """The jitted ``(trainable, frozen, batch) -> (loss, count, classes)``; no dropout.
+    """The jitted ``(trainable, frozen, batch) -> (loss, count, class counts)``; no dropout.
 
-    The summed loss and the number of labelled tokens; ``classes`` are a classifier's
-    ``class_counts``, else None.
+    ``loss`` is summed over the ``count`` labelled tokens. The last is ``class_counts`` for a
+    classifier and None for a language model.
     """
 
     def eval_step(trainable: Any, frozen: Any, batch: Batch):
         params = bind(frozen, trainable, None)
         features = _features(model, params, batch)
-        total, count = _loss_of(model, params, features, batch["labels"])
+        total, count = _loss_from_features(model, params, features, batch["labels"])
         if model.config.num_labels is None:
             return total, count, None
         return total, count, class_counts(model.head(params, features), batch["labels"])
@@ -206,7 +215,7 @@ def make_eval_step(
 def class_counts(
     logits: Float[Array, "batch length classes"], labels: Int[Array, "batch length"]
 ) -> Int[Array, "3 classes"]:
-    """For each class: how often it was predicted rightly, predicted, and the label."""
+    """For each class: its correct predictions, all its predictions, and its labels."""
     classes = jnp.arange(logits.shape[-1])
     labelled = labels[..., None] == classes
     predicted = (jnp.argmax(logits, -1)[..., None] == classes) & (labels != IGNORE)[..., None]
@@ -214,7 +223,7 @@ def class_counts(
 
 
 def _accumulate(value_and_grad, trainable, batch: Batch, key: Array):
-    """The sums of loss and gradients over the micro-batches, one at a time."""
+    """Loss and gradients summed over the micro-batches, which are computed one after another."""
     steps = batch["labels"].shape[0]
     if steps == 1:
         micro = {k: v[0] for k, v in batch.items()}
@@ -222,33 +231,43 @@ def _accumulate(value_and_grad, trainable, batch: Batch, key: Array):
 
     def add(total, x):
         index, micro = x
-        one = value_and_grad(trainable, micro, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, total, one), None
+        result = value_and_grad(trainable, micro, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, result), None
 
     zero = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, trainable))
     return jax.lax.scan(add, zero, (jnp.arange(steps), dict(batch)))[0]
 
 
-def _select(condition: Array, new: Array, old: Array) -> Array:
-    """One of two leaves, in their memory: only the device's own can be computed with."""
-    space = jax.typeof(old).memory_space
-    new, old = jax.device_put((new, old), jax.memory.Space.Device)
-    return jax.device_put(jnp.where(condition, new, old), space)
-
-
-def _apply(state: TrainState, grads: Any, optimizer, finite: Array) -> TrainState:
-    """The next state; with loss scaling a step that overflowed changes only the scale."""
+def _apply_update(state: TrainState, grads: Any, optimizer, finite: Array) -> TrainState:
+    """The next state; with loss scaling, a step that overflowed changes the scale only."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     if state.loss_scale is None:
         return TrainState(state.step + 1, trainable, opt_state)
 
-    def keep(new, old):
-        return jax.tree.map(functools.partial(_select, finite), new, old)
+    def if_finite(new, old):
+        return jax.tree.map(functools.partial(_where, finite), new, old)
 
     return TrainState(
         state.step + 1,
-        keep(trainable, state.trainable),
-        keep(opt_state, state.opt_state),
+        if_finite(trainable, state.trainable),
+        if_finite(opt_state, state.opt_state),
         state.loss_scale.updated(finite),
     )
+
+
+def _where(condition: Array, new: Array, old: Array) -> Array:
+    """``jnp.where`` for leaves that may be in host memory, where XLA cannot compute."""
+    space = jax.typeof(old).memory_space
+    new, old = jax.device_put((new, old), jax.memory.Space.Device)
+    return jax.device_put(jnp.where(condition, new, old), space)
+
+
+def _chunk_length(rows: int, length: int, vocab_size: int) -> int:
+    """The longest divisor of ``length`` whose logits, of all rows, are within CHUNK_ELEMENTS.
+
+    ``rows`` are those of one device: with the rows of all devices the chunks get so short that a
+    sharded head is gathered once for each of many.
+    """
+    fits = max(1, CHUNK_ELEMENTS // (rows * vocab_size))
+    return next(c for c in range(min(fits, length), 0, -1) if length % c == 0)

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from jlora.distributed.sharding import BATCH
+from jlora.distributed.mesh import BATCH_AXES
 
 
 def on_each_device(compute: Callable[..., Array]) -> Callable[..., Array]:
@@ -27,7 +27,7 @@ def on_each_device(compute: Callable[..., Array]) -> Callable[..., Array]:
         part = functools.partial(compute, **settings)
         if mesh.size <= 1:
             return part(q, k, v, segment_ids, sinks)
-        rows = _dividing(BATCH, q.shape[0], mesh)
+        rows = _dividing(BATCH_AXES, q.shape[0], mesh)
         heads = _dividing(("tensor",), k.shape[2], mesh)
         whole = PartitionSpec(rows, None, heads)
         given = whole, whole, whole, PartitionSpec(rows), PartitionSpec(heads)
