@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of this machine, all of them in one process.
+# Trains on all GPUs of this machine in one process.
 #
 #   gpu_scripts/train_single_node.sh CONFIG.yaml [section.key=value …]
 #
-# CUDA_VISIBLE_DEVICES=0,1 takes only those; PYTHON names another interpreter. The mesh in the config
-# says what the GPUs do: {data: -1} copies the model, {data: 1, fsdp: -1} shares it between them.
+# CUDA_VISIBLE_DEVICES=0,1 restricts the run to those GPUs; PYTHON names another interpreter. In the
+# config, mesh: {data: -1} puts a copy of the model on each GPU, {data: 1, fsdp: -1} shards it.
 set -euo pipefail
 
 if [[ $# -eq 0 || $1 == -* ]]; then
@@ -12,9 +12,9 @@ if [[ $# -eq 0 || $1 == -* ]]; then
   exit 2
 fi
 
-# Without a working CUDA this stops at once and does not train on the CPU for a week.
+# Without a working CUDA installation JAX would fall back to the CPU; this makes it an error.
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda}"
-# XLA takes this part of each GPU's memory in advance; the rest is for cuDNN and NCCL.
+# The fraction of each GPU's memory that XLA preallocates; cuDNN and NCCL need the rest.
 export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
 
 exec "${PYTHON:-python}" -m jlora.train "$@"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains on several nodes under SLURM, one process a node with all of its GPUs.
+# Trains on several nodes under SLURM: one process a node, which uses all of its GPUs.
 #
 #   sbatch --nodes=4 gpu_scripts/train_slurm.sh CONFIG.yaml [section.key=value …]
 #
-# train.output_dir must lie on a file system that all nodes see. SLURM sends SIGTERM three minutes
-# before the time limit: the run saves, exits with 143, and the job is put back in the queue, where
-# train.resume: auto goes on from the checkpoint.
+# train.output_dir must be on a file system that all nodes share. SLURM sends SIGTERM three minutes
+# before the time limit: the run saves and exits with 143, the job is requeued, and with
+# train.resume: auto it resumes from the checkpoint.
 #SBATCH --job-name=jlora
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -25,21 +25,21 @@ fi
 : "${SLURM_JOB_ID:?start this script with sbatch}"
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-# Two jobs may share a node, so the port follows from the job.
+# Two jobs may share a node, so the port is derived from the job's id.
 export JLORA_COORDINATOR="${nodes[0]}:$((20000 + SLURM_JOB_ID % 10000))"
 export JLORA_NUM_PROCESSES="$SLURM_NTASKS"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda}"
 export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
 export PYTHON="${PYTHON:-python}"
 
-# SLURM_PROCID is known only inside the step, hence the inner shell.
+# SLURM_PROCID is set only inside the job step, hence the inner shell.
 code=0
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 bash -c \
   'JLORA_PROCESS_ID="$SLURM_PROCID" exec "$PYTHON" -m jlora.train "$@"' jlora "$@" || code=$?
 
 if [[ $code -eq 143 ]]; then
-  echo "saved before the time limit; job $SLURM_JOB_ID goes back to the queue" >&2
+  echo "saved before the time limit; job $SLURM_JOB_ID is requeued" >&2
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -3,7 +3,7 @@
 #
 #   TPU_NAME=my-slice ZONE=us-east5-a tpu_scripts/setup_pod.sh
 #
-# See README.md beside it for how the slice is made.
+# README.md in this folder says how to create the slice.
 set -euo pipefail
 : "${TPU_NAME:?set it to the name of the TPU slice}" "${ZONE:?set it to the zone of the slice}"
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains on a TPU slice: the same command on each of its hosts, which find each other.
+# Trains on a TPU slice by running the same command on each of its hosts.
 #
 #   TPU_NAME=my-slice ZONE=us-east5-a tpu_scripts/train_pod.sh CONFIG.yaml [section.key=value …]
 #
-# Paths are the hosts' own, below ~/jlora, where setup_pod.sh put this checkout. train.output_dir
-# must lie on a file system that all hosts share. RUN_ENV="NAME=value …" sets variables there.
+# Paths are relative to ~/jlora on the hosts, where setup_pod.sh copies this checkout. train.output_dir
+# must be on a file system that all hosts share. RUN_ENV="NAME=value …" sets variables on the hosts.
 set -euo pipefail
 
 if [[ $# -eq 0 || $1 == -* ]]; then
