@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jlora.lora import LoraWeight
 from jlora.ops.dot import dot
+from jlora.ops.weights import output_embedding
 
 
 class Layout(NamedTuple):
@@ -167,10 +167,9 @@ def einsum_bias_shape(equation: str, x_ndim: int, shape: tuple[int, ...]) -> tup
 def attend(x: Float[Array, "... dim"], embedding: Kernel) -> Float[Array, "... vocab"]:
     """``x @ embedding.mT``, for logits from an embedding.
 
-    What LoRA adds to an embedding is for the tokens that are read, as in peft and in our models.
+    LoRA on the embedding does not change these logits: see ``output_embedding``.
     """
-    table = embedding.weight
-    return dot(x, table.base.mT if isinstance(table, LoraWeight) else table.mT)
+    return dot(x, output_embedding(embedding.weight).mT)
 
 
 def letters(equation: str, x_ndim: int | None) -> tuple[str, str, str]:

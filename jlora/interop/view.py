@@ -15,6 +15,7 @@ from typing import Any
 
 from jlora.errors import ConfigError, did_you_mean
 from jlora.interop.kernel import Flat, Kernel, Layout
+from jlora.lora.weight import dense, is_weight_leaf
 from jlora.tree import paths
 
 Key = tuple[Any, ...]
@@ -50,7 +51,7 @@ class View:
 
     def dense(self, params: Any) -> dict[Key, Any]:
         """The foreign leaves of a tree of weights, in their own shapes and dense."""
-        return self._leaves(params, lambda place, weight: _own(place, _dequantized(weight)))
+        return self._leaves(params, lambda place, weight: _own(place, dense(weight)))
 
     def factored(self, params: Any) -> dict[Key, Any]:
         """The foreign leaves of a tree of weights; adapted and packed ones are a ``Kernel``.
@@ -60,7 +61,7 @@ class View:
         merged = []
 
         def leaf(place: Place, weight: Any) -> Any:
-            if not hasattr(weight, "dequantize"):
+            if not is_weight_leaf(weight):
                 return _own(place, weight)
             if place.factored and isinstance(place.layout, Layout):
                 return Kernel(weight, place.layout)
@@ -123,10 +124,6 @@ def view(
 
 def _own(place: Place, weight: Any) -> Any:
     return place.layout.from_matrix(weight) if place.layout else weight
-
-
-def _dequantized(weight: Any) -> Any:
-    return weight.dequantize() if hasattr(weight, "dequantize") else weight
 
 
 def _bias(key: Key, leaves: Mapping[Key, Any], layouts: Mapping[Key, Layout]) -> Flat | None:

@@ -19,7 +19,7 @@ from jlora.lora import terms
 from jlora.lora.adapter import Adapter, Tree, changed
 from jlora.lora.stack import BIAS_SCALING, SCALING, AdapterStack
 from jlora.lora.targets import is_replaced, rank_of, token_indices
-from jlora.lora.weight import LoraWeight, TokenWeight, dense
+from jlora.lora.weight import LoraWeight, TokenWeight, base_of, dense
 from jlora.tree import paths
 
 
@@ -110,13 +110,7 @@ def detach(attached: Tree) -> Tree:
 
     Leaves that the adapter replaced (``bias``, ``modules_to_save``) stay replaced.
     """
-
-    def base(_: paths.Path, leaf: Any) -> Any:
-        while isinstance(leaf, LoraWeight | TokenWeight):
-            leaf = leaf.base
-        return leaf
-
-    return paths.map_leaves(base, attached)
+    return paths.map_leaves(lambda _, leaf: base_of(leaf), attached)
 
 
 def by_weight(weights: Tree, there: Any) -> dict[paths.Path, dict[paths.Path, Any]]:

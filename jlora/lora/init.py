@@ -28,7 +28,7 @@ from jlora.lora.adapter import (
 )
 from jlora.lora.attaching import fold
 from jlora.lora.targets import Target, find_targets, replaced_leaves, token_rows
-from jlora.lora.weight import dense
+from jlora.lora.weight import base_of, dense, is_weight_leaf
 from jlora.tree import paths
 
 
@@ -132,7 +132,8 @@ def _init_pair(
         draw = functools.partial(factors.orthogonal, fan_in=fan_in, fan_out=fan_out)
         a, b = _by_layer(lambda x: draw(x[0], r, x[1]), target, key, (used[..., 0, :],))
     elif config.from_weights or (
-        config.init_lora_weights == "loftq" and hasattr(base, "dequantize")
+        # Leaves that stay dense under LoftQ have no quantization error to start from.
+        config.init_lora_weights == "loftq" and is_weight_leaf(base_of(base))
     ):
         scale = jnp.asarray(scaling(config, target.path, target.stack, len(target.ranks)))
         take = functools.partial(_taken, target, config, r)

@@ -115,9 +115,24 @@ class TokenWeight(WeightWrapper):
         return dataclasses.replace(self, base=self.base.mT, transposed=not self.transposed)
 
 
+def is_weight_leaf(leaf: Any) -> bool:
+    """Whether a node of a tree is one weight though it is a pytree: quantized, or with an adapter.
+
+    The ``is_leaf`` of ``jax.tree`` functions that count weights, not the arrays they consist of.
+    """
+    return hasattr(leaf, "dequantize")
+
+
+def base_of(leaf: Any) -> Any:
+    """The base's own leaf below every adapter attached to it."""
+    if isinstance(leaf, Transposed):
+        return base_of(leaf.mT).mT
+    return base_of(leaf.base) if isinstance(leaf, WeightWrapper) else leaf
+
+
 def dense(leaf: Any) -> Array:
-    """The array that a leaf is or stands for, in its dtype."""
-    return leaf.dequantize() if hasattr(leaf, "dequantize") else leaf
+    """The leaf as one array in its dtype: dequantized, adapters included."""
+    return leaf.dequantize() if is_weight_leaf(leaf) else leaf
 
 
 def to_float32(leaf: Any) -> Float[Array, "..."]:

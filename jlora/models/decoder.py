@@ -16,13 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jlora.lora import LoraWeight
 from jlora.models.config import DecoderConfig
 from jlora.models.experts import Mixture
 from jlora.models.layer_scan import KV, Call, scan_layers, stack
 from jlora.models.layers import Embedding, Linear, Norm, Part, activation, make_norm, project
-from jlora.ops.dot import Weight
 from jlora.ops.remat import saveable
+from jlora.ops.weights import Weight, output_embedding
 
 
 class Attention(nnx.Module):
@@ -224,14 +223,13 @@ class Decoder(nnx.Module):
     def head_weight(self) -> Weight:
         """The head's kernel (dim, vocabulary); in tied models the embedding (vocabulary, dim).
 
-        What LoRA adds to an embedding is for the tokens that are read, as in peft; rows that train
-        as a whole are the head's, too.
+        LoRA on a tied embedding does not change it: see ``output_embedding``.
         """
         own = self.lm_head if self.score is None else self.score
         if own is not None:
             return own.kernel.get_value()
         table = self.model.embed_tokens.embedding.get_value()
-        return table.base if isinstance(table, LoraWeight) else table
+        return output_embedding(table)
 
 
 def _norm(norm: Norm | None, x: Array) -> Array:

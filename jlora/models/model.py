@@ -26,13 +26,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jlora.errors import ConfigError
-from jlora.lora import LoraWeight, TokenWeight
 from jlora.models import layer_scan
 from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
 from jlora.models.registry import family, parse
 from jlora.ops.attention import check_backend
-from jlora.quant.params import is_quantized
+from jlora.ops.weights import Weight
 from jlora.tree import paths
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -126,12 +125,9 @@ class Model:
         part = None if size is None else (jnp.asarray(start), size)
         return self._module(params).head(features, part)
 
-    def packed_head(self, params: Params) -> bool:
-        """Whether the head's weight is packed, so that to compute logits dequantizes it."""
-        weight = self._module(params).head_weight()
-        while isinstance(weight, LoraWeight | TokenWeight):
-            weight = weight.base
-        return is_quantized(weight)
+    def head_weight(self, params: Params) -> Weight:
+        """The weight that the output head multiplies by: see ``Decoder.head_weight``."""
+        return self._module(params).head_weight()
 
     def init_cache(self, batch: int, length: int) -> layer_scan.Cache:
         """An empty cache with room for ``length`` tokens in each of ``batch`` rows."""

@@ -27,10 +27,8 @@ from jlora.lora import LoraWeight, TokenWeight
 from jlora.lora.probe import InputProbe, observe
 from jlora.ops.matmul import barrier_after, dequantize_after, packed_product, product
 from jlora.ops.remat import saveable
+from jlora.ops.weights import Weight
 from jlora.quant.params import is_quantized
-
-Weight = Any
-"""An array (in, out), a packed one or a LoraWeight over one of them."""
 
 
 def dot(x: Float[Array, "*batch in"], w: Weight, dtype: Any = None) -> Float[Array, "*batch out"]:

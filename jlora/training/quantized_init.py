@@ -10,6 +10,7 @@ from jaxtyping import Array
 from jlora.config import LoraConfig, QuantConfig
 from jlora.errors import ConfigError
 from jlora.lora import DELTA, Adapter, init_adapter, unmerge
+from jlora.ops.weights import has_adapter, has_quantized_base
 from jlora.quant.params import quantize_params
 from jlora.tree import paths
 
@@ -34,8 +35,7 @@ def residual(
     """
     if adapter.initial is None:
         return dict(params), adapter
-    packed = any(hasattr(leaf, "dequantize") for _, leaf in paths.walk(params))
-    if packed and requantize is None:
+    if requantize is None and _is_quantized_tree(params):
         raise ConfigError(
             "the base is packed, and its residual is other values",
             where="jlora.residual",
@@ -74,7 +74,13 @@ def loftq(
         raise ConfigError(
             "loftq is for 4-bit nf4 bases", where="quantization", fix="use load_in_4bit and nf4"
         )
-    if any(hasattr(leaf, "dequantize") for _, leaf in paths.walk(params)):
+    if any(has_adapter(leaf) for _, leaf in paths.walk(params)):
+        raise ConfigError(
+            "the base has an adapter attached",
+            where="jlora.loftq",
+            fix="jlora.detach it, or jlora.merge it into the base first",
+        )
+    if _is_quantized_tree(params):
         raise ConfigError(
             "the base is packed: what that lost is not known any more",
             where="lora.init_lora_weights",
@@ -87,6 +93,10 @@ def loftq(
         packed = quantize_params(unmerge(params, _factors(adapter)), quantization)
         adapter = init_adapter(key, packed, config, original=params)
     return packed, adapter
+
+
+def _is_quantized_tree(params: Any) -> bool:
+    return any(has_quantized_base(leaf) for _, leaf in paths.walk(params))
 
 
 def _factors(adapter: Adapter) -> Adapter:

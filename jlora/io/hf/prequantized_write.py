@@ -14,6 +14,7 @@ import numpy as np
 from jlora.errors import ConfigError
 from jlora.io.hf.prequantized import STATE
 from jlora.models.model import Model
+from jlora.ops.weights import has_adapter
 from jlora.quant.codebooks import DYNAMIC_MAP, FOUR_BIT
 from jlora.quant.int8 import Int8Array
 from jlora.quant.nf4 import NESTED_BLOCK, NF4Array
@@ -31,7 +32,7 @@ def check(params: Mapping[str, Any]) -> None:
     """ConfigError if transformers could not load ``params`` packed; shapes are enough."""
     leaves = paths.leaves(params)
     packed = [leaf for leaf in leaves if is_quantized(leaf.value)]
-    adapted = [x for x in leaves if hasattr(x.value, "dequantize") and not is_quantized(x.value)]
+    adapted = [x for x in leaves if has_adapter(x.value)]
     _refuse(
         adapted,
         "layers with an adapter cannot be written packed",

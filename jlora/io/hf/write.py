@@ -24,6 +24,7 @@ from jlora.files import storage_error, storage_errors, write_atomic
 from jlora.io.hf import prequantized_write
 from jlora.io.hf.folder import INDEX, SINGLE
 from jlora.io.hf.names import Tensor, tensors
+from jlora.lora.weight import dense
 from jlora.models.model import Model
 from jlora.models.registry import family
 from jlora.quant.params import is_quantized
@@ -147,8 +148,7 @@ def _arrays(params: Any, tensor: Tensor, quantized: bool) -> dict[str, np.ndarra
     if quantized and is_quantized(leaf):
         module = tensor.name.removesuffix(".weight")
         return prequantized_write.entries(module, jax.tree.map(sharding.gather, leaf))
-    dense = leaf.dequantize() if hasattr(leaf, "dequantize") else leaf
-    value = sharding.gather(dense)[tensor.index[len(lead) :]]
+    value = sharding.gather(dense(leaf))[tensor.index[len(lead) :]]
     return {
         tensor.name: np.ascontiguousarray(value.swapaxes(-1, -2) if tensor.transposed else value)
     }

@@ -17,6 +17,7 @@ from jlora.config import LoraConfig
 from jlora.errors import ConfigError
 from jlora.lora import Adapter, init_adapter
 from jlora.lora.targets import find_targets
+from jlora.ops.weights import has_quantized_base
 from jlora.tree import paths
 
 CONVERT = "convert it in PEFT: save_pretrained(…, path_initial_model_for_weight_conversion=…)"
@@ -40,7 +41,7 @@ def first_values(adapter: Adapter, params: Any, config: LoraConfig, file: Path) 
     if kind == "olora" and adapter.config.fan_in_fan_out:
         raise _refusal("PEFT's olora takes Conv1D's inputs for outputs: nothing fits then", file)
     bases = _bases(params, adapter.config)
-    if any(hasattr(base, "dequantize") for base in bases):
+    if any(has_quantized_base(base) for base in bases):
         raise _refusal(f"{kind} changed a base that was quantized then, and is quantized now", file)
     if any(isinstance(base, jax.ShapeDtypeStruct) for base in bases):
         raise _refusal(f"{kind} needs the base's values, not its shapes", file)
@@ -66,7 +67,7 @@ def _check_loftq(adapter: Adapter, params: Any, config: LoraConfig, file: Path) 
     iterations = config.loftq_config.loftq_iter
     if iterations > 1:
         raise _refusal(f"loftq changed its base {iterations} times, and did not keep it", file)
-    if not all(hasattr(base, "dequantize") for base in _bases(params, adapter.config)):
+    if not all(has_quantized_base(base) for base in _bases(params, adapter.config)):
         raise ConfigError(
             "loftq trained on a quantized base",
             where=str(file),

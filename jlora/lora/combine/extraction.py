@@ -20,6 +20,7 @@ from jlora.lora.combine.factors import assemble, factors, other_leaves
 from jlora.lora.combine.refusals import no_plain_pairs, refuse
 from jlora.lora.combine.truncation import truncate
 from jlora.lora.targets import is_replaced, rank_of
+from jlora.lora.weight import dense
 from jlora.tree import paths
 
 Tree = Mapping[str, Any]
@@ -98,8 +99,7 @@ def _pieces(leaves: Leaves, path: paths.Path, values: Any) -> Iterator[tuple[pat
 
 def _dense(leaf: paths.Leaf) -> Array:
     """The leaf's values, float32, with a layer axis (of one, if it is not stacked)."""
-    value = leaf.value.dequantize() if hasattr(leaf.value, "dequantize") else leaf.value
-    value = jnp.asarray(value).astype(jnp.float32)
+    value = jnp.asarray(dense(leaf.value)).astype(jnp.float32)
     return value if leaf.stack else value[None]
 
 
