@@ -13,6 +13,7 @@ from jlora.config import LoraConfig
 from jlora.errors import ConfigError, DataError
 from jlora.lora.targets import find_targets, match_table, rank_of
 from jlora.ops.dot import dot
+from jlora.tree.paths import ModuleStack
 
 L, D, F, V = 3, 8, 16, 11
 
@@ -131,7 +132,7 @@ def test_per_layer_ranks_are_zero_columns_that_get_no_gradient():
     adapter = lora.init_adapter(jax.random.key(0), params, config)
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(L)]
     assert [rank_of(adapter.config, name) for name in names] == [4, 0, 2]
-    scale = lora.scaling(adapter.config, tuple(Q.split(".")), ("model", "layers"), L)
+    scale = lora.scaling(adapter.config, ModuleStack(tuple(Q.split(".")), ("model", "layers"), L))
     np.testing.assert_allclose(scale[[0, 2]], [8 / 4, 1 / 2])
 
     def f(adapter):
@@ -146,7 +147,7 @@ def test_per_layer_ranks_are_zero_columns_that_get_no_gradient():
 
 def test_rslora_scales_by_the_root_of_the_rank():
     config = LoraConfig(r=16, lora_alpha=8, use_rslora=True, target_modules=("q_proj",))
-    assert float(lora.scaling(config, ("q_proj",), None, None)) == 2.0
+    assert float(lora.scaling(config, ModuleStack(("q_proj",)))) == 2.0
 
 
 def test_dropout_only_touches_the_delta_and_differs_by_module_and_layer():

@@ -16,7 +16,7 @@ from typing import Any
 from jlora.errors import ConfigError, did_you_mean
 from jlora.interop.kernel import Flat, Kernel, Layout
 from jlora.lora.weight import dense, is_weight_leaf
-from jlora.tree import paths
+from jlora.tree import matching, paths
 
 Key = tuple[Any, ...]
 """A leaf's path in the foreign tree, its keys as they are there."""
@@ -166,7 +166,7 @@ def _named(
     kernels = {".".join(map(str, k[:-1])): k for k in leaves if k[-1] == "kernel"}
     kernels = {name: key for name, key in kernels.items() if key not in factored}
     for name in names:
-        hits = [key for module, key in kernels.items() if paths.matches(module, [name])]
+        hits = [key for module, key in kernels.items() if matching.matches(module, [name])]
         if not hits:
             raise ConfigError(
                 f"no module {name!r} has a kernel whose product cannot be factored",

@@ -76,7 +76,7 @@ def changed(path: paths.Path, there: Any) -> paths.Path:
     """
     if path[-1] not in ADDED:
         return path
-    node = paths.whole(path[:-1])
+    node = paths.whole_projection(path[:-1])
     if node in there:  # a matrix of experts, which is a leaf itself
         return node
     kernel, embedding = (*node, "kernel"), (*node, "embedding")
@@ -84,23 +84,18 @@ def changed(path: paths.Path, there: Any) -> paths.Path:
     return embedding if embeds and embedding in there else kernel
 
 
-def scaling(
-    config: LoraConfig, path: paths.Path, stack: paths.Path | None, layers: int | None
-) -> Float[np.ndarray, "*layers"]:
-    """alpha/r (alpha/√r with rsLoRA) of the module at ``path``: a float32 scalar or (layers,)."""
-    names = paths.module_names(path, stack, layers)
-    values = np.array([scaling_of(config, name) for name in names], np.float32)
-    return values if stack else values.reshape(())
+def scaling(config: LoraConfig, modules: paths.ModuleStack) -> Float[np.ndarray, "*layers"]:
+    """alpha/r (alpha/√r with rsLoRA) of modules: a float32 scalar, or (layers,) if stacked."""
+    values = np.array([scaling_of(config, name) for name in modules.names()], np.float32)
+    return values if modules.stack else values.reshape(())
 
 
-def bias_scaling(
-    config: LoraConfig, path: paths.Path, stack: paths.Path | None, layers: int | None
-) -> Float[np.ndarray, "*layers"]:
-    """``scaling`` of a ``lora_bias``: 0 in layers that are not adapted, where none may train.
+def bias_scaling(config: LoraConfig, modules: paths.ModuleStack) -> Float[np.ndarray, "*layers"]:
+    """``scaling`` of a ``lora_bias``, and 0 in layers that are not adapted: their bias is fixed.
 
-    A and B need no such zeros, being zero there themselves.
+    A and B need no such zeros: in those layers they are zero themselves.
     """
-    names = paths.module_names(path, stack, layers)
-    scale = scaling(config, path, stack, layers)
-    adapted = np.array([rank_of(config, name) > 0 for name in names]).reshape(scale.shape)
+    scale = scaling(config, modules)
+    adapted = np.array([rank_of(config, name) > 0 for name in modules.names()])
+    adapted = adapted.reshape(scale.shape)
     return np.where(adapted, scale, np.float32(0.0))

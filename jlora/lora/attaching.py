@@ -166,8 +166,8 @@ def _with_delta(
     config, parts = adapter.config, adapter.parts
     _check_shapes(leaf, own, parts)
     where = list(terms.columns(leaf, own, parts))
-    scales = [jnp.asarray(kinds.scaling(config, c.module, leaf.stack, leaf.layers)) for c in where]
-    bias_scales = [kinds.bias_scaling(config, c.module, leaf.stack, leaf.layers) for c in where]
+    scales = [jnp.asarray(kinds.scaling(config, leaf.modules_at(c.module))) for c in where]
+    bias_scales = [kinds.bias_scaling(config, leaf.modules_at(c.module)) for c in where]
     a, b, scale = terms.concat_factors(leaf, own, where, scales)
     if first is not None:
         a, b, scale = terms.subtract_factors(
@@ -209,7 +209,7 @@ def _gain(
     norm = terms.norms(base, *delta, layers=leaf.stack is not None)
     gain = jnp.ones_like(norm)
     for c in terms.columns(leaf, own, adapter.parts):
-        names = paths.module_names(c.module, leaf.stack, leaf.layers)
+        names = leaf.modules_at(c.module).names()
         trains = np.array([rank_of(adapter.config, name) > 0 for name in names])
         trains = trains[:, None] if leaf.stack else trains[0]
         magnitude = own[(*c.module, kinds.MAGNITUDE)]

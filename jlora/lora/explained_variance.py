@@ -23,7 +23,7 @@ from jlora.lora.adapter import DELTA, Adapter, Tree
 from jlora.lora.init import init_adapter
 from jlora.lora.probe import InputProbe
 from jlora.lora.targets import Target, find_targets, listed
-from jlora.tree import paths
+from jlora.tree import matching, paths
 
 MOST_PASSES = 32
 """Directions that explain nearly as much as each other turn for ever."""
@@ -217,14 +217,14 @@ def _redistributed(
     final = {name: r for name, r in {**before, **ranks}.items() if r}
     alphas = {}
     for name, r in final.items():
-        alpha = paths.pattern_value(config.alpha_pattern, name, config.lora_alpha)
+        alpha = matching.pattern_value(config.alpha_pattern, name, config.lora_alpha)
         adjusts = _settings(config).adjust_scaling_factors and r != before[name]
         alphas[name] = alpha * r / before[name] if adjusts else alpha
     return listed(
         config,
         tuple(final),
-        rank_pattern=paths.pattern_table(final, config.r),
-        alpha_pattern=paths.pattern_table(alphas, config.lora_alpha),
+        rank_pattern=matching.pattern_table(final, config.r),
+        alpha_pattern=matching.pattern_table(alphas, config.lora_alpha),
     )
 
 

@@ -135,7 +135,7 @@ def _init_pair(
         # Leaves that stay dense under LoftQ have no quantization error to start from.
         config.init_lora_weights == "loftq" and is_weight_leaf(base_of(base))
     ):
-        scale = jnp.asarray(scaling(config, target.path, target.stack, len(target.ranks)))
+        scale = jnp.asarray(scaling(config, target.modules))
         take = functools.partial(_taken, target, config, r)
         a, b = _by_layer(take, target, key, (base, original, scale))
     else:
@@ -175,7 +175,7 @@ def _taken(target: Target, config: LoraConfig, r: int, layer: tuple) -> tuple[Ar
 def _magnitude(base: Any, target: Target, pair: tuple[Array, Array], config: LoraConfig) -> Array:
     """DoRA's first magnitudes: the norms of the columns of W + s·A@B."""
     a, b = pair
-    scale = jnp.asarray(scaling(config, target.path, target.stack, len(target.ranks)))
+    scale = jnp.asarray(scaling(config, target.modules))
     where = terms.Columns(target.path, target.start, target.shape[1], base.shape[-1])
     norms = terms.norms(base, a, where.place(b), scale, layers=target.stack is not None)
     return norms[..., target.start : target.start + target.shape[1]]

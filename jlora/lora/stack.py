@@ -178,7 +178,7 @@ def _leaves(adapter: Adapter) -> Flat:
             continue
         flat[leaf.path] = leaf.value
         name, scale = (BIAS_SCALING, bias_scaling) if kind == LORA_BIAS else (SCALING, scaling)
-        scale = scale(adapter.config, tuple(node), leaf.stack, leaf.layers)
+        scale = scale(adapter.config, leaf.modules_at(tuple(node)))
         flat[(*node, name)] = jnp.asarray(scale)
     for path in [p for p in first if p[-1] in PAIRS]:
         a, b = path, (*path[:-1], PAIRS[path[-1]])

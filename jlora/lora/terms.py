@@ -83,7 +83,7 @@ def combine(
       parts: see ``Adapter``.
     """
     where = list(columns(leaf, own, parts))
-    scales = [jnp.asarray(scaling(config, c.module, leaf.stack, leaf.layers)) for c in where]
+    scales = [jnp.asarray(scaling(config, leaf.modules_at(c.module))) for c in where]
     return concat_factors(leaf, own, where, scales)
 
 

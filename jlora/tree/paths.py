@@ -1,67 +1,96 @@
-"""Names of leaves in nested dicts of arrays, and PEFT's rules for matching them.
+"""Names of leaves and modules in parameter trees, and which leaves are stacked.
 
-A parameter tree is nested mappings whose leaves are arrays (or pytrees that stand for one, such as
-``NF4Array``). Lists and tuples count as mappings from numbers, other registered pytrees (Equinox
-modules, dataclasses) as mappings from their fields; an NNX ``Variable`` stands for its value; what
-has no shape (None, numbers and functions that a module holds) is nothing, and stays. Leaf keys are
-Flax's: a linear layer is ``kernel`` (in, out), perhaps with a ``bias``, an embedding ``embedding``
-(vocabulary, dim), a norm ``scale``, perhaps with a ``bias``. Layers that name or turn their matrix
-otherwise are seen so too (``FOREIGN``), and nothing else knows of it.
+A parameter tree is nested mappings whose leaves are arrays, or pytrees that stand for one array
+(``NF4Array``, ``LoraWeight``). Lists and tuples are read as mappings from their indices, other
+registered pytrees (Equinox modules, dataclasses) as mappings from their fields, an NNX ``Variable``
+as its value. Values without a shape (None, numbers, functions of a module) are no leaves and are
+passed through unchanged.
+
+Leaf keys are Flax's: a linear layer has ``kernel`` (in, out) and perhaps ``bias``, an embedding
+``embedding`` (vocabulary, dim), a norm ``scale`` and perhaps ``bias``. The fields of Equinox layers
+are renamed, and their matrices transposed, to match (``EQUINOX_FIELDS``); no other module has to
+know about that.
 
 The layers of a scanned decoder are stacked: every leaf below a ``layers`` or ``h`` node has a
-leading axis of length L. Such a leaf stands for L modules::
+leading axis of length L. Such a leaf belongs to L modules::
 
     path    ("model", "layers", "self_attn", "q_proj", "kernel")      value (L, in, out)
     module  "model.layers.0.self_attn.q_proj" … "model.layers.{L-1}.self_attn.q_proj"
 
-Everything here works on names and shapes; no array is touched but those ``FOREIGN`` turns.
+Everything here works on names and shapes; the only arrays touched are Equinox matrices, transposed.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Path = tuple[str, ...]
 
 STACKED = ("layers", "h", "blocks")
-"""Keys whose children carry a leading layer axis, unless the children are numbered."""
+"""Keys of nodes whose leaves are stacked, unless the node's children are numbered layers."""
 
 OUTPUT_HEADS = ("lm_head", "score", "classifier", "embed_out", "output")
-"""Last names of output projections, which ``all-linear`` and quantization leave alone."""
+"""Last names of output heads, which ``all-linear`` and quantization skip."""
 
 EXPERTS = ("gate_up_proj", "down_proj")
-"""Leaves that hold a matrix [out, in] for every expert of a mixture, (E, out, in) in each layer."""
+"""Leaves with one matrix [out, in] for each expert of a mixture: (E, out, in) in each layer."""
 
 FUSED: dict[str, tuple[str, ...]] = {
     "c_attn": ("q_proj", "k_proj", "v_proj"),
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-"""Fused projections (GPT-2's, Phi-3's) and the usual names of their parts, in column order.
+"""Fused projections (GPT-2's, Phi-3's) and the names of their parts, in column order.
 
-An adapter may have nodes for parts, below the projection's: ``(…, "c_attn", "q_proj")``. The part's
-name as a module is that of an unfused model: ``….attn.q_proj``.
+An adapter may have a node for a part, below that of the projection: ``(…, "c_attn", "q_proj")``.
+The part's module name is that of an unfused model: ``….attn.q_proj``.
 """
 
-FOREIGN = {
+EQUINOX_FIELDS = {
     ("equinox", "Linear", "weight"): ("kernel", True),
     ("equinox", "Embedding", "weight"): ("embedding", False),
 }
-"""(package, class, field) of other codebases' layers → Flax's key, and whether it is [out, in]."""
+"""(package, class, field) → Flax's key, and whether the matrix is stored as [out, in]."""
 
 LEAST_AXES = {"kernel": 2, "embedding": 2, "lora_A": 2, "lora_B": 2, "scale": 1, "bias": 1}
 LEAST_AXES |= {"lora_magnitude_vector": 1, "lora_bias": 1}
-"""How many axes a leaf has in one layer, at least."""
+"""The least number of axes of a leaf in one layer: a leaf with no more is not stacked."""
+
+
+class ModuleStack(NamedTuple):
+    """The modules that a node of a tree stands for: one, or one a layer below a stacked node."""
+
+    path: Path
+    stack: Path | None = None
+    """The path of the stacked node that contains it."""
+    layers: int | None = None
+
+    def name(self, layer: int | None = None) -> str:
+        """``("model", "layers", "q")`` stacked at ``("model", "layers")`` → ``model.layers.3.q``.
+
+        ``layer`` is the number of a stacked module; None gives ``*``.
+        """
+        # PEFT names a part as the projection of an unfused model, without the fused one's name.
+        path = (*self.path[:-2], self.path[-1]) if is_part(self.path) else self.path
+        if self.stack is None:
+            return ".".join(path)
+        number = "*" if layer is None else str(layer)
+        return ".".join((*self.stack, number, *path[len(self.stack) :]))
+
+    def names(self) -> list[str]:
+        """The dotted names of all its modules, in layer order."""
+        numbers = [None] if self.stack is None else range(self.layers or 0)
+        return [self.name(i) for i in numbers]
 
 
 class Leaf(NamedTuple):
-    """One leaf of a tree; ``layers`` is the length of its leading layer axis, if it is stacked."""
+    """A leaf of a tree with its path; a stacked leaf has a leading axis of ``layers`` layers."""
 
     path: Path
     value: Any
-    stack: Path | None  # the path of the stacked node it lies under
+    stack: Path | None
+    """The path of the stacked node that contains it."""
     layers: int | None
 
     @property
@@ -74,30 +103,34 @@ class Leaf(NamedTuple):
         """The shape of one layer's array, without the layer axis."""
         return tuple(self.value.shape[1:] if self.stack else self.value.shape)
 
+    def modules_at(self, node: Path) -> ModuleStack:
+        """The modules at another node that is stacked as this leaf is."""
+        return ModuleStack(node, self.stack, self.layers)
+
     def module(self, layer: int | None = None) -> str:
-        """The module's dotted name, with ``layer`` as its number (``*`` when None) if stacked."""
-        return module_name(self.path[:-1], self.stack, layer)
+        """The dotted name of the leaf's module; see ``ModuleStack.name``."""
+        return self.modules_at(self.path[:-1]).name(layer)
 
     def modules(self) -> list[str]:
-        """The names of all modules that the leaf stands for, in layer order."""
-        return module_names(self.path[:-1], self.stack, self.layers)
+        """The dotted names of the leaf's modules, one a layer if it is stacked."""
+        return self.modules_at(self.path[:-1]).names()
 
 
 def is_part(module: Path) -> bool:
-    """Whether a node stands for a part of a fused projection."""
+    """Whether a node is a part of a fused projection."""
     return len(module) > 1 and module[-1] in FUSED.get(module[-2], ())
 
 
-def whole(module: Path) -> Path:
-    """The projection that a part belongs to; any other module is whole itself."""
+def whole_projection(module: Path) -> Path:
+    """The fused projection that a part belongs to; any other module itself."""
     return module[:-1] if is_part(module) else module
 
 
 def part_widths(module: Path, shapes: Mapping[Path, tuple[int, ...]]) -> tuple[int, ...]:
-    """How many columns each part of the fused projection ``module`` has; () if it is not one.
+    """The column counts of a fused projection's parts; () if ``module`` is none.
 
-    With grouped-query attention, queries are as wide as what ``o_proj`` reads, and keys and values
-    share the rest; other projections have equal parts.
+    With grouped-query attention, the query part has as many columns as ``o_proj`` has inputs, and
+    key and value share the rest equally. Other projections have equal parts.
     """
     names = FUSED.get(module[-1], ())
     if not names:
@@ -109,24 +142,8 @@ def part_widths(module: Path, shapes: Mapping[Path, tuple[int, ...]]) -> tuple[i
     return (total // len(names),) * len(names)
 
 
-def module_name(path: Path, stack: Path | None, layer: int | None) -> str:
-    """``("model", "layers", "q")`` stacked at ``("model", "layers")`` → ``model.layers.3.q``."""
-    if is_part(path):
-        path = (*path[:-2], path[-1])
-    if stack is None:
-        return ".".join(path)
-    number = "*" if layer is None else str(layer)
-    return ".".join((*stack, number, *path[len(stack) :]))
-
-
-def module_names(path: Path, stack: Path | None, layers: int | None) -> list[str]:
-    """The names of all modules at ``path``: one a layer if it is stacked."""
-    numbers = [None] if stack is None else range(layers or 0)
-    return [module_name(path, stack, i) for i in numbers]
-
-
 def walk(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yields (path, leaf) of a tree in key order of insertion."""
+    """Yields (path, leaf) in the order of the tree's keys."""
     children = _children(tree)
     if children is not None:
         for key, child in children:
@@ -136,9 +153,9 @@ def walk(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def map_leaves(f: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> Any:
-    """The same nesting, mappings as plain dicts, with each leaf replaced by ``f(path, leaf)``.
+    """The tree with each leaf replaced by ``f(path, leaf)``.
 
-    Lists, tuples and other registered pytrees keep their types.
+    Mappings become plain dicts; lists, tuples and other registered pytrees keep their types.
     """
     children = _children(tree)
     if children is None:
@@ -161,22 +178,22 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
     fields, _ = _fields(node)
     if fields is None:
         return None
-    seen = [(_seen(node, field), child) for field, child in fields.items()]
-    return [(key, turned(child) if turn else child) for (key, turn), child in seen]
+    keyed = [(_flax_key(node, field), child) for field, child in fields.items()]
+    return [(key, _transposed(child) if out_in else child) for (key, out_in), child in keyed]
 
 
 def _rebuilt(node: Any, children: Mapping[Any, Any]) -> Any:
-    """A registered pytree with other children, by the keys of ``_children``."""
+    """A registered pytree with new children, given by the keys of ``_children``."""
     fields, treedef = _fields(node)
     new = []
     for field in fields or ():
-        key, turn = _seen(node, field)
-        new.append(turned(children[key]) if turn else children[key])
+        key, out_in = _flax_key(node, field)
+        new.append(_transposed(children[key]) if out_in else children[key])
     return treedef.unflatten(new)
 
 
 def _fields(node: Any) -> tuple[dict[str, Any] | None, Any]:
-    """The fields of a registered pytree, and its definition; no fields for what is a leaf."""
+    """The fields of a registered pytree and its treedef; None and a treedef for a leaf."""
     import jax
 
     found, treedef = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
@@ -185,16 +202,16 @@ def _fields(node: Any) -> tuple[dict[str, Any] | None, Any]:
     return {jax.tree_util.keystr(path, simple=True): child for path, child in found}, treedef
 
 
-def _seen(node: Any, field: str) -> tuple[str, bool]:
-    """The key that a field of ``node`` goes by, and whether its matrix is seen transposed."""
+def _flax_key(node: Any, field: str) -> tuple[str, bool]:
+    """Flax's key for a field of ``node``, and whether its matrix is stored as [out, in]."""
     for kind in type(node).__mro__:
-        if found := FOREIGN.get((kind.__module__.partition(".")[0], kind.__name__, field)):
+        if found := EQUINOX_FIELDS.get((kind.__module__.partition(".")[0], kind.__name__, field)):
             return found
     return field, False
 
 
-def turned(value: Any) -> Any:
-    """The transposed matrix, or matrices; what has no ``mT`` but a shape gets another shape."""
+def _transposed(value: Any) -> Any:
+    """``value.mT``, or the ``jax.ShapeDtypeStruct`` of that shape."""
     if hasattr(value, "mT"):
         return value.mT
     if not _is_array(value):
@@ -208,11 +225,12 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _value(leaf: Any) -> Any:
+    """The leaf itself, or the value of an NNX ``Variable``."""
     return leaf.get_value() if hasattr(leaf, "get_value") else leaf
 
 
 def get(tree: Mapping, path: Path) -> Any:
-    """The node at ``path``; KeyError when it is not there."""
+    """The node at ``path``; KeyError if there is none."""
     for key in path:
         tree = tree[key]
     return tree
@@ -230,12 +248,12 @@ def nest(leaves: Mapping[Path, Any]) -> dict:
 
 
 def stack_of(path: Path, stacks: Sequence[Path]) -> Path | None:
-    """The stacked node that ``path`` lies under, or None."""
+    """The stacked node that contains ``path``, or None."""
     return next((s for s in stacks if path[: len(s)] == s), None)
 
 
-def stacks(tree: Any) -> list[Path]:
-    """The stacked nodes of a tree (see the module's header), outermost only."""
+def stacked_nodes(tree: Any) -> list[Path]:
+    """The paths of a tree's stacked nodes (see the module's docstring), outermost only."""
     found: list[Path] = []
 
     def visit(node: Any, path: Path) -> None:
@@ -255,59 +273,10 @@ def stacks(tree: Any) -> list[Path]:
 
 
 def leaves(tree: Any) -> list[Leaf]:
-    """All leaves with their stacking."""
-    nodes = stacks(tree)
+    """All leaves of a tree, in the order of its keys."""
+    nodes = stacked_nodes(tree)
     result = []
     for path, value in walk(tree):
         stack = stack_of(path, nodes)
         result.append(Leaf(path, value, stack, value.shape[0] if stack else None))
     return result
-
-
-# PEFT's matching rules (peft.tuners.tuners_utils.check_target_module_exists and
-# peft.utils.other.get_pattern_key, peft 0.21).
-
-
-def matches(name: str, pattern: str | Sequence[str]) -> bool:
-    """A string is a full regular expression; a sequence holds names or ``.name`` suffixes."""
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
-    return any(name == p or name.endswith(f".{p}") for p in pattern)
-
-
-def layer_number(name: str, layers_pattern: str | Sequence[str] | None = None) -> int | None:
-    """The first number in a module's name, or the one that follows ``layers_pattern``."""
-    if not layers_pattern:
-        expressions = [r".*?\.[^.]*\.(\d+)\."]
-    else:
-        patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-        expressions = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns]
-    for expression in expressions:
-        if match := re.match(expression, name):
-            return int(match.group(1))
-    return None
-
-
-def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern, in order, that ends ``name`` at a dot; else ``default``."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
-def pattern_table(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """The patterns by which ``pattern_value`` gives each name its value: its inverse.
-
-    They are last names where one value holds for all of the name, else full names, so that no two
-    match one module: a table's order is lost in a file with sorted keys.
-    """
-    by_last: dict[str, set[Any]] = {}
-    for name, value in values.items():
-        by_last.setdefault(name.rpartition(".")[2], set()).add(value)
-    table = {}
-    for name, value in values.items():
-        last = name.rpartition(".")[2]
-        if value != default:
-            table[last if len(by_last[last]) == 1 else name] = value
-    return table

@@ -18,7 +18,7 @@ from jlora.config import LoraConfig
 from jlora.lora import DELTA, EMBEDDING_DELTA, MAGNITUDE, TOKENS, Adapter, terms
 from jlora.lora.adapter import ADDED, LORA_BIAS, bias_scaling
 from jlora.lora.targets import is_target_parameter, listed, parameter_rank_of, rank_of
-from jlora.tree import paths
+from jlora.tree import matching, paths
 
 
 def for_peft(adapter: Adapter) -> Adapter:
@@ -60,8 +60,8 @@ def for_peft(adapter: Adapter) -> Adapter:
     config = listed(
         adapter.config,
         [name for name in settings if name not in experts],
-        rank_pattern=paths.pattern_table(ranks, adapter.config.r),
-        alpha_pattern=paths.pattern_table(alphas, adapter.config.lora_alpha),
+        rank_pattern=matching.pattern_table(ranks, adapter.config.r),
+        alpha_pattern=matching.pattern_table(alphas, adapter.config.lora_alpha),
         init_lora_weights=True if first else adapter.config.init_lora_weights,
     )
     return Adapter(paths.nest(weights), config)
@@ -75,7 +75,7 @@ def _weights(leaves: Mapping[paths.Path, paths.Leaf]) -> Iterator[tuple[paths.Le
     groups: dict[paths.Path, dict[paths.Path, paths.Leaf]] = {}
     for path, leaf in leaves.items():
         if path[-1] in ADDED and path[-1] != TOKENS:
-            groups.setdefault(paths.whole(path[:-1]), {})[path] = leaf
+            groups.setdefault(paths.whole_projection(path[:-1]), {})[path] = leaf
     for module, own in groups.items():
         some = next(leaf for path, leaf in own.items() if path[-1] in (*DELTA, *EMBEDDING_DELTA))
         where = (*module, "embedding" if some.kind in EMBEDDING_DELTA else "kernel")
@@ -88,7 +88,7 @@ def _in_columns(leaf: paths.Leaf, own: Leaves, adapter: Adapter) -> Leaves:
     """The biases and magnitudes of a projection's parts, as those of the whole."""
     found: Leaves = {}
     for c in terms.columns(leaf, own, adapter.parts):
-        scale = bias_scaling(adapter.config, c.module, leaf.stack, leaf.layers)
+        scale = bias_scaling(adapter.config, leaf.modules_at(c.module))
         for kind, factor in ((LORA_BIAS, np.asarray(scale)[..., None]), (MAGNITUDE, 1.0)):
             if (*c.module, kind) in own:
                 where = (*terms.module_of(leaf), kind)
@@ -100,7 +100,7 @@ def _in_columns(leaf: paths.Leaf, own: Leaves, adapter: Adapter) -> Leaves:
 def _own_settings(leaf: paths.Leaf, config: LoraConfig) -> dict[str, tuple[int, float]]:
     """Name → (rank, alpha) of each layer that is adapted as a whole."""
     return {
-        name: (r, paths.pattern_value(config.alpha_pattern, name, config.lora_alpha))
+        name: (r, matching.pattern_value(config.alpha_pattern, name, config.lora_alpha))
         for name, r in _ranks(leaf, terms.module_of(leaf), config).items()
         if r
     }
@@ -109,8 +109,7 @@ def _own_settings(leaf: paths.Leaf, config: LoraConfig) -> dict[str, tuple[int, 
 def _ranks(leaf: paths.Leaf, module: paths.Path, config: LoraConfig) -> dict[str, int]:
     """Name → rank in each layer of a weight's ``module``, which may be a part of it."""
     rank = parameter_rank_of if leaf.kind in paths.EXPERTS else rank_of
-    names = paths.module_names(module, leaf.stack, leaf.layers)
-    return {name: rank(config, name) for name in names}
+    return {name: rank(config, name) for name in leaf.modules_at(module).names()}
 
 
 def _joint_settings(
@@ -118,7 +117,7 @@ def _joint_settings(
 ) -> dict[str, tuple[int, float]]:
     """Name of the whole → (rank, alpha) of each layer where it or a part of it is adapted."""
     alpha, found = math.sqrt(total) if adapter.config.use_rslora else total, {}
-    wholes = paths.module_names(terms.module_of(leaf), leaf.stack, leaf.layers)
+    wholes = leaf.modules_at(terms.module_of(leaf)).names()
     for c in terms.columns(leaf, own, adapter.parts):
         ranks = _ranks(leaf, c.module, adapter.config).values()
         found |= {whole: (total, alpha) for whole, r in zip(wholes, ranks, strict=True) if r}

@@ -127,10 +127,9 @@ def _lost(base: Leaves, tuned: Leaves, config: LoraConfig) -> Iterator[str]:
         for module, values in _pieces(base, path, differs):
             reached = held
             if paths.is_part(module):
-                names = paths.module_names(module, leaf.stack, leaf.layers)
-                reached = held | _adapted(config, names)
+                reached = held | _adapted(config, leaf.modules_at(module).names())
             if values[~reached].any():
-                yield f"{paths.module_name(module, leaf.stack, None)}.{leaf.kind}"
+                yield f"{leaf.modules_at(module).name()}.{leaf.kind}"
 
 
 def _adapted(config: LoraConfig, names: Sequence[str]) -> np.ndarray:

@@ -15,7 +15,7 @@ from jlora.config.convert import FrozenMap
 from jlora.lora import Adapter
 from jlora.lora.adapter import PAIRS
 from jlora.lora.targets import listed, rank_of, scaling_of
-from jlora.tree import paths
+from jlora.tree import matching, paths
 
 
 class Factors(NamedTuple):
@@ -91,8 +91,8 @@ def _with_ranks(config: LoraConfig, modules: Mapping[paths.Path, Factors]) -> Lo
         config,
         r=r,
         lora_alpha=alpha,
-        rank_pattern=paths.pattern_table(ranks, r),
-        alpha_pattern=paths.pattern_table(alphas, alpha),
+        rank_pattern=matching.pattern_table(ranks, r),
+        alpha_pattern=matching.pattern_table(alphas, alpha),
     )
 
 

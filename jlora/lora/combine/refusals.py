@@ -102,7 +102,7 @@ def _not_one_tree(modules: Sequence[Mapping[paths.Path, Factors]]) -> Iterator[s
     stacks: dict[paths.Path | None, int] = {}
     for path, f in everywhere.items():
         part = path[:-1]
-        if paths.is_part(part) and (*paths.whole(part), path[-1]) in everywhere:
+        if paths.is_part(part) and (*paths.whole_projection(part), path[-1]) in everywhere:
             yield f"{part[-2]} is adapted as a whole and by its part {part[-1]}"
         if any(homes.setdefault(name, path) != path for name in f.leaf.modules()):
             yield f"{f.leaf.module()} is stacked in one adapter and not in another"

@@ -9,7 +9,7 @@ from jlora.errors import nearest
 from jlora.lora.targets.names import SCORE_HEADS
 from jlora.lora.targets.rules import is_saved, is_target, token_indices
 from jlora.lora.targets.target import Target
-from jlora.tree import paths
+from jlora.tree import matching, paths
 
 
 def faults_of(
@@ -48,13 +48,13 @@ def _unmatched(
         value = getattr(config, key) or ()
         for p in [value] if isinstance(value, str) else value:
             probe = p if isinstance(value, str) else (p,)
-            yield from check(key, p, (paths.matches(n, probe) for n in linear), linear)
+            yield from check(key, p, (matching.matches(n, probe) for n in linear), linear)
     for p in config.target_parameters or ():
-        hits = (paths.matches(n, (p,)) for n in parameters)
+        hits = (matching.matches(n, (p,)) for n in parameters)
         yield from check("target_parameters", p, hits, parameters)
     for key in ("rank_pattern", "alpha_pattern"):
         for p in getattr(config, key):
-            hits = (paths.pattern_value({p: True}, n, False) for n in adapted)
+            hits = (matching.pattern_value({p: True}, n, False) for n in adapted)
             yield from check(key, p, hits, adapted)
     saved = config.modules_to_save or ()
     if config.task_type == "SEQ_CLS":
@@ -70,7 +70,7 @@ def _missing_layers(config: LoraConfig, linear: Sequence[str]) -> Iterator[str]:
     wanted = config.layers_to_transform
     if wanted is None or isinstance(config.target_modules, str):
         return
-    numbers = (paths.layer_number(n, config.layers_pattern) for n in linear)
+    numbers = (matching.layer_number(n, config.layers_pattern) for n in linear)
     there = {i for i in numbers if i is not None}
     wanted = (wanted,) if isinstance(wanted, int) else wanted
     if missing := [i for i in wanted if i not in there]:
@@ -142,7 +142,7 @@ def _tokens(
     tables = [leaf for leaf in leaves if leaf.kind == "embedding" and leaf.stack is None]
     names = [leaf.module() for leaf in tables]
     for end in wanted if isinstance(wanted, Mapping) else ():
-        if not any(paths.matches(name, (end,)) for name in names):
+        if not any(matching.matches(name, (end,)) for name in names):
             yield f"trainable_token_indices: {end!r} is no embedding{_near(end, names)}"
     if not isinstance(wanted, Mapping) and not any(token_indices(config, n) for n in names):
         known = ", ".join(names)

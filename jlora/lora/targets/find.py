@@ -50,7 +50,7 @@ def match_table(targets: Sequence[Target]) -> list[dict[str, Any]]:
         used = [r for r in t.ranks if r]
         rows.append(
             {
-                "module": paths.module_name(t.path, t.stack, None),
+                "module": t.modules.name(),
                 "layers": len(used),
                 "shape": t.shape,
                 "r": used[0] if len(set(used)) == 1 else f"{min(used)}–{max(used)}",
@@ -83,7 +83,7 @@ def _candidates(leaves: Sequence[paths.Leaf]) -> list[Target]:
         module, shape = leaf.path[:-1], leaf.shape
 
         def target(path: paths.Path, *rest: Any, leaf: paths.Leaf = leaf) -> Target:
-            names = tuple(paths.module_names(path, leaf.stack, leaf.layers))
+            names = tuple(leaf.modules_at(path).names())
             return Target(path, leaf.stack, names, *rest)
 
         if leaf.kind in paths.EXPERTS and len(shape) == 3:
@@ -122,8 +122,8 @@ def _without_covered_parts(config: LoraConfig, targets: Sequence[Target]) -> lis
         if not paths.is_part(t.path):
             kept.append(t)
             continue
-        cover = wholes.get(paths.whole(t.path))
-        projections = paths.module_names(paths.whole(t.path), t.stack, len(t.ranks))
+        cover = wholes.get(paths.whole_projection(t.path))
+        projections = t.modules._replace(path=paths.whole_projection(t.path)).names()
         saved = any(is_replaced(config, name, "kernel") for name in projections)
         if cover is None and not saved:
             kept.append(t)

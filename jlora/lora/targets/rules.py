@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from jlora.config import LoraConfig
-from jlora.tree import paths
+from jlora.tree import matching, paths
 
 INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
 """What families call the embedding that a plain list of ``trainable_token_indices`` is for."""
@@ -17,23 +17,23 @@ INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", 
 
 def is_target(config: LoraConfig, name: str) -> bool:
     """Whether PEFT would put LoRA on the module ``name``."""
-    if config.exclude_modules and paths.matches(name, config.exclude_modules):
+    if config.exclude_modules and matching.matches(name, config.exclude_modules):
         return False
     if any(is_saved(name, m) for m in config.modules_to_save or ()):
         return False
-    if config.target_modules is None or not paths.matches(name, config.target_modules):
+    if config.target_modules is None or not matching.matches(name, config.target_modules):
         return False
     wanted = config.layers_to_transform
     # A name given in full is taken whatever its layer, as in PEFT.
     if wanted is None or wanted == () or name in config.target_modules:
         return True
-    number = paths.layer_number(name, config.layers_pattern)
+    number = matching.layer_number(name, config.layers_pattern)
     return number is not None and number in ((wanted,) if isinstance(wanted, int) else wanted)
 
 
 def is_target_parameter(config: LoraConfig, name: str) -> bool:
     """Whether PEFT would put LoRA on the bare parameter ``name``, in whatever layer it is."""
-    return paths.matches(name, config.target_parameters or ())
+    return matching.matches(name, config.target_parameters or ())
 
 
 def is_saved(name: str, module: str) -> bool:
@@ -59,19 +59,19 @@ def is_replaced(config: LoraConfig, name: str, kind: str) -> bool:
 def rank_of(config: LoraConfig, name: str) -> int:
     """The rank of the module ``name``; 0 if it is not adapted."""
     adapted = is_target(config, name)
-    return paths.pattern_value(config.rank_pattern, name, config.r) if adapted else 0
+    return matching.pattern_value(config.rank_pattern, name, config.r) if adapted else 0
 
 
 def parameter_rank_of(config: LoraConfig, name: str) -> int:
     """The rank of the bare parameter ``name``; 0 if it is not adapted."""
     adapted = is_target_parameter(config, name)
-    return paths.pattern_value(config.rank_pattern, name, config.r) if adapted else 0
+    return matching.pattern_value(config.rank_pattern, name, config.r) if adapted else 0
 
 
 def scaling_of(config: LoraConfig, name: str) -> float:
     """alpha/r of the module ``name``, or alpha/√r with rank-stabilized LoRA (arXiv 2312.03732)."""
-    r = paths.pattern_value(config.rank_pattern, name, config.r)
-    alpha = paths.pattern_value(config.alpha_pattern, name, config.lora_alpha)
+    r = matching.pattern_value(config.rank_pattern, name, config.r)
+    alpha = matching.pattern_value(config.alpha_pattern, name, config.lora_alpha)
     return alpha / math.sqrt(r) if config.use_rslora else alpha / r
 
 
@@ -79,5 +79,5 @@ def token_indices(config: LoraConfig, name: str) -> Sequence[int]:
     """The rows of the embedding ``name`` that train: ``trainable_token_indices``."""
     wanted = config.trainable_token_indices or ()
     if isinstance(wanted, Mapping):
-        return next((rows for end, rows in wanted.items() if paths.matches(name, (end,))), ())
+        return next((rows for end, rows in wanted.items() if matching.matches(name, (end,))), ())
     return wanted if name.rpartition(".")[2] in INPUT_EMBEDDINGS else ()

@@ -20,9 +20,14 @@ class Target(NamedTuple):
     widths: tuple[int, ...] = ()  # of all parts, if this is a part of a fused projection
 
     @property
+    def modules(self) -> paths.ModuleStack:
+        """The modules that it adapts, one a layer."""
+        return paths.ModuleStack(self.path, self.stack, len(self.names) if self.stack else None)
+
+    @property
     def leaf(self) -> paths.Path:
         """The path of the base's leaf."""
-        return self.path if self.experts else (*paths.whole(self.path), self.kind)
+        return self.path if self.experts else (*paths.whole_projection(self.path), self.kind)
 
     @property
     def start(self) -> int:

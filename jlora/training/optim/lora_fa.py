@@ -50,7 +50,7 @@ def precondition_b() -> optax.GradientTransformation:
         found = {}
         for leaf in paths.leaves(params.weights):
             if leaf.kind == "lora_A":
-                scale = scaling(params.config, leaf.path[:-1], leaf.stack, leaf.layers)
+                scale = scaling(params.config, leaf.modules_at(leaf.path[:-1]))
                 found[(*leaf.path[:-1], "lora_B")] = _inverse(leaf.value, jnp.asarray(scale))
         return PreconditionState(paths.nest(found))
 

@@ -1,4 +1,4 @@
-"""Our matching of module names against peft's own functions, over many names and patterns."""
+"""Matching of module names against peft's own functions, over many names and patterns."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 
 from jlora.config import LoraConfig
 from jlora.lora import targets
-from jlora.tree import paths
+from jlora.tree import matching
 
 tuners_utils = pytest.importorskip("peft.tuners.tuners_utils")
 peft = pytest.importorskip("peft")
@@ -65,7 +65,8 @@ def test_pattern_tables_are_pefts(patterns):
     for name in NAMES:
         key = other.get_pattern_key(patterns, name)
         expected = patterns.index(key) if key in patterns else None
-        assert paths.pattern_value({p: i for i, p in enumerate(patterns)}, name, None) == expected
+        numbered = {p: i for i, p in enumerate(patterns)}
+        assert matching.pattern_value(numbered, name, None) == expected
 
 
 def test_ranks_and_scalings_are_pefts():
