@@ -1,4 +1,4 @@
-"""What README promises: its Python runs, its links lead somewhere, its reading order exists."""
+"""README and docs against the code: their Python runs, their links and paths exist."""
 
 import functools
 import re
@@ -34,7 +34,9 @@ def run_python(page, folder, monkeypatch):
     (folder / "jlora").symlink_to(ROOT / "jlora")
     monkeypatch.chdir(folder)
     names: dict = {}
-    exec(compile("\n".join(blocks_of(page)), page.name, "exec"), names)  # the file is ours
+    exec(
+        compile("\n".join(blocks_of(page)), page.name, "exec"), names
+    )  # trusted: a page of this repository
     return names
 
 
@@ -62,6 +64,28 @@ def test_commands_name_files_that_exist():
         for module in re.findall(r"python -m (jlora[\w.]*)", page.read_text(encoding="utf-8")):
             path = ROOT / module.replace(".", "/")
             assert path.with_suffix(".py").is_file() or path.is_dir(), f"{page.name} → {module}"
+
+
+def test_paths_in_pages_exist():
+    """Paths in backticks and in commands, except in the log, whose paths are those of the time."""
+    for page in PAGES:
+        if page.name == "log.md":
+            continue
+        text = page.read_text(encoding="utf-8")
+        for path in re.findall(r"[` ]((?:jlora|tests|benchmarks|\.ci)/[\w./*]+)", text):
+            assert list(ROOT.glob(path.rstrip("."))), f"{page.name} → {path}"
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_rooms_in_the_table_of_changes_exist(page):
+    table = re.findall(
+        r"^\| [^|]+ \| (.+) \|$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE
+    )
+    rooms = {room for cell in table for room in re.findall(r"`([a-z_]+(?:/[a-z_]*)+)`", cell)}
+    assert len(rooms) > 8
+    for room in rooms - {"jlora/"}:
+        path = ROOT / "jlora" / room
+        assert path.is_dir() or path.with_suffix(".py").is_file(), f"{page} → {room}"
 
 
 def test_combining_adapters_is_what_the_page_says(tmp_path, monkeypatch):
@@ -125,7 +149,9 @@ def test_your_own_models_are_adapted_as_the_page_says(name, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     with jax.numpy_dtype_promotion("standard"):  # optax.adam asks for it
-        exec(compile(EXAMPLES[name], "your_own_model.md", "exec"), names)  # the file is ours
+        exec(
+            compile(EXAMPLES[name], "your_own_model.md", "exec"), names
+        )  # trusted: a page of this repository
     if name == "equinox":
         grads = jax.tree.leaves(names["grads"])
         assert any(np.any(np.asarray(g) != 0) for g in grads)
