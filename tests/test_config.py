@@ -13,7 +13,7 @@ import pytest
 import jlora
 from jlora import config
 from jlora.config import LoraConfig, MeshConfig, QuantConfig, TrainConfig
-from jlora.config.elsewhere import ELSEWHERE
+from jlora.config.engine.other_tools import ELSEWHERE
 from jlora.errors import ConfigError, StorageError
 
 ROOT = Path(jlora.__file__).parents[1]

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora.config import LoraConfig
-from jlora.config.convert import FrozenMap
+from jlora.config import FrozenMap, LoraConfig
 from jlora.errors import ConfigError, DataError
 from jlora.lora import Adapter
 from jlora.lora.combine.factors import factors

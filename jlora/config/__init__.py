@@ -1,31 +1,24 @@
-"""Settings: frozen dataclasses (``weights``, ``tables``), a strict YAML loader, and their text.
+"""Settings: a frozen dataclass for each section, a strict YAML loader, and their text.
 
 config = load("configs/quickstart.yaml", ["lora.r=32"])     # all faults in one ConfigError
 config.lora.r                                               # 32
 to_yaml(config)                                             # resolved; loads back equal
 """
 
-from jlora.config.fields import OPTAX
-from jlora.config.loader import load
-from jlora.config.tables import (
-    Config,
-    DataConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    MeshConfig,
-    SourceConfig,
-    TrainConfig,
-)
-from jlora.config.text import Option, in_lines, options, to_yaml
-from jlora.config.weights import (
-    PRESETS,
-    EvaConfig,
-    LoftQConfig,
-    LoraConfig,
-    MergeConfig,
-    ModelConfig,
-    QuantConfig,
-)
+from jlora.config.config import Config, load, options
+from jlora.config.data import DataConfig, SourceConfig
+from jlora.config.engine.convert import FrozenMap
+from jlora.config.engine.help_text import Option, in_lines, to_yaml
+from jlora.config.evaluate import EvaluateConfig
+from jlora.config.export import ExportConfig
+from jlora.config.generate import GenerateConfig
+from jlora.config.lora import PRESETS, EvaConfig, LoftQConfig, LoraConfig
+from jlora.config.merge import MergeConfig
+from jlora.config.mesh import MeshConfig
+from jlora.config.model import ModelConfig
+from jlora.config.quantization import QuantConfig
+from jlora.config.quantize import QuantizeConfig
+from jlora.config.train import OPTAX, TrainConfig
 
 __all__ = [
     "OPTAX",
@@ -34,6 +27,8 @@ __all__ = [
     "DataConfig",
     "EvaConfig",
     "EvaluateConfig",
+    "ExportConfig",
+    "FrozenMap",
     "GenerateConfig",
     "LoftQConfig",
     "LoraConfig",
@@ -42,6 +37,7 @@ __all__ = [
     "ModelConfig",
     "Option",
     "QuantConfig",
+    "QuantizeConfig",
     "SourceConfig",
     "TrainConfig",
     "in_lines",

@@ -26,8 +26,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jlora.config import LoraConfig
-from jlora.config.convert import FrozenMap
+from jlora.config import FrozenMap, LoraConfig
 from jlora.lora.targets import rank_of, scaling_of
 from jlora.tree import paths
 

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jlora.config import LoraConfig
-from jlora.config.convert import FrozenMap
+from jlora.config import FrozenMap, LoraConfig
 from jlora.errors import ConfigError
 from jlora.lora import factors, terms
 from jlora.lora.adapter import (

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jlora.config.convert import FrozenMap
+from jlora.config import FrozenMap
 from jlora.errors import DataError, did_you_mean
 from jlora.lora import terms
 from jlora.lora.adapter import LORA_BIAS, PAIRS, Adapter, bias_scaling, scaling

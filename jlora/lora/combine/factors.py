@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.config import LoraConfig
-from jlora.config.convert import FrozenMap
+from jlora.config import FrozenMap, LoraConfig
 from jlora.lora import Adapter
 from jlora.lora.adapter import PAIRS
 from jlora.lora.targets import listed, rank_of, scaling_of

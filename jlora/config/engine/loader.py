@@ -9,17 +9,25 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 from jlora import errors
-from jlora.config import elsewhere
-from jlora.config.convert import BadValueError, alternatives, describe, show, split_annotated
-from jlora.config.fields import INPUT, LOCAL, Fault, Section, as_error, hints
-from jlora.config.nodes import Node, Reader, override, put
-from jlora.config.tables import Config
+from jlora.config.engine import other_tools
+from jlora.config.engine.convert import (
+    BadValueError,
+    alternatives,
+    describe,
+    show,
+    split_annotated,
+)
+from jlora.config.engine.faults import Fault, as_error
+from jlora.config.engine.schema import INPUT, LOCAL, Section, hints
+from jlora.config.engine.yaml_nodes import Node, Reader, override, put
 
-ASSETS = Path(__file__).parent.parent / "assets"
+ASSETS = Path(__file__).parents[2] / "assets"
 """What ``jlora://`` names lie in."""
+
+T = TypeVar("T", bound=Section)
 
 SCHEME = "jlora://"
 
@@ -29,7 +37,7 @@ RESOLVED = "config.yaml"
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".jinja", ".gz", ".yaml")
 
 
-def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+def load_table(table: type[T], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> T:
     """Reads a YAML file, or the config.yaml of a run folder, and applies overrides in order.
 
     Input paths become absolute: ``jlora://…`` names what the package ships, a relative path is
@@ -49,11 +57,11 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
         root = put(root, ("train", "output_dir"), Node(str(run), str(file)), str(file), faults)
     for text in overrides:
         root = override(root, text, faults)
-    builder = _Builder(file, faults, inputs_must_exist=run is None)
-    config = builder.table(Config, root, "")
+    builder = _Builder(file, table, faults, inputs_must_exist=run is None)
+    result = builder.table(table, root, "")
     if faults:
         raise as_error(sorted(faults, key=_line))
-    return config
+    return result
 
 
 def _line(fault: Fault) -> float:
@@ -82,8 +90,8 @@ def _text(file: Path) -> str:
         raise errors.StorageError(f"cannot be read: {reason}", where=str(file)) from None
 
 
-def _tables() -> dict[str, list[str]]:
-    sections = {name: _table_of(hint)[0] for name, hint in hints(Config).items()}
+def _tables(root: type[Section]) -> dict[str, list[str]]:
+    sections = {name: _table_of(hint)[0] for name, hint in hints(root).items()}
     return {"": list(sections)} | {name: list(hints(t)) for name, t in sections.items() if t}
 
 
@@ -101,6 +109,7 @@ def _table_of(hint: Any) -> tuple[type[Section] | None, bool]:
 @dataclasses.dataclass
 class _Builder:
     file: Path
+    root: type[Section]
     faults: list[Fault]
     inputs_must_exist: bool
 
@@ -174,16 +183,18 @@ class _Builder:
         known = hints(table)
         section = prefix.partition(".")[0] if prefix.count(".") == 0 else prefix
         for key, node in given.items():
-            if key in known or elsewhere.harmless(section, key, node.plain()):
+            if key in known or other_tools.harmless(section, key, node.plain()):
                 continue
-            cause, fix = elsewhere.remedy(section, key, _tables() | {section: list(known)})
+            cause, fix = other_tools.remedy(
+                section, key, _tables(self.root) | {section: list(known)}
+            )
             self.fault(node, f"{prefix}.{key}".lstrip("."), cause, fix)
 
     def _missing(self, table: type[Section], name: str, node: Node, key: str) -> Any:
         inner, many = _table_of(hints(table)[name])
         if inner and not many:
             self.fault(node, key, "the section is missing", f"it needs {_needs(inner)}")
-            return _Builder(self.file, [], False).table(inner, Node({}, node.where), key)
+            return _Builder(self.file, self.root, [], False).table(inner, Node({}, node.where), key)
         self.fault(node, key, "is missing", f"give {describe(hints(table)[name])}")
         return None
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from jlora import errors
-from jlora.config.convert import BadValueError, Bounds, Prefix, convert
+from jlora.config.engine.convert import BadValueError, Bounds, convert
+from jlora.config.engine.faults import Fault, as_error
 
 Count = Annotated[int, Bounds(1)]
 Natural = Annotated[int, Bounds(0)]
@@ -22,10 +22,9 @@ Positive = Annotated[float, Bounds(0, open_low=True)]
 NonNegative = Annotated[float, Bounds(0)]
 Fraction = Annotated[float, Bounds(0, 1, open_high=True)]
 
-OPTAX = "optax."
-
-OptaxName = Annotated[str, Prefix(OPTAX)]
-"""An optimizer of optax by its name there."""
+DType = Literal["float32", "float16", "bfloat16"]
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES |= {f"torch.{name}": name for name in ("float32", "float16", "bfloat16")}
 
 INPUT, LOCAL = "input path", "local input path"
 
@@ -34,33 +33,6 @@ InputPath = Annotated[str, INPUT]
 
 LocalPath = Annotated[str, LOCAL]
 """The same, but never a hub name: it must be there."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """One thing that is wrong: the dotted keys it involves (first is named), cause and remedy."""
-
-    keys: tuple[str, ...]
-    cause: str
-    fix: str | None = None
-    where: str | None = None
-
-    def under(self, prefix: str) -> Fault:
-        """The same fault with its keys below a section."""
-        return dataclasses.replace(self, keys=tuple(f"{prefix}.{k}" for k in self.keys))
-
-    def error(self) -> errors.ConfigError:
-        """This fault as an exception."""
-        place = ": ".join(part for part in (self.where, self.keys[0] if self.keys else "") if part)
-        return errors.ConfigError(self.cause, where=place or None, fix=self.fix)
-
-
-def as_error(faults: Sequence[Fault]) -> errors.ConfigError:
-    """One exception for all faults of a table or a file."""
-    if len(faults) == 1:
-        return faults[0].error()
-    lines = [str(fault.error()) for fault in faults]
-    return errors.ConfigError("\n".join([f"{len(faults)} settings are wrong", *lines]))
 
 
 class Section:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from jlora.config.fields import Fault
+from jlora.config.engine.faults import Fault
 
 CLASSIFICATION = "classification"
 """The format of rows with classes."""

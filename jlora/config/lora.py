@@ -1,101 +1,21 @@
-"""What the weights are: the base model, its packing, the adapter, and where results go.
-
-``LoraConfig`` and ``QuantConfig`` are also the ones of jlora's Python interface.
-"""
+"""The ``lora`` section."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-from jlora.config.convert import Bounds, FrozenMap, Prefix
-from jlora.config.fields import (
-    Count,
-    Fault,
-    Fraction,
-    InputPath,
-    LocalPath,
-    Natural,
-    Positive,
-    Section,
-)
+from jlora.config.engine.convert import Bounds, FrozenMap, Prefix
+from jlora.config.engine.faults import Fault
+from jlora.config.engine.schema import Count, Fraction, LocalPath, Natural, Positive, Section
 
-DType = Literal["float32", "float16", "bfloat16"]
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-DTYPES |= {f"torch.{name}": name for name in ("float32", "float16", "bfloat16")}
+FROM_WEIGHTS = re.compile(r"pissa(_niter_\d+)?|olora")
+"""Values of init_lora_weights that take the first A and B out of the base."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(Section):
-    """The base model."""
-
-    ALIASES: ClassVar = {"dtype": DTYPES}
-
-    name_or_path: InputPath
-    """A transformers folder, a hub name, or jlora://… for what the package ships."""
-    dtype: DType = "bfloat16"
-    """Type of the parameters in memory and of the computation."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    attention: str = "auto"
-    """auto, or one of reference, chunked, cudnn and splash; the run header says what auto took."""
-    num_labels: Annotated[int, Bounds(2)] | None = None
-    """Classes of a classifier; null: the model's own, else those in the training data."""
-    id2label: Sequence[str] | None = None
-    """Names of the classes in the order of their ids; null: the model's own, else the data's."""
-
-    def check(self) -> Iterator[Fault]:
-        """See Section."""
-        names, keys = self.id2label, ("id2label", "num_labels")
-        if names is None:
-            return
-        if len(set(names)) != len(names) or len(names) < 2:
-            yield Fault(("id2label",), "needs two names or more, each once")
-        elif self.num_labels not in (None, len(names)):
-            yield Fault(keys, f"has {len(names)} names, but num_labels is {self.num_labels}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantConfig(Section):
-    """How frozen linear layers are packed (names of ``BitsAndBytesConfig``)."""
-
-    ALIASES: ClassVar = {"bnb_4bit_compute_dtype": DTYPES}
-
-    load_in_4bit: bool | None = None
-    """Pack into 4 bits; null: unless load_in_8bit."""
-    load_in_8bit: bool = False
-    """Pack into 8 bits with one scale for each output; products stay in the computation's type."""
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    """The 4-bit code: nf4 suits trained weights better."""
-    bnb_4bit_use_double_quant: bool = True
-    """Quantize the blocks' scales too: 4.13 bits a parameter instead of 4.5."""
-    bnb_4bit_compute_dtype: DType = "bfloat16"
-    """Type to multiply in; a run multiplies everything in one type (train.bf16), and warns."""
-    block_size: Annotated[int, Bounds(32, 4096)] = 64
-    """Values that share one scale; a power of two."""
-    llm_int8_skip_modules: Sequence[str] = ()
-    """Names of modules to leave unquantized, besides embeddings and the output head."""
-    include_modules: Sequence[str] = ()
-    """Names of modules to quantize that are left out otherwise: embed_tokens, lm_head."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.load_in_4bit is None:
-            object.__setattr__(self, "load_in_4bit", not self.load_in_8bit)
-
-    def check(self) -> Iterator[Fault]:
-        """See Section."""
-        if self.load_in_4bit and self.load_in_8bit:
-            yield Fault(("load_in_8bit", "load_in_4bit"), "both are true", "set one to false")
-        if self.load_in_4bit is False and not self.load_in_8bit:
-            yield Fault(("load_in_4bit",), "nothing is quantized", "leave the section out")
-        for name in {*self.llm_int8_skip_modules} & {*self.include_modules}:
-            keys = ("include_modules", "llm_int8_skip_modules")
-            yield Fault(keys, f"{name} is in both", "remove it from one")
-        if self.block_size & (self.block_size - 1):
-            yield Fault(("block_size",), f"must be a power of two, got {self.block_size}")
+PRESETS = ("all-linear", "attention", "mlp")
+"""Values of target_modules that are not regular expressions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,13 +45,6 @@ class EvaConfig(Section):
     """Divide each direction by the square root of its singular value."""
     adjust_scaling_factors: bool = True
     """Scale lora_alpha with the rank that a module gets."""
-
-
-FROM_WEIGHTS = re.compile(r"pissa(_niter_\d+)?|olora")
-"""Values of init_lora_weights that take the first A and B out of the base."""
-
-PRESETS = ("all-linear", "attention", "mlp")
-"""Values of target_modules that are not regular expressions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,31 +188,3 @@ def _regex_faults(key: str, pattern: str) -> Iterator[Fault]:
         re.compile(pattern)
     except re.error as bad:
         yield Fault((key,), f"{pattern!r} is not a regular expression: {bad}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeConfig(Section):
-    """How ``merge`` folds an adapter into its base."""
-
-    base: Literal["dequantized", "original"] = "dequantized"
-    """For QLoRA: fold into the dequantized 4-bit weights it trained on, or the original ones."""
-    output_dir: str | None = None
-    """Folder for the merged model; null: merged, below train.output_dir."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig(Section):
-    """Which weights of a run ``export`` writes, and where."""
-
-    checkpoint: Natural | LocalPath | None = None
-    """A checkpoint's step, such as 500, or its folder; null: the newest whole one."""
-    output_dir: str | None = None
-    """Folder for the adapter or the model; null: exported/<step>, below train.output_dir."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizeConfig(Section):
-    """Where ``quantize`` writes; how it packs is in ``quantization``."""
-
-    output_dir: str | None = None
-    """Folder for the packed model; null: quantized, below train.output_dir."""

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from jlora import errors
-from jlora.config.fields import Fault
+from jlora.config.engine.faults import Fault
 
 CORE_TAGS = tuple(
     f"tag:yaml.org,2002:{name}"

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from jlora.config.convert import alternatives, describe
-from jlora.config.fields import Section, hints
-from jlora.config.nodes import scalar
-from jlora.config.tables import Config
+from jlora.config.engine.convert import alternatives, describe
+from jlora.config.engine.schema import Section, hints
+from jlora.config.engine.yaml_nodes import scalar
 
 
 class Option(NamedTuple):
@@ -41,7 +40,7 @@ def _string(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 _Dumper.add_representer(str, _string)
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Section) -> str:
     """All settings, defaults included; ``load`` reads an equal Config back."""
     return yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
@@ -56,14 +55,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def in_lines(config: Config) -> dict[str, str]:
+def in_lines(config: Section) -> dict[str, str]:
     """Each section with all its settings as one line of YAML; null for one that is left out."""
     return {name: _one_line(section) for name, section in _plain(config).items()}
 
 
-def options() -> Iterator[Option]:
+def table_options(root: type[Section]) -> Iterator[Option]:
     """Every setting of every section, in order."""
-    for section, hint in hints(Config).items():
+    for section, hint in hints(root).items():
         for table in _tables(hint):
             yield from _options(section, table)
 

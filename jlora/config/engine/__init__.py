@@ -1,0 +1,1 @@
+"""How a table of settings becomes typed, checked, read from YAML and shown as help."""
