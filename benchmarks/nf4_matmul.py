@@ -7,7 +7,7 @@
 Shapes are Llama-3.1-8B's, bf16, NF4 with double quantization; forward ``x @ W`` and the gradient
 ``g @ W.T``. Each result is compared with the reference before anything is timed; the two ways are
 timed in turn, medians. Where the kernel is faster for all shapes up to some number of rows, that
-number belongs into ``nf4_kernel.MEASURED``.
+number is up to where the kernel may be used.
 
 A floor is the largest of bytes over bandwidth, FLOPs over the matrix rate and decoding operations
 over the ALUs' rate. Dequantizing first moves 0.5 + 2 + 2 bytes a parameter (codes, the matrix
@@ -62,12 +62,12 @@ def floors(device: str) -> str:
 
 def ways(platform: str, transpose: bool) -> dict[str, Any]:
     """Both as functions (x, q)."""
-    from jlora.ops.matmul import product
-    from jlora.quant import nf4_kernel
+    from jlora.experimental.nf4_matmul import nf4_matmul
+    from jlora.ops.matmul import array_matmul
 
     return {
-        "dequantize": lambda x, q: product(x, q.dequantize(), int(transpose)),
-        "fused": lambda x, q: nf4_kernel.matmul(x, q, transpose, platform=platform),
+        "dequantize": lambda x, q: array_matmul(x, q.dequantize(), int(transpose)),
+        "fused": lambda x, q: nf4_matmul(x, q, transpose, platform=platform),
     }
 
 

@@ -18,7 +18,7 @@ from jlora.config import LoraConfig, MeshConfig, QuantConfig
 from jlora.distributed import sharding
 from jlora.distributed.mesh import BATCH_AXES
 from jlora.models import Model, init_params
-from jlora.ops.matmul import product
+from jlora.ops.matmul import array_matmul
 from jlora.ops.weights import has_quantized_base
 from jlora.quant import nf4
 from jlora.quant.params import is_quantized, quantize_params
@@ -528,5 +528,5 @@ def test_a_product_that_forgets_the_codes_would_be_seen():
     def careless(x, w, dtype):
         return product(x, nf4.dequantize(w), 0, dtype)
 
-    with everything, mock.patch("jlora.ops.dot._packed", careless):
+    with everything, mock.patch("jlora.ops.dot.quantized_product", careless):
         assert kept_dense(qlora_jaxpr(13, False))

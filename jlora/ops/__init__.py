@@ -1,1 +1,1 @@
-"""Operations that models are written in: products, embedding look-ups, attention."""
+"""What models compute with: ``dot`` and ``embed`` for every kind of weight, attention, remat."""

@@ -1,9 +1,7 @@
-"""Products of activations with matrices, dense and packed, for ``dot``'s rules: not differentiated.
+"""Matrix products and their scheduling, without gradients: what ``products`` builds its rules on.
 
-A packed matrix is dequantized first and multiplied then, except
-
-- on a TPU, with few enough rows, by halves: see ``even_odd_matmul``;
-- where a kernel that dequantizes tile by tile is known to win: see ``nf4_kernel``.
+A quantized matrix is dequantized and then multiplied. On a TPU, with few enough rows of
+activations, ``even_odd_matmul`` multiplies without interleaving its columns first.
 """
 
 from __future__ import annotations
@@ -18,83 +16,75 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jlora.distributed.constraints import rows_per_device
-from jlora.quant import nf4, nf4_kernel
+from jlora.quant import nf4
 
 EVEN_ODD_MAX_ROWS = 2048
-"""Up to how many rows of a device a TPU multiplies by halves: by XLA's own estimate of cycles for
-a v5e (docs/log.md), no TPU has measured it."""
+"""The most rows on one device for which a TPU uses ``even_odd_matmul``.
+
+From XLA's own estimates of cycles for a v5e (docs/log.md); not measured on a TPU.
+"""
 
 
 def barrier_after(value: Any, x: Array) -> Any:
-    """``value`` itself, a tree of arrays, but not before ``x`` is there.
+    """``value``, a tree of arrays, which XLA does not compute before ``x``.
 
-    JAX computes what does not depend on a scan's carry once, before the scan, and keeps it for all
-    its steps: scalars and masks spread to the shape of activations, transposes of weights, whole
-    dequantized matrices. What comes after the carry's own values exists in its step only.
+    XLA moves what does not depend on a scan's carry out of the scan and holds it during all steps:
+    constants broadcast to the shape of activations, transposed weights, whole dequantized matrices.
+    A barrier on the carry's own values (``jax.lax.optimization_barrier``) keeps them in their step.
     """
     return jax.lax.optimization_barrier((jax.lax.stop_gradient(x), value))[1]
 
 
-def product(x: Array, w: Array, w_axis: int, dtype: Any = None) -> Array:
-    """Contracts the last axis of ``x`` with ``w_axis`` of ``w``; float32 accumulation.
-
-    bf16 products on CPU are six times faster when asked for a float32 result.
-    """
+def array_matmul(x: Array, w: Array, w_axis: int, dtype: Any = None) -> Array:
+    """Contracts the last axis of ``x`` with ``w_axis`` of ``w``; float32 accumulation."""
     dims = (((x.ndim - 1,), (w_axis,)), ((), ()))
+    # On CPUs a bf16 product with a float32 result is six times as fast as one with a bf16 result.
     out = jax.lax.dot_general(x, w.astype(x.dtype), dims, preferred_element_type=jnp.float32)
     return out.astype(x.dtype if dtype is None else dtype)
 
 
-def packed_product(x: Array, w: Any, transpose: bool, dtype: Any = None) -> Array:
-    """``x @ w`` or ``x @ w.mT`` in the way that suits the platform."""
+def quantized_matmul(x: Array, w: Any, transpose: bool, dtype: Any = None) -> Array:
+    """``x @ w``, or ``x @ w.mT`` if ``transpose``, of a quantized matrix ``w``."""
+
+    def dequantize_first(x, w):
+        return array_matmul(x, dequantize_after(w, x), int(transpose), dtype)
+
     rows = math.prod(x.shape[:-1])
-    ways = {}
-    if nf4.is_rowwise_matrix(w) and rows_per_device(rows) <= EVEN_ODD_MAX_ROWS:
-        ways["tpu"] = functools.partial(even_odd_matmul, transpose=transpose, dtype=dtype)
-    for platform in nf4_kernel.MEASURED:
-        if nf4_kernel.fused_wins(platform, rows, w):
-            ways[platform] = functools.partial(
-                nf4_kernel.matmul, transpose=transpose, dtype=dtype, platform=platform
-            )
-
-    def dequantized(x, w):
-        return product(x, dequantize_after(x, w), int(transpose), dtype)
-
-    if not ways:
-        return dequantized(x, w)
-    return jax.lax.platform_dependent(x, w, default=dequantized, **ways)
+    if not nf4.is_rowwise_matrix(w) or rows_per_device(rows) > EVEN_ODD_MAX_ROWS:
+        return dequantize_first(x, w)
+    on_tpu = functools.partial(even_odd_matmul, transpose=transpose, dtype=dtype)
+    return jax.lax.platform_dependent(x, w, default=dequantize_first, tpu=on_tpu)
 
 
 def even_odd_matmul(
     x: Float[Array, "*batch k"], q: nf4.NF4Array, transpose: bool, dtype: Any = None
 ) -> Float[Array, "*batch n"]:
-    """``x @ q`` or ``x @ q.mT``: the columns of even and of odd index each for themselves.
+    """``x @ q``, or ``x @ q.mT`` if ``transpose``, from the even and the odd columns of ``q``.
 
-    Two neighbours share a byte. Putting them side by side is most of a TPU's work with a packed
-    matrix, and keeps it from dequantizing within the product; here it is done to the rows of
-    activations, which are few.
+    Two neighbouring columns share a byte. Interleaving them takes most of the time that a TPU needs
+    for a quantized matrix, and prevents fusing dequantization into the product; here the few rows
+    of activations are interleaved instead.
     """
     even, odd = nf4.dequantize_even_odd(_absmax_after(q, x))
-    if transpose == q.transposed:  # the results lie along the columns
-        results = product(x, even, 0, dtype), product(x, odd, 0, dtype)
+    if transpose == q.transposed:  # the result has an entry for each column
+        results = array_matmul(x, even, 0, dtype), array_matmul(x, odd, 0, dtype)
         return jnp.stack(results, axis=-1).reshape(*x.shape[:-1], -1)
     pairs = x.reshape(*x.shape[:-1], -1, 2)
-    of_even = product(pairs[..., 0], even, 1, jnp.float32)
-    of_odd = product(pairs[..., 1], odd, 1, jnp.float32)
-    return (of_even + of_odd).astype(x.dtype if dtype is None else dtype)
+    even_sum = array_matmul(pairs[..., 0], even, 1, jnp.float32)
+    odd_sum = array_matmul(pairs[..., 1], odd, 1, jnp.float32)
+    return (even_sum + odd_sum).astype(x.dtype if dtype is None else dtype)
 
 
-def dequantize_after(x: Array, w: Any) -> Array:
-    """The dense matrix, not made before ``x`` is there.
+def dequantize_after(w: Any, x: Array) -> Array:
+    """The dense matrix, not computed before ``x``.
 
-    Without this order the compiler dequantizes all weights of a layer at once, and keeps those of
-    a rematerialised forward pass for the backward pass.
+    Without this order XLA dequantizes all weights of a layer at once, and holds those of a
+    rematerialised forward pass until its backward pass.
     """
     return _absmax_after(w, x).dequantize()
 
 
 def _absmax_after(w: Any, x: Array) -> Any:
-    """``absmax`` is the smallest array that the matrix depends on: the codes themselves would be
-    copied out of their stack.
-    """
+    # On absmax, the smallest array that the matrix depends on: a barrier on the codes would copy
+    # them out of their stack.
     return dataclasses.replace(w, absmax=barrier_after(w.absmax, x))

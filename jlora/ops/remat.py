@@ -1,8 +1,8 @@
-"""What a layer's forward pass leaves for the backward pass: the products, and nothing else.
+"""Rematerialisation policy: save matmul results, recompute the rest in the backward pass.
 
-Activations, norms, rotations and softmaxes are computed again from the products around them; that
-costs less than writing them to memory and reading them back, and a fraction of the space. With
-checkpointing a layer leaves its input alone, on the device or on the host.
+Activation functions, norms, rotary embeddings and softmaxes are recomputed from the saved products:
+that takes less time than writing their results to memory and reading them back, and saves most of
+the memory. With gradient checkpointing only a layer's input is saved, on the device or the host.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 SAVED = "saved"
-"""The name of what is kept, for ``jax.checkpoint_policies``."""
+"""The ``checkpoint_name`` of saved values, for ``jax.checkpoint_policies``."""
 
 INPUT = "layer input"
-"""The name of what a checkpointed layer is computed again from."""
+"""The ``checkpoint_name`` of a layer's input, from which a checkpointed layer is recomputed."""
 
 KERNELS = ("dot_product_attention_fwd_wrapper",)
-"""Primitives whose results are kept; cuDNN's attention takes no names."""
-
+"""Primitives whose results are saved: a name cannot be put inside cuDNN's attention."""
 
 _named = jax.checkpoint_policies.save_only_these_names(SAVED)
 
 
 def saveable(x: Array) -> Array:
-    """``x``, which is kept in a layer whose gradient is wanted, if the gradient needs it."""
+    """``x``, marked to be saved by ``policy`` if a gradient needs it."""
     return checkpoint_name(x, SAVED)
 
 
@@ -35,9 +34,9 @@ offloaded = jax.checkpoint_policies.save_and_offload_only_these_names(
     offload_src="device",
     offload_dst="pinned_host",
 )
-"""Of a checkpointed layer the input, in the host's memory; for ``jax.checkpoint``."""
+"""Policy of ``jax.checkpoint``: save a layer's input only, in host memory."""
 
 
 def policy(primitive, *avals, **params) -> bool:
-    """Whether the results of a primitive are kept; for ``jax.checkpoint``."""
+    """Policy of ``jax.checkpoint``: save what ``saveable`` marked, and the results of kernels."""
     return primitive.name in KERNELS or _named(primitive, *avals, **params)

@@ -1,16 +1,15 @@
-"""Products with packed 4-bit matrices that dequantize each tile on its way into the matrix unit.
+"""Fused products with 4-bit matrices: each tile is dequantized on its way into the matrix unit.
 
-``dot`` multiplies by a packed matrix by writing it out in 16 bits and reading it back: 0.5 + 2 + 2
-bytes a parameter. A Pallas kernel reads the codes alone, but dequantizes a tile anew for each tile
-of activations that meets it: it gains with few rows, and with many a GPU's ALUs hold it back.
-``benchmarks/nf4_matmul.py`` has the arithmetic of both and measures them; what it found is in
-``MEASURED``, and only there is the kernel used.
+``dot`` writes the dequantized matrix in 16 bits and reads it back: 0.5 + 2 + 2 bytes a parameter. A
+Pallas kernel reads only the codes, but dequantizes a tile again for each tile of activations: it
+gains with few rows, and with many a GPU's ALUs limit it. No device has measured where it wins, so
+no setting selects it; ``benchmarks/nf4_matmul.py`` has the arithmetic of both and measures them.
 
-Both kernels see the packed matrix as it was quantized, [rows, cols] with blocks along the rows, and
-contract either axis: ``x @ W`` and the gradient ``g @ W.T`` are the same kernel. The tile's values
-are bit for bit those of ``nf4.dequantize``; only the order of the float32 sum differs.
+Both kernels (Triton, Mosaic) read the matrix as it was quantized, [rows, cols] with blocks along
+the rows, and contract either axis: ``x @ W`` and the gradient ``g @ W.T`` are the same kernel. A
+tile's values are bitwise those of ``nf4.dequantize``; only the order of the float32 sum differs.
 
-Pallas takes a third of a second to import and is not needed before a kernel is, so each does.
+Pallas is imported in the functions that use it: the import takes a third of a second.
 """
 
 from __future__ import annotations
@@ -24,38 +23,20 @@ from jaxtyping import Array, Float
 from jlora.quant.codebooks import FOUR_BIT
 from jlora.quant.nf4 import NF4Array, dequantize_absmax, is_rowwise_matrix, look_up
 
-MEASURED: dict[str, int] = {}
-"""Platform ("cuda", "tpu") → up to how many rows of ``x`` the kernel was measured to be faster.
-
-Empty: no device was at hand. Written by hand from ``benchmarks/nf4_matmul.py``'s output.
-"""
-
 
 class Tiles(NamedTuple):
-    """What one step of a kernel works on."""
+    """The sizes that one step of a kernel works on."""
 
     x_rows: int
     rows: int
-    """Of the packed matrix."""
+    """Of the quantized matrix."""
     cols: int
-    """Of the packed matrix, in values: two to a byte."""
+    """Of the quantized matrix, in values: two to a byte."""
     splits: int = 1
-    """Parts of the contraction that run side by side and are summed afterwards (GPU)."""
+    """Parts of the contraction that run in parallel and are summed afterwards (GPU)."""
 
 
-def fused_wins(platform: str, x_rows: int, q: Any) -> bool:
-    """Whether the kernel is known to be faster for ``x_rows`` rows times ``q``.
-
-    Only where tiles cover the matrix without a copy, and on one device: XLA cannot split a kernel
-    over a mesh and would gather what it reads.
-    """
-    if x_rows > MEASURED.get(platform, 0) or not is_rowwise_matrix(q):
-        return False
-    covered = q.matrix_shape[0] % 128 == 0 and q.matrix_shape[1] % 256 == 0
-    return covered and jax.sharding.get_abstract_mesh().size <= 1
-
-
-def matmul(
+def nf4_matmul(
     x: Float[Array, "*batch k"],
     q: NF4Array,
     transpose: bool = False,
@@ -69,22 +50,23 @@ def matmul(
 
     Args:
       x: activations, bfloat16 or float32.
-      q: a packed matrix of whole blocks (``rowwise``), either way round. Not differentiated.
+      q: a matrix whose rows consist of whole blocks (``rowwise``), transposed or not. It is a
+        constant: the product has no gradient.
       transpose: multiply by the transpose.
       dtype: of the result; None is ``x.dtype``.
-      platform: whose kernel: "cuda" (Triton) or "tpu" (Mosaic).
+      platform: the kernel, "cuda" (Triton) or "tpu" (Mosaic).
       tiles: None chooses by shape. Sizes that tiles do not divide are padded, which copies.
-      interpret: run on any device, step by step in JAX.
+      interpret: Pallas' interpret mode, on any device.
 
     Raises:
-      ValueError: ``q`` is stacked, no matrix, or has blocks that straddle rows.
+      ValueError: ``q`` is stacked, is no matrix, or has blocks that straddle rows.
     """
     if not is_rowwise_matrix(q):
-        raise ValueError(f"multiplies by one matrix of whole blocks, not by {q}")
+        raise ValueError(f"needs one matrix of whole blocks, not {q}")
     axis = int(q.transposed != transpose)
     flat = x.reshape(-1, x.shape[-1])
     tiles = tiles or choose_tiles(platform, flat.shape[0], q, axis)
-    # Blocks longer than a step's share of absmax are cut; a scale is then repeated.
+    # A block longer than a tile is split, with its absmax repeated.
     block = min(q.block_size, tiles.cols if platform == "cuda" else tiles.cols // 8)
     absmax = jnp.repeat(dequantize_absmax(q), q.block_size // block, axis=1)
     operands = (
@@ -101,21 +83,21 @@ def matmul(
 
 
 def _padding(tiles: Tiles, axis: int, values: int) -> tuple[int, int]:
-    """What the sizes of an array are multiples of that has one number for ``values`` columns."""
+    """The multiples to pad an array to that has one entry for every ``values`` columns."""
     splits = (tiles.splits, 1) if axis == 0 else (1, tiles.splits)
     return tiles.rows * splits[0], tiles.cols * splits[1] // values
 
 
 def choose_tiles(platform: str, x_rows: int, q: NF4Array, axis: int) -> Tiles:
-    """Tiles for a shape: reasoned from sizes of registers and memories, not measured."""
+    """Tiles for a shape, reasoned from the sizes of registers and memories; not measured."""
     rows, cols = q.matrix_shape
     if platform == "tpu":
-        # The more rows of x meet a tile, the less often it is dequantized: as many as VMEM holds.
-        # A byte's 32 x 128 tiles make 256 columns the least; the 8 rows of absmax follow from it.
+        # Each tile of x dequantizes the matrix anew: as many rows of x as VMEM holds.
+        # The 32 x 128 tiles of uint8 make 256 columns the minimum, and give absmax 8 rows.
         return Tiles(min(_up(x_rows, 16), 1024), _divisor(rows, 512, 128), _divisor(cols, 512, 256))
     x_tile = min(max(16, 1 << (x_rows - 1).bit_length()), 128)
     tiles = Tiles(x_tile, 128 if x_tile > 32 else 64, 128)
-    # Two programs a multiprocessor, for as many loads in flight; each keeps four steps at least.
+    # Two programs a multiprocessor, to have more loads in flight; each has four steps at least.
     programs = -(-x_rows // x_tile) * -(-q.matrix_shape[1 - axis] // tiles[2 - axis])
     steps = -(-q.matrix_shape[axis] // tiles[1 + axis])
     fits = [
@@ -127,7 +109,7 @@ def choose_tiles(platform: str, x_rows: int, q: NF4Array, axis: int) -> Tiles:
 
 
 def _divisor(size: int, largest: int, least: int) -> int:
-    """The largest power of two between the two that divides ``size``; else ``least``."""
+    """The largest power of two in [least, largest] that divides ``size``; else ``least``."""
     while largest > least and size % largest:
         largest //= 2
     return largest
@@ -143,7 +125,7 @@ def _pad(x: Array, *multiples: int) -> Array:
 
 
 def _cost(x, codes, absmax, n, dtype) -> dict[str, int]:
-    """What XLA's scheduler and ``cost_analysis`` are told: it cannot look into a kernel."""
+    """The kernel's cost for XLA's scheduler and ``cost_analysis``, which cannot look inside."""
     moved = sum(a.size * a.dtype.itemsize for a in (x, codes, absmax))
     moved += x.shape[0] * n * dtype.itemsize
     flops = 4 * x.shape[0] * codes.size
@@ -151,12 +133,12 @@ def _cost(x, codes, absmax, n, dtype) -> dict[str, int]:
 
 
 def _triton(x, codes, absmax, values, dtype, axis, tiles, interpret):
-    """Each program keeps one tile of the result in registers and walks along the contraction.
+    """GPU: each program holds one tile of the result in registers and loops over the contraction.
 
-    The packed matrix is the left operand, which the matrix unit takes from registers, where it was
-    dequantized; and few rows of ``x`` fill its right side better than its left. Codes are looked up
-    in a table in memory: from the first-level cache that is one load a value, where selecting is
-    fifteen operations and would be the bottleneck.
+    The quantized matrix is the left operand, which the matrix unit reads from registers, where it
+    is dequantized; and the right side wastes less on few rows of ``x``. Codes are looked up in a
+    table in memory, one load from the first-level cache each; selecting by bits takes fifteen
+    operations and would be the bottleneck.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as plgpu
@@ -177,8 +159,8 @@ def _triton(x, codes, absmax, values, dtype, axis, tiles, interpret):
             scale = part(absmax_ref, k if axis == 0 else groups)
             scale = jnp.broadcast_to(scale[..., None], (*scale.shape, tiles.cols // 2 // groups))
             scale = scale.reshape(code.shape)
-            halves = [(table_ref[c] * scale).astype(w_dtype) for c in (code >> 4, code & 15)]
-            w = jnp.stack(halves, axis=-1).reshape(sizes).astype(x.dtype)
+            even_odd = [(table_ref[c] * scale).astype(w_dtype) for c in (code >> 4, code & 15)]
+            w = jnp.stack(even_odd, axis=-1).reshape(sizes).astype(x.dtype)
             xs = x_ref[:, pl.ds(i * k, k)]
             dims = (((axis,), (1,)), ((), ()))
             return total + jax.lax.dot_general(w, xs, dims, preferred_element_type=jnp.float32)
@@ -216,10 +198,11 @@ def _triton(x, codes, absmax, values, dtype, axis, tiles, interpret):
 
 
 def _mosaic(x, codes, absmax, values, dtype, axis, tiles, interpret):
-    """The grid's last axis walks along the contraction, with the sum in VMEM.
+    """TPU: the grid's last axis loops over the contraction, with the sum in VMEM.
 
-    The tile is turned first: blocks then run along sublanes, where a row of ``absmax`` scales 32 of
-    them at once and where two bfloat16 share a 32-bit lane, so that halves interleave by a shift.
+    The tile is transposed first. Blocks then run along sublanes, where a row of ``absmax`` scales
+    32 values at once, and where two bfloat16 share a 32-bit lane, so that even and odd values are
+    interleaved by a shift.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
@@ -235,14 +218,14 @@ def _mosaic(x, codes, absmax, values, dtype, axis, tiles, interpret):
 
         code = codes_ref[...].T.astype(jnp.int32).reshape(groups, -1, tiles.rows)
         scale = absmax_ref[...][:, None, :]
-        halves = [(look_up(table, c) * scale).astype(w_dtype) for c in (code >> 4, code & 15)]
-        w = _interleave(*(half.reshape(-1, tiles.rows) for half in halves)).astype(x.dtype)
+        even_odd = [(look_up(table, c) * scale).astype(w_dtype) for c in (code >> 4, code & 15)]
+        w = _interleave(*(half.reshape(-1, tiles.rows) for half in even_odd)).astype(x.dtype)
         dims = (((1,), (1 - axis,)), ((), ()))
         product = jax.lax.dot_general(x_ref[...], w, dims, preferred_element_type=jnp.float32)
         total_ref[...] += product
         out_ref[...] = total_ref[...].astype(out_ref.dtype)
 
-    def packed(block):  # of an array (rows, cols), or of one that stands (cols, rows)
+    def by_tile(block):  # axis 1 is contracted, or axis 0
         return pl.BlockSpec(block, lambda i, j, t: (j, t) if axis == 1 else (t, j))
 
     free, k = sizes[1 - axis], sizes[axis]
@@ -251,7 +234,7 @@ def _mosaic(x, codes, absmax, values, dtype, axis, tiles, interpret):
         grid=(x.shape[0] // tiles.x_rows, shape[1 - axis] // free, shape[axis] // k),
         in_specs=[
             pl.BlockSpec((tiles.x_rows, k), lambda i, j, t: (i, t)),
-            packed((tiles.rows, tiles.cols // 2)),
+            by_tile((tiles.rows, tiles.cols // 2)),
             pl.BlockSpec((groups, tiles.rows), lambda i, j, t: (t, j) if axis == 1 else (j, t)),
         ],
         out_specs=pl.BlockSpec((tiles.x_rows, free), lambda i, j, t: (i, j)),

@@ -1,4 +1,4 @@
-"""The fused products, interpreted on the CPU, against the matrix written out."""
+"""The fused products, interpreted on the CPU, against products with the dequantized matrix."""
 
 import functools
 
@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.ops.dot import dot
-from jlora.quant import int8, nf4, nf4_kernel
+from jlora.experimental.nf4_matmul import Tiles, choose_tiles, nf4_matmul
+from jlora.quant import nf4
 from jlora.quant.codebooks import FOUR_BIT
-from jlora.quant.nf4_kernel import Tiles, matmul
 
 ROWS, COLS = 96, 256
 TILES = {"cuda": Tiles(8, 32, 64, splits=2), "tpu": Tiles(8, 32, 128)}
@@ -19,7 +18,7 @@ BOTH = pytest.mark.parametrize("platform", ["cuda", "tpu"])
 
 
 def operands(x_shape, transpose, dtype=jnp.float32, shape=(ROWS, COLS), **settings):
-    """x, a packed matrix that stands transposed, and what their product is in float64."""
+    """x, a transposed quantized matrix, and their product in float64."""
     rng = np.random.default_rng(0)
     q = nf4.quantize(jnp.asarray(rng.normal(size=shape), dtype), **settings).mT
     x = jnp.asarray(rng.normal(size=(*x_shape, shape[0] if transpose else shape[1])), dtype)
@@ -30,7 +29,7 @@ def operands(x_shape, transpose, dtype=jnp.float32, shape=(ROWS, COLS), **settin
 @functools.partial(jax.jit, static_argnames=("transpose", "dtype", "platform", "tiles"))
 def interpreted(x, q, transpose=False, dtype=None, *, platform, tiles=None):
     tiles = tiles or TILES[platform]
-    return matmul(x, q, transpose, dtype, platform=platform, tiles=tiles, interpret=True)
+    return nf4_matmul(x, q, transpose, dtype, platform=platform, tiles=tiles, interpret=True)
 
 
 def assert_close(got, exact, dtype):
@@ -54,7 +53,7 @@ def assert_close(got, exact, dtype):
     ],
     ids=lambda v: str(v) if isinstance(v, dict) else v.__name__,
 )
-def test_both_products_equal_the_matrix_written_out(platform, transpose, dtype, settings):
+def test_both_products_equal_the_dequantized_matrix_s(platform, transpose, dtype, settings):
     x, q, exact = operands((2, 5), transpose, dtype, **settings)
     assert_close(interpreted(x, q, transpose, platform=platform), exact, dtype)
 
@@ -74,7 +73,7 @@ def test_an_untransposed_matrix_contracts_its_rows(platform):
 
 
 @BOTH
-def test_every_code_comes_out_as_its_value(platform):
+def test_every_code_is_dequantized_to_its_value(platform):
     identity = jnp.eye(32, dtype=jnp.float32)
     for kind, table in FOUR_BIT.items():
         codes = jnp.arange(32 * 32, dtype=jnp.uint32).reshape(32, 32).astype(jnp.uint8)
@@ -88,16 +87,16 @@ def test_every_code_comes_out_as_its_value(platform):
 
 
 @BOTH
-def test_sums_are_kept_in_float32_and_may_leave_so(platform):
+def test_sums_are_float32_and_the_result_may_be(platform):
     x, q, exact = operands((4,), False, jnp.bfloat16)
     got = interpreted(x, q, dtype=jnp.float32, platform=platform)
     assert_close(got, exact, jnp.float32)
 
 
 @BOTH
-def test_chosen_tiles_give_the_product_too(platform):
+def test_the_chosen_tiles_give_the_product(platform):
     x, q, exact = operands((17,), False, jnp.bfloat16, shape=(128, 512))
-    got = matmul(x, q, platform=platform, interpret=True)
+    got = nf4_matmul(x, q, platform=platform, interpret=True)
     assert_close(got, exact, jnp.bfloat16)
 
 
@@ -116,62 +115,12 @@ def test_under_vmap_and_scan():
 
 
 @pytest.mark.parametrize("shape", [(3, 64), (2, 64, 64), (64, 40)])
-def test_other_packed_arrays_are_refused(shape):
+def test_other_quantized_arrays_are_refused(shape):
     q = nf4.quantize(jnp.ones(shape))
     if shape == (3, 64):
         q = jax.tree.map(lambda leaf: leaf[None], q)  # stacked
     with pytest.raises(ValueError, match="one matrix of whole blocks"):
-        matmul(jnp.ones((2, shape[-2])), q, platform="tpu", interpret=True)
-
-
-@pytest.fixture
-def fused_on_cpu(monkeypatch):
-    """``dot`` as it would be with the kernel measured to win on CPUs up to 16 rows."""
-    calls = []
-
-    def kernel(x, q, transpose, dtype, platform):
-        calls.append((x.shape, transpose, platform))
-        return interpreted(x, q, transpose, dtype, platform="cuda")
-
-    monkeypatch.setattr(nf4_kernel, "MEASURED", {"cpu": 16, "tpu": 16})
-    monkeypatch.setattr(nf4_kernel, "matmul", kernel)
-    return calls
-
-
-def test_dot_takes_the_kernel_forward_and_backward_where_it_was_measured_to_win(fused_on_cpu):
-    x, q, exact = operands((2, 5), False, shape=(128, 256))
-    value, back = jax.vjp(lambda x: dot(x, q), x)
-    upstream = jnp.cos(value)
-    (gradient,) = back(upstream)
-    assert {call[1:] for call in fused_on_cpu} >= {(False, "cpu"), (True, "cpu")}
-    np.testing.assert_allclose(value, exact, rtol=1e-6, atol=1e-4)
-    dense = np.asarray(q.dequantize(), np.float64)
-    np.testing.assert_allclose(gradient, np.asarray(upstream, np.float64) @ dense.T, atol=1e-4)
-    hlo = jax.jit(dot).lower(x, q).as_text()
-    assert "nf4_matmul" in jax.jit(dot).lower(x, q).as_text(debug_info=True), hlo
-
-
-def test_dot_leaves_the_rest_to_the_reference(fused_on_cpu, monkeypatch):
-    x, q, _ = operands((17,), False, shape=(128, 256))
-    few, odd = operands((4,), False, shape=(40, 256))[:2]
-    dot(x, q), dot(few, odd), dot(few, int8.quantize(odd.dequantize().T).mT)
-    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
-        jax.jit(dot)(x[:4], q)
-    monkeypatch.setattr(nf4_kernel, "MEASURED", {})
-    dot(x[:4], q)
-    assert not fused_on_cpu
-
-
-def test_nothing_is_fused_before_it_was_measured():
-    _, q, _ = operands((1,), False, shape=(128, 256))
-    assert not any(nf4_kernel.fused_wins(p, 1, q) for p in ("cpu", "cuda", "rocm", "tpu"))
-
-
-def test_a_platform_that_is_not_there_is_left_to_its_own_branch(fused_on_cpu, monkeypatch):
-    monkeypatch.setattr(nf4_kernel, "MEASURED", {"tpu": 16})
-    x, q, _ = operands((4,), False, shape=(128, 256))
-    got = jax.jit(dot)(x, q)
-    np.testing.assert_array_equal(got, jax.jit(jnp.matmul)(x, q.dequantize()))
+        nf4_matmul(jnp.ones((2, shape[-2])), q, platform="tpu", interpret=True)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 100, 4096])
@@ -180,7 +129,7 @@ def test_tiles_cover_a_models_shapes_without_padding(rows, shape):
     q = jax.eval_shape(lambda: nf4.quantize(jnp.ones(shape, jnp.bfloat16)))
     for platform in ("cuda", "tpu"):
         for axis in (0, 1):
-            tiles = nf4_kernel.choose_tiles(platform, rows, q, axis)
+            tiles = choose_tiles(platform, rows, q, axis)
             sizes = [tiles.rows, tiles.cols]
             sizes[axis] *= tiles.splits
             assert all(size % tile == 0 for size, tile in zip(shape, sizes, strict=True)), tiles

@@ -1,0 +1,1 @@
+"""Kernels that are tested but selected by no setting: nothing in the package imports them."""
