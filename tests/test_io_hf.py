@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 import shutil
+import threading
 from pathlib import Path
 
 import jax
@@ -125,6 +126,19 @@ def test_progress_counts_the_bytes_of_all_tensors(sharded, quantization):
     done = [0, *(call[0] for call in calls)]
     assert sorted(b - a for a, b in itertools.pairwise(done)) == sizes
     assert {call[1] for call in calls} == {sum(sizes)}
+
+
+def test_loading_is_cancelled_between_two_tensors(sharded, monkeypatch):
+    stop, read, original = threading.Event(), [], hf_folder.Shards.read
+
+    def counted(self, name, *span):
+        read.append(name)
+        return original(self, name, *span)
+
+    monkeypatch.setattr(hf_folder.Shards, "read", counted)
+    with pytest.raises(hf_read.LoadingCancelledError):
+        load_pretrained(sharded, progress=lambda *_: stop.set(), cancel=stop.is_set)
+    assert len(read) == 1
 
 
 @pytest.mark.parametrize("transposed", [True, False])

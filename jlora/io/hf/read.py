@@ -28,8 +28,12 @@ from jlora.io.hf.prequantized import Problems, Stored, size_text
 from jlora.io.hf.score import WithScore
 from jlora.models.model import Model
 from jlora.models.registry import as_classifier, family, parse
-from jlora.quant.params import describe, is_quantized, pack, quantize_params
+from jlora.quant.params import is_quantized, quantize_matrix, quantize_params, scheme_text
 from jlora.tree import paths
+
+
+class LoadingCancelledError(Exception):
+    """``load_pretrained`` stopped between two tensors because its ``cancel`` returned True."""
 
 
 def load_pretrained(
@@ -42,6 +46,7 @@ def load_pretrained(
     progress: Callable[[int, int], None] | None = None,
     num_labels: int | None = None,
     seed: int = 0,
+    cancel: Callable[[], bool] | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """The model in a transformers folder or hub repository, and its frozen parameters.
 
@@ -58,12 +63,15 @@ def load_pretrained(
       num_labels: makes a classifier of so many classes of a language model: in place of its head
         comes a fresh score head. A classifier's folder needs no number.
       seed: of the fresh head.
+      cancel: asked before every tensor, such as the ``is_set`` of a ``threading.Event``; when it
+        returns True, nothing more is read.
 
     Raises:
       ConfigError: the model is not there, its configuration is not supported, or the folder is
         packed otherwise than ``quantization`` says, or has another number of classes.
       DataError: a file is missing or damaged, or its tensors are not those of the model: all
         missing, unexpected, misshapen and doubled ones are named.
+      LoadingCancelledError: ``cancel`` returned True.
     """
     folder = find_folder(path_or_hub_id, revision)
     model = read_model(folder, dtype=dtype, attention=attention)
@@ -77,7 +85,7 @@ def load_pretrained(
         source = check(shards, model, folder)
         if source.packed and quantization is not None:
             _check_packing(source, model, quantization)
-        return model, read_params(shards, source, model, quantization, mesh, progress)
+        return model, read_params(shards, source, model, quantization, mesh, progress, cancel)
 
 
 def with_score(shards: Shards, model: Model, seed: int) -> Shards:
@@ -200,7 +208,7 @@ def _check_packing(source: Source, model: Model, quantization: QuantConfig) -> N
     for tensor in tensors(model):
         stored = source.packed.get(tensor.name)
         packs = is_quantized(paths.get(wanted, tensor.path)) if named else stored is not None
-        have, want = prequantized.how(stored), describe(quantization) if packs else "not packed"
+        have, want = prequantized.how(stored), scheme_text(quantization) if packs else "not packed"
         if have != want:
             raise ConfigError(
                 f"asks for {tensor.name} {want}, but the base model came packed: it is {have}",
@@ -237,6 +245,7 @@ def read_params(
     quantization: QuantConfig | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: Callable[[int, int], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """The parameter tree, read tensor by tensor; ``source`` as ``check`` returns it."""
     groups, shapes = _groups(model), model.shapes
@@ -253,6 +262,8 @@ def read_params(
 
         def read(index: Index) -> Any:
             nonlocal done
+            if cancel is not None and cancel():
+                raise LoadingCancelledError
             part = _read(shards, source, parts[index], shape, quantization)
             done += size(parts[index])
             if progress is not None:
@@ -300,7 +311,7 @@ def _read(
     if quantization is None or not is_quantized(shape):
         return value
     matrix = jnp.asarray(value)
-    return pack(matrix if prequantized.as_torch(first) else matrix.mT, quantization)
+    return quantize_matrix(matrix if prequantized.as_torch(first) else matrix.mT, quantization)
 
 
 def _dense(shards: Shards, names: Mapping, group: list[Tensor], shape: Any) -> np.ndarray:
