@@ -6,14 +6,19 @@ import pickle
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 import jlora
 from jlora import config
 from jlora.config import LoraConfig, MeshConfig, QuantConfig, TrainConfig
-from jlora.config.engine.other_tools import ELSEWHERE
+from jlora.config.engine.faults import Fault
+from jlora.config.engine.loader import load_section
+from jlora.config.engine.other_tools import OTHER_TOOLS_KEYS
+from jlora.config.engine.schema import ConfigSection, Count
 from jlora.errors import ConfigError, StorageError
 
 ROOT = Path(jlora.__file__).parents[1]
@@ -96,7 +101,7 @@ def test_defaults_are_the_contracts():
         ({"target_modules": "(q_proj"}, "is not a regular expression"),
         ({"rank_pattern": {"(q": 4}}, "is not a regular expression"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern: must be at least 1"),
-        ({"modules_to_save": "lm_head"}, "expected a list (a string each) or null"),
+        ({"modules_to_save": "lm_head"}, "expected a list of strings or null"),
         ({"layers_pattern": "h"}, "means nothing without layers_to_transform"),
         (
             {"layers_to_transform": [1], "target_modules": ".*q_proj"},
@@ -245,7 +250,7 @@ def test_rows_with_classes_make_a_classifier(write):
         (classes(", id2label: [a, a]"), ["each once"]),
         (classes(", id2label: [a, b], num_labels: 3"), ["has 2 names, but num_labels is 3"]),
         (classes(", label2id: {a: 0}"), ["model.label2id: unknown key", "write model.id2label"]),
-        (classes(", problem_type: regression"), ["model.problem_type", "one class of several"]),
+        (classes(", problem_type: regression"), ["model.problem_type", "only single-label classification"]),
         (
             classes(data="  eval: [{path: org/rows, format: text}]"),
             ["c.yaml:2: data: rows with classes are mixed with text", "apart"],
@@ -426,9 +431,9 @@ def test_overrides_win_in_order(write):
         ("train.seed=x", ["train.seed: expected an integer at least 0, got 'x'"]),
         ("train.seed=", ["train.seed: null is not allowed"]),
         ("train.seed.x=1", ["train.seed: expected an integer at least 0"]),
-        ("train.output_dir.x=1", ["nothing below 'out'"]),
+        ("train.output_dir.x=1", ["'out' is a value, so there is nothing below it"]),
         ("data.train.1.path=x", ["the list has 1"]),
-        ("data.train.x.path=x", ["'x' is no number of an entry"]),
+        ("data.train.x.path=x", ["'x' is not an index"]),
         ("mesh.fsdp=-1", ["only one axis can be -1"]),
     ],
 )
@@ -485,6 +490,80 @@ def test_a_run_folder_stands_for_its_resolved_config(write, tmp_path):
     assert config.load(run, ["train.output_dir=x"]).train.output_dir == "x"
 
 
+# Checks run once, on the section itself
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Disk(ConfigSection):
+    """A section with a derived property, which its check uses."""
+
+    size: Count
+    used: Count = 1
+
+    checked: ClassVar[list] = []
+    converted: ClassVar[list] = []
+
+    @property
+    def free(self) -> int:
+        return self.size - self.used
+
+    @classmethod
+    def convert_field(cls, name, value):
+        cls.converted.append(name)
+        return super().convert_field(name, value)
+
+    def check(self):
+        self.checked.append(self)
+        if self.free < 0:
+            yield Fault(("used", "size"), f"is more than size, {self.size}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine(ConfigSection):
+    disk: Disk
+
+
+def test_a_check_may_use_a_property_of_its_section(write):
+    path = write("disk: {size: 8, used: 9}\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml:1: disk\.used: is more than size, 8"):
+        load_section(Machine, path)
+    with pytest.raises(ConfigError, match="Disk: used: is more than size, 8"):
+        Disk(size=8, used=9)
+
+
+def test_a_section_is_converted_and_checked_once_and_is_the_one_returned(write):
+    Disk.checked.clear()
+    Disk.converted.clear()
+    loaded = load_section(Machine, write("disk: {size: 8, used: 3}\n")).disk
+    assert [id(section) for section in Disk.checked] == [id(loaded)]
+    assert sorted(Disk.converted) == ["size", "used"]
+    assert loaded == Disk(size=8, used=3) and loaded.free == 5
+
+
+def test_a_check_that_trips_over_a_faulty_field_reports_that_field_only(write):
+    with pytest.raises(ConfigError) as caught:
+        load_section(Machine, write("disk: {size: many, used: 3}\n"))
+    assert str(caught.value).endswith("disk.size: expected an integer at least 1, got 'many'")
+
+
+def sections(section=config.Config):
+    yield section
+    for hint in typing.get_type_hints(section).values():
+        for inner in (hint, *typing.get_args(hint)):
+            if isinstance(inner, type) and issubclass(inner, ConfigSection):
+                yield from sections(inner)
+
+
+def test_defaults_have_their_fields_types():
+    """The loader takes defaults as they are."""
+    assert len({*sections()}) == 15
+    for section in {*sections()}:
+        for field in dataclasses.fields(section):
+            if field.default is not dataclasses.MISSING:
+                value = section.convert_field(field.name, field.default)
+                assert (type(value), value) == (type(field.default), field.default), field.name
+
+
 # Help, and the whole way
 
 
@@ -505,12 +584,12 @@ def test_every_setting_has_help_and_a_default_that_loads(write):
 
 def test_foreign_settings_name_no_setting_of_ours(write):
     known = {(o.section, o.field) for o in config.options()}
-    for section, keys in ELSEWHERE.items():
+    for section, keys in OTHER_TOOLS_KEYS.items():
         for key, (_, advice) in keys.items():
             assert (section, key) not in known
             for word in advice.replace(":", " ").replace(";", " ").split():
                 name = tuple(word.strip(",").split("."))
-                if section and len(name) == 2 and name[0] in ELSEWHERE and name[1]:
+                if section and len(name) == 2 and name[0] in OTHER_TOOLS_KEYS and name[1]:
                     assert name in known, advice
 
 

@@ -8,7 +8,8 @@ to_yaml(config)                                             # resolved; loads ba
 from jlora.config.config import Config, load, options
 from jlora.config.data import DataConfig, SourceConfig
 from jlora.config.engine.convert import FrozenMap
-from jlora.config.engine.help_text import Option, in_lines, to_yaml
+from jlora.config.engine.help_text import Option
+from jlora.config.engine.yaml_text import in_lines, to_yaml
 from jlora.config.evaluate import EvaluateConfig
 from jlora.config.export import ExportConfig
 from jlora.config.generate import GenerateConfig

@@ -14,9 +14,9 @@ from jlora.config.cross_section import (
 )
 from jlora.config.data import DataConfig, SourceConfig
 from jlora.config.engine.faults import Fault
-from jlora.config.engine.help_text import Option, table_options
-from jlora.config.engine.loader import load_table
-from jlora.config.engine.schema import Section
+from jlora.config.engine.help_text import Option, section_options
+from jlora.config.engine.loader import load_section
+from jlora.config.engine.schema import ConfigSection
 from jlora.config.evaluate import EvaluateConfig
 from jlora.config.export import ExportConfig
 from jlora.config.generate import GenerateConfig
@@ -30,7 +30,7 @@ from jlora.config.train import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Section):
+class Config(ConfigSection):
     """All settings of a run."""
 
     model: ModelConfig
@@ -86,7 +86,7 @@ class Config(Section):
         return self.data.train[0].format == CLASSIFICATION
 
     def check(self) -> Iterator[Fault]:
-        """See Section."""
+        """See ConfigSection."""
         yield from classification_faults(self)
         yield from together_faults(self)
         if self.quantization and not self.lora:
@@ -112,10 +112,10 @@ class Config(Section):
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """The settings in a YAML file or a run folder; see ``load_table``."""
-    return load_table(Config, path, overrides)
+    """The settings in a YAML file or a run folder; see ``load_section``."""
+    return load_section(Config, path, overrides)
 
 
 def options() -> Iterator[Option]:
     """Every setting of every section, in order."""
-    return table_options(Config)
+    return section_options(Config)

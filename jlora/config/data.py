@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 
 from jlora.config.engine.convert import Bounds
 from jlora.config.engine.faults import Fault
-from jlora.config.engine.schema import InputPath, LocalPath, Positive, Section
+from jlora.config.engine.schema import ConfigSection, InputPath, LocalPath, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceConfig(Section):
+class SourceConfig(ConfigSection):
     """One source of rows."""
 
     path: InputPath
@@ -30,7 +30,7 @@ class SourceConfig(Section):
     """The adapter that these rows train, in a run that trains several; its folder has this name."""
 
     def check(self) -> Iterator[Fault]:
-        """See Section."""
+        """See ConfigSection."""
         if self.adapter is None:
             return
         if not re.fullmatch(r"[\w-]+", self.adapter) or self.adapter in ("checkpoints", "merged"):
@@ -39,7 +39,7 @@ class SourceConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(Section):
+class DataConfig(ConfigSection):
     """Rows, and how they become batches."""
 
     train: tuple[SourceConfig, ...]
@@ -62,7 +62,7 @@ class DataConfig(Section):
     """A jinja file that replaces the tokenizer's chat template."""
 
     def check(self) -> Iterator[Fault]:
-        """See Section."""
+        """See ConfigSection."""
         if not self.train:
             yield Fault(("train",), "no source to train on", "add {path: …, format: messages}")
         named = [s.adapter for s in self.train or ()]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jlora.config.engine.schema import Count, Natural, Section
+from jlora.config.engine.schema import ConfigSection, Count, Natural
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Section):
+class EvaluateConfig(ConfigSection):
     """What ``evaluate`` does besides the held-out loss, and the samples in the report."""
 
     exact_match: bool = False

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jlora.config.engine.schema import LocalPath, Natural, Section
+from jlora.config.engine.schema import ConfigSection, LocalPath, Natural
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig(Section):
+class ExportConfig(ConfigSection):
     """Which weights of a run ``export`` writes, and where."""
 
     checkpoint: Natural | LocalPath | None = None

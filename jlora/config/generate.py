@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from jlora.config.engine.convert import Bounds
-from jlora.config.engine.schema import Count, LocalPath, Natural, Positive, Section
+from jlora.config.engine.schema import ConfigSection, Count, LocalPath, Natural, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(Section):
+class GenerateConfig(ConfigSection):
     """What ``generate`` writes."""
 
     prompt: str | None = None

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from jlora.config.engine.convert import Bounds, FrozenMap, Prefix
 from jlora.config.engine.faults import Fault
-from jlora.config.engine.schema import Count, Fraction, LocalPath, Natural, Positive, Section
+from jlora.config.engine.schema import ConfigSection, Count, Fraction, LocalPath, Natural, Positive
 
 FROM_WEIGHTS = re.compile(r"pissa(_niter_\d+)?|olora")
 """Values of init_lora_weights that take the first A and B out of the base."""
@@ -19,7 +19,7 @@ PRESETS = ("all-linear", "attention", "mlp")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoftQConfig(Section):
+class LoftQConfig(ConfigSection):
     """How ``init_lora_weights: loftq`` makes base and adapter together."""
 
     loftq_bits: Literal[4] = 4
@@ -30,7 +30,7 @@ class LoftQConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaConfig(Section):
+class EvaConfig(ConfigSection):
     """How ``init_lora_weights: eva`` makes adapters of the data's own directions."""
 
     rho: Annotated[float, Bounds(1)] = 2.0
@@ -48,7 +48,7 @@ class EvaConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig(Section):
+class LoraConfig(ConfigSection):
     """The adapter (names, defaults and matching rules of PEFT's ``LoraConfig``)."""
 
     r: Count = 8
@@ -130,7 +130,7 @@ class LoraConfig(Section):
         return None if self.init_from else self.init_lora_weights
 
     def check(self) -> Iterator[Fault]:
-        """See Section."""
+        """See ConfigSection."""
         yield from _init_faults(self)
         for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
             value = getattr(self, name)

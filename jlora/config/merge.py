@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jlora.config.engine.schema import Section
+from jlora.config.engine.schema import ConfigSection
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeConfig(Section):
+class MergeConfig(ConfigSection):
     """How ``merge`` folds an adapter into its base."""
 
     base: Literal["dequantized", "original"] = "dequantized"

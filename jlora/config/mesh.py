@@ -8,13 +8,13 @@ from typing import Annotated
 
 from jlora.config.engine.convert import Bounds
 from jlora.config.engine.faults import Fault
-from jlora.config.engine.schema import Section
+from jlora.config.engine.schema import ConfigSection
 
 Axis = Annotated[int, Bounds(-1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeshConfig(Section):
+class MeshConfig(ConfigSection):
     """Devices along each axis; one axis may be -1: all that are left."""
 
     data: Axis = -1
@@ -25,7 +25,7 @@ class MeshConfig(Section):
     """Parts of every matrix, for one and the same part of the batch."""
 
     def check(self) -> Iterator[Fault]:
-        """See Section."""
+        """See ConfigSection."""
         axes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor")}
         for name, size in axes.items():
             if size == 0:

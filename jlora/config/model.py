@@ -8,14 +8,14 @@ from typing import Annotated, ClassVar
 
 from jlora.config.engine.convert import Bounds
 from jlora.config.engine.faults import Fault
-from jlora.config.engine.schema import DTYPES, DType, InputPath, Section
+from jlora.config.engine.schema import DTYPE_ALIASES, ConfigSection, DType, InputPath
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(Section):
+class ModelConfig(ConfigSection):
     """The base model."""
 
-    ALIASES: ClassVar = {"dtype": DTYPES}
+    ALIASES: ClassVar = {"dtype": DTYPE_ALIASES}
 
     name_or_path: InputPath
     """A transformers folder, a hub name, or jlora://… for what the package ships."""
@@ -31,7 +31,7 @@ class ModelConfig(Section):
     """Names of the classes in the order of their ids; null: the model's own, else the data's."""
 
     def check(self) -> Iterator[Fault]:
-        """See Section."""
+        """See ConfigSection."""
         names, keys = self.id2label, ("id2label", "num_labels")
         if names is None:
             return

@@ -8,14 +8,14 @@ from typing import Annotated, ClassVar, Literal
 
 from jlora.config.engine.convert import Bounds
 from jlora.config.engine.faults import Fault
-from jlora.config.engine.schema import DTYPES, DType, Section
+from jlora.config.engine.schema import DTYPE_ALIASES, ConfigSection, DType
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantConfig(Section):
+class QuantConfig(ConfigSection):
     """How frozen linear layers are packed (names of ``BitsAndBytesConfig``)."""
 
-    ALIASES: ClassVar = {"bnb_4bit_compute_dtype": DTYPES}
+    ALIASES: ClassVar = {"bnb_4bit_compute_dtype": DTYPE_ALIASES}
 
     load_in_4bit: bool | None = None
     """Pack into 4 bits; null: unless load_in_8bit."""
@@ -34,13 +34,13 @@ class QuantConfig(Section):
     include_modules: Sequence[str] = ()
     """Names of modules to quantize that are left out otherwise: embed_tokens, lm_head."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def derive_defaults(self) -> None:
+        """See ConfigSection."""
         if self.load_in_4bit is None:
             object.__setattr__(self, "load_in_4bit", not self.load_in_8bit)
 
     def check(self) -> Iterator[Fault]:
-        """See Section."""
+        """See ConfigSection."""
         if self.load_in_4bit and self.load_in_8bit:
             yield Fault(("load_in_8bit", "load_in_4bit"), "both are true", "set one to false")
         if self.load_in_4bit is False and not self.load_in_8bit:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jlora.config.engine.schema import Section
+from jlora.config.engine.schema import ConfigSection
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeConfig(Section):
+class QuantizeConfig(ConfigSection):
     """Where ``quantize`` writes; how it packs is in ``quantization``."""
 
     output_dir: str | None = None

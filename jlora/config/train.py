@@ -9,13 +9,13 @@ from typing import Annotated, ClassVar, Literal
 from jlora.config.engine.convert import FrozenMap, Prefix
 from jlora.config.engine.faults import Fault
 from jlora.config.engine.schema import (
+    ConfigSection,
     Count,
     Fraction,
     LocalPath,
     Natural,
     NonNegative,
     Positive,
-    Section,
 )
 
 OPTAX = "optax."
@@ -23,7 +23,7 @@ OPTAX = "optax."
 OptaxName = Annotated[str, Prefix(OPTAX)]
 """An optimizer of optax by its name there."""
 
-SCHEDULES: Mapping[str, tuple[str, ...]] = {
+SCHEDULER_KWARGS: Mapping[str, tuple[str, ...]] = {
     "linear": (),
     "cosine": ("num_cycles",),
     "constant": (),
@@ -36,7 +36,7 @@ SCHEDULES: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Section):
+class TrainConfig(ConfigSection):
     """The run (names of ``TrainingArguments``)."""
 
     ALIASES: ClassVar = {
@@ -144,7 +144,7 @@ class TrainConfig(Section):
     """Do not start what the compiled step shows to be too much for the devices' memory."""
 
     def check(self) -> Iterator[Fault]:
-        """See Section."""
+        """See ConfigSection."""
         if self.activation_offloading and not self.gradient_checkpointing:
             cause = "offloads what gradient_checkpointing keeps, which is off"
             fix = "set gradient_checkpointing to true, or leave it out"
@@ -156,7 +156,7 @@ class TrainConfig(Section):
         if not self.output_dir:
             yield Fault(("output_dir",), "is empty", "name a folder, such as outputs/run1")
         keys = ("lr_scheduler_kwargs", "lr_scheduler_type")
-        takes = SCHEDULES[self.lr_scheduler_type]
+        takes = SCHEDULER_KWARGS[self.lr_scheduler_type]
         for name in self.lr_scheduler_kwargs:
             if name not in takes:
                 known = f"it takes {', '.join(takes)}" if takes else "it takes none"

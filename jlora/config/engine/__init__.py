@@ -1,1 +1,1 @@
-"""How a table of settings becomes typed, checked, read from YAML and shown as help."""
+"""What sections are built with: conversion, faults, the YAML loader, and their text."""

@@ -1,4 +1,4 @@
-"""Field types with bounds, and values converted to them or refused in a user's words."""
+"""Conversion of plain values (YAML's or Python's) to the annotated types of settings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union
 
 from jlora import errors
@@ -16,8 +16,9 @@ from jlora import errors
 class FrozenMap(Mapping):
     """An immutable, hashable mapping with its keys in sorted order.
 
-    Sorted, because PEFT's pattern tables are order-sensitive and its adapter_config.json is
-    written with sorted keys: any other order would mean something else after a reload.
+    Sorted, because PEFT applies the first pattern of a table that matches and writes
+    adapter_config.json with sorted keys: in any other order the table could mean something else
+    after a reload.
     """
 
     def __init__(self, items: Any = ()):
@@ -41,15 +42,14 @@ class FrozenMap(Mapping):
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """The closed (or open) interval of a number, attached to its type by ``Annotated``."""
+    """Interval that a number must lie in; put on its type with ``Annotated``."""
 
     low: float = -math.inf
     high: float = math.inf
     open_low: bool = False
     open_high: bool = False
 
-    def allow(self, x: float) -> bool:
-        """Whether ``x`` lies within."""
+    def __contains__(self, x: float) -> bool:
         above = x > self.low if self.open_low else x >= self.low
         return above and (x < self.high if self.open_high else x <= self.high)
 
@@ -63,11 +63,18 @@ class Bounds:
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """What a string begins with, attached to its type by ``Annotated``."""
+    """Prefix that a string must have; put on its type with ``Annotated``."""
 
     text: str
-    rest: str = "NAME"
-    """What follows, for people."""
+    placeholder: str = "NAME"
+    """Stands for the rest of the string in help and errors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InputMark:
+    """Marks a string, with ``Annotated``, as the path of something that a command reads."""
+
+    may_be_hub_name: bool
 
 
 class BadValueError(Exception):
@@ -79,74 +86,98 @@ class BadValueError(Exception):
 
 
 def split_annotated(hint: Any) -> tuple[Any, tuple]:
-    """``Annotated[T, …]`` → (T, (…)); anything else → (itself, ())."""
+    """``Annotated[T, …]`` → (T, (…)); any other type → (the type, ())."""
     if typing.get_origin(hint) is Annotated:
         return hint.__origin__, hint.__metadata__
     return hint, ()
 
 
-def alternatives(hint: Any) -> list[Any]:
-    """The members of a union, or the type itself, alone."""
+def union_members(hint: Any) -> list[Any]:
+    """The members of a union; any other type as the only one."""
     if typing.get_origin(hint) in (Union, types.UnionType):
         return list(typing.get_args(hint))
     return [hint]
 
 
-def describe(hint: Any) -> str:
+def literal_values(hint: Any) -> list[Any]:
+    """The values that the ``Literal`` members of a type allow."""
+    literals = [m for m in union_members(hint) if typing.get_origin(m) is Literal]
+    return [value for member in literals for value in typing.get_args(member)]
+
+
+def type_in_words(hint: Any, plural: bool = False) -> str:
     """A type in a user's words, such as ``an integer at least 1 or null``."""
-    options = alternatives(hint)
-    if any(split_annotated(option)[0] is float for option in options):
-        options = [option for option in options if split_annotated(option)[0] is not int]
-    if len(options) > 1:
-        return " or ".join(dict.fromkeys(describe(option) for option in options))
-    hint = options[0]
-    base, extra = split_annotated(hint)
-    bounds = [f" {b}" for b in extra if isinstance(b, Bounds)]
+    members = union_members(hint)
+    if any(split_annotated(member)[0] is float for member in members):
+        members = [member for member in members if split_annotated(member)[0] is not int]
+    words = list(dict.fromkeys(w for member in members for w in _member_words(member, plural)))
+    text = f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
+    return f"one of {text}" if len(literal_values(hint)) > 2 else text
+
+
+NOUNS = {int: ("an integer", "integers"), float: ("a number", "numbers")}
+NOUNS |= {str: ("a string", "strings")}
+
+
+def _member_words(hint: Any, plural: bool) -> list[str]:
+    base, marks = split_annotated(hint)
     origin, args = typing.get_origin(base), typing.get_args(base)
     if origin is Literal:
-        words = ", ".join(show(a) for a in args)
-        return f"one of {words}" if len(args) > 1 else words
+        return [value_in_words(value) for value in args]
+    if base is bool:
+        return ["true", "false"]
+    if base is type(None):
+        return ["null"]
     if origin in (tuple, Sequence):
-        return f"a list ({describe(args[0])} each)"
+        return [f"{'lists' if plural else 'a list'} of {type_in_words(args[0], plural=True)}"]
     if origin is Mapping:
-        return f"names and values ({describe(args[1])} each)"
-    if prefixes := [p for p in extra if isinstance(p, Prefix)]:
-        return prefixes[0].text + prefixes[0].rest
-    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
-    name = "null" if base is type(None) else names.get(base, f"a {base.__name__} section")
-    return name + "".join(bounds)
+        noun = "mappings" if plural else "a mapping"
+        return [f"{noun} of names to {type_in_words(args[1], plural=True)}"]
+    for mark in marks:
+        if isinstance(mark, Prefix):
+            return [mark.text + mark.placeholder]
+        if isinstance(mark, InputMark):
+            return ["a path or a hub name" if mark.may_be_hub_name else "a path"]
+    name = base.__name__.removesuffix("Config").lower()
+    noun = NOUNS.get(base, (f"a {name} section", f"{name} sections"))[plural]
+    return [noun + "".join(f" {mark}" for mark in marks if isinstance(mark, Bounds))]
 
 
-def show(value: Any) -> str:
+def value_in_words(value: Any) -> str:
     """A value as YAML writes it, shortened."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return reprlib.repr(value) if isinstance(value, list | dict | tuple) else _short(repr(value))
-
-
-def _short(text: str) -> str:
+    if isinstance(value, list | dict | tuple):
+        return reprlib.repr(value)
+    text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def convert(value: Any, hint: Any) -> Any:
-    """``value`` in the type ``hint``; raises BadValueError saying what was expected."""
-    options = alternatives(hint)
-    for option in options:
-        if fits(value, option):
-            return _convert_one(value, option)
+def convert_value(value: Any, hint: Any) -> Any:
+    """``value`` in the type ``hint``; raises BadValueError saying what was expected.
+
+    Lists become tuples and mappings become FrozenMap, so that the result is hashable.
+    """
+    members = union_members(hint)
+    for member in members:
+        if has_outer_type(value, member):
+            return _convert_to_member(value, member)
+    expected = type_in_words(hint)
     if value is None:
-        raise BadValueError(f"null is not allowed: expected {describe(hint)}", "leave the key out")
-    raise BadValueError(f"expected {describe(hint)}, got {show(value)}", _remedy(value, options))
+        raise BadValueError(f"null is not allowed: expected {expected}", "leave the key out")
+    raise BadValueError(
+        f"expected {expected}, got {value_in_words(value)}", _suggestion(value, members)
+    )
 
 
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value has the outer type ``hint``; elements and bounds are judged later."""
-    base, extra = split_annotated(hint)
+def has_outer_type(value: Any, hint: Any) -> bool:
+    """Whether ``value`` has the type ``hint``, leaving its elements and bounds aside."""
+    base, marks = split_annotated(hint)
     origin = typing.get_origin(base)
-    if any(isinstance(p, Prefix) for p in extra):
-        return isinstance(value, str) and all(value.startswith(p.text) for p in extra)
+    if prefixes := [mark.text for mark in marks if isinstance(mark, Prefix)]:
+        return isinstance(value, str) and value.startswith(prefixes[0])
     if origin is Literal:
-        # 1 == True: compare types too.
+        # 1 == True in Python, so compare the types, too.
         return any(type(a) is type(value) and a == value for a in typing.get_args(base))
     if origin in (tuple, Sequence):
         return isinstance(value, Sequence | set | frozenset) and not isinstance(value, str | bytes)
@@ -157,46 +188,49 @@ def fits(value: Any, hint: Any) -> bool:
     return isinstance(value, base | Mapping if dataclasses.is_dataclass(base) else base)
 
 
-def _convert_one(value: Any, hint: Any) -> Any:
-    base, extra = split_annotated(hint)
+def _convert_to_member(value: Any, hint: Any) -> Any:
+    """``value``, whose outer type is right, converted to ``hint``, which is no union."""
+    base, marks = split_annotated(hint)
     origin, args = typing.get_origin(base), typing.get_args(base)
     if origin in (tuple, Sequence):
+        # Sets come from Python (peft's target_modules); sorted, they are the same in each process.
         items = sorted(value) if isinstance(value, set | frozenset) else value
-        return tuple(convert(item, args[0]) for item in items)
+        return tuple(convert_value(item, args[0]) for item in items)
     if origin is Mapping:
-        bad = [key for key in value if not isinstance(key, str)]
-        if bad:
-            raise BadValueError(f"expected names as keys, got {show(bad[0])}", "put it in quotes")
-        return FrozenMap({key: convert(item, args[1]) for key, item in value.items()})
+        if bad := [key for key in value if not isinstance(key, str)]:
+            cause = f"expected names as keys, got {value_in_words(bad[0])}"
+            raise BadValueError(cause, "put it in quotes")
+        return FrozenMap({key: convert_value(item, args[1]) for key, item in value.items()})
     if isinstance(value, Mapping):
-        return _table(value, base)
+        return _build_section(value, base)
     if base is float:
         value = float(value)
         if not math.isfinite(value):
             raise BadValueError(f"expected a finite number, got {value}")
-    for bounds in extra:
-        if isinstance(bounds, Bounds) and not bounds.allow(value):
-            raise BadValueError(f"must be {bounds}, got {value:g}")
+    for mark in marks:
+        if isinstance(mark, Bounds) and value not in mark:
+            raise BadValueError(f"must be {mark}, got {value:g}")
     return value
 
 
-def _table(values: Mapping, table: type) -> Any:
-    """A table of settings from names and values."""
-    known = [f.name for f in dataclasses.fields(table)]
+def _build_section(values: Mapping, section: type) -> Any:
+    """A nested section from a mapping that was given in Python."""
+    known = [f.name for f in dataclasses.fields(section)]
     for name in values:
         if name not in known:
-            near = errors.did_you_mean(str(name), known) or f"known here: {', '.join(known)}"
-            raise BadValueError(f"unknown key {show(name)}", near)
-    return table(**values)
+            fix = errors.did_you_mean(str(name), known) or f"known keys: {', '.join(known)}"
+            raise BadValueError(f"unknown key {value_in_words(name)}", fix)
+    return section(**values)
 
 
-def _remedy(value: Any, options: Sequence[Any]) -> str | None:
-    bases = [split_annotated(option)[0] for option in options]
+def _suggestion(value: Any, members: Iterable[Any]) -> str | None:
+    """What to write instead of a value that fits none of ``members``."""
+    bases = [split_annotated(member)[0] for member in members]
     if isinstance(value, str):
-        words = [a for b in bases if typing.get_origin(b) is Literal for a in typing.get_args(b)]
         if bool in bases and value.lower() in ("yes", "on", "y", "no", "off", "n"):
-            return f"write {show(value.lower() in ('yes', 'on', 'y'))}"
-        return errors.did_you_mean(value, [w for w in words if isinstance(w, str)])
+            return f"write {value_in_words(value.lower() in ('yes', 'on', 'y'))}"
+        words = [word for base in bases for word in literal_values(base)]
+        return errors.did_you_mean(value, [word for word in words if isinstance(word, str)])
     if str in bases and isinstance(value, int | float) and not isinstance(value, bool):
         return f'put it in quotes: "{value}"'
     if isinstance(value, Mapping) and any(typing.get_origin(b) in (tuple, Sequence) for b in bases):

@@ -1,4 +1,4 @@
-"""What is wrong with settings: one ``Fault`` each, and one exception for all of them."""
+"""Mistakes in settings: a ``Fault`` describes one, and one exception reports all of them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from jlora import errors
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong: the dotted keys it involves (first is named), cause and remedy."""
+    """One mistake: the dotted keys involved (the message names the first), its cause and remedy.
+
+    ``where`` is a file with its line, an override, or the class that was called from Python.
+    """
 
     keys: tuple[str, ...]
     cause: str
     fix: str | None = None
     where: str | None = None
 
-    def under(self, prefix: str) -> Fault:
-        """The same fault with its keys below a section."""
-        return dataclasses.replace(self, keys=tuple(f"{prefix}.{k}" for k in self.keys))
+    def with_prefix(self, prefix: str) -> Fault:
+        """The same fault with ``prefix.`` before each key."""
+        return dataclasses.replace(self, keys=tuple(f"{prefix}.{key}" for key in self.keys))
 
-    def error(self) -> errors.ConfigError:
+    def as_error(self) -> errors.ConfigError:
         """This fault as an exception."""
-        place = ": ".join(part for part in (self.where, self.keys[0] if self.keys else "") if part)
+        place = ": ".join(part for part in (self.where, *self.keys[:1]) if part)
         return errors.ConfigError(self.cause, where=place or None, fix=self.fix)
 
 
-def as_error(faults: Sequence[Fault]) -> errors.ConfigError:
-    """One exception for all faults of a table or a file."""
+def combined_error(faults: Sequence[Fault]) -> errors.ConfigError:
+    """One exception that lists every fault."""
     if len(faults) == 1:
-        return faults[0].error()
-    lines = [str(fault.error()) for fault in faults]
+        return faults[0].as_error()
+    lines = [str(fault.as_error()) for fault in faults]
     return errors.ConfigError("\n".join([f"{len(faults)} settings are wrong", *lines]))

@@ -1,77 +1,71 @@
-"""From a YAML file and overrides to a ``Config``, with all faults of the file in one error."""
+"""From a YAML file and overrides to a section, with all faults of the file in one error."""
 
 from __future__ import annotations
 
 import dataclasses
-import glob
 import os
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from jlora import errors
-from jlora.config.engine import other_tools
 from jlora.config.engine.convert import (
     BadValueError,
-    alternatives,
-    describe,
-    show,
+    InputMark,
+    literal_values,
     split_annotated,
+    type_in_words,
+    union_members,
+    value_in_words,
 )
-from jlora.config.engine.faults import Fault, as_error
-from jlora.config.engine.schema import INPUT, LOCAL, Section, hints
-from jlora.config.engine.yaml_nodes import Node, Reader, override, put
+from jlora.config.engine.faults import Fault, combined_error
+from jlora.config.engine.input_paths import absolute_input
+from jlora.config.engine.other_tools import has_no_effect, unknown_key_advice
+from jlora.config.engine.schema import ConfigSection, field_types
+from jlora.config.engine.yaml_nodes import YamlNode, YamlReader, apply_override, replace_at
 
-ASSETS = Path(__file__).parents[2] / "assets"
-"""What ``jlora://`` names lie in."""
-
-T = TypeVar("T", bound=Section)
-
-SCHEME = "jlora://"
+T = TypeVar("T", bound=ConfigSection)
 
 RESOLVED = "config.yaml"
-"""The file of a run folder that holds its resolved settings."""
-
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".jinja", ".gz", ".yaml")
+"""The file in a run folder that holds the run's settings."""
 
 
-def load_table(table: type[T], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> T:
+def load_section(root: type[T], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> T:
     """Reads a YAML file, or the config.yaml of a run folder, and applies overrides in order.
 
-    Input paths become absolute: ``jlora://…`` names what the package ships, a relative path is
-    looked up from the working directory, then from the file's folder; a name that is found in
-    neither stays as it is where it may be a hub name. Of a run folder, ``train.output_dir`` is
-    the folder itself, so that a run can be moved, and its inputs need not be there any more.
+    Input paths become absolute, see ``input_paths``. In the settings of a run folder,
+    ``train.output_dir`` is replaced by that folder, so that a run can be moved, and the run's
+    inputs need not exist any more.
 
-    Raises ConfigError naming each fault's file, line and key, or the override; StorageError when
-    the file cannot be read.
+    Raises ConfigError naming each fault's key with its file and line or its override; StorageError
+    if the file cannot be read.
     """
     path = Path(path).expanduser()
-    run = path if path.is_dir() else None
-    file = path / RESOLVED if run else path
+    run_folder = path if path.is_dir() else None
+    file = path / RESOLVED if run_folder else path
     faults: list[Fault] = []
-    root = Reader(str(file), faults).read(_text(file))
-    if run:
-        root = put(root, ("train", "output_dir"), Node(str(run), str(file)), str(file), faults)
-    for text in overrides:
-        root = override(root, text, faults)
-    builder = _Builder(file, table, faults, inputs_must_exist=run is None)
-    result = builder.table(table, root, "")
+    tree = YamlReader(str(file), faults).read(_file_text(file))
+    if run_folder:
+        output_dir = YamlNode(str(run_folder), str(file))
+        tree = replace_at(tree, ("train", "output_dir"), output_dir, str(file), faults)
+    for override in overrides:
+        tree = apply_override(tree, override, faults)
+    builder = _SectionBuilder(file, root, faults, inputs_must_exist=run_folder is None)
+    section = builder.build(root, tree, "")
     if faults:
-        raise as_error(sorted(faults, key=_line))
-    return result
+        raise combined_error(sorted(faults, key=_line_of))
+    return section
 
 
-def _line(fault: Fault) -> float:
-    """The order in which faults are shown: by line, then the overrides'."""
+def _line_of(fault: Fault) -> float:
+    """Sort key of faults: the line in the file; overrides come last."""
     line = (fault.where or "").rpartition(":")[2]
     in_file = line.isdigit() and not (fault.where or "").startswith("override ")
     return int(line) if in_file else float("inf")
 
 
-def _text(file: Path) -> str:
+def _file_text(file: Path) -> str:
     try:
         return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as bad:
@@ -81,155 +75,163 @@ def _text(file: Path) -> str:
         ) from None
     except FileNotFoundError:
         folder = file.parent if file.parent.is_dir() else Path()
-        near = errors.did_you_mean(file.name, [f.name for f in folder.iterdir()])
+        fix = errors.did_you_mean(file.name, [f.name for f in folder.iterdir()])
         if file.name == RESOLVED:
-            near = "name a YAML file, or the output folder of a run"
-        raise errors.ConfigError("no such file", where=str(file), fix=near) from None
+            fix = "name a YAML file, or the output folder of a run"
+        raise errors.ConfigError("no such file", where=str(file), fix=fix) from None
     except OSError as bad:
         reason = bad.strerror or str(bad)
         raise errors.StorageError(f"cannot be read: {reason}", where=str(file)) from None
 
 
-def _tables(root: type[Section]) -> dict[str, list[str]]:
-    sections = {name: _table_of(hint)[0] for name, hint in hints(root).items()}
-    return {"": list(sections)} | {name: list(hints(t)) for name, t in sections.items() if t}
+def _keys_of_sections(root: type[ConfigSection]) -> dict[str, list[str]]:
+    """Section → its keys, and "" → the sections."""
+    sections = {name: _section_in(hint)[0] for name, hint in field_types(root).items()}
+    keys = {name: list(field_types(section)) for name, section in sections.items() if section}
+    return {"": list(sections)} | keys
 
 
-def _table_of(hint: Any) -> tuple[type[Section] | None, bool]:
-    """(the table that a field holds, whether it holds a list of them)."""
-    for option in alternatives(hint):
-        if isinstance(option, type) and issubclass(option, Section):
-            return option, False
-        args = typing.get_args(option)
-        if typing.get_origin(option) is tuple and issubclass(args[0], Section):
+def _section_in(hint: Any) -> tuple[type[ConfigSection] | None, bool]:
+    """(the section that a field of this type holds, whether the field is a list of them)."""
+    for member in union_members(hint):
+        if isinstance(member, type) and issubclass(member, ConfigSection):
+            return member, False
+        args = typing.get_args(member)
+        if typing.get_origin(member) is tuple and issubclass(args[0], ConfigSection):
             return args[0], True
     return None, False
 
 
 @dataclasses.dataclass
-class _Builder:
+class _SectionBuilder:
+    """Builds sections from YAML nodes and appends what is wrong to ``faults``.
+
+    Each value is converted once and each section checked once, on the section itself.
+    """
+
     file: Path
-    root: type[Section]
+    root: type[ConfigSection]
     faults: list[Fault]
     inputs_must_exist: bool
 
-    def fault(self, node: Node, key: str, cause: str, fix: str | None = None) -> None:
+    def add_fault(self, node: YamlNode, key: str, cause: str, fix: str | None = None) -> None:
         self.faults.append(Fault((key,) if key else (), cause, fix, node.where))
 
-    def table(self, table: type[Section], node: Node, prefix: str) -> Any:
-        """A table from a mapping.
+    def build(self, section: type[T], node: YamlNode, prefix: str) -> T:
+        """The section that ``node`` describes; ``prefix`` is its own dotted key.
 
-        After a fault it holds None or the default in the faulty fields: enough to check the rest,
-        so that one error shows everything.
+        A faulty field holds its default, or None if it has none, so that the other fields can be
+        checked and one error reports everything.
         """
         given = node.value
         if given is None:
             given = {}
         if not isinstance(given, dict):
-            self.fault(node, prefix, f"expected keys and values, got {_kind(given)}")
+            found = "a list" if isinstance(given, list) else value_in_words(given)
+            self.add_fault(node, prefix, f"expected keys and values, got {found}")
             given = {}
-        self._unknown(table, given, prefix)
-        values, bad = {}, set()
-        for field in dataclasses.fields(table):  # pyright: ignore[reportArgumentType]
+        self._report_unknown_keys(section, given, prefix)
+        values, faulty = {}, set()
+        for field in dataclasses.fields(section):  # pyright: ignore[reportArgumentType]
             key = f"{prefix}.{field.name}".lstrip(".")
             count = len(self.faults)
-            default = None if field.default is dataclasses.MISSING else field.default
-            values[field.name] = default
+            required = field.default is dataclasses.MISSING
+            default = None if required else field.default
             if field.name in given:
-                values[field.name] = self.value(table, field.name, given[field.name], key, default)
-            elif field.default is dataclasses.MISSING:
-                values[field.name] = self._missing(table, field.name, node, key)
-            bad |= {key} if len(self.faults) > count else set()
-        self._check(table, values, node, prefix, bad)
-        result = object.__new__(table)
-        for name, value in values.items():
-            object.__setattr__(result, name, value)
-        return result if self.faults else table(**values)
+                value = self._field(section, field.name, given[field.name], key, default)
+            else:
+                value = self._missing(section, field.name, node, key) if required else default
+            values[field.name] = value
+            faulty |= {key} if len(self.faults) > count else set()
+        result = section.from_converted(values)
+        self._check(result, node, prefix, faulty)
+        return result
 
-    def value(self, table: type[Section], name: str, node: Node, key: str, default: Any) -> Any:
+    def _field(
+        self, section: type[ConfigSection], name: str, node: YamlNode, key: str, default: Any
+    ) -> Any:
         """The value of one field, or ``default`` after a fault."""
-        hint = hints(table)[name]
-        inner, many = _table_of(hint)
-        if inner and many and isinstance(node.value, list):
-            return tuple(self.table(inner, n, f"{key}.{i}") for i, n in enumerate(node.value))
-        if inner and not many:
-            if node.value is not None:
-                return self.table(inner, node, key)
-            if type(None) not in alternatives(hint):
-                return self.table(inner, node, key)
+        hint = field_types(section)[name]
+        nested, is_list = _section_in(hint)
+        if nested and is_list and isinstance(node.value, list):
+            return tuple(self.build(nested, n, f"{key}.{i}") for i, n in enumerate(node.value))
+        if nested and not is_list:
+            if node.value is not None or type(None) not in union_members(hint):
+                return self.build(nested, node, key)
+            # `lora:` without anything below could mean either; only a written null is clear.
             if node.empty:
                 fix = f"write {key}: {{}} for the defaults, or {key}: null to leave it out"
-                self.fault(node, key, "the section is empty", fix)
+                self.add_fault(node, key, "the section is empty", fix)
             return None
-        return self._leaf(table, name, node, key, default)
+        return self._plain_field(section, name, node, key, default)
 
-    def _leaf(self, table: type[Section], name: str, node: Node, key: str, default: Any) -> Any:
-        hint = hints(table)[name]
-        plain = node.plain()
-        only_text = {split_annotated(h)[0] for h in alternatives(hint)} <= {str, type(None)}
-        if node.text is not None and only_text and plain is not None:
-            plain = node.text  # a shell has eaten the quotes of an override
+    def _plain_field(
+        self, section: type[ConfigSection], name: str, node: YamlNode, key: str, default: Any
+    ) -> Any:
+        hint = field_types(section)[name]
+        value = node.plain()
+        only_text = {split_annotated(h)[0] for h in union_members(hint)} <= {str, type(None)}
+        if node.override_text is not None and only_text and value is not None:
+            # The shell removes quotes: model.revision="123" arrives as the number 123.
+            value = node.override_text
         try:
-            value = table.convert(name, plain, hint)
-            return self._path(value, hint)
+            return self._with_absolute_path(section.convert_field(name, value), hint)
         except BadValueError as bad:
             fix = bad.fix
-            if plain is None and fix and default is not None:
+            if value is None and fix and default is not None:
                 fix = f"{fix} to use the default"
-            self.fault(node, key, bad.cause, fix)
+            self.add_fault(node, key, bad.cause, fix)
             return default
 
-    def _unknown(self, table: type[Section], given: dict[str, Node], prefix: str) -> None:
-        known = hints(table)
-        section = prefix.partition(".")[0] if prefix.count(".") == 0 else prefix
-        for key, node in given.items():
-            if key in known or other_tools.harmless(section, key, node.plain()):
-                continue
-            cause, fix = other_tools.remedy(
-                section, key, _tables(self.root) | {section: list(known)}
-            )
-            self.fault(node, f"{prefix}.{key}".lstrip("."), cause, fix)
+    def _with_absolute_path(self, value: Any, hint: Any) -> Any:
+        """``value``, made absolute if the field is an input path."""
+        marks = [m for h in union_members(hint) for m in split_annotated(h)[1]]
+        inputs = [mark for mark in marks if isinstance(mark, InputMark)]
+        if not inputs or not isinstance(value, str) or value in literal_values(hint):
+            return value
+        may_be_hub_name = any(mark.may_be_hub_name for mark in inputs)
+        return absolute_input(value, self.file, may_be_hub_name, self.inputs_must_exist)
 
-    def _missing(self, table: type[Section], name: str, node: Node, key: str) -> Any:
-        inner, many = _table_of(hints(table)[name])
-        if inner and not many:
-            self.fault(node, key, "the section is missing", f"it needs {_needs(inner)}")
-            return _Builder(self.file, self.root, [], False).table(inner, Node({}, node.where), key)
-        self.fault(node, key, "is missing", f"give {describe(hints(table)[name])}")
+    def _report_unknown_keys(
+        self, section: type[ConfigSection], given: dict[str, YamlNode], prefix: str
+    ) -> None:
+        known = field_types(section)
+        name = prefix.partition(".")[0] if prefix.count(".") == 0 else prefix
+        for key, node in given.items():
+            if key in known or has_no_effect(name, key, node.plain()):
+                continue
+            keys_of = _keys_of_sections(self.root) | {name: list(known)}
+            cause, fix = unknown_key_advice(name, key, keys_of)
+            self.add_fault(node, f"{prefix}.{key}".lstrip("."), cause, fix)
+
+    def _missing(self, section: type[ConfigSection], name: str, node: YamlNode, key: str) -> Any:
+        """Reports a required field that is not given; an empty section in its place, or None."""
+        hint = field_types(section)[name]
+        nested, is_list = _section_in(hint)
+        if nested and not is_list:
+            self.add_fault(node, key, "the section is missing", f"it needs {_required(nested)}")
+            silent = dataclasses.replace(self, faults=[])
+            return silent.build(nested, YamlNode({}, node.where), key)
+        self.add_fault(node, key, "is missing", f"give {type_in_words(hint)}")
         return None
 
-    def _check(self, table: type, values: dict, node: Node, prefix: str, bad: set[str]) -> None:
-        for fault in table.check(SimpleNamespace(**values)):
-            fault = fault.under(prefix) if prefix else fault
-            if not bad.intersection(fault.keys):
-                key = fault.keys[0]
-                self.fault(_find(node, key.removeprefix(f"{prefix}.")), key, fault.cause, fault.fix)
-
-    def _path(self, value: Any, hint: Any) -> Any:
-        """An input path as an absolute one, if it is there; see ``load``."""
-        marks = {m for h in alternatives(hint) for m in split_annotated(h)[1]} & {INPUT, LOCAL}
-        words = [w for h in alternatives(hint) for w in typing.get_args(h) if isinstance(w, str)]
-        if not isinstance(value, str) or not marks or value in words[:-1]:
-            return value
-        return self._resolve(value, may_be_hub=INPUT in marks)
-
-    def _resolve(self, name: str, may_be_hub: bool) -> str:
-        folders = [Path.cwd(), self.file.resolve().parent]
-        relative = os.path.expanduser(name)
-        if name.startswith(SCHEME):
-            folders, relative = [ASSETS], name.removeprefix(SCHEME)
-        for folder in folders:
-            candidate = os.path.normpath(folder / relative)
-            if os.path.exists(candidate) or (glob.has_magic(name) and glob.glob(candidate)):
-                return candidate
-        local = name.startswith((SCHEME, "/", ".", "~")) or name.endswith(DATA_SUFFIXES)
-        if self.inputs_must_exist and (local or glob.has_magic(name) or not may_be_hub):
-            raise BadValueError(f"no such file or folder: {name!r}", _near(folders, relative))
-        return name
+    def _check(self, section: ConfigSection, node: YamlNode, prefix: str, faulty: set[str]) -> None:
+        """Reports contradictions between fields, except those that involve a faulty field."""
+        try:
+            for fault in section.check():
+                fault = fault.with_prefix(prefix) if prefix else fault
+                if not faulty.intersection(fault.keys):
+                    key = fault.keys[0]
+                    place = _deepest_given(node, key.removeprefix(f"{prefix}."))
+                    self.add_fault(place, key, fault.cause, fault.fix)
+        except (AttributeError, TypeError, LookupError):
+            # A property may not bear the None of a faulty field, which is reported already.
+            if not self.faults:
+                raise
 
 
-def _find(node: Node, key: str) -> Node:
-    """The deepest given node on the way to ``key``."""
+def _deepest_given(node: YamlNode, key: str) -> YamlNode:
+    """The deepest node on the path ``key`` that is in the file."""
     for part in key.split("."):
         if not isinstance(node.value, dict) or part not in node.value:
             break
@@ -237,17 +239,6 @@ def _find(node: Node, key: str) -> Node:
     return node
 
 
-def _kind(value: Any) -> str:
-    return "a list" if isinstance(value, list) else show(value)
-
-
-def _needs(table: type[Section]) -> str:
-    fields = dataclasses.fields(table)  # pyright: ignore[reportArgumentType]
+def _required(section: type[ConfigSection]) -> str:
+    fields = dataclasses.fields(section)  # pyright: ignore[reportArgumentType]
     return ", ".join(f.name for f in fields if f.default is dataclasses.MISSING)
-
-
-def _near(folders: Sequence[Path], relative: str) -> str:
-    parents = [(folder / relative).parent for folder in folders]
-    names = {f.name for parent in parents if parent.is_dir() for f in parent.iterdir()}
-    close = errors.did_you_mean(Path(relative).name, sorted(names))
-    return close or f"looked in {' and '.join(str(f) for f in dict.fromkeys(folders))}"

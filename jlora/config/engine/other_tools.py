@@ -1,7 +1,7 @@
-"""Settings of PEFT, transformers and TRL that are spelled otherwise here, or not there yet.
+"""Settings of PEFT, transformers and TRL that have another name here, or are not supported.
 
-Users paste whole settings over. What would change nothing at its value is passed over; everything
-else is an error that names the equivalent.
+Users copy whole sections from other tools. A key is ignored if its value asks for what jlora does
+anyway, and is otherwise an error that names the equivalent setting.
 """
 
 from __future__ import annotations
@@ -14,34 +14,37 @@ OFF = (None, False)
 
 NOT_YET = "jlora does not support this field of PEFT yet"
 
-ELSEWHERE: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
+OTHER_TOOLS_KEYS: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
     "model": {
         "model_name_or_path": ((), "write model.name_or_path"),
         "pretrained_model_name_or_path": ((), "write model.name_or_path"),
         "torch_dtype": ((), "write model.dtype"),
         "attn_implementation": ((), "write model.attention"),
-        "trust_remote_code": (OFF, "jlora never runs code from a model's folder"),
-        "use_cache": ((True, False, None), "generation always has a cache"),
+        "trust_remote_code": (OFF, "jlora never runs code from a model folder"),
+        "use_cache": ((True, False, None), "generation always uses a KV cache"),
         "load_in_4bit": (OFF, "write quantization: {load_in_4bit: true}"),
         "load_in_8bit": (OFF, "write quantization: {load_in_8bit: true}"),
-        "label2id": ((), "write model.id2label: the names in the order of their ids"),
+        "label2id": ((), "write model.id2label: a list of names in the order of their ids"),
         "problem_type": (
             (None, "single_label_classification"),
-            "a classifier chooses one class of several",
+            "only single-label classification is supported",
         ),
         "device_map": ((None, "auto"), "set the mesh section"),
     },
     "quantization": {
-        "quant_method": (("bitsandbytes",), "the formats are bitsandbytes'"),
-        "llm_int8_threshold": ((6.0, None), "activations are not quantized, so none is an outlier"),
-        "llm_int8_enable_fp32_cpu_offload": (OFF, "weights stay on the devices"),
-        "llm_int8_has_fp16_weight": (OFF, "frozen weights are kept in 8 bits only"),
-        "bnb_4bit_quant_storage": ((None, "uint8"), "codes are always packed into uint8"),
+        "quant_method": (("bitsandbytes",), "the quantized formats are those of bitsandbytes"),
+        "llm_int8_threshold": (
+            (6.0, None),
+            "only weights are quantized, not activations",
+        ),
+        "llm_int8_enable_fp32_cpu_offload": (OFF, "offloading weights to the CPU is not supported"),
+        "llm_int8_has_fp16_weight": (OFF, "frozen weights are stored in 8 bits only"),
+        "bnb_4bit_quant_storage": ((None, "uint8"), "codes are always stored as uint8"),
         "bnb_4bit_blocksize": ((), "write quantization.block_size"),
         "blocksize": ((), "write quantization.block_size"),
     },
     "lora": {
-        "peft_type": (("LORA", None), "only LORA"),
+        "peft_type": (("LORA", None), "only LORA is supported"),
         "peft_version": ((), "leave it out"),
         "inference_mode": ((True, False, None), "leave it out"),
         "auto_mapping": ((None,), NOT_YET),
@@ -95,18 +98,18 @@ ELSEWHERE: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "max_seq_length": ((), "write data.max_length"),
         "overwrite_output_dir": ((), "write train.resume: never"),
         "resume_from_checkpoint": (OFF, "write train.resume: auto, never or a checkpoint's folder"),
-        "data_seed": ((None,), "train.seed orders the data too"),
+        "data_seed": ((None,), "train.seed determines the data order, too"),
         "full_determinism": ((True, False, None), "a run is always reproducible"),
         "report_to": (("none", None), "metrics.jsonl and report.html are always written"),
-        "logging_dir": ((None,), "everything is below train.output_dir"),
+        "logging_dir": ((None,), "logs are written to train.output_dir"),
         "logging_first_step": ((True, False, None), "the first step is always logged"),
-        "run_name": ((None,), "name the run by train.output_dir"),
+        "run_name": ((None,), "set train.output_dir: its name is the run's"),
         "gradient_checkpointing_kwargs": (
             (None, {}, {"use_reentrant": False}),
             "write train.gradient_checkpointing",
         ),
         "group_by_length": (OFF, "write data.packing: true"),
-        "dataloader_num_workers": ((0, None), "batches are prepared in the background anyway"),
+        "dataloader_num_workers": ((0, None), "batches are prepared by a background thread"),
         "dataloader_drop_last": (OFF, "the last partial batch is always trained on"),
         "dataloader_pin_memory": ((True, False, None), "leave it out"),
         "remove_unused_columns": ((True, False, None), "leave it out"),
@@ -115,7 +118,7 @@ ELSEWHERE: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "deepspeed": ((None,), "set mesh.fsdp"),
         "ddp_find_unused_parameters": ((True, False, None), "leave it out"),
         "local_rank": ((-1, None), "leave it out"),
-        "torch_compile": ((True, False, None), "every step is compiled"),
+        "torch_compile": ((True, False, None), "every step is compiled by XLA"),
         "tf32": ((None,), "set train.bf16"),
         "no_cuda": (OFF, "set the environment variable JAX_PLATFORMS=cpu"),
         "use_cpu": (OFF, "set the environment variable JAX_PLATFORMS=cpu"),
@@ -123,7 +126,7 @@ ELSEWHERE: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "optim_target_modules": ((None,), "GaLore and APOLLO are not supported"),
         "label_smoothing_factor": ((0, 0.0), "label smoothing is not supported"),
         "neftune_noise_alpha": ((None,), "NEFTune is not supported"),
-        "load_best_model_at_end": (OFF, "not supported: the last state is saved"),
+        "load_best_model_at_end": (OFF, "not supported: the weights of the last step are saved"),
         "push_to_hub": (OFF, "upload train.output_dir with huggingface-cli"),
         "auto_find_batch_size": (OFF, "set train.per_device_train_batch_size"),
         "do_train": ((True, None), "run python -m jlora.train"),
@@ -145,27 +148,29 @@ ELSEWHERE: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "base_model": ((), "write model: {name_or_path: …}"),
     },
 }
-"""Section → a key known elsewhere → (values that change nothing here, what to do otherwise)."""
+"""Section → another tool's key → (values that ask for what jlora does anyway, the remedy for
+every other value)."""
 
 
-def harmless(section: str, key: str, value: Any) -> bool:
-    """Whether a foreign setting has a value that means what jlora does anyway."""
-    values, _ = ELSEWHERE.get(section, {}).get(key, ((), ""))
+def has_no_effect(section: str, key: str, value: Any) -> bool:
+    """Whether another tool's setting has a value that asks for what jlora does anyway."""
+    values, _ = OTHER_TOOLS_KEYS.get(section, {}).get(key, ((), ""))
     return any(type(v) is type(value) and v == value for v in values)
 
 
-def remedy(section: str, key: str, tables: dict[str, list[str]]) -> tuple[str, str | None]:
-    """(cause, fix) of an unknown key; ``tables`` has each section's keys, "" the sections."""
-    cause = "unknown section" if not section else "unknown key"
-    if key in ELSEWHERE.get(section, {}):
-        fix = ELSEWHERE[section][key][1]
+def unknown_key_advice(
+    section: str, key: str, keys_of: dict[str, list[str]]
+) -> tuple[str, str | None]:
+    """(cause, fix) for an unknown key; ``keys_of`` maps a section to its keys, "" to sections."""
+    cause = "unknown key" if section else "unknown section"
+    if key in OTHER_TOOLS_KEYS.get(section, {}):
+        fix = OTHER_TOOLS_KEYS[section][key][1]
         return (fix, "remove the key") if fix == NOT_YET else (cause, fix)
-    owners = [s for s, keys in tables.items() if s and s != section and key in keys]
-    owners += [
-        s for s, keys in ELSEWHERE.items() if s and s != section and key in keys and not owners
-    ]
-    if close := errors.did_you_mean(key, tables[section]):
-        return cause, close
-    if owners and owners[0] in tables:
-        return cause, f"it belongs to the section {owners[0]}"
-    return cause, f"known here: {', '.join(tables[section])}"
+    others = [s for s, keys in keys_of.items() if s and s != section and key in keys]
+    if not others:
+        others = [s for s, keys in OTHER_TOOLS_KEYS.items() if s and s != section and key in keys]
+    if similar := errors.did_you_mean(key, keys_of[section]):
+        return cause, similar
+    if others and others[0] in keys_of:
+        return cause, f"it belongs to the section {others[0]}"
+    return cause, f"known keys: {', '.join(keys_of[section])}"

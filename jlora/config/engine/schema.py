@@ -1,8 +1,8 @@
-"""What a table of settings is made of: field types, faults, and the base of every table.
+"""The base class of every section, and the types its fields are annotated with.
 
-A table is a frozen dataclass that inherits ``Section``. Its annotations are its schema: each value
-is converted to the field's type when the table is built, lists become tuples and dicts become
-``FrozenMap``, so that every table is hashable and can be a static argument of ``jax.jit``.
+A section is a frozen dataclass that inherits ``ConfigSection``. The annotations are the schema.
+Values are converted to them, lists to tuples and mappings to ``FrozenMap``, so that a section is
+hashable and can be a static argument of ``jax.jit``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import dataclasses
 import functools
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from jlora.config.engine.convert import BadValueError, Bounds, convert
-from jlora.config.engine.faults import Fault, as_error
+from jlora.config.engine.convert import BadValueError, Bounds, InputMark, convert_value
+from jlora.config.engine.faults import Fault, combined_error
 
 Count = Annotated[int, Bounds(1)]
 Natural = Annotated[int, Bounds(0)]
@@ -23,54 +23,71 @@ NonNegative = Annotated[float, Bounds(0)]
 Fraction = Annotated[float, Bounds(0, 1, open_high=True)]
 
 DType = Literal["float32", "float16", "bfloat16"]
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-DTYPES |= {f"torch.{name}": name for name in ("float32", "float16", "bfloat16")}
+DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPE_ALIASES |= {f"torch.{name}": name for name in ("float32", "float16", "bfloat16")}
 
-INPUT, LOCAL = "input path", "local input path"
+InputPath = Annotated[str, InputMark(may_be_hub_name=True)]
+"""A file, a folder or a hub name; ``input_paths`` makes relative paths absolute."""
 
-InputPath = Annotated[str, INPUT]
-"""A file, a folder or a hub name; the loader finds relative ones (see ``load``)."""
-
-LocalPath = Annotated[str, LOCAL]
-"""The same, but never a hub name: it must be there."""
+LocalPath = Annotated[str, InputMark(may_be_hub_name=False)]
+"""A file or folder that must exist."""
 
 
-class Section:
-    """Base of every table: converts the values to their fields' types, then checks them together.
+class ConfigSection:
+    """Base of every section.
 
-    Raises ConfigError naming all faults.
+    From Python, a section is built like any dataclass: values are converted to their fields'
+    types and checked, and ConfigError names all faults. The YAML loader, which collects faults
+    over a whole file, converts the values itself and calls ``from_converted`` and ``check``.
     """
 
     ALIASES: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Field → spelling known elsewhere → the value it means here."""
+    """Field → another library's spelling of a value → the value here."""
 
     def __post_init__(self) -> None:
         faults = []
-        for name, hint in hints(type(self)).items():
+        for name in field_types(type(self)):
             try:
-                value = self.convert(name, getattr(self, name), hint)
-                object.__setattr__(self, name, value)
+                object.__setattr__(self, name, self.convert_field(name, getattr(self, name)))
             except BadValueError as bad:
                 faults.append(Fault((name,), bad.cause, bad.fix))
-        if faults := faults or list(self.check()):
-            owner = type(self).__name__
-            raise as_error([dataclasses.replace(f, where=owner) for f in faults])
+        if not faults:
+            self.derive_defaults()
+            faults = list(self.check())
+        if faults:
+            where = type(self).__name__
+            raise combined_error([dataclasses.replace(f, where=where) for f in faults])
 
     @classmethod
-    def convert(cls, name: str, value: Any, hint: Any = None) -> Any:
-        """The value of field ``name`` in its field's type; raises BadValueError."""
-        aliases = cls.ALIASES.get(name, {})
+    def from_converted(cls, values: Mapping[str, Any]) -> Self:
+        """The section with a value for every field, each of its field's type; not checked."""
+        section = object.__new__(cls)
+        for name, value in values.items():
+            object.__setattr__(section, name, value)
+        section.derive_defaults()
+        return section
+
+    @classmethod
+    def convert_field(cls, name: str, value: Any) -> Any:
+        """``value`` in the type of field ``name``; raises BadValueError."""
         if isinstance(value, str):
-            value = aliases.get(value, value)
-        return convert(value, hints(cls)[name] if hint is None else hint)
+            value = cls.ALIASES.get(name, {}).get(value, value)
+        return convert_value(value, field_types(cls)[name])
+
+    def derive_defaults(self) -> None:
+        """Sets the fields whose default depends on other fields."""
 
     def check(self) -> Iterator[Fault]:
-        """Yields what is wrong between fields whose types are right."""
+        """Yields contradictions between fields.
+
+        After a fault the loader still calls this, to report everything at once; a faulty field
+        then holds its default, or None if it has none.
+        """
         yield from ()
 
 
 @functools.cache
-def hints(table: type) -> dict[str, Any]:
-    """Field name → type, with the bounds, of a table."""
-    types_of = typing.get_type_hints(table, include_extras=True)
-    return {f.name: types_of[f.name] for f in dataclasses.fields(table)}
+def field_types(section: type) -> dict[str, Any]:
+    """Field name → its type, with the marks that ``Annotated`` puts on it."""
+    hints = typing.get_type_hints(section, include_extras=True)
+    return {f.name: hints[f.name] for f in dataclasses.fields(section)}

@@ -1,4 +1,4 @@
-"""YAML as a tree that knows where each value stands, and ``key=value`` overrides of it.
+"""YAML as a tree of nodes with their places, and ``key=value`` overrides of it.
 
 Scalars follow YAML 1.2's core schema: ``1e-5`` is a number, ``yes`` and ``1:30`` are strings.
 Nothing is constructed from a tag, so a file cannot run code.
@@ -25,16 +25,22 @@ FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.
 
 
 @dataclasses.dataclass(frozen=True)
-class Node:
-    """A scalar, a list of nodes or a dict of nodes, and its place (``file:line``)."""
+class YamlNode:
+    """A scalar, a list of nodes or a dict of nodes, and its place: ``file:line`` or an override."""
 
     value: Any
     where: str
-    empty: bool = False  # nothing is written after the key
-    text: str | None = None  # as an override spells it
+    empty: bool = False
+    """Nothing is written after the key."""
+    override_text: str | None = None
+    """The value as it is spelled in an override."""
 
     def plain(self, done: dict[int, Any] | None = None) -> Any:
-        """The value without places; what aliases share stays shared."""
+        """The value without places; lists and dicts that aliases share stay shared.
+
+        ``done`` holds the values of the nodes visited so far: without it, nested aliases would
+        take exponential time (an "alias bomb").
+        """
         done = {} if done is None else done
         if id(self.value) in done:
             return done[id(self.value)]
@@ -47,125 +53,142 @@ class Node:
         return result
 
 
-def scalar(text: str) -> Any:
+def parse_scalar(text: str) -> Any:
     """The value of an unquoted YAML scalar."""
     if text in ("", "~", "null", "Null", "NULL"):
         return None
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     if INT.fullmatch(text):
+        # Longer integers would overflow float().
         return int(text) if len(text) < 300 else text
     if FLOAT.fullmatch(text):
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))
     return text
 
 
-class Reader:
-    """Turns composed YAML nodes into ``Node``; ``faults`` collects what is wrong on the way."""
+class YamlReader:
+    """Turns YAML text into ``YamlNode``s and appends what is wrong to ``faults``.
 
-    def __init__(self, name: str, faults: list[Fault], lines: bool = True):
-        self.name, self.faults, self.lines = name, faults, lines
-        self._done: dict[int, Node] = {}  # an alias is the same node again: convert it once
-        self._open: set[int] = set()
+    ``name`` is the file's, or an override's, which has no lines.
+    """
 
-    def where(self, mark: Any) -> str:
-        """The place of a mark."""
-        return f"{self.name}:{mark.line + 1}" if self.lines else self.name
+    def __init__(self, name: str, faults: list[Fault], has_lines: bool = True):
+        self.name, self.faults, self.has_lines = name, faults, has_lines
+        self._done: dict[int, YamlNode] = {}  # PyYAML node → ours; an alias is the same node again
+        self._open: set[int] = set()  # nodes on the path from the root to the current one
 
-    def read(self, text: str) -> Node:
-        """The tree of a document; an empty one is an empty mapping.
+    def place(self, mark: Any) -> str:
+        """``file:line`` of a mark."""
+        return f"{self.name}:{mark.line + 1}" if self.has_lines else self.name
 
-        Raises ConfigError when the text is not YAML at all: then nothing else can be judged.
+    def read(self, text: str) -> YamlNode:
+        """The tree of a document; an empty document is an empty mapping.
+
+        Raises ConfigError for text that is not YAML, since nothing else can be judged then.
         """
         try:
             root = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as bad:
             mark = bad.problem_mark or bad.context_mark
-            where = self.where(mark) if mark else self.name
-            raise Fault((), f"not valid YAML: {bad.problem}", None, where).error() from None
+            where = self.place(mark) if mark else self.name
+            raise Fault((), f"not valid YAML: {bad.problem}", None, where).as_error() from None
         except yaml.YAMLError as bad:  # characters that YAML forbids
             cause = f"not valid YAML: {' '.join(str(bad).split())}"
-            raise Fault((), cause, None, self.name).error() from None
+            raise Fault((), cause, None, self.name).as_error() from None
         except RecursionError:
-            raise Fault((), "nested too deeply", None, self.name).error() from None
-        return Node({}, self.name) if root is None else self.convert(root)
+            raise Fault((), "nested too deeply", None, self.name).as_error() from None
+        return YamlNode({}, self.name) if root is None else self.from_pyyaml(root)
 
-    def fault(self, where: str, cause: str, fix: str | None = None) -> None:
-        """Notes a fault at a place."""
+    def add_fault(self, where: str, cause: str, fix: str | None = None) -> None:
+        """Appends a fault."""
         self.faults.append(Fault((), cause, fix, where))
 
-    def convert(self, node: yaml.Node) -> Node:
-        """A composed node with everything below it."""
+    def from_pyyaml(self, node: yaml.Node) -> YamlNode:
+        """A node that PyYAML composed, with everything below it."""
         if id(node) in self._done:
             return self._done[id(node)]
-        where = self.where(node.start_mark)
+        where = self.place(node.start_mark)
         if id(node) in self._open:
-            self.fault(where, "an alias refers to itself")
-            return Node(None, where)
+            self.add_fault(where, "an alias refers to itself")
+            return YamlNode(None, where)
         if node.tag not in CORE_TAGS:
-            self.fault(where, f"tags such as {node.tag!r} are not allowed", "write a plain value")
+            cause = f"tags such as {node.tag!r} are not allowed"
+            self.add_fault(where, cause, "write a plain value")
         self._open.add(id(node))
         if isinstance(node, yaml.MappingNode):
-            result = Node(self._mapping(node), where)
+            result = YamlNode(self._mapping(node), where)
         elif isinstance(node, yaml.SequenceNode):
-            result = Node([self.convert(item) for item in node.value], where)
+            result = YamlNode([self.from_pyyaml(item) for item in node.value], where)
         else:
             assert isinstance(node, yaml.ScalarNode)
-            plain = node.style is None  # neither quoted nor a block
-            value = scalar(node.value) if plain else node.value
-            result = Node(value, where, empty=plain and not node.value)
+            unquoted = node.style is None  # neither quoted nor a block scalar
+            value = parse_scalar(node.value) if unquoted else node.value
+            result = YamlNode(value, where, empty=unquoted and not node.value)
         self._open.discard(id(node))
         self._done[id(node)] = result
         return result
 
-    def _mapping(self, node: yaml.MappingNode) -> dict[str, Node]:
-        result: dict[str, Node] = {}
+    def _mapping(self, node: yaml.MappingNode) -> dict[str, YamlNode]:
+        result: dict[str, YamlNode] = {}
         for key_node, value_node in node.value:
-            where = self.where(key_node.start_mark)
+            where = self.place(key_node.start_mark)
             if not isinstance(key_node, yaml.ScalarNode):
-                self.fault(where, "a key must be a name")
+                self.add_fault(where, "a key must be a name")
                 continue
             key = key_node.value
             if key in result:
                 first = result[key].where.rpartition(":")[2]
-                self.fault(where, f"the key {key!r} is there twice (first in line {first})")
-            # A value's place is its key's line: what users look for.
-            result[key] = dataclasses.replace(self.convert(value_node), where=where)
+                self.add_fault(where, f"the key {key!r} is there twice (first in line {first})")
+            # The place of a value is the line of its key, which users search for.
+            result[key] = dataclasses.replace(self.from_pyyaml(value_node), where=where)
         return result
 
 
-def override(root: Node, text: str, faults: list[Fault]) -> Node:
-    """``root`` with ``section.key=value`` applied; the value is YAML, a number indexes a list."""
-    name = f"override {text!r}"
-    path, equals, value = text.partition("=")
+def apply_override(root: YamlNode, override: str, faults: list[Fault]) -> YamlNode:
+    """``root`` with ``section.key=value`` applied.
+
+    The value is YAML; in the key, a number is the index of a list's entry.
+    """
+    where = f"override {override!r}"
+    path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        faults.append(Fault((), "not an override", "write section.key=value", name))
+        faults.append(Fault((), "not an override", "write section.key=value", where))
         return root
+    value = YamlNode(None, where)
     try:
-        new = Reader(name, faults, lines=False).read(value) if value.strip() else Node(None, name)
-    except errors.ConfigError:  # such as a prompt that begins with a bracket
-        new = Node(value, name)
-    new = dataclasses.replace(new, empty=False, text=value)
-    return put(root, keys, new, name, faults)
+        if text.strip():
+            value = YamlReader(where, faults, has_lines=False).read(text)
+    except errors.ConfigError:  # not YAML, such as a prompt that begins with a bracket
+        value = YamlNode(text, where)
+    value = dataclasses.replace(value, empty=False, override_text=text)
+    return replace_at(root, keys, value, where, faults)
 
 
-def put(node: Node, keys: Sequence[str], new: Node, name: str, faults: list[Fault]) -> Node:
-    """``node`` with ``new`` at ``keys``, copied along the path: aliases elsewhere keep theirs."""
+def replace_at(
+    node: YamlNode, keys: Sequence[str], value: YamlNode, where: str, faults: list[Fault]
+) -> YamlNode:
+    """``node`` with ``value`` at the path ``keys``.
+
+    Nodes on the path are copied, so that other aliases of them do not change.
+    """
     if not keys:
-        return new
+        return value
     key, rest = keys[0], keys[1:]
     if isinstance(node.value, list):
         if not key.isdigit() or int(key) >= len(node.value):
-            cause = f"{key!r} is no number of an entry: the list has {len(node.value)}"
-            faults.append(Fault((), cause, "entries count from 0", name))
+            cause = f"{key!r} is not an index: the list has {len(node.value)} entries"
+            faults.append(Fault((), cause, "indices start at 0", where))
             return node
         items = list(node.value)
-        items[int(key)] = put(items[int(key)], rest, new, name, faults)
+        items[int(key)] = replace_at(items[int(key)], rest, value, where, faults)
         return dataclasses.replace(node, value=items)
     if not isinstance(node.value, dict) and node.value is not None:
-        faults.append(Fault((), f"there is nothing below {node.value!r} to set", None, name))
+        cause = f"{node.value!r} is a value, so there is nothing below it to set"
+        faults.append(Fault((), cause, None, where))
         return node
-    table = dict(node.value or {})
-    table[key] = put(table.get(key, Node(None, name)), rest, new, name, faults)
-    return dataclasses.replace(node, value=table, empty=False)
+    mapping = dict(node.value or {})
+    child = mapping.get(key, YamlNode(None, where))
+    mapping[key] = replace_at(child, rest, value, where, faults)
+    return dataclasses.replace(node, value=mapping, empty=False)
