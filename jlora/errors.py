@@ -1,4 +1,4 @@
-"""What jlora says when something is wrong, and the exit code it leaves with.
+"""The errors that jlora reports, and the exit codes of its commands.
 
 Every message has a place (file, line, key, leaf), a cause and a remedy. Commands print it as one
 block and exit; a traceback appears only with ``--debug``.
@@ -43,13 +43,13 @@ class DataError(JloraError):
 
 
 class DivergedError(JloraError):
-    """The loss is no longer a number, or part of the adapter does not learn."""
+    """The loss is not finite any more, or part of the adapter gets no gradient."""
 
     exit_code = 70
 
 
 class OutputInUseError(JloraError):
-    """Another run writes to the same output folder, or it holds another run's files."""
+    """Another run is writing to the output folder, or the folder has another run's files."""
 
     exit_code = 73
 
@@ -69,7 +69,7 @@ class StoppedError(JloraError):
 
 
 def nearest(word: str, options: Iterable[str], n: int = 3) -> list[str]:
-    """The options most like ``word``, best first; empty when none is close."""
+    """The options most similar to ``word``, best first; empty if none is close."""
     return difflib.get_close_matches(word, list(dict.fromkeys(options)), n=n, cutoff=0.5)
 
 
