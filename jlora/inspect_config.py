@@ -1,4 +1,4 @@
-"""``jlora inspect CONFIG``: what a run would train, of the base's ``config.json`` alone."""
+"""``jlora inspect CONFIG``: what a run would train, from the base's ``config.json`` alone."""
 
 from jlora import cli
 
@@ -26,11 +26,11 @@ from jlora.lora.targets import (
     scaling_of,
 )
 from jlora.models import Model
-from jlora.quant.params import describe, is_quantized, quantize_params, settings_of
+from jlora.quant.params import is_quantized, quant_config_of, quantize_params, scheme_text
 from jlora.run import header
-from jlora.run.abstract_job import adapter_shapes, describe_model
+from jlora.run.abstract_job import abstract_adapter, abstract_model
 from jlora.run.job import open_tokenizer
-from jlora.run.label_names import with_classes
+from jlora.run.label_names import with_label_names
 from jlora.training.optim import check_optimizer, make_optimizer
 from jlora.tree import paths
 from jlora.ui.console import Console, Rows
@@ -39,31 +39,31 @@ main = functools.partial(cli.main, "inspect")
 
 
 def run(config: Config, options: argparse.Namespace) -> None:
-    """Prints what is adapted, trained in full and packed, and what it takes; loads no weights.
+    """Shows which modules are adapted, trained in full or quantized, and sizes; loads no weights.
 
     Raises:
-      ConfigError: every pattern of ``lora`` and ``quantization`` that matches nothing.
+      ConfigError: patterns of ``lora`` and ``quantization`` match nothing; all of them are listed.
     """
     del options
-    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators alone
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: do not occupy an accelerator
     check_optimizer(config.train)
-    config, _ = with_classes(config)
-    model = describe_model(config, open_tokenizer(config) if config.classifies else None)
-    dtype = config.model.dtype if config.lora else "float32"  # all of it trains in float32
+    config, _ = with_label_names(config)
+    model = abstract_model(config, open_tokenizer(config) if config.is_classification else None)
+    dtype = config.model.dtype if config.lora else "float32"  # full fine-tuning trains in float32
     shapes = dataclasses.replace(model, dtype=dtype).shapes
-    base, adapter, targets = _plan(config, shapes)
+    base, adapter, targets = _abstract_trees(config, shapes)
     sections: dict[str, Any] = {"model": _summary(config, model, base, adapter)}
     if targets:
-        sections["adapter"] = _matches(targets, adapter.config)
-    if adapter is not None and (rows := _in_full(base, adapter.config)).rows:
-        sections["in full"] = rows
+        sections["adapter"] = _target_table(targets, adapter.config)
+    if adapter is not None and (rows := _replaced_table(base, adapter.config)).rows:
+        sections["trained in full"] = rows
     if config.quantization:
-        sections["base"] = _kept(base)
+        sections["base"] = _base_table(base)
     Console().header(f"jlora · {config.model.name_or_path}", sections)
 
 
-def _plan(config: Config, shapes: Any) -> tuple[Any, Any, list[Target]]:
-    """Shapes of the base, perhaps packed, and of the adapter on it (None in full fine-tuning)."""
+def _abstract_trees(config: Config, shapes: Any) -> tuple[Any, Any, list[Target]]:
+    """Shapes of the base, quantized if asked, and of its adapter (None in full fine-tuning)."""
     faults: list[ConfigError] = []
 
     def attempt(work: Callable[[], Any], otherwise: Any) -> Any:
@@ -74,11 +74,11 @@ def _plan(config: Config, shapes: Any) -> tuple[Any, Any, list[Target]]:
             return otherwise
 
     if (asked := config.quantization) is not None:
-        pack = functools.partial(quantize_params, config=asked)
-        shapes = attempt(lambda: jax.eval_shape(pack, shapes), shapes)
+        quantize = functools.partial(quantize_params, config=asked)
+        shapes = attempt(lambda: jax.eval_shape(quantize, shapes), shapes)
     adapter, targets = None, []
     if config.lora is not None:
-        adapter = attempt(lambda: adapter_shapes(config, shapes), None)
+        adapter = attempt(lambda: abstract_adapter(config, shapes), None)
     if len(faults) > 1:
         raise ConfigError("\n".join(map(str, faults)))
     if faults:
@@ -92,29 +92,30 @@ def _plan(config: Config, shapes: Any) -> tuple[Any, Any, list[Target]]:
 def _summary(config: Config, model: Model, base: Any, adapter: Any) -> Mapping[str, Any]:
     trainable = base if adapter is None else adapter
     frozen = {} if adapter is None else base
-    own = model.config
+    architecture = model.config
     rows = {
         "base": config.model.name_or_path,
-        "architecture": f"{own.model_type}: {own.num_hidden_layers} layers of {own.hidden_size}, "
-        f"vocabulary {own.vocab_size:,}",
+        "architecture": f"{architecture.model_type}: {architecture.num_hidden_layers} layers, "
+        f"hidden size {architecture.hidden_size}, vocabulary {architecture.vocab_size:,}",
         **header.sizes(config, frozen, trainable),
     }
     if adapter is None:
-        rows["trains"] = "all of it, in float32"
+        rows["trains"] = "all parameters, in float32"
     else:
-        rows["file"] = f"adapter of {header.size_text(file_bytes(adapter))}"
-    if own.prequantized:
-        rows["quantization"] = f"the base comes packed ({own.quant_method}): it takes less"
+        rows["adapter file"] = f"{header.size_text(file_bytes(adapter))}"
+    if architecture.prequantized:
+        method = architecture.quant_method
+        rows["quantization"] = f"the base is already quantized ({method}): it takes less than this"
     optimizer = make_optimizer(config.train, 1, trainable)
     with jax.numpy_dtype_promotion("standard"):  # optax does not promote strictly
         state = jax.eval_shape(optimizer.init, trainable)
     text = header.size_text(header.tree_bytes(state))
-    rows["optimizer"] = f"{header.optimizer(config.train)}: {text} of state"
+    rows["optimizer"] = f"{header.optimizer_text(config.train)}, {text} of state"
     return rows
 
 
-def _matches(targets: list[Target], config: LoraConfig) -> Rows:
-    """The run header's table, with the factor that every delta is multiplied by."""
+def _target_table(targets: list[Target], config: LoraConfig) -> Rows:
+    """The run header's table of targets, with the scale of each delta."""
     rows = []
     for target, row in zip(targets, match_table(targets), strict=True):
         used = [name for name, r in zip(target.names, target.ranks, strict=True) if r]
@@ -126,8 +127,8 @@ def _matches(targets: list[Target], config: LoraConfig) -> Rows:
     return header.table(rows)
 
 
-def _in_full(base: Any, config: LoraConfig) -> Rows:
-    """The leaves that are trained as a whole: biases, ``modules_to_save``."""
+def _replaced_table(base: Any, config: LoraConfig) -> Rows:
+    """The leaves that are trained in full beside the adapter: biases, ``modules_to_save``."""
     rows = []
     for leaf in replaced_leaves(base, config):
         layers = sum(is_replaced(config, name, leaf.kind) for name in leaf.modules())
@@ -136,14 +137,16 @@ def _in_full(base: Any, config: LoraConfig) -> Rows:
     return Rows(("leaf", "layers", "shape", "parameters"), rows)
 
 
-def _kept(base: Any) -> Rows:
-    """How every matrix of the base is kept, and what it takes."""
+def _base_table(base: Any) -> Rows:
+    """The format of every matrix of the base in memory, and its size."""
     rows = []
     for leaf in paths.leaves(base):
         if len(leaf.shape) > 1:
             name = f"{leaf.module()}.{leaf.kind}" if leaf.kind in paths.EXPERTS else leaf.module()
-            packed = is_quantized(leaf.value)
-            how = describe(settings_of(leaf.value)).split()[0] if packed else leaf.value.dtype.name
+            if is_quantized(leaf.value):
+                dtype = scheme_text(quant_config_of(leaf.value)).split()[0]
+            else:
+                dtype = leaf.value.dtype.name
             size = header.size_text(header.tree_bytes(leaf.value))
-            rows.append((name, leaf.layers or 1, header.shape_text(leaf.shape), how, size))
-    return Rows(("module", "layers", "shape", "kept as", "size"), rows)
+            rows.append((name, leaf.layers or 1, header.shape_text(leaf.shape), dtype, size))
+    return Rows(("module", "layers", "shape", "format", "size"), rows)

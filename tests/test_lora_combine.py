@@ -11,7 +11,7 @@ import jlora
 from jlora.config import FrozenMap, LoraConfig
 from jlora.errors import ConfigError, DataError
 from jlora.lora import Adapter
-from jlora.lora.combine.factors import factors
+from jlora.lora.combine.factors import adapter_factors
 from jlora.lora.combine.pruning import largest
 from jlora.tree import paths
 
@@ -55,7 +55,7 @@ def make_adapter(seed=0, params=PARAMS, **fields):
 def deltas(adapter):
     """scale · A @ B of every adapted module, in float64."""
     found = {}
-    for f in factors(adapter).values():
+    for f in adapter_factors(adapter).values():
         for i, name in enumerate(f.leaf.modules()):
             if r := f.ranks[i]:
                 a, b = np.asarray(f.a[i], np.float64), np.asarray(f.b[i], np.float64)
@@ -372,7 +372,7 @@ def test_extraction_is_the_nearest_delta_of_every_target():
     assert set(after) == set(deltas(before))
     assert adapter.config.target_modules == before.config.target_modules
     assert jax.tree.map(jnp.shape, adapter.weights) == jax.tree.map(jnp.shape, before.weights)
-    for f in factors(adapter).values():
+    for f in adapter_factors(adapter).values():
         was, now = (paths.get(tree, f.leaf.path[:-1]) for tree in (PARAMS, tuned))
         change = np.asarray(now["kernel"]) - np.asarray(was["kernel"])
         for i, name in enumerate(f.leaf.modules()):

@@ -66,7 +66,7 @@ def test_biases_of_b_go_into_the_modules_own_and_out_again():
 def test_what_unmerging_cannot_know(fields):
     params = make_params()
     adapter = trained(params, LoraConfig(target_modules=["q_proj"], **fields))
-    with pytest.raises(DataError, match="does not hold what this leaf replaced"):
+    with pytest.raises(DataError, match="does not have the values that this leaf replaced"):
         lora.unmerge(lora.merge(params, adapter), adapter)
 
 
@@ -76,7 +76,7 @@ def test_dora_is_not_added_to_others():
         trained(params, LoraConfig(target_modules=["q_proj"], use_dora=use))
         for use in (False, True)
     )
-    with pytest.raises(ConfigError, match="does not add up"):
+    with pytest.raises(ConfigError, match="cannot be added to others"):
         lora.merge(params, plain, dora)
 
 

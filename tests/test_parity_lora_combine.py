@@ -20,7 +20,7 @@ from tiny_peers import (
 import jlora
 from jlora.errors import ConfigError
 from jlora.lora.combine import pruning, weighted
-from jlora.lora.combine.factors import factors
+from jlora.lora.combine.factors import adapter_factors
 from jlora.lora.combine.refusals import BY_FACTOR, PRUNES
 
 pytestmark = PEERS_TALK
@@ -90,7 +90,7 @@ def theirs_combined(model, names, weights, **options):
 def by_module(adapter):
     """The same of one of ours, by its config's ranks and scales."""
     found = {}
-    for f in factors(adapter).values():
+    for f in adapter_factors(adapter).values():
         for i, (name, r) in enumerate(zip(f.leaf.modules(), f.ranks, strict=True)):
             a, b = np.asarray(f.a[i], np.float64), np.asarray(f.b[i], np.float64)
             assert not a[:, r:].any() and not b[r:].any()

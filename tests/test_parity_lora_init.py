@@ -33,7 +33,7 @@ from tiny_peers import (
 import jlora
 from jlora.errors import ConfigError, DataError
 from jlora.io import peft as adapter_io
-from jlora.lora import factors
+from jlora.lora import decompositions
 from jlora.lora.targets import find_targets, scaling_of
 from jlora.tree import paths
 
@@ -275,7 +275,7 @@ def test_pissa_of_a_packed_base_leaves_the_packed_model():
     adapter = jlora.init_adapter(jax.random.key(0), packed, config)
     held = wide(packed)["q_proj"]
     assert_close(wide(jlora.attach(packed, adapter))["q_proj"], held, 1e-6)
-    with pytest.raises(ConfigError, match="name how to pack it"):
+    with pytest.raises(ConfigError, match="requantize=QuantConfig"):
         jlora.residual(packed, adapter)
     left, plain = jlora.residual(packed, adapter, requantize=settings)
     rest = np.stack([w - low_rank(w, 4) for w in held])
@@ -300,7 +300,7 @@ def test_pissa_niter_comes_as_near_as_torch():
     assert gap(products(adapter)["layers.0.q_proj"]) < 0.1
     medians = {}
     for niter in (0, 4):
-        draw = functools.partial(factors.nearly_principal, niter=niter)
+        draw = functools.partial(decompositions.nearly_principal, niter=niter)
         a, b = jax.jit(jax.vmap(lambda key, draw=draw: draw(key, w, 4, jnp.float32(3))))(
             jax.random.split(jax.random.key(0), 16)
         )

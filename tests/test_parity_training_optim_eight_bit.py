@@ -44,7 +44,7 @@ def test_codes_and_absmax_are_those_of_bitsandbytes(shape, signed):
     x = x if signed else np.square(x)
     code = create_dynamic_map(signed=signed)
     codes, absmax = QUANTIZE(torch.tensor(x.astype(np.float64)), code, 256)
-    ours = eight_bit.quantize(jnp.asarray(x), signed)
+    ours = eight_bit.quantize_blockwise(jnp.asarray(x), signed)
     rounded_away = (codes.numpy() == 0) & (x > 0) if not signed else np.zeros(shape, bool)
     zeros = x.reshape(-1) == 0
     expected = np.where(rounded_away, 1, codes.numpy())
@@ -53,8 +53,8 @@ def test_codes_and_absmax_are_those_of_bitsandbytes(shape, signed):
     )
     np.testing.assert_array_equal(np.asarray(ours.absmax).reshape(-1), absmax.numpy())
     theirs = DEQUANTIZE(torch.tensor(np.asarray(ours.codes)), absmax, code, 256, torch.float32)
-    np.testing.assert_array_equal(eight_bit.dequantize(ours), theirs.numpy())
-    assert not np.asarray(eight_bit.dequantize(ours)).reshape(-1)[:256].any()
+    np.testing.assert_array_equal(eight_bit.dequantize_blockwise(ours), theirs.numpy())
+    assert not np.asarray(eight_bit.dequantize_blockwise(ours)).reshape(-1)[:256].any()
 
 
 @pytest.mark.parametrize(

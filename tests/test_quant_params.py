@@ -9,7 +9,7 @@ import pytest
 from jlora.config import QuantConfig
 from jlora.errors import ConfigError
 from jlora.quant import int8, nf4
-from jlora.quant.params import is_quantized, pack, quantize_params
+from jlora.quant.params import is_quantized, quantize_matrix, quantize_params
 
 
 def normal(*shape, seed=0, dtype=np.float32):
@@ -108,7 +108,7 @@ def test_the_matrix_of_each_expert_is_packed_for_itself(settings):
     packed = quantize_params(tree, config)["layers"]
     q = packed["experts"]["gate_up_proj"]
     assert q.shape == (2, 3, 32, 64) and not q.transposed
-    one = jax.jit(lambda w: pack(w, config))
+    one = jax.jit(lambda w: quantize_matrix(w, config))
     for at in np.ndindex(2, 3):
         alone = one(experts["gate_up_proj"][at])
         jax.tree.map(lambda a, b, at=at: np.testing.assert_array_equal(a[at], b), q, alone)

@@ -526,7 +526,7 @@ def test_a_product_that_forgets_the_codes_would_be_seen():
     """Without its own rule the product keeps the dequantized weight of every layer."""
 
     def careless(x, w, dtype):
-        return product(x, nf4.dequantize(w), 0, dtype)
+        return array_matmul(x, nf4.dequantize(w), 0, dtype)
 
     with everything, mock.patch("jlora.ops.dot.quantized_product", careless):
         assert kept_dense(qlora_jaxpr(13, False))

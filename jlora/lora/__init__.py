@@ -1,14 +1,15 @@
-"""LoRA as pure transforms of trees (arXiv 2106.09685), and what has grown from it.
+"""LoRA (arXiv 2106.09685) and its variants, as pure functions on trees.
 
-An adapter mirrors the nodes of the parameter tree it changes::
+An adapter mirrors the nodes of the parameter tree that it changes::
 
     params   {"model": {"layers": {"self_attn": {"q_proj": {"kernel": (L, in, out)}, …
     adapter  {"model": {"layers": {"self_attn": {"q_proj": {"lora_A": (L, in, r),
                                                             "lora_B": (L, r, out)}, …
 
-See ``adapter`` for the leaves there are. ``attach`` puts an adapter on the weights, ``detach``
-takes it off; ``merge`` folds it into them, ``unmerge`` takes it out again. What ``params`` is made
-of does not matter: arrays, or anything with ``shape``, ``dtype`` and ``dequantize()``.
+``adapter`` lists the kinds of leaves. ``attach`` wraps the weights with an adapter's factored
+deltas, ``detach`` undoes it; ``merge`` adds the dense deltas to the weights, ``unmerge`` subtracts
+them. The leaves of ``params`` are arrays, or anything with ``shape``, ``dtype`` and
+``dequantize()``.
 """
 
 from jlora.lora.adapter import DELTA, EMBEDDING_DELTA, MAGNITUDE, TOKENS, Adapter, scaling
@@ -17,7 +18,6 @@ from jlora.lora.explained_variance import eva
 from jlora.lora.init import init_adapter
 from jlora.lora.merging import merge, unmerge
 from jlora.lora.stack import AdapterStack, stack_adapters
-from jlora.lora.terms import combine
 from jlora.lora.weight import LoraWeight, TokenWeight
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "LoraWeight",
     "TokenWeight",
     "attach",
-    "combine",
     "detach",
     "eva",
     "init_adapter",

@@ -1,6 +1,6 @@
-"""The adapter: what is trained, as a value.
+"""The adapter: the trainable tree and its config, as one value.
 
-Below the node of the module that they change, its leaves have PEFT's names::
+Its leaves have PEFT's names and lie below the node of the module that they change::
 
     lora_A (…, in, r), lora_B (…, r, out)       W + s·A@B, for kernels, parts of fused ones, and the
                                                 matrices of experts: (…, E, in, r), (…, E, r, out)
@@ -11,15 +11,15 @@ Below the node of the module that they change, its leaves have PEFT's names::
     trainable_tokens_delta (n, dim)             n rows of an embedding (``trainable_token_indices``)
 
 A leaf of another name (``bias``, or any leaf of ``modules_to_save``) replaces the base's leaf of
-that name. All leaves are float32 and all are trainable. Layers may differ in rank: the arrays have
-the largest rank, and the columns a layer does not use are zero in both A and B, so that their
-gradients are exactly zero and they stay zero.
+that name. All leaves are float32 (bfloat16 rounds small updates away) and all are trainable. Layers
+may differ in rank: stacked leaves have the largest, and the columns that a layer does not use are
+zero in both A and B, so that their gradients are exactly zero and they stay zero.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ from jlora.lora.targets import rank_of, scaling_of
 from jlora.tree import paths
 
 Tree = Any
-"""Nested mappings, lists and registered pytrees of arrays; see ``paths``."""
+"""A parameter tree: nested mappings, lists and registered pytrees of arrays; see ``paths``."""
 
 DELTA = ("lora_A", "lora_B")
 EMBEDDING_DELTA = ("lora_embedding_A", "lora_embedding_B")
@@ -41,46 +41,43 @@ LORA_BIAS = "lora_bias"
 MAGNITUDE = "lora_magnitude_vector"
 TOKENS = "trainable_tokens_delta"
 ADDED = (*DELTA, *EMBEDDING_DELTA, LORA_BIAS, MAGNITUDE, TOKENS)
-"""Leaves that are put on a leaf of the base; any other replaces the one of its own name."""
+"""Leaves that are added to a leaf of the base; any other replaces the base's leaf of its name."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """A trainable adapter: ``weights`` as in the module's header, the rest says what they mean.
+    """A trainable adapter: ``weights`` as in the module's docstring, and how to apply them.
 
-    PiSSA and OLoRA start from a part of the base itself. ``initial`` then holds the A and B that
-    they started from, which ``attach`` takes off the base again: the adapter means the same on the
-    base as it is, and nothing else has to know. No gradient reaches ``initial``, but weight decay
-    would: an optimizer is to be given ``weights``. It is None otherwise.
+    PiSSA and OLoRA take their first A and B from the base. ``initial`` holds a copy, and ``attach``
+    subtracts its delta, so that the adapter applies to the unchanged base. No gradient reaches
+    ``initial``, but weight decay would: give the optimizer ``weights`` only.
     """
 
     weights: dict[str, Any]
     config: LoraConfig = dataclasses.field(metadata={"static": True})
-    """The resolved LoraConfig: ``target_modules`` names what was matched."""
+    """The resolved LoraConfig: ``target_modules`` holds the names that matched."""
     initial: Any = None
     """A tree like ``weights``, or None."""
     parts: Mapping[str, tuple[int, ...]] = dataclasses.field(
         default=FrozenMap(), metadata={"static": True}
     )
-    """Fused projection whose parts are adapted → the widths of all parts; else they are equal."""
+    """Fused projection whose parts are adapted → column counts of all parts; default: equal."""
 
 
-def changed(path: paths.Path, there: Any) -> paths.Path:
-    """The leaf of the base that the adapter's leaf at ``path`` changes.
+def changed_leaf(path: paths.Path, base_paths: Container[paths.Path]) -> paths.Path:
+    """The path of the base's leaf that the adapter's leaf at ``path`` changes.
 
-    Args:
-      path: where the adapter's leaf is.
-      there: the paths of the base's leaves.
+    The leaf need not exist: it is for the caller to look it up in ``base_paths``.
     """
     if path[-1] not in ADDED:
         return path
     node = paths.whole_projection(path[:-1])
-    if node in there:  # a matrix of experts, which is a leaf itself
+    if node in base_paths:  # an expert matrix has no module: the node is the leaf
         return node
     kernel, embedding = (*node, "kernel"), (*node, "embedding")
-    embeds = path[-1] in (*EMBEDDING_DELTA, TOKENS) or kernel not in there
-    return embedding if embeds and embedding in there else kernel
+    embeds = path[-1] in (*EMBEDDING_DELTA, TOKENS) or kernel not in base_paths
+    return embedding if embeds and embedding in base_paths else kernel
 
 
 def scaling(config: LoraConfig, modules: paths.ModuleStack) -> Float[np.ndarray, "*layers"]:

@@ -1,7 +1,8 @@
-"""``merge`` and ``unmerge``: adapters folded into dense weights, and taken out again."""
+"""``merge`` and ``unmerge``: deltas added to dense weights, and subtracted again."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,37 +15,37 @@ from jlora.tree import paths
 
 
 def merge(params: Tree, adapter: Adapter, *others: Adapter) -> Tree:
-    """``params`` with one or more adapters folded in: every leaf a dense array of its base's dtype.
+    """``params`` with the deltas of one or more adapters added: dense leaves of the base's dtypes.
 
-    Sums are computed in float32 and rounded once. Quantized leaves come out dense and are never
-    requantized: that would lose what the adapter learned. Deltas of several adapters add up.
+    Sums are computed in float32 and rounded once. Quantized leaves become dense and are not
+    quantized again: the rounding would lose most of what the adapter learned.
 
     Raises:
-      DataError: an adapter does not fit; it has biases (``lora_bias``) where the model has none; it
-        is on an embedding that the output head may be tied to.
-      ConfigError: several are given, and one with DoRA, whose factors do not add up.
+      DataError: an adapter does not fit; it has a ``lora_bias`` where the model has no bias; it is
+        on an embedding that the output head may be tied to.
+      ConfigError: one of several adapters has DoRA, whose factors cannot be added.
     """
-    _check_several((adapter, *others))
+    _check_summable((adapter, *others))
     attached = params
-    for one in (adapter, *others):
-        _check_tied(params, one)
-        attached = attach(attached, one)
-    return _with_biases(attached, sign=1.0, fold=lambda leaf: dense(leaf))
+    for item in (adapter, *others):
+        _check_tied(params, item)
+        attached = attach(attached, item)
+    return _with_biases(attached, sign=1.0, merge_leaf=dense)
 
 
 def unmerge(merged: Tree, adapter: Adapter) -> Tree:
-    """Takes out of ``merged`` the deltas that ``merge`` folded in, to the rounding of its dtype.
+    """Subtracts the deltas that ``merge`` added, up to rounding in the leaves' dtypes.
 
     Raises:
       DataError: the adapter replaced leaves (``bias``, ``modules_to_save``, rows of embeddings) or
-        scaled their columns (DoRA), whose former values are not known here.
+        scaled columns (DoRA); their original values are not in the merged tree.
     """
     for path, _ in paths.walk(adapter.weights):
         if path[-1] not in ADDED or path[-1] in (MAGNITUDE, TOKENS):
             raise DataError(
-                "the merged tree does not hold what this leaf replaced",
+                "the merged tree does not have the values that this leaf replaced",
                 where=".".join(path),
-                fix="keep the base parameters, and merge anew instead of unmerging",
+                fix="keep the base parameters and merge again instead of unmerging",
             )
 
     def subtract(leaf: Any) -> Any:
@@ -52,11 +53,11 @@ def unmerge(merged: Tree, adapter: Adapter) -> Tree:
             return leaf
         return (to_float32(leaf.base) - delta(leaf)).astype(leaf.dtype)
 
-    return _with_biases(attach(merged, adapter), sign=-1.0, fold=subtract)
+    return _with_biases(attach(merged, adapter), sign=-1.0, merge_leaf=subtract)
 
 
-def _with_biases(attached: Tree, sign: float, fold: Any) -> Tree:
-    """The tree with its weights folded, and what they add to their products moved to the biases."""
+def _with_biases(attached: Tree, sign: float, merge_leaf: Callable[[Any], Any]) -> Tree:
+    """The tree with each leaf merged, and every ``lora_bias`` times ``sign`` added to its bias."""
     biases: dict[paths.Path, Any] = {}
     for path, leaf in paths.walk(attached):
         while isinstance(leaf, LoraWeight):
@@ -64,40 +65,39 @@ def _with_biases(attached: Tree, sign: float, fold: Any) -> Tree:
                 where = (*path[:-1], "bias")
                 biases[where] = biases.get(where, 0.0) + leaf.bias
             leaf = leaf.base
-    there = {path for path, _ in paths.walk(attached)}
-    if missing := [".".join(path[:-1]) for path in biases if path not in there]:
+    present = {path for path, _ in paths.walk(attached)}
+    if missing := [".".join(path[:-1]) for path in biases if path not in present]:
         raise DataError(
-            "lora_bias cannot be merged: the layer has no bias that could take it",
+            "lora_bias cannot be merged: the layer has no bias to add it to",
             where=", ".join(missing),
             fix="keep the adapter apart, or train it without lora_bias",
         )
 
     def change(path: paths.Path, leaf: Any) -> Any:
         if path not in biases:
-            return fold(leaf)
+            return merge_leaf(leaf)
         return (leaf.astype(jnp.float32) + sign * biases[path]).astype(leaf.dtype)
 
     return paths.map_leaves(change, attached)
 
 
-def _check_several(adapters: tuple[Adapter, ...]) -> None:
+def _check_summable(adapters: tuple[Adapter, ...]) -> None:
     if len(adapters) > 1 and any(adapter.config.use_dora for adapter in adapters):
         raise ConfigError(
-            "DoRA scales the columns of the weight it was trained on: it does not add up",
+            "DoRA scales the columns of the weight it was trained on: it cannot be added to others",
             where="lora.use_dora",
             fix="merge it alone",
         )
 
 
 def _check_tied(params: Tree, adapter: Adapter) -> None:
-    """DataError if what is merged into an embedding would also change an output head tied to it."""
+    """DataError if merging into an embedding would also change an output head tied to it."""
     heads = {path[-2] for path, _ in paths.walk(params) if len(path) > 1} & {*paths.OUTPUT_HEADS}
     for path, _ in paths.walk(adapter.weights):
         if path[-1] in EMBEDDING_DELTA and not heads:
             raise DataError(
-                "the model has no output head of its own: one that is tied to this embedding would "
-                "change too, which the adapter did not mean",
+                "the output head may be tied to this embedding: merging would change it too, "
+                "unlike the adapter",
                 where=".".join(path[:-1]),
-                fix="give the model a head of its own first: model, params = jlora.untie(model, "
-                "params)",
+                fix="untie the head first: model, params = jlora.untie(model, params)",
             )

@@ -1,4 +1,4 @@
-"""A weight that reports what it is multiplied with, in the gradient of an argument of its own."""
+"""A weight whose gradient is statistics of the inputs it is multiplied with, for EVA."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from jlora.lora.weight import WeightWrapper
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InputProbe(WeightWrapper):
-    """Stands for ``base``; the gradient of ``slot`` is ``xᵀ[x@directions, 1, x²]`` of the inputs x.
+    """Multiplies as ``base``; the gradient of ``slot`` is ``xᵀ[x@directions, 1, x²]`` of inputs x.
 
-    That is: the products of x's scatter matrix with some directions, the sum of all x (second to
-    last column) and of their squares (last). ``lax.scan`` slices the layers off and stacks what
-    they report; whatever is differentiated has to depend on the product.
+    These are the products of the inputs' scatter matrix with some directions, the sum of the inputs
+    (second to last column) and of their squares (last). A gradient, since ``lax.scan`` then stacks
+    the layers' statistics; the differentiated value has to depend on every product.
     """
 
     base: Any
     slot: Float[Array, "*layers in columns"]
-    """Any values: only its gradient means something."""
+    """Its values are not used, only its gradient."""
     directions: Float[Array, "*layers in k"]
     mask: Bool[Array, "*layers batch length"]
-    """Which of the inputs count."""
+    """The inputs to include."""
 
 
 @jax.custom_vjp
 def observe(product: Array, x: Array, slot: Array, directions: Array, mask: Array) -> Array:
-    """``product`` itself; see ``InputProbe`` for what ``slot``'s gradient is."""
+    """``product``, with the gradient of ``slot`` that ``InputProbe`` describes."""
     del x, slot, directions, mask
     return product
 
@@ -45,8 +45,8 @@ def _observe_fwd(product, x, slot, directions, mask):
 def _observe_bwd(saved, cotangent):
     x, directions, mask = saved
     x = jnp.where(mask[..., None], x.astype(jnp.float32), 0.0).reshape(-1, x.shape[-1])
-    seen = jnp.matmul(x, directions, precision="highest")
-    sketch = jnp.matmul(x.T, seen, precision="highest")
+    projected = jnp.matmul(x, directions, precision="highest")
+    sketch = jnp.matmul(x.T, projected, precision="highest")
     sums = jnp.stack([x.sum(0), (x * x).sum(0)], -1)
     return cotangent, None, jnp.concatenate([sketch, sums], -1), None, None
 

@@ -1,7 +1,7 @@
-"""The adapter's leaves of one weight, put together: parts of fused projections, norms of columns.
+"""The adapter's leaves of one weight, combined into one low-rank delta; column norms for DoRA.
 
-A fused projection (``paths.FUSED``) may have adapters on its parts. Each part has columns of its
-own in the kernel, and what it adds is placed there.
+A fused projection (``paths.FUSED``) may have adapters on its parts. Each part has its own range of
+the kernel's columns, and its delta is zero in the others.
 """
 
 from __future__ import annotations
@@ -18,12 +18,18 @@ from jlora.lora.adapter import DELTA, EMBEDDING_DELTA, scaling
 from jlora.lora.weight import dense
 from jlora.tree import paths
 
-Leaves = Mapping[paths.Path, Any]
-Parts = Mapping[str, tuple[int, ...]]
+AdapterLeaves = Mapping[paths.Path, Any]
+"""Leaves of an adapter that change one weight, by path."""
+
+PartWidths = Mapping[str, tuple[int, ...]]
+"""See ``Adapter.parts``."""
+
+Delta = tuple[Any, Any, Array]
+"""A (…, in, r), B (…, r, out) and the scale (…) of their product."""
 
 
-class Columns(NamedTuple):
-    """A module and the columns that are its own in the weight: all, or some of ``total``."""
+class ColumnRange(NamedTuple):
+    """A module and the columns of the weight that it computes: all, or ``width`` of ``total``."""
 
     module: paths.Path
     start: int = 0
@@ -31,111 +37,115 @@ class Columns(NamedTuple):
     total: int | None = None
 
     def place(self, values: Float[Array, "... width"]) -> Float[Array, "... total"]:
-        """``values`` in their columns, zeros in the others."""
+        """``values`` in these columns, zeros in the others."""
         if self.total is None:
             return values
         after = self.total - self.start - values.shape[-1]
         return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(self.start, after)])
 
 
-def module_of(leaf: paths.Leaf) -> paths.Path:
-    """The node of the adapter's leaves: the module's, or a bare matrix's own."""
+def adapter_node(leaf: paths.Leaf) -> paths.Path:
+    """The adapter's node for a base leaf: its module, or an expert matrix's own path."""
     return leaf.path[:-1] if leaf.kind in ("kernel", "embedding") else leaf.path
 
 
-def pair(leaf: paths.Leaf) -> tuple[str, str]:
-    """The names of a weight's A and B."""
+def factor_names(leaf: paths.Leaf) -> tuple[str, str]:
+    """The keys of a base leaf's A and B."""
     return EMBEDDING_DELTA if leaf.kind == "embedding" else DELTA
 
 
-def columns(leaf: paths.Leaf, own: Leaves, parts: Parts) -> Iterator[Columns]:
-    """The modules among the ``own`` leaves of a weight: the whole, parts of a projection.
+def module_columns(
+    leaf: paths.Leaf, changes: AdapterLeaves, parts: PartWidths
+) -> Iterator[ColumnRange]:
+    """The modules that have leaves among ``changes``: the weight's, or parts of a projection.
 
-    Only a stack of adapters has both.
+    A stack of adapters may have both.
     """
-    module = module_of(leaf)
-    if any(path[:-1] == module for path in own):
-        yield Columns(module)
+    module = adapter_node(leaf)
+    if any(path[:-1] == module for path in changes):
+        yield ColumnRange(module)
     names = paths.FUSED.get(module[-1], ())
     for i, name in enumerate(names):
-        if any(path[:-1] == (*module, name) for path in own):
-            widths = parts.get(module[-1]) or (_width(own, (*module, name)),) * len(names)
-            yield Columns((*module, name), sum(widths[:i]), widths[i], sum(widths))
+        if any(path[:-1] == (*module, name) for path in changes):
+            widths = parts.get(module[-1]) or (_width(changes, (*module, name)),) * len(names)
+            yield ColumnRange((*module, name), sum(widths[:i]), widths[i], sum(widths))
 
 
-def _width(own: Leaves, part: paths.Path) -> int:
-    """The columns of each part, where all have as many."""
-    return own[(*part, DELTA[1])].shape[-1]
+def _width(changes: AdapterLeaves, part: paths.Path) -> int:
+    """The column count of each part of a projection whose parts are equal."""
+    return changes[(*part, DELTA[1])].shape[-1]
 
 
-def combine(
-    leaf: paths.Leaf, own: Leaves, config: LoraConfig, parts: Parts
-) -> tuple[Any, Any, Array]:
-    """A (…, in, r), B (…, r, out) and scale (…) of the weight ``leaf``.
+def composed_factors(
+    leaf: paths.Leaf, changes: AdapterLeaves, config: LoraConfig, parts: PartWidths
+) -> Delta:
+    """The delta of the weight ``leaf``, of all its modules.
 
-    Parts of a fused projection are set side by side: their As are concatenated, their Bs are placed
-    at the part's columns with zeros elsewhere, each already scaled.
+    For parts of a fused projection, the As are concatenated, and each B is scaled and placed in the
+    columns of its part.
 
     Args:
       leaf: the weight; only its path and its layers are used.
-      own: the adapter's leaves by path, of the weight's module or of its parts.
+      changes: the adapter's leaves of the weight's module or of its parts, by path.
       config: gives the scales.
       parts: see ``Adapter``.
     """
-    where = list(columns(leaf, own, parts))
-    scales = [jnp.asarray(scaling(config, leaf.modules_at(c.module))) for c in where]
-    return concat_factors(leaf, own, where, scales)
+    columns = list(module_columns(leaf, changes, parts))
+    scales = [jnp.asarray(scaling(config, leaf.modules_at(c.module))) for c in columns]
+    return concat_factors(leaf, changes, columns, scales)
 
 
 def concat_factors(
-    leaf: paths.Leaf, own: Leaves, where: Sequence[Columns], scales: Sequence[Array]
-) -> tuple[Any, Any, Array]:
-    """``combine`` of the modules ``where``, with a scale for each."""
-    first, second = pair(leaf)
-    if len(where) == 1 and where[0].total is None:
-        module = where[0].module
-        return own[(*module, first)], own[(*module, second)], scales[0]
+    leaf: paths.Leaf,
+    changes: AdapterLeaves,
+    columns: Sequence[ColumnRange],
+    scales: Sequence[Array],
+) -> Delta:
+    """``composed_factors`` of the modules ``columns``, with one scale for each."""
+    key_a, key_b = factor_names(leaf)
+    if len(columns) == 1 and columns[0].total is None:
+        module = columns[0].module
+        return changes[(*module, key_a)], changes[(*module, key_b)], scales[0]
     placed = [
-        c.place(scale[..., None, None] * own[(*c.module, second)])
-        for c, scale in zip(where, scales, strict=True)
+        c.place(scale[..., None, None] * changes[(*c.module, key_b)])
+        for c, scale in zip(columns, scales, strict=True)
     ]
-    together = jnp.concatenate([own[(*c.module, first)] for c in where], -1)
-    return together, jnp.concatenate(placed, -2), jnp.ones_like(scales[0])
+    a = jnp.concatenate([changes[(*c.module, key_a)] for c in columns], -1)
+    return a, jnp.concatenate(placed, -2), jnp.ones_like(scales[0])
 
 
-def subtract_factors(
-    terms: tuple[Any, Any, Array], first: tuple[Any, Any, Array]
-) -> tuple[Any, Any, Array]:
-    """The terms of ``scale·A@B - first``: what a weight gets that the base has a share of."""
-    (a, b, scale), (a0, b0, scale0) = terms, first
+def subtract_factors(delta: Delta, initial: Delta) -> Delta:
+    """The difference of two deltas as one of the sum of their ranks."""
+    (a, b, scale), (a0, b0, scale0) = delta, initial
     b, b0 = scale[..., None, None] * b, scale0[..., None, None] * b0
     a, b = jnp.concatenate([a, a0], -1), jnp.concatenate([b, -b0], -2)
     return a, b, jnp.ones_like(scale)
 
 
-def norms(
+def column_norms(
     base: Any, a: Array, b: Array, scale: Array, *, layers: bool
 ) -> Float[Array, "*layers out"]:
-    """The norm of every column of ``base + scale·A@B``, in float32; no gradient goes through it.
+    """The norm of every column of ``base + scale·A@B``, in float32, with no gradient.
 
-    ``|w + d|² = |w|² + 2·w·d + |d|²`` needs the product of W with A only: the dense sum is never
-    made, and one layer at a time is dequantized (DoRA, arXiv 2402.09353, section 4.3).
+    ``|w + d|² = |w|² + 2·w·d + |d|²`` needs only the product of W with A: the dense sum is never
+    computed, and one layer is dequantized at a time. DoRA treats the norm as a constant (arXiv
+    2402.09353, section 4.3).
 
     Args:
-      base: a kernel (…, in, out) or an embedding (…, vocabulary, dim), packed or not.
-      a: A; see ``combine``.
-      b: B.
+      base: a kernel (…, in, out) or an embedding (…, vocabulary, dim), quantized or not.
+      a: A (…, in, r).
+      b: B (…, r, out).
       scale: the scale of their product.
-      layers: whether all have a leading axis of layers.
+      layers: whether all have a leading layer axis.
     """
 
-    def one(layer: tuple[Any, Array, Array, Array]) -> Array:
+    def one_layer(layer: tuple[Any, Array, Array, Array]) -> Array:
         w, a, b, scale = layer
         w, b = dense(w).astype(jnp.float32), b * scale
-        across = jnp.matmul(a.mT, w, precision="highest")
-        own = jnp.matmul(jnp.matmul(a.mT, a, precision="highest"), b, precision="highest")
-        squares = jnp.sum(w * w, 0) + jnp.sum(b * (2 * across + own), 0)
+        a_w = jnp.matmul(a.mT, w, precision="highest")
+        a_delta = jnp.matmul(jnp.matmul(a.mT, a, precision="highest"), b, precision="highest")
+        squares = jnp.sum(w * w, 0) + jnp.sum(b * (2 * a_w + a_delta), 0)
         return jnp.sqrt(jnp.maximum(squares, 0.0))
 
     values = jax.lax.stop_gradient((base, a, b, scale))
-    return jax.lax.map(one, values) if layers else one(values)
+    return jax.lax.map(one_layer, values) if layers else one_layer(values)

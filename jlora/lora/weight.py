@@ -1,4 +1,4 @@
-"""Weights with an adapter on them: they stand where the base's leaf was, and ``dot`` knows them."""
+"""Leaves that wrap a weight of the base: ``LoraWeight`` and others, which ``dot`` multiplies by."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 
 class WeightWrapper:
-    """What lies over a base weight and stands for another one of its shape and dtype."""
+    """A leaf that takes the place of ``base`` in a tree, with its shape and dtype."""
 
     base: Any
 
@@ -31,19 +31,18 @@ class WeightWrapper:
         return self.base.dtype
 
     def dequantize(self) -> Array:
-        """The dense weight, in the base's dtype; computed in float32 and rounded once."""
+        """The dense weight in the base's dtype, computed in float32 and rounded once."""
         return to_float32(self).astype(self.dtype)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoraWeight(WeightWrapper):
-    """A weight with a low-rank delta: stands for ``(base + scale * lora_A @ lora_B) * gain``.
+    """A weight with a low-rank delta: ``(base + scale * lora_A @ lora_B) * gain``.
 
-    All children may carry a leading layer axis, which ``lax.scan`` slices off; ``matrices`` are the
-    axes of experts, which have a matrix each. With ``adapter_ids``, lora_A, lora_B, scale and bias
-    have an axis of adapters after the layers', and row b of a batch uses the adapter of the number
-    ``adapter_ids[b]``, or none if that is negative.
+    All children may have a leading layer axis, which ``lax.scan`` slices off; ``matrices`` is the
+    axis of experts. With ``adapter_ids``, lora_A, lora_B, scale and bias have an adapter axis after
+    the layer axis, and row b of a batch uses adapter ``adapter_ids[b]``, or none if it is negative.
     """
 
     base: Any
@@ -51,24 +50,24 @@ class LoraWeight(WeightWrapper):
     lora_B: Float[Array, "*layers *matrices r out"]
     scale: Float[Array, "*layers"]
     gain: Float[Array, "*layers out"] | None = None
-    """DoRA's factor of every column: its magnitude over the norm of ``base + scale * A @ B``."""
+    """DoRA's factor of each column: magnitude over the norm of ``base + scale * A @ B``."""
     bias: Float[Array, "*layers out"] | None = None
-    """Added to the product with the weight; it belongs to the module's bias once it is merged."""
+    """``lora_bias``: added to the product; merging adds it to the module's bias."""
     adapter_ids: Int[Array, "*stack rows"] | None = None
     dropout_key: Array | None = None
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
     @property
     def scaled_A(self) -> Float[Array, "*matrices in r"]:
-        """``scale * lora_A`` of one layer: a scale on the product passes over all activations."""
+        """``scale * lora_A`` of one layer: scaling A costs less than scaling the activations."""
         return self.lora_A * self.scale.astype(self.lora_A.dtype)
 
     @property
     def mT(self) -> LoraWeight | Transposed:
-        """The transpose of every matrix; with more than a delta on it, it only stands for it."""
+        """The transpose of every matrix; a ``Transposed`` if the weight has a gain or a bias."""
         if self.gain is not None or self.bias is not None:
             return Transposed(self)
-        assert self.adapter_ids is None, "every row has a delta of its own"
+        assert self.adapter_ids is None, "each row has its own delta"
         a, b = self.lora_B.mT, self.lora_A.mT
         return dataclasses.replace(self, base=self.base.mT, lora_A=a, lora_B=b)
 
@@ -76,7 +75,7 @@ class LoraWeight(WeightWrapper):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Transposed:
-    """Stands for its ``mT``'s transpose, in trees that keep matrices as [out, in]."""
+    """The transpose of ``mT``, for trees that store matrices as [out, in]."""
 
     mT: LoraWeight
 
@@ -99,9 +98,9 @@ class Transposed:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenWeight(WeightWrapper):
-    """An embedding of which a few rows are others: ``rows[i]`` stands for row ``indices[i]``.
+    """An embedding with a few trained rows: ``rows[i]`` replaces row ``indices[i]`` of ``base``.
 
-    ``transposed``, it is the output head tied to such an embedding, (dim, vocabulary).
+    If ``transposed``, it is the output head tied to that embedding: (dim, vocabulary).
     """
 
     base: Any
@@ -136,7 +135,7 @@ def dense(leaf: Any) -> Array:
 
 
 def to_float32(leaf: Any) -> Float[Array, "..."]:
-    """The array that a leaf stands for in float32, whatever lies on top of it."""
+    """The dense weight in float32, adapters included."""
     if isinstance(leaf, LoraWeight):
         total = to_float32(leaf.base) + delta(leaf)
         return total if leaf.gain is None else total * leaf.gain[..., None, :]
@@ -151,6 +150,6 @@ def to_float32(leaf: Any) -> Float[Array, "..."]:
 
 def delta(w: LoraWeight) -> Float[Array, "..."]:
     """``scale * lora_A @ lora_B``, dense, in float32."""
-    assert w.adapter_ids is None, "every row has a delta of its own"
+    assert w.adapter_ids is None, "each row has its own delta"
     product = jnp.matmul(w.lora_A, w.lora_B, precision="highest")
     return product * w.scale.reshape(*w.scale.shape, *(1,) * (product.ndim - w.scale.ndim))

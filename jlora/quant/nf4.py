@@ -210,11 +210,11 @@ def quantize_absmax(
     blocks = centred.reshape(-1, NESTED_BLOCK)
     largest = jnp.max(jnp.abs(blocks), axis=-1)
     v = blocks * jnp.where(largest > 0, 1 / largest, 0)[:, None]
-    codes = place_among(DYNAMIC_THRESHOLDS, v.reshape(-1))
+    codes = nearest_code(DYNAMIC_THRESHOLDS, v.reshape(-1))
     return codes[: absmax.size].reshape(absmax.shape), largest, offset
 
 
-def place_among(thresholds: np.ndarray, v: Float[Array, "*n"]) -> UInt8[Array, "*n"]:
+def nearest_code(thresholds: np.ndarray, v: Float[Array, "*n"]) -> UInt8[Array, "*n"]:
     """How many of 255 ascending thresholds lie below each value: the code of the nearest entry.
 
     Bisection in eight rounds, the first against one number: ``jnp.searchsorted`` looks that one up

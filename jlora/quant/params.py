@@ -30,17 +30,19 @@ def is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, QUANTIZED)
 
 
-def pack(w: Float[Array, "*lead rows cols"], config: QuantConfig) -> NF4Array | Int8Array:
+def quantize_matrix(
+    w: Float[Array, "*lead rows cols"], config: QuantConfig
+) -> NF4Array | Int8Array:
     """A matrix as ``config`` wants it; of several each for itself, one after the other."""
     if w.ndim > 2:
-        return jax.lax.map(functools.partial(pack, config=config), w)
+        return jax.lax.map(functools.partial(quantize_matrix, config=config), w)
     if config.load_in_8bit:
         return int8.quantize(w)
     double, kind = config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type
     return nf4.quantize(w, config.block_size, double, kind)
 
 
-def settings_of(leaf: QuantizedArray) -> QuantConfig:
+def quant_config_of(leaf: QuantizedArray) -> QuantConfig:
     """The settings that pack as a leaf is packed."""
     if isinstance(leaf, Int8Array):
         return QuantConfig(load_in_8bit=True)
@@ -51,7 +53,7 @@ def settings_of(leaf: QuantizedArray) -> QuantConfig:
     )
 
 
-def describe(config: QuantConfig) -> str:
+def scheme_text(config: QuantConfig) -> str:
     """How ``config`` packs, for people; equal texts pack alike."""
     if config.load_in_8bit:
         return "int8"
@@ -83,7 +85,7 @@ def quantize_params(params: Any, config: QuantConfig) -> Any:
     return paths.map_leaves(lambda path, leaf: packed.get(path, leaf), params)
 
 
-def rows_first(path: paths.Path) -> bool:
+def stored_as_in_torch(path: paths.Path) -> bool:
     """Whether torch keeps a leaf's matrix as it is here, not as [out, in] for (in, out)."""
     return path[-1] in ("embedding", *paths.EXPERTS)
 
@@ -135,7 +137,11 @@ def _check_names(leaves: Sequence[paths.Leaf], config: QuantConfig) -> None:
 
 def _pack_leaf(leaf: paths.Leaf, config: QuantConfig) -> NF4Array | Int8Array:
     def one(w: Array) -> NF4Array | Int8Array:
-        return pack(w, config) if rows_first(leaf.path) else pack(w.mT, config).mT
+        return (
+            quantize_matrix(w, config)
+            if stored_as_in_torch(leaf.path)
+            else quantize_matrix(w.mT, config).mT
+        )
 
     # Layer after layer, so that only one exists in float32 at a time.
     return one(leaf.value) if leaf.stack is None else jax.lax.map(one, leaf.value)

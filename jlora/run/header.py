@@ -1,4 +1,4 @@
-"""The run header: what will happen, before anything does."""
+"""The run header: what a run will do, shown before it does anything."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from jlora.lora.targets import match_table
 from jlora.lora.weight import is_weight_leaf
 from jlora.models import Model
 from jlora.ops.attention import Case, choose, cudnn
-from jlora.quant.params import describe, is_quantized, settings_of
+from jlora.quant.params import is_quantized, quant_config_of, scheme_text
 from jlora.run.job import Job
-from jlora.run.progress import Plan
+from jlora.run.step_counts import StepCounts
 from jlora.training.optim import trainable_leaves, warmup_steps
 from jlora.ui.console import Console, Rows
 
 SECTIONS = ("model", "quantization", "lora", "data", "train", "mesh", "evaluate")
-"""The settings that a run depends on."""
+"""The sections of the settings that a training run reads."""
 
 
 def show_header(
-    console: Console, job: Job, plan: Plan, train: Prepared, held_out: Prepared | None
+    console: Console, job: Job, counts: StepCounts, train: Prepared, held_out: Prepared | None
 ) -> None:
-    """Prints model, matches, sizes, devices, data and how every setting was resolved."""
+    """Shows the model, the adapted modules, data, devices and every setting as it was resolved."""
     sections: dict[str, Any] = {"model": _model(job, train.length)}
     if job.targets:
         sections["adapter"] = table(match_table(job.targets))
     sections["data"] = _data(train, held_out)
-    sections["run"] = _run(job, plan)
+    sections["run"] = _run(job, counts)
     lines = in_lines(job.config)
     sections["settings"] = {name: lines[name] for name in SECTIONS}
     if job.mesh.size > 1:
@@ -42,28 +42,28 @@ def show_header(
     console.header(f"jlora · {job.config.train.output_dir}", sections)
     for text in (*train.warnings, *(held_out.warnings if held_out else ())):
         console.warn(text)
-    asked, computed = job.config.quantization, job.config.compute_dtype
-    if asked and asked.bnb_4bit_compute_dtype != computed:
+    asked, compute_dtype = job.config.quantization, job.config.compute_dtype
+    if asked and asked.bnb_4bit_compute_dtype != compute_dtype:
         console.warn(
-            f"packed layers compute in {computed} like all others, "
+            f"quantized layers compute in {compute_dtype} like all others, "
             f"not in bnb_4bit_compute_dtype={asked.bnb_4bit_compute_dtype}"
         )
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays of a tree (or of its shapes), counted once however they are sharded."""
+    """Bytes of all arrays of a tree (or of its shapes); replicas on other devices do not count."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def count(tree: Any) -> int:
-    """Elements of all leaves; an NF4 leaf counts the parameters that it stands for."""
+def count_parameters(tree: Any) -> int:
+    """Elements of all leaves; for a quantized leaf those of the matrix, not of its codes."""
     leaves = jax.tree.leaves(tree, is_leaf=is_weight_leaf)
     return sum(leaf.size for leaf in leaves)
 
 
 def layout(tree: Any, mesh: jax.sharding.Mesh) -> Rows:
-    """Which axes split each kind of leaf, and what of it lies on one device."""
-    names = ("leaves", "of kind", "split over", "in all", "on each device")
+    """How each kind of leaf is sharded: the mesh axes that split it, and its bytes on a device."""
+    names = ("leaves", "kind", "split over", "total size", "per device")
     rows = sharding.describe(tree, mesh)
     return Rows(
         names,
@@ -74,8 +74,8 @@ def layout(tree: Any, mesh: jax.sharding.Mesh) -> Rows:
     )
 
 
-def attention(model: Model, platform: str, length: int) -> str:
-    """Which attention computes rows of ``length`` tokens on a device's platform, and why."""
+def attention_text(model: Model, platform: str, length: int) -> str:
+    """Which implementation of attention is used for rows of ``length`` tokens, and why."""
     case = Case(
         dtype=model.dtype,
         length=length,
@@ -94,38 +94,39 @@ def _model(job: Job, length: int) -> Mapping[str, Any]:
     rows: dict[str, Any] = {
         "base": config.model.name_or_path,
         **sizes(config, job.base, job.trainable, job.initial),
-        "attention": attention(job.model, job.mesh.devices.flat[0].platform, length),
+        "attention": attention_text(job.model, job.mesh.devices.flat[0].platform, length),
     }
     if job.adapters:
-        rows["adapters"] = f"{', '.join(job.adapters)}: trained together, each on its own rows"
+        rows["adapters"] = f"{', '.join(job.adapters)} (trained together, each on its own rows)"
     if names := config.model.id2label:
         rows["classes"] = f"{len(names)}: {listed(names)}"
     if job.model.config.prequantized and "quantization" in rows:
-        rows["quantization"] += " (the base came packed)"
+        rows["quantization"] += " (the base model is already quantized)"
     return rows
 
 
 def sizes(config: Config, frozen: Any, trainable: Any, initial: Any = None) -> dict[str, str]:
-    """The method, how much of the model is trained, and what it takes; the trees may be shapes.
+    """The method, the share of parameters that is trained, memory and dtypes, as rows of text.
 
-    ``initial`` is no part of the model, but takes memory.
+    The trees may be shapes. ``initial`` adds to the memory but not to the parameters.
     """
-    moves = count(trainable_leaves(config.train, trainable))
-    every = count(frozen) + count(trainable)
-    packed = [x for x in jax.tree.leaves(frozen, is_leaf=is_quantized) if is_quantized(x)]
-    kind = "full fine-tuning"
+    trained = count_parameters(trainable_leaves(config.train, trainable))
+    total = count_parameters(frozen) + count_parameters(trainable)
+    leaves = jax.tree.leaves(frozen, is_leaf=is_quantized)
+    quantized = [leaf for leaf in leaves if is_quantized(leaf)]
+    method = "full fine-tuning"
     if config.lora:
-        kind = "QLoRA" if packed else "LoRA"
+        method = "QLoRA" if quantized else "LoRA"
     rows = {
-        "method": kind,
-        "trainable": f"{moves:,} of {every:,} parameters ({moves / every:.2%})",
+        "method": method,
+        "trainable": f"{trained:,} of {total:,} parameters ({trained / total:.2%})",
         "memory": f"{size_text(tree_bytes((frozen, initial)))} frozen, "
         f"{size_text(tree_bytes(trainable))} trainable",
-        "types": f"weights {config.model.dtype}, computation {config.compute_dtype}",
+        "dtypes": f"weights {config.model.dtype}, compute {config.compute_dtype}",
     }
-    if packed:
-        kinds = dict.fromkeys(describe(settings_of(leaf)) for leaf in packed)
-        rows["quantization"] = "; ".join(kinds)
+    if quantized:
+        formats = dict.fromkeys(scheme_text(quant_config_of(leaf)) for leaf in quantized)
+        rows["quantization"] = "; ".join(formats)
     return rows
 
 
@@ -135,49 +136,51 @@ def _data(train: Prepared, held_out: Prepared | None) -> Rows:
         for s in prepared.sources if prepared else ():
             role = f"{role}, {s.adapter}" if s.adapter else role
             rows.append((role, s.path, s.format, s.rows, s.packed_rows, s.tokens, s.target_tokens))
-    names = ("", "source", "format", "rows", "packed", "tokens", "targets")
+    names = ("role", "source", "format", "rows", "packed rows", "tokens", "target tokens")
     return Rows(names, rows)
 
 
-def _run(job: Job, plan: Plan) -> Mapping[str, Any]:
+def _run(job: Job, counts: StepCounts) -> Mapping[str, Any]:
     settings, mesh = job.config.train, dict(job.mesh.shape)
-    warm = warmup_steps(settings, plan.total_steps)
+    warm = warmup_steps(settings, counts.total_steps)
     return {
         "devices": describe_devices(),
         "mesh": " × ".join(f"{axis} {size}" for axis, size in mesh.items()),
-        "batch": f"{plan.rows_per_step} rows a step ({settings.per_device_train_batch_size} a "
-        f"device, {plan.accumulation} accumulated)",
-        "steps": f"{plan.total_steps} ({plan.steps_per_epoch} an epoch)",
-        "optimizer": f"{optimizer(settings)}, {settings.lr_scheduler_type} from "
-        f"{settings.learning_rate:g} after {warm} warm-up steps, "
-        f"weight decay {settings.weight_decay:g}, clip {settings.max_grad_norm}",
-        "checkpointing": checkpointing(settings),
+        "batch": f"{counts.rows_per_step} rows per step "
+        f"({settings.per_device_train_batch_size} per device, "
+        f"{counts.accumulation} micro-batches)",
+        "steps": f"{counts.total_steps} ({counts.steps_per_epoch} per epoch)",
+        "optimizer": f"{optimizer_text(settings)}, "
+        f"learning rate {settings.learning_rate:g} ({settings.lr_scheduler_type}, {warm} warm-up "
+        f"steps), weight decay {settings.weight_decay:g}, gradient clipping "
+        f"{settings.max_grad_norm}",
+        "gradient checkpointing": checkpointing_text(settings),
         "seed": settings.seed,
     }
 
 
-def optimizer(settings: TrainConfig) -> str:
+def optimizer_text(settings: TrainConfig) -> str:
     """The optimizer's name, with LoRA+ and LoRA-FA if they are on."""
     ratio = settings.loraplus_lr_ratio
-    plus = [f"LoRA+ (B learns {ratio:g} times as fast)"] if ratio else []
+    plus = [f"LoRA+ (B's learning rate is {ratio:g} times A's)"] if ratio else []
     return " with ".join([settings.optim, *plus, *["LoRA-FA"] * settings.lorafa])
 
 
-def checkpointing(settings: TrainConfig) -> str:
-    """Whether layers are computed again, and where their inputs are kept."""
+def checkpointing_text(settings: TrainConfig) -> str:
+    """Whether layers are rematerialised, and where their inputs are saved."""
     if settings.activation_offloading:
-        return "on, layers' inputs in the host's memory"
+        return "on, layer inputs offloaded to host memory"
     return "on" if settings.gradient_checkpointing else "off"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Rows:
-    """Rows with the same names, as a table."""
+    """Mappings with the same keys, as a table."""
     names = list(rows[0])
     return Rows(names, [[_text(row[name]) for name in names] for row in rows])
 
 
 def size_text(n: int) -> str:
-    """Bytes for people: ``12.5 MiB``."""
+    """A number of bytes as text: ``12.5 MiB``."""
     unit, power = next(
         u for u in (("GiB", 30), ("MiB", 20), ("KiB", 10)) if n >= 2 ** u[1] or u[1] == 10
     )
@@ -185,7 +188,7 @@ def size_text(n: int) -> str:
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """A shape for people: ``4096 × 14336``."""
+    """A shape as text: ``4096 × 14336``."""
     return " × ".join(map(str, shape))
 
 

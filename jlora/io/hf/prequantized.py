@@ -32,10 +32,10 @@ import numpy as np
 
 from jlora.config import QuantConfig
 from jlora.io.hf.folder import Shards
-from jlora.io.hf.names import Tensor
+from jlora.io.hf.names import CheckpointTensor
 from jlora.quant.codebooks import DYNAMIC_MAP, FOUR_BIT
 from jlora.quant.nf4 import BLOCK_SIZES, NESTED_BLOCK, NF4Array
-from jlora.quant.params import QuantizedArray, describe, pack, rows_first
+from jlora.quant.params import QuantizedArray, quantize_matrix, scheme_text, stored_as_in_torch
 from jlora.tree import paths
 
 STATE = "quant_state.bitsandbytes__"
@@ -53,7 +53,7 @@ Problems = list[tuple[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredMatrix:
     """A packed tensor of a file: where its parts are and how it is packed."""
 
     names: Mapping[str, str]
@@ -72,7 +72,7 @@ class Stored:
         return double and not self.own_map and self.nested_block == NESTED_BLOCK
 
 
-def find_parts(names: Iterable[str]) -> dict[str, dict[str, str]]:
+def find_quantization_tensors(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """{name of a weight: {part: its name}} of all parts beside weights."""
     found: dict[str, dict[str, str]] = {}
     for name in names:
@@ -81,18 +81,18 @@ def find_parts(names: Iterable[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def matrix_shape(tensor: Tensor) -> tuple[int, ...]:
+def matrix_shape(tensor: CheckpointTensor) -> tuple[int, ...]:
     """What is packed: torch's [out, in], or an embedding's rows."""
-    return tensor.shape if as_torch(tensor) else tensor.shape[::-1]
+    return tensor.shape if is_out_in(tensor) else tensor.shape[::-1]
 
 
-def as_torch(tensor: Tensor) -> bool:
+def is_out_in(tensor: CheckpointTensor) -> bool:
     """Whether the file holds the matrix as torch's Linear or Embedding has it: so it is packed."""
-    return tensor.transposed != rows_first(tensor.path)
+    return tensor.transposed != stored_as_in_torch(tensor.path)
 
 
-def packed_shapes(
-    shapes: Any, groups: Mapping[paths.Path, list[Tensor]], packed: Mapping[str, Stored]
+def prequantized_shapes(
+    shapes: Any, groups: Mapping[paths.Path, list[CheckpointTensor]], packed: Mapping[str, StoredMatrix]
 ) -> Any:
     """A tree of shapes with those of packed leaves in their places.
 
@@ -108,25 +108,25 @@ def packed_shapes(
         one, layer = _shape(groups[path][0], dense.dtype, config), groups[path][0].layer
         lead = () if layer is None else (len(layers),)
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), one)
-        return one if rows_first(path) else one.mT
+        return one if stored_as_in_torch(path) else one.mT
 
     return paths.map_leaves(leaf, shapes)
 
 
-def _shape(tensor: Tensor, dtype: Any, config: QuantConfig) -> QuantizedArray:
+def _shape(tensor: CheckpointTensor, dtype: Any, config: QuantConfig) -> QuantizedArray:
     """One layer's packed matrix with ``jax.ShapeDtypeStruct`` children."""
     matrix = jax.ShapeDtypeStruct(matrix_shape(tensor), dtype)
-    return jax.eval_shape(functools.partial(pack, config=config), matrix)
+    return jax.eval_shape(functools.partial(quantize_matrix, config=config), matrix)
 
 
-def is_prequantized(shards: Shards, weight: str, parts: Mapping[str, str], tensor: Tensor) -> bool:
+def is_prequantized(shards: Shards, weight: str, parts: Mapping[str, str], tensor: CheckpointTensor) -> bool:
     """Whether the file means ``weight`` to be packed, be it whole or not."""
     return len(tensor.shape) == 2 and (bool(parts) or shards.dtype(weight) in ("U8", "I8"))
 
 
 def inspect(
-    shards: Shards, weight: str, parts: Mapping[str, str], tensor: Tensor
-) -> tuple[Stored | None, Problems]:
+    shards: Shards, weight: str, parts: Mapping[str, str], tensor: CheckpointTensor
+) -> tuple[StoredMatrix | None, Problems]:
     """How the tensor ``weight`` of the file is packed, and all that does not fit the model.
 
     Only headers, the JSON and the tables are read.
@@ -137,8 +137,8 @@ def inspect(
 
 
 def _inspect8(
-    shards: Shards, weight: str, parts: Mapping[str, str], tensor: Tensor
-) -> tuple[Stored | None, Problems]:
+    shards: Shards, weight: str, parts: Mapping[str, str], tensor: CheckpointTensor
+) -> tuple[StoredMatrix | None, Problems]:
     shape, scale = matrix_shape(tensor), f"{weight.removesuffix('.weight')}.SCB"
     problems = _fit(shards, weight, "I8", shape) + _fit(shards, scale, "F32", shape[:1])
     problems += _others(parts, ("SCB", "weight_format"))
@@ -146,13 +146,13 @@ def _inspect8(
         problems += _fit(shards, layout, "U8", ())
         if not problems and (value := int(shards.read(layout))):
             problems.append((layout, f"is {value}: only 0, row after row, is supported"))
-    stored = Stored({"weight": weight, "SCB": scale}, QuantConfig(load_in_8bit=True))
+    stored = StoredMatrix({"weight": weight, "SCB": scale}, QuantConfig(load_in_8bit=True))
     return (None if problems else stored), problems
 
 
 def _inspect4(
-    shards: Shards, weight: str, parts: Mapping[str, str], tensor: Tensor
-) -> tuple[Stored | None, Problems]:
+    shards: Shards, weight: str, parts: Mapping[str, str], tensor: CheckpointTensor
+) -> tuple[StoredMatrix | None, Problems]:
     at = next((part for part in sorted(parts) if part.startswith(STATE)), None)
     if at is None:
         return None, [(f"{weight}.{STATE}nf4", "is missing")]
@@ -175,9 +175,9 @@ def _inspect4(
     )
     names = {"weight": weight, **{part: parts[part] for part in wanted}}
     if not double:
-        return Stored(names, config), []
+        return StoredMatrix(names, config), []
     own_map = not np.array_equal(shards.read(parts["nested_quant_map"]), DYNAMIC_MAP)
-    return Stored(names, config, state["nested_blocksize"], state["nested_offset"], own_map), []
+    return StoredMatrix(names, config, state["nested_blocksize"], state["nested_offset"], own_map), []
 
 
 def _wanted(
@@ -261,7 +261,7 @@ def size_text(shape: tuple[int, ...]) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
-def differing(groups: Iterable[list[Tensor]], stored: Mapping[str, Stored]) -> Problems:
+def differing(groups: Iterable[list[CheckpointTensor]], stored: Mapping[str, StoredMatrix]) -> Problems:
     """Layers that are one array here and are packed in different ways."""
     problems = []
     for first, *others in groups:
@@ -273,19 +273,19 @@ def differing(groups: Iterable[list[Tensor]], stored: Mapping[str, Stored]) -> P
     return problems
 
 
-def how(stored: Stored | None) -> str:
+def how(stored: StoredMatrix | None) -> str:
     """How a tensor is packed, for people."""
-    return "not packed" if stored is None else describe(stored.config)
+    return "not packed" if stored is None else scheme_text(stored.config)
 
 
-def read(shards: Shards, stored: Stored, like: QuantizedArray) -> list[Any]:
+def read(shards: Shards, stored: StoredMatrix, like: QuantizedArray) -> list[Any]:
     """The children of one matrix, in the shapes that they have in the leaf ``like``."""
     children = _read(shards, stored, like)
     shapes = [child.shape[len(like.lead) :] for child in jax.tree.leaves(like)]
     return [np.reshape(child, shape) for child, shape in zip(children, shapes, strict=True)]
 
 
-def _read(shards: Shards, stored: Stored, like: QuantizedArray) -> list[Any]:
+def _read(shards: Shards, stored: StoredMatrix, like: QuantizedArray) -> list[Any]:
     names = stored.names
     if not isinstance(like, NF4Array):
         return [shards.read(names["weight"]), shards.read(names["SCB"])]
@@ -299,7 +299,7 @@ def _read(shards: Shards, stored: Stored, like: QuantizedArray) -> list[Any]:
     return [codes, absmax]
 
 
-def _undouble(shards: Shards, stored: Stored, codes: np.ndarray) -> np.ndarray:
+def _undouble(shards: Shards, stored: StoredMatrix, codes: np.ndarray) -> np.ndarray:
     """``absmax`` in float32 by the file's own map and blocks; both operations round."""
     scale = shards.read(stored.names["nested_absmax"])
     place = np.arange(codes.size) // stored.nested_block

@@ -21,13 +21,19 @@ from jlora.config import QuantConfig
 from jlora.distributed import sharding
 from jlora.errors import ConfigError, DataError
 from jlora.io.hf import mxfp4, prequantized
-from jlora.io.hf.folder import FLOATS, SPAN, Shards, find_folder, open_shards, read_json
-from jlora.io.hf.names import SCORE, Tensor, embedding_name, head_name, tensors
-from jlora.io.hf.placement import Index, assemble
-from jlora.io.hf.prequantized import Problems, Stored, size_text
-from jlora.io.hf.score import WithScore
+from jlora.io.hf.folder import CHUNK_BYTES, FLOATS, Shards, find_folder, open_shards, read_json
+from jlora.io.hf.names import (
+    SCORE_HEAD,
+    CheckpointTensor,
+    checkpoint_tensors,
+    embedding_name,
+    head_name,
+)
+from jlora.io.hf.placement import Index, assemble_leaf
+from jlora.io.hf.prequantized import Problems, StoredMatrix, size_text
+from jlora.io.hf.score_head import ScoreHeadShards
 from jlora.models.model import Model
-from jlora.models.registry import as_classifier, family, parse
+from jlora.models.registry import as_classifier, family_of, parse_config
 from jlora.quant.params import is_quantized, quantize_matrix, quantize_params, scheme_text
 from jlora.tree import paths
 
@@ -79,20 +85,20 @@ def load_pretrained(
     if num_labels is not None:
         model = dataclasses.replace(model, config=as_classifier(model.config, num_labels))
     with open_shards(folder) as stored:
-        shards = mxfp4.Decoded(stored) if model.config.quant_method == "mxfp4" else stored
+        shards = mxfp4.DecodedShards(stored) if model.config.quant_method == "mxfp4" else stored
         if fresh:
-            shards = with_score(shards, model, seed)
+            shards = with_score_head(shards, model, seed)
         source = check(shards, model, folder)
-        if source.packed and quantization is not None:
+        if source.prequantized and quantization is not None:
             _check_packing(source, model, quantization)
         return model, read_params(shards, source, model, quantization, mesh, progress, cancel)
 
 
-def with_score(shards: Shards, model: Model, seed: int) -> Shards:
+def with_score_head(shards: Shards, model: Model, seed: int) -> Shards:
     """``shards`` of a classifier, with a fresh score head if they have none."""
-    if SCORE in shards.files:
+    if SCORE_HEAD in shards.files:
         return shards
-    return WithScore(shards, model.config, head_name(model), seed)
+    return ScoreHeadShards(shards, model.config, head_name(model), seed)
 
 
 def read_model(folder: Path, **options: Any) -> Model:
@@ -100,7 +106,7 @@ def read_model(folder: Path, **options: Any) -> Model:
 
     Ids that end a reply are those of ``config.json`` and ``generation_config.json`` together.
     """
-    config = parse(read_json(folder / "config.json"), where=str(folder / "config.json"))
+    config = parse_config(read_json(folder / "config.json"), where=str(folder / "config.json"))
     if (folder / "generation_config.json").exists():
         more = read_json(folder / "generation_config.json").get("eos_token_id")
         more = more if isinstance(more, list) else [] if more is None else [more]
@@ -114,8 +120,8 @@ class Source:
     """Where the tensors of a model are in its file."""
 
     names: Mapping[str, str]
-    """Tensor of the model → the one in the file."""
-    packed: Mapping[str, Stored]
+    """CheckpointTensor of the model → the one in the file."""
+    prequantized: Mapping[str, StoredMatrix]
     """Those that are packed in the file."""
 
 
@@ -125,8 +131,8 @@ def check(shards: Shards, model: Model, folder: Path) -> Source:
     Names differ in checkpoints of the base model alone and in tied ones that store the head.
     Whether a tensor is packed is for the file to say, if ``config.json`` says that any is.
     """
-    expected = {t.name: t for t in tensors(model)}
-    parts = prequantized.find_parts(shards.files) if model.config.prequantized else {}
+    expected = {t.name: t for t in checkpoint_tensors(model)}
+    parts = prequantized.find_quantization_tensors(shards.files) if model.config.prequantized else {}
     names, problems = _find(shards, model, expected, parts)
     packed, packs = {}, model.config.prequantized
     for name, tensor in expected.items():
@@ -173,7 +179,7 @@ def _find(
             problems.append((name, f"is there as {names[full]} too"))
         elif full in expected:
             names[full] = name
-        elif name not in known and not re.fullmatch(family(model.config).buffers, name):
+        elif name not in known and not re.fullmatch(family_of(model.config).buffers, name):
             problems.append((name, "is not part of this model"))
     if model.config.tie_word_embeddings and head in shards.files:
         names.setdefault(table, head)
@@ -205,8 +211,8 @@ def _check_packing(source: Source, model: Model, quantization: QuantConfig) -> N
     """
     wanted = jax.eval_shape(lambda p: quantize_params(p, quantization), model.shapes)
     named = quantization.llm_int8_skip_modules or quantization.include_modules
-    for tensor in tensors(model):
-        stored = source.packed.get(tensor.name)
+    for tensor in checkpoint_tensors(model):
+        stored = source.prequantized.get(tensor.name)
         packs = is_quantized(paths.get(wanted, tensor.path)) if named else stored is not None
         have, want = prequantized.how(stored), scheme_text(quantization) if packs else "not packed"
         if have != want:
@@ -230,10 +236,10 @@ def _listing(problems: Iterable[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def _groups(model: Model) -> dict[paths.Path, list[Tensor]]:
+def _groups(model: Model) -> dict[paths.Path, list[CheckpointTensor]]:
     """The tensors of every leaf, in the order of its layers."""
-    groups: dict[paths.Path, list[Tensor]] = {}
-    for tensor in tensors(model):
+    groups: dict[paths.Path, list[CheckpointTensor]] = {}
+    for tensor in checkpoint_tensors(model):
         groups.setdefault(tensor.path, []).append(tensor)
     return groups
 
@@ -249,8 +255,8 @@ def read_params(
 ) -> dict[str, Any]:
     """The parameter tree, read tensor by tensor; ``source`` as ``check`` returns it."""
     groups, shapes = _groups(model), model.shapes
-    if source.packed:
-        shapes = prequantized.packed_shapes(shapes, groups, source.packed)
+    if source.prequantized:
+        shapes = prequantized.prequantized_shapes(shapes, groups, source.prequantized)
     elif quantization is not None:
         shapes = jax.eval_shape(lambda p: quantize_params(p, quantization), shapes)
     layout = None if mesh is None else sharding.shardings(shapes, mesh)
@@ -272,23 +278,23 @@ def read_params(
 
         where = None if layout is None else paths.get(layout, path)
         turned = groups[path][0].transposed and not is_quantized(shape)
-        return assemble(shape, where, parts, read, turned)
+        return assemble_leaf(shape, where, parts, read, turned)
 
     return paths.map_leaves(leaf, shapes)
 
 
-def _parts(group: list[Tensor]) -> dict[Index, list[Tensor]]:
+def _parts(group: list[CheckpointTensor]) -> dict[Index, list[CheckpointTensor]]:
     """A leaf's tensors by the place on its leading axes that they are in, or share."""
-    parts: dict[Index, list[Tensor]] = {}
+    parts: dict[Index, list[CheckpointTensor]] = {}
     for tensor in group:
         index = tuple(i for i in tensor.index if isinstance(i, int))
         parts.setdefault(index, []).append(tensor)
     return parts
 
 
-def _size(shards: Shards, source: Source, group: Iterable[Tensor]) -> int:
+def _size(shards: Shards, source: Source, group: Iterable[CheckpointTensor]) -> int:
     """Bytes of tensors in the file, all parts of packed ones included."""
-    stored = [source.packed.get(tensor.name) for tensor in group]
+    stored = [source.prequantized.get(tensor.name) for tensor in group]
     names = [
         [source.names[tensor.name]] if packed is None else packed.names.values()
         for tensor, packed in zip(group, stored, strict=True)
@@ -299,26 +305,26 @@ def _size(shards: Shards, source: Source, group: Iterable[Tensor]) -> int:
 def _read(
     shards: Shards,
     source: Source,
-    group: list[Tensor],
+    group: list[CheckpointTensor],
     shape: Any,
     quantization: QuantConfig | None,
 ) -> Any:
     """One part of a leaf: lying as in the file, or packed."""
     first = group[0]
-    if first.name in source.packed:
-        return prequantized.read(shards, source.packed[first.name], shape)
+    if first.name in source.prequantized:
+        return prequantized.read(shards, source.prequantized[first.name], shape)
     value = _dense(shards, source.names, group, shape)
     if quantization is None or not is_quantized(shape):
         return value
     matrix = jnp.asarray(value)
-    return quantize_matrix(matrix if prequantized.as_torch(first) else matrix.mT, quantization)
+    return quantize_matrix(matrix if prequantized.is_out_in(first) else matrix.mT, quantization)
 
 
-def _dense(shards: Shards, names: Mapping, group: list[Tensor], shape: Any) -> np.ndarray:
+def _dense(shards: Shards, names: Mapping, group: list[CheckpointTensor], shape: Any) -> np.ndarray:
     """The tensors of one part in ``shape.dtype``, joined where there are several."""
     dtype = np.dtype(shape.dtype)
 
-    def value(tensor: Tensor) -> np.ndarray:
+    def value(tensor: CheckpointTensor) -> np.ndarray:
         return _value(shards, names[tensor.name], dtype)
 
     if len(group) == 1:
@@ -335,7 +341,7 @@ def _dense(shards: Shards, names: Mapping, group: list[Tensor], shape: Any) -> n
 
 def _value(shards: Shards, name: str, dtype: np.dtype) -> np.ndarray:
     """A tensor of the file in ``dtype``; one to be cast is not held whole in both."""
-    if shards.nbytes(name) <= SPAN or FLOATS[shards.dtype(name)] == dtype.name:
+    if shards.nbytes(name) <= CHUNK_BYTES or FLOATS[shards.dtype(name)] == dtype.name:
         return _cast(shards.read(name), dtype, name)
     out = np.empty(shards.shape(name), dtype)
     for span in shards.spans(name):

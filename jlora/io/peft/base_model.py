@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jlora.config import LoraConfig
 from jlora.files import storage_errors, write_atomic
 from jlora.lora.targets import is_replaced
-from jlora.quant.params import describe, is_quantized, settings_of
+from jlora.quant.params import is_quantized, quant_config_of, scheme_text
 from jlora.tree import paths
 from jlora.tree.fingerprint import fingerprint
 
@@ -26,26 +26,28 @@ BASE_FILE = "base_model.json"
 SMALL = ("scale", "bias")
 
 
-def record(params: Any, config: LoraConfig) -> dict[str, str]:
+def record(params: Any, config: LoraConfig, base_fingerprint: str | None = None) -> dict[str, str]:
     """``kept``, how the leaves are kept; ``weights`` and ``norms``, fingerprints of all and some.
 
     Leaves that the adapter replaces as a whole are left out: they are the adapter's. All processes
-    of a run must call it.
+    of a run must call it. ``base_fingerprint`` is ``fingerprint(params)`` where that is known.
     """
     leaves = {
         leaf.path: leaf.value
         for leaf in paths.leaves(params)
         if not all(is_replaced(config, name, leaf.kind) for name in leaf.modules())
     }
+    if base_fingerprint is None or len(leaves) < len(paths.leaves(params)):
+        base_fingerprint = fingerprint(paths.nest(leaves))
     small = {p: jnp.asarray(x).astype(jnp.bfloat16) for p, x in leaves.items() if p[-1] in SMALL}
     return {
         "kept": "; ".join(sorted({_kept(leaf) for leaf in leaves.values()})),
         "norms": fingerprint(paths.nest(small)),
-        "weights": fingerprint(paths.nest(leaves)),
+        "weights": base_fingerprint,
     }
 
 
-def write_record(directory: str | Path, base: dict[str, str]) -> None:
+def write_base_record(directory: str | Path, base: dict[str, str]) -> None:
     """Writes ``base_model.json``."""
     write_atomic(Path(directory) / BASE_FILE, json.dumps(base, indent=2, sort_keys=True) + "\n")
 
@@ -70,4 +72,6 @@ def differences(directory: str | Path, params: Any, config: LoraConfig) -> Itera
 
 
 def _kept(leaf: Any) -> str:
-    return describe(settings_of(leaf)) if is_quantized(leaf) else str(jnp.asarray(leaf).dtype)
+    if is_quantized(leaf):
+        return scheme_text(quant_config_of(leaf))
+    return str(jnp.asarray(leaf).dtype)

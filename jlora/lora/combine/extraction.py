@@ -15,16 +15,15 @@ from jaxtyping import Array, Float
 from jlora.config import LoraConfig
 from jlora.errors import ConfigError, DataError
 from jlora.lora import Adapter, init_adapter
-from jlora.lora.adapter import changed
-from jlora.lora.combine.factors import assemble, factors, other_leaves
-from jlora.lora.combine.refusals import no_plain_pairs, refuse
+from jlora.lora.adapter import Tree, changed_leaf
+from jlora.lora.combine.factors import adapter_factors, adapter_from_factors, other_leaves
+from jlora.lora.combine.refusals import low_rank_faults, refuse
 from jlora.lora.combine.truncation import truncate
 from jlora.lora.targets import is_replaced, rank_of
 from jlora.lora.weight import dense
 from jlora.tree import paths
 
-Tree = Mapping[str, Any]
-Leaves = Mapping[paths.Path, paths.Leaf]
+BaseLeaves = Mapping[paths.Path, paths.Leaf]
 
 
 def extract_adapter(base_params: Tree, tuned_params: Tree, config: LoraConfig) -> Adapter:
@@ -52,7 +51,7 @@ def extract_adapter(base_params: Tree, tuned_params: Tree, config: LoraConfig) -
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     others = other_leaves(empty)
     faults = [f"it gives no {'.'.join(path)}" for path in others if path not in base]
-    refuse([*no_plain_pairs(empty), *faults], "extract_adapter")
+    refuse([*low_rank_faults(empty), *faults], "extract_adapter")
     if lost := list(_lost(base, tuned, empty.config)):
         listed = ", ".join(lost[:10]) + (f" and {len(lost) - 10} more" if lost[10:] else "")
         raise ConfigError(
@@ -61,12 +60,12 @@ def extract_adapter(base_params: Tree, tuned_params: Tree, config: LoraConfig) -
             fix="name them in target_modules or modules_to_save; biases come with bias=all",
         )
     modules = {}
-    for path, f in factors(empty).items():
+    for path, f in adapter_factors(empty).items():
         a, b = _nearest(_weight(base, path), _weight(tuned, path), f.a.shape[-1])
         b = b / jnp.asarray(f.scales, jnp.float32)[:, None, None]
         modules[path] = f._replace(a=a, b=b, ranks=np.minimum(f.ranks, a.shape[-1]))
     saved = {path: _dense(tuned[path]).reshape(base[path].value.shape) for path in others}
-    return assemble(modules, saved, empty.config, empty.parts)
+    return adapter_from_factors(modules, saved, empty.config, empty.parts)
 
 
 @functools.partial(jax.jit, static_argnames="rank")
@@ -77,14 +76,14 @@ def _nearest(
     return jax.lax.map(lambda x: truncate(x[1] - x[0], rank), (before, after))
 
 
-def _weight(leaves: Leaves, path: paths.Path) -> Array:
+def _weight(leaves: BaseLeaves, path: paths.Path) -> Array:
     """The weight that the A at ``path`` adapts, or its part of a fused one: (layers, in, out)."""
-    where = changed(path, leaves)
+    where = changed_leaf(path, leaves)
     values = _dense(leaves[where])
     return dict(_pieces(leaves, where, values)).get(path[:-1], values)
 
 
-def _pieces(leaves: Leaves, path: paths.Path, values: Any) -> Iterator[tuple[paths.Path, Any]]:
+def _pieces(leaves: BaseLeaves, path: paths.Path, values: Any) -> Iterator[tuple[paths.Path, Any]]:
     """The parts of the fused projection with the kernel at ``path``; else the module as a whole."""
     module, leaf = path[:-1], leaves[path]
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
@@ -103,7 +102,7 @@ def _dense(leaf: paths.Leaf) -> Array:
     return value if leaf.stack else value[None]
 
 
-def _require_same(base: Leaves, tuned: Leaves) -> None:
+def _require_same(base: BaseLeaves, tuned: BaseLeaves) -> None:
     """Raises a DataError that lists leaves of one tree only, and those of other shapes."""
     faults = [f"{'.'.join(path)} is only in the base" for path in base.keys() - tuned.keys()]
     faults += [f"{'.'.join(path)} is only in the successor" for path in tuned.keys() - base.keys()]
@@ -117,7 +116,7 @@ def _require_same(base: Leaves, tuned: Leaves) -> None:
         raise DataError(f"the two models differ in structure:\n  {listing}")
 
 
-def _lost(base: Leaves, tuned: Leaves, config: LoraConfig) -> Iterator[str]:
+def _lost(base: BaseLeaves, tuned: BaseLeaves, config: LoraConfig) -> Iterator[str]:
     """Names of leaves and of parts of fused ones that differ in a layer where nothing holds it."""
     for path, leaf in base.items():
         differs = np.asarray(_dense(leaf) != _dense(tuned[path]))

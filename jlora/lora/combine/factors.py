@@ -13,11 +13,11 @@ import numpy as np
 from jlora.config import FrozenMap, LoraConfig
 from jlora.lora import Adapter
 from jlora.lora.adapter import PAIRS
-from jlora.lora.targets import listed, rank_of, scaling_of
+from jlora.lora.targets import rank_of, scaling_of, with_listed_targets
 from jlora.tree import matching, paths
 
 
-class Factors(NamedTuple):
+class ModuleFactors(NamedTuple):
     """A and B of a module in every layer; a module that is not stacked has one layer."""
 
     leaf: paths.Leaf  # A's: its path names the module
@@ -27,7 +27,7 @@ class Factors(NamedTuple):
     scales: np.ndarray  # (layers,), float64
 
 
-def factors(adapter: Adapter) -> dict[paths.Path, Factors]:
+def adapter_factors(adapter: Adapter) -> dict[paths.Path, ModuleFactors]:
     """All pairs of an adapter by the path of A."""
     leaves = {leaf.path: leaf for leaf in paths.leaves(adapter.weights)}
     found = {}
@@ -36,7 +36,7 @@ def factors(adapter: Adapter) -> dict[paths.Path, Factors]:
             continue
         names = leaf.modules()
         a, b = leaf.value, leaves[(*path[:-1], PAIRS[leaf.kind])].value
-        found[path] = Factors(
+        found[path] = ModuleFactors(
             leaf,
             a if leaf.stack else a[None],
             b if leaf.stack else b[None],
@@ -52,8 +52,8 @@ def other_leaves(adapter: Adapter) -> dict[paths.Path, Any]:
     return {path: value for path, value in paths.walk(adapter.weights) if path[-1] not in pairs}
 
 
-def assemble(
-    modules: Mapping[paths.Path, Factors],
+def adapter_from_factors(
+    modules: Mapping[paths.Path, ModuleFactors],
     others: Mapping[paths.Path, Any],
     config: LoraConfig,
     parts: Mapping[str, tuple[int, ...]],
@@ -75,7 +75,7 @@ def assemble(
     return Adapter(paths.nest(flat), _with_ranks(config, modules), parts=FrozenMap(parts))
 
 
-def _with_ranks(config: LoraConfig, modules: Mapping[paths.Path, Factors]) -> LoraConfig:
+def _with_ranks(config: LoraConfig, modules: Mapping[paths.Path, ModuleFactors]) -> LoraConfig:
     """The largest rank and alpha are ``r`` and ``lora_alpha``; the patterns hold the others."""
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -95,7 +95,9 @@ def _with_ranks(config: LoraConfig, modules: Mapping[paths.Path, Factors]) -> Lo
     )
 
 
-def joint_targets(adapters: Sequence[Adapter], modules: Mapping[paths.Path, Factors]) -> LoraConfig:
+def joined_target_config(
+    adapters: Sequence[Adapter], modules: Mapping[paths.Path, ModuleFactors]
+) -> LoraConfig:
     """The first adapter's config, with the targets of all.
 
     Names are united and expressions joined, as PEFT does it. Adapters whose configs differ in kind,
@@ -117,4 +119,4 @@ def joint_targets(adapters: Sequence[Adapter], modules: Mapping[paths.Path, Fact
         for name, r in zip(f.leaf.modules(), f.ranks, strict=True)
         if r
     ]
-    return listed(configs[0], full)
+    return with_listed_targets(configs[0], full)

@@ -9,7 +9,7 @@ from jaxtyping import Array
 from jlora.errors import ConfigError, did_you_mean
 from jlora.lora import Adapter
 from jlora.lora.adapter import PAIRS
-from jlora.lora.combine.factors import Factors, other_leaves
+from jlora.lora.combine.factors import ModuleFactors, other_leaves
 from jlora.tree import paths
 
 PRUNES = {
@@ -68,12 +68,12 @@ def setting_faults(
 
 def adapter_faults(
     adapters: Sequence[Adapter],
-    modules: Sequence[Mapping[paths.Path, Factors]],
+    modules: Sequence[Mapping[paths.Path, ModuleFactors]],
     by_factor: bool,
 ) -> Iterator[str]:
     """What keeps adapters from being combined."""
     for i, adapter in enumerate(adapters):
-        yield from no_plain_pairs(adapter, f"adapter {i}")
+        yield from low_rank_faults(adapter, f"adapter {i}")
         if others := sorted({".".join(path) for path in other_leaves(adapter)}):
             more = f" and {len(others) - 3} more" if others[3:] else ""
             yield f"adapter {i} has more than A and B: {', '.join(others[:3])}{more}"
@@ -95,7 +95,7 @@ def adapter_faults(
                 yield f"{module} has ranks {uneven}: use cat or an svd type, or reduce_rank"
 
 
-def _not_one_tree(modules: Sequence[Mapping[paths.Path, Factors]]) -> Iterator[str]:
+def _not_one_tree(modules: Sequence[Mapping[paths.Path, ModuleFactors]]) -> Iterator[str]:
     """Messages if nodes of different adapters cannot stand in one tree."""
     everywhere = {path: f for own in modules for path, f in own.items()}
     homes: dict[str, paths.Path] = {}
@@ -111,7 +111,7 @@ def _not_one_tree(modules: Sequence[Mapping[paths.Path, Factors]]) -> Iterator[s
             yield f"{'.'.join(f.leaf.stack)} has {stacks[f.leaf.stack]} layers, or {layers}"
 
 
-def no_plain_pairs(adapter: Adapter, name: str = "the adapter") -> Iterator[str]:
+def low_rank_faults(adapter: Adapter, name: str = "the adapter") -> Iterator[str]:
     """Why an adapter's pairs do not stand for ``scale · A @ B`` of a matrix each, if so."""
     if adapter.initial is not None:
         kind = adapter.config.init_lora_weights

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jlora.lora import Adapter
-from jlora.lora.combine.factors import assemble, factors, other_leaves
-from jlora.lora.combine.refusals import no_plain_pairs, refuse
+from jlora.lora.combine.factors import adapter_factors, adapter_from_factors, other_leaves
+from jlora.lora.combine.refusals import low_rank_faults, refuse
 
 
 def reduce_rank(adapter: Adapter, r: int) -> Adapter:
@@ -25,12 +25,12 @@ def reduce_rank(adapter: Adapter, r: int) -> Adapter:
       ConfigError: ``r`` is not positive, or the adapter's pairs are not plain products.
     """
     faults = [] if r > 0 else [f"a rank of {r}: it must be positive"]
-    refuse([*faults, *no_plain_pairs(adapter)], "reduce_rank")
+    refuse([*faults, *low_rank_faults(adapter)], "reduce_rank")
     reduced = {}
-    for path, f in factors(adapter).items():
+    for path, f in adapter_factors(adapter).items():
         a, b = truncate_product(f.a, f.b, r)
         reduced[path] = f._replace(a=a, b=b, ranks=np.minimum(f.ranks, a.shape[-1]))
-    return assemble(reduced, other_leaves(adapter), adapter.config, adapter.parts)
+    return adapter_from_factors(reduced, other_leaves(adapter), adapter.config, adapter.parts)
 
 
 @functools.partial(jax.jit, static_argnames="rank")

@@ -13,8 +13,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jlora.lora import Adapter
-from jlora.lora.attaching import fold
-from jlora.lora.combine.factors import Factors, assemble, factors, joint_targets
+from jlora.lora.attaching import path_key
+from jlora.lora.combine.factors import (
+    ModuleFactors,
+    adapter_factors,
+    adapter_from_factors,
+    joined_target_config,
+)
 from jlora.lora.combine.pruning import Rule, merge_tensors
 from jlora.lora.combine.refusals import BY_FACTOR, PRUNES, adapter_faults, refuse, setting_faults
 from jlora.lora.combine.truncation import truncate, truncate_product
@@ -62,7 +67,7 @@ def add_weighted_adapter(
     Raises:
       ConfigError: listing everything that stands against it.
     """
-    modules = [factors(adapter) for adapter in adapters]
+    modules = [adapter_factors(adapter) for adapter in adapters]
     faults = list(setting_faults(combination_type, svd_rank, svd_clamp, density, key))
     if majority_sign_method not in ("total", "frequency"):
         faults.append(f"majority_sign_method: {majority_sign_method!r} (total or frequency)")
@@ -75,26 +80,26 @@ def add_weighted_adapter(
     rule = Rule(PRUNES[combination_type], elect, 1.0 if density is None else density)
     configs = [adapter.config for adapter in adapters]
     rank = svd_rank or max(r for c in configs for r in (c.r, *c.rank_pattern.values()))
-    combined: dict[paths.Path, Factors] = {}
+    combined: dict[paths.Path, ModuleFactors] = {}
     for path in dict.fromkeys(path for own in modules for path in own):
         having = [i for i, own in enumerate(modules) if path in own]
         some = [modules[i][path] for i in having]
         own_weights = jnp.stack([jnp.asarray(weights[i], jnp.float32) for i in having])
-        own_key = None if key is None else fold(key, path)
+        own_key = None if key is None else path_key(key, path)
         if combination_type == "cat":
             a, b, ranks = _cat(some, own_weights)
         elif combination_type in BY_FACTOR:
             a, b, ranks = _merge_factors(some, own_weights, own_key, rule)
         else:
             a, b, ranks = _merge_deltas(some, own_weights, own_key, rule, rank, svd_clamp)
-        combined[path] = Factors(some[0].leaf, a, b, ranks, np.ones(len(ranks)))
+        combined[path] = ModuleFactors(some[0].leaf, a, b, ranks, np.ones(len(ranks)))
     ordinary = {"use_rslora": False, "init_lora_weights": True}
-    config = dataclasses.replace(joint_targets(adapters, combined), **ordinary)
+    config = dataclasses.replace(joined_target_config(adapters, combined), **ordinary)
     parts = {name: widths for adapter in adapters for name, widths in adapter.parts.items()}
-    return assemble(combined, {}, config, parts)
+    return adapter_from_factors(combined, {}, config, parts)
 
 
-def _cat(some: Sequence[Factors], weights: Array) -> Pair:
+def _cat(some: Sequence[ModuleFactors], weights: Array) -> Pair:
     """Side by side, in each layer the columns in use first."""
     a, b = _side_by_side(some, weights)
     used = np.concatenate([np.arange(f.a.shape[-1]) < f.ranks[:, None] for f in some], 1)
@@ -104,7 +109,9 @@ def _cat(some: Sequence[Factors], weights: Array) -> Pair:
     return a, jnp.take_along_axis(b, order[:, :, None], 1), ranks
 
 
-def _merge_factors(some: Sequence[Factors], weights: Array, key: Array | None, rule: Rule) -> Pair:
+def _merge_factors(
+    some: Sequence[ModuleFactors], weights: Array, key: Array | None, rule: Rule
+) -> Pair:
     """A and B are merged by themselves, layer by layer, where ranks are equal."""
     a, b = _stacked(some)
     ranks = np.stack([f.ranks for f in some], 1)
@@ -117,7 +124,7 @@ def _merge_factors(some: Sequence[Factors], weights: Array, key: Array | None, r
 
 
 def _merge_deltas(
-    some: Sequence[Factors],
+    some: Sequence[ModuleFactors],
     weights: Array,
     key: Array | None,
     rule: Rule,
@@ -177,14 +184,14 @@ def _merge_products(
     return jax.lax.map(layer, (a, b, scales, keys))
 
 
-def _side_by_side(some: Sequence[Factors], weights: Array) -> tuple[Array, Array]:
+def _side_by_side(some: Sequence[ModuleFactors], weights: Array) -> tuple[Array, Array]:
     """Σ w·scale·A@B as one product: A (layers, in, Σr) and B (layers, Σr, out)."""
     scaled = weights * _scales(some)
     a = [scaled[:, i, None, None] * f.a for i, f in enumerate(some)]
     return jnp.concatenate(a, -1), jnp.concatenate([f.b for f in some], -2)
 
 
-def _stacked(some: Sequence[Factors]) -> tuple[Array, Array]:
+def _stacked(some: Sequence[ModuleFactors]) -> tuple[Array, Array]:
     """A (layers, n, in, r) and B (layers, n, r, out), padded to the largest rank."""
     r = max(f.a.shape[-1] for f in some)
     a = [jnp.pad(f.a, ((0, 0), (0, 0), (0, r - f.a.shape[2]))) for f in some]
@@ -192,6 +199,6 @@ def _stacked(some: Sequence[Factors]) -> tuple[Array, Array]:
     return jnp.stack(a, 1), jnp.stack(b, 1)
 
 
-def _scales(some: Sequence[Factors]) -> np.ndarray:
+def _scales(some: Sequence[ModuleFactors]) -> np.ndarray:
     """The scale of every layer and adapter: (layers, n), float32."""
     return np.stack([f.scales for f in some], 1).astype(np.float32)

@@ -1,7 +1,7 @@
 """Which weights a LoraConfig adapts, by PEFT's rules."""
 
 from jlora.lora.targets.find import find_targets, match_table, replaced_leaves, token_rows
-from jlora.lora.targets.names import listed
+from jlora.lora.targets.names import with_listed_targets
 from jlora.lora.targets.rules import (
     is_replaced,
     is_saved,
@@ -21,7 +21,6 @@ __all__ = [
     "is_saved",
     "is_target",
     "is_target_parameter",
-    "listed",
     "match_table",
     "parameter_rank_of",
     "rank_of",
@@ -29,4 +28,5 @@ __all__ = [
     "scaling_of",
     "token_indices",
     "token_rows",
+    "with_listed_targets",
 ]

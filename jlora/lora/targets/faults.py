@@ -104,7 +104,7 @@ def _unsupported(config: LoraConfig, targets: Sequence[Target]) -> Iterator[str]
     if experts and isinstance(kind, str) and kind != "gaussian":
         yield f"init_lora_weights: {kind} is not possible for experts (target_parameters)"
     for t in targets:
-        taken = t.kind == "kernel" and (config.from_weights or kind == "loftq")
+        taken = t.kind == "kernel" and (config.init_splits_base or kind == "loftq")
         if taken and max(t.ranks) > min(t.shape):
             yield f"init_lora_weights: {t.names[0]} {t.shape} has no {max(t.ranks)} directions"
     if config.lora_bias and any(t.kind == "embedding" for t in targets):

@@ -62,7 +62,7 @@ def resolve(config: LoraConfig, linear: Sequence[paths.Path]) -> LoraConfig:
     return config
 
 
-def listed(config: LoraConfig, names: Sequence[str], **fields: Any) -> LoraConfig:
+def with_listed_targets(config: LoraConfig, names: Sequence[str], **fields: Any) -> LoraConfig:
     """The config whose targets are these names, given in full, and nothing else says which."""
     return dataclasses.replace(
         config,

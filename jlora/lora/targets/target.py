@@ -1,4 +1,4 @@
-"""What is adapted: one weight, in the layers it stands for."""
+"""``Target``: one weight that the adapter changes, in all its layers."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from jlora.tree import paths
 
 
 class Target(NamedTuple):
-    """One weight to adapt: a linear layer, a part of a fused one, an embedding, or all experts'."""
+    """One weight to adapt: a linear layer, a part of a fused one, an embedding, or expert matrices."""
 
-    path: paths.Path  # the module's, or a bare parameter's own
+    path: paths.Path  # of the module, or of the leaf with expert matrices
     stack: paths.Path | None
     names: tuple[str, ...]  # the module's name in each layer
     shape: tuple[int, int]  # (in, out) of one matrix
-    ranks: tuple[int, ...] = ()  # one a layer; 0: this layer is not adapted
-    kind: str = "kernel"  # or "embedding", or the bare parameter's name
-    experts: int = 0  # how many matrices a bare parameter holds in one layer
-    widths: tuple[int, ...] = ()  # of all parts, if this is a part of a fused projection
+    ranks: tuple[int, ...] = ()  # one for each layer; 0: the layer is not adapted
+    kind: str = "kernel"  # or "embedding", or the key of expert matrices
+    experts: int = 0  # number of expert matrices in one layer
+    widths: tuple[int, ...] = ()  # columns of all parts, if this is a part of a fused projection
 
     @property
     def modules(self) -> paths.ModuleStack:
@@ -31,7 +31,7 @@ class Target(NamedTuple):
 
     @property
     def start(self) -> int:
-        """The first column of a part in its projection."""
+        """The first column of a part within its fused projection."""
         if not paths.is_part(self.path):
             return 0
         return sum(self.widths[: paths.FUSED[self.path[-2]].index(self.path[-1])])

@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jlora.quant.codebooks import DYNAMIC_MAP, DYNAMIC_THRESHOLDS, UNSIGNED_MAP, UNSIGNED_THRESHOLDS
-from jlora.quant.nf4 import place_among
+from jlora.quant.nf4 import nearest_code
 
 BLOCK = 256
 
@@ -57,7 +57,7 @@ class Blockwise:
     signed: bool = dataclasses.field(metadata={"static": True})
 
 
-def quantize(values: Float[Array, "..."], signed: bool) -> Blockwise:
+def quantize_blockwise(values: Float[Array, "..."], signed: bool) -> Blockwise:
     """To the nearest value of the map; a tie takes the lower code.
 
     In the unsigned map the smallest value above 0 stands for everything between it and 0. A block
@@ -68,12 +68,12 @@ def quantize(values: Float[Array, "..."], signed: bool) -> Blockwise:
     absmax = jnp.max(jnp.abs(blocks), axis=-1)
     scale = jnp.where(absmax >= jnp.finfo(jnp.float32).tiny, 1 / absmax, 0)
     thresholds = DYNAMIC_THRESHOLDS if signed else UNSIGNED_THRESHOLDS
-    codes = place_among(thresholds, blocks * scale[..., None])
+    codes = nearest_code(thresholds, blocks * scale[..., None])
     codes = codes.reshape(-1)[: values.size].reshape(values.shape)
     return Blockwise(codes, absmax, signed)
 
 
-def dequantize(q: Blockwise) -> Float[Array, "..."]:
+def dequantize_blockwise(q: Blockwise) -> Float[Array, "..."]:
     """The float32 array that ``q`` stands for."""
     table = jnp.asarray(DYNAMIC_MAP if q.signed else UNSIGNED_MAP)
     values = table[_blocks(q.codes)] * q.absmax[..., None]
@@ -113,13 +113,13 @@ def eight_bit(inner: optax.GradientTransformation) -> optax.GradientTransformati
 
 def _pack(moments: Any, signed: bool) -> Any:
     def one(leaf: Array) -> Any:
-        return quantize(leaf, signed) if leaf.size >= MIN_SIZE else leaf
+        return quantize_blockwise(leaf, signed) if leaf.size >= MIN_SIZE else leaf
 
     return jax.tree.map(one, moments)
 
 
 def _unpack(state: Any) -> Any:
     def one(leaf: Any) -> Any:
-        return dequantize(leaf) if isinstance(leaf, Blockwise) else leaf
+        return dequantize_blockwise(leaf) if isinstance(leaf, Blockwise) else leaf
 
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, Blockwise))

@@ -1,7 +1,6 @@
-"""First factors A and B that are more than noise and zeros.
+"""Initial A and B by matrix decompositions: PiSSA, LoftQ, OLoRA, and random orthogonal factors.
 
-``principal`` and ``triangular`` make them of a weight, ``orthogonal`` of chance. Matrices are
-(in, out), so that a delta is A@B.
+Matrices are (in, out), so that a delta is A@B.
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-matmul = functools.partial(jnp.matmul, precision="highest")
+_matmul = functools.partial(jnp.matmul, precision="highest")
 
 
 def principal(
     w: Float[Array, "in out"], r: int, scale: Float[Array, ""]
 ) -> tuple[Float[Array, "in r"], Float[Array, "r out"]]:
-    """``scale·A@B`` is the best approximation of ``w`` of rank r, evenly split between A and B.
+    """A and B such that ``scale·A@B`` is the best rank-r approximation of ``w`` (truncated SVD).
 
-    PiSSA (arXiv 2404.02948) takes it of a weight, LoftQ (arXiv 2310.08659) of what quantization
-    loses.
+    Both get the roots of the singular values. PiSSA (arXiv 2404.02948) approximates a weight, LoftQ
+    (arXiv 2310.08659) its quantization error.
     """
     u, s, vt = jnp.linalg.svd(w, full_matrices=False)
     return _split(u, s, vt, r, scale)
@@ -32,14 +31,14 @@ def nearly_principal(
 ) -> tuple[Float[Array, "in r"], Float[Array, "r out"]]:
     """``principal`` by ``niter`` subspace iterations (Halko et al., arXiv 0909.4061, 4.4 and 5.1).
 
-    As torch's ``svd_lowrank`` with q = r, which PEFT calls.
+    Equals torch's ``svd_lowrank`` with q = r, which PEFT calls, but for the random start.
     """
-    basis, _ = jnp.linalg.qr(matmul(w.mT, jax.random.normal(key, (w.shape[0], r))))
+    basis, _ = jnp.linalg.qr(_matmul(w.mT, jax.random.normal(key, (w.shape[0], r))))
     for _ in range(niter):
-        left, _ = jnp.linalg.qr(matmul(w, basis))
-        basis, _ = jnp.linalg.qr(matmul(w.mT, left))
-    u, s, vt = jnp.linalg.svd(matmul(w, basis), full_matrices=False)
-    return _split(u, s, matmul(vt, basis.mT), r, scale)
+        left, _ = jnp.linalg.qr(_matmul(w, basis))
+        basis, _ = jnp.linalg.qr(_matmul(w.mT, left))
+    u, s, vt = jnp.linalg.svd(_matmul(w, basis), full_matrices=False)
+    return _split(u, s, _matmul(vt, basis.mT), r, scale)
 
 
 def _split(
@@ -60,21 +59,21 @@ def triangular(
 def orthogonal(
     key: Array, r: int, used: Array, fan_in: int, fan_out: int
 ) -> tuple[Float[Array, "in r"], Float[Array, "r out"]]:
-    """Random A and B whose product is zero, though neither is.
+    """Random non-zero A and B whose product is zero (PEFT's ``orthogonal``).
 
-    A's rows are combinations of the odd rows of an orthogonal (r, r) matrix and B's columns of its
-    even ones, which are orthogonal to them (PEFT's ``orthogonal``).
+    A's rows are combinations of every other row of an orthogonal (r, r) matrix, and B's columns of
+    the rows between, which are orthogonal to those.
 
     Args:
       key: a JAX random key.
       r: the rank, even.
-      used: (r,) which of the ranks count; the others are left to be cut off.
+      used: (r,), the ranks in use; the caller sets the others to zero.
       fan_in: A's rows.
       fan_out: B's columns.
     """
     key_q, key_a, key_b = jax.random.split(key, 3)
     noise = jax.random.normal(key_q, (r, r))
     q, _ = jnp.linalg.qr(jnp.where(used & used[:, None], noise, jnp.eye(r)))
-    a = matmul(jax.random.normal(key_a, (fan_in, r // 2)), q[0::2])
-    b = matmul(q[1::2].mT, jax.random.normal(key_b, (r // 2, fan_out)))
+    a = _matmul(jax.random.normal(key_a, (fan_in, r // 2)), q[0::2])
+    b = _matmul(q[1::2].mT, jax.random.normal(key_b, (r // 2, fan_out)))
     return a / 10, b / 10
