@@ -22,8 +22,8 @@ from jlora.errors import ConfigError, DataError, StorageError
 from jlora.io.hf import folder as hf_folder
 from jlora.io.hf import load_pretrained, save_pretrained
 from jlora.io.hf import read as hf_read
-from jlora.io.hf.names import Tensor
-from jlora.io.hf.placement import assemble
+from jlora.io.hf.names import CheckpointTensor
+from jlora.io.hf.placement import assemble_leaf
 from jlora.quant import nf4
 from jlora.quant.params import quantize_params
 from jlora.tree import paths
@@ -87,7 +87,7 @@ def test_linear_weights_lie_as_in_torch(tmp_path):
 @pytest.mark.parametrize("span", [2**24, 1000])
 def test_weights_are_cast_to_the_asked_dtype(folder, stored, asked, span, monkeypatch):
     for module in (hf_folder, hf_read):  # whole, or a few rows at a time
-        monkeypatch.setattr(module, "SPAN", span)
+        monkeypatch.setattr(module, "CHUNK_BYTES", span)
     original = load_file(folder / "model.safetensors")
     edit(folder, lambda t: t.update({k: v.astype(stored) for k, v in t.items()}))
     model, params = load_pretrained(folder, dtype=asked)
@@ -153,14 +153,14 @@ def test_a_part_of_several_tensors_is_joined(tmp_path, transposed):
         name = f"{layer}.{expert}.{half}"
         stored[name] = np.ascontiguousarray(part.T if transposed else part)
         within = (expert, slice(None), halves[half])
-        group.append(Tensor(name, place, layer, transposed, stored[name].shape, within))
+        group.append(CheckpointTensor(name, place, layer, transposed, stored[name].shape, within))
     save_file(stored, tmp_path / "model.safetensors")
     shape = jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
     source = hf_read.Source({name: name for name in stored}, {})
     parts = hf_read._parts(group)
     with hf_folder.open_shards(tmp_path) as shards:
         read = lambda index: hf_read._read(shards, source, parts[index], shape, None)  # noqa: E731
-        joined = assemble(shape, None, parts, read, transposed)
+        joined = assemble_leaf(shape, None, parts, read, transposed)
     assert len(parts) == 6
     np.testing.assert_array_equal(joined, leaf.astype(jnp.bfloat16))
 
@@ -181,7 +181,7 @@ def test_tied_weights_are_read_under_either_name(tmp_path, monkeypatch):
     same(load_pretrained(tmp_path, dtype="float32")[1], params)
     edit(tmp_path, lambda t: t.update({table: t["lm_head.weight"]}))
     same(load_pretrained(tmp_path, dtype="float32")[1], params)
-    monkeypatch.setattr(hf_folder, "SPAN", 3 * 32 * 8)  # three rows at a time
+    monkeypatch.setattr(hf_folder, "CHUNK_BYTES", 3 * 32 * 8)  # three rows at a time
 
     def differ(t):
         t[table] = t["lm_head.weight"].copy()

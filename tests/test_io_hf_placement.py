@@ -16,8 +16,8 @@ from safetensors.numpy import save_file
 
 from jlora.config import MeshConfig
 from jlora.distributed import sharding
-from jlora.io.hf.names import tensors
-from jlora.io.hf.placement import _programs, assemble
+from jlora.io.hf.names import checkpoint_tensors
+from jlora.io.hf.placement import _programs, assemble_leaf
 from jlora.models import Model
 from jlora.quant import nf4
 
@@ -57,7 +57,7 @@ def test_parts_are_put_in_their_places(lead, turned, on_mesh, monkeypatch):
         return place(value, where)
 
     monkeypatch.setattr(sharding, "place", record)
-    leaf = assemble(shape_of(want), where, indices, part, turned)
+    leaf = assemble_leaf(shape_of(want), where, indices, part, turned)
     np.testing.assert_array_equal(leaf, want)
     if on_mesh:  # every device was sent its own part only
         own = where.shard_shape(want.shape)[-2:]
@@ -76,7 +76,7 @@ def test_packed_parts_are_put_child_by_child(on_mesh):
         where = jax.tree.map(lambda s: NamedSharding(mesh(), s), specs)
     shapes = jax.tree.map(shape_of, want)
     indices = [(2,), (0,), (1,)]
-    leaf = assemble(shapes, where, indices, lambda index: nf4.quantize(w[index]))
+    leaf = assemble_leaf(shapes, where, indices, lambda index: nf4.quantize(w[index]))
     assert jax.tree.structure(leaf) == jax.tree.structure(want)
     jax.tree.map(np.testing.assert_array_equal, leaf, want)
 
@@ -141,7 +141,7 @@ def test_the_host_never_holds_a_stack_of_layers(tmp_path):
     """Beyond the parameters, which the CPU's devices keep in the same memory."""
     model = Model.from_config(CONFIG, "float32")
     save_file(
-        {t.name: np.full(t.shape, 0.5, np.float32) for t in tensors(model)},
+        {t.name: np.full(t.shape, 0.5, np.float32) for t in checkpoint_tensors(model)},
         tmp_path / "model.safetensors",
     )
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))

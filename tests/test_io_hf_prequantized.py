@@ -13,7 +13,7 @@ import pytest
 import tiny_results
 from safetensors.numpy import load_file, save_file
 from tiny_models import build, tokens
-from tiny_packed import as_bytes, pack_folder, parts
+from tiny_quantized import as_bytes, pack_folder, parts
 from tiny_runs import Place
 
 from jlora.config import MeshConfig, QuantConfig

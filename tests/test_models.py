@@ -14,7 +14,7 @@ from tiny_models import CONFIGS, LENGTH, LLAMA, LLAMA3_ROPE, build, decode, run,
 from jlora.config import QuantConfig
 from jlora.errors import ConfigError
 from jlora.models import Model, init_params, layer_scan
-from jlora.models.registry import parse
+from jlora.models.registry import parse_config
 from jlora.quant.params import quantize_params
 from jlora.tree import paths
 
@@ -239,7 +239,7 @@ def test_init_params_draws_the_configured_deviation():
 )
 def test_unsupported_switches_are_named(change, message):
     with pytest.raises(ConfigError, match=message):
-        parse({**LLAMA, **change})
+        parse_config({**LLAMA, **change})
 
 
 @EVERY
@@ -249,7 +249,7 @@ def test_malformed_values_are_config_errors(name):
     for key in hf:
         for bad in ("x", [], {}, -1, True, 1.5, ["x"], {"a": {}}, float("nan"), [[]]):
             try:
-                parse({**hf, key: bad})
+                parse_config({**hf, key: bad})
                 understood += 1
             except ConfigError as error:
                 assert key in str(error)
@@ -262,7 +262,7 @@ def test_malformed_values_are_config_errors(name):
 )
 def test_unknown_options_are_refused(options):
     with pytest.raises(ConfigError):
-        Model(parse(LLAMA), **options)
+        Model(parse_config(LLAMA), **options)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen2"])
@@ -277,9 +277,9 @@ def test_a_branch_for_each_window_computes_the_same(name, monkeypatch):
 
 
 def test_layers_may_differ_in_their_window():
-    assert parse(CONFIGS["qwen2"]).windows == (None, 5)
-    assert parse({**CONFIGS["qwen2"], "use_sliding_window": False}).windows == (None, None)
-    assert parse(CONFIGS["mistral"]).windows == (5, 5)
-    assert parse({**CONFIGS["mistral"], "sliding_window": None}).windows == (None, None)
+    assert parse_config(CONFIGS["qwen2"]).windows == (None, 5)
+    assert parse_config({**CONFIGS["qwen2"], "use_sliding_window": False}).windows == (None, None)
+    assert parse_config(CONFIGS["mistral"]).windows == (5, 5)
+    assert parse_config({**CONFIGS["mistral"], "sliding_window": None}).windows == (None, None)
     types = {"layer_types": ["sliding_attention", "full_attention"]}
-    assert parse({**CONFIGS["qwen3"], **types}).windows == (5, None)
+    assert parse_config({**CONFIGS["qwen3"], **types}).windows == (5, None)

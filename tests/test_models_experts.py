@@ -11,8 +11,8 @@ from jlora.config import MeshConfig, QuantConfig
 from jlora.distributed import sharding
 from jlora.errors import ConfigError
 from jlora.io.hf import load_pretrained, save_pretrained
-from jlora.models.experts import Mixture
-from jlora.models.registry import parse
+from jlora.models.experts import MixtureOfExperts
+from jlora.models.registry import parse_config
 from jlora.quant.params import is_quantized, quantize_params
 
 MIXTURES = pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"])
@@ -43,7 +43,7 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts(name):
     c, mlp = model.config.experts, params["model"]["layers"]["mlp"]
     layer = jax.tree.map(lambda leaf: leaf[1], {k: v for k, v in mlp.items() if "shared" not in k})
     layer = {"gate" if k == "router" else k: v for k, v in layer.items()}
-    mixture = nnx.eval_shape(lambda: Mixture(model.config, c, None, jnp.dtype("float32")))
+    mixture = nnx.eval_shape(lambda: MixtureOfExperts(model.config, c, None, jnp.dtype("float32")))
     x = np.random.default_rng(0).normal(size=(2, 7, 32)).astype(np.float32)
     got = nnx.merge(nnx.split(mixture)[0], layer)(jnp.asarray(x))
     want = np.zeros(x.shape)
@@ -103,7 +103,7 @@ def test_code_does_not_grow_with_the_number_of_experts():
 
 def test_layers_without_experts_are_plain():
     for more in ({"mlp_only_layers": [0, 1]}, {"decoder_sparse_step": 3}):
-        assert parse({**CONFIGS["qwen3_moe"], **more}).experts is None
+        assert parse_config({**CONFIGS["qwen3_moe"], **more}).experts is None
 
 
 @pytest.mark.parametrize(
@@ -125,10 +125,10 @@ def test_layers_without_experts_are_plain():
 def test_switches_that_are_not_supported_are_named(name, change, message):
     hf = {**CONFIGS[name], **change}
     if message is None:
-        assert parse(hf).windows == (128, None)
+        assert parse_config(hf).windows == (128, None)
         return
     with pytest.raises(ConfigError, match=message):
-        parse(hf)
+        parse_config(hf)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])

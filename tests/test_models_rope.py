@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jlora.errors import ConfigError
-from jlora.models.keys import Keys
+from jlora.models.config_reader import ConfigReader
 from jlora.models.rope import Rope, parse_rope, rotate
 
 LLAMA3 = {
@@ -38,9 +38,9 @@ LONGROPE = {
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
 
 
-def parse(head_dim=8, max_positions=8, more=None, **settings) -> Rope:
+def rope_of(head_dim=8, max_positions=8, more=None, **settings) -> Rope:
     json = {**(more or {}), **({"rope_parameters": settings} if settings else {})}
-    return parse_rope(Keys(json, "config.json"), head_dim, max_positions)
+    return parse_rope(ConfigReader(json, "config.json"), head_dim, max_positions)
 
 
 def values(*shape):
@@ -52,7 +52,7 @@ def test_rope_turns_pairs_as_complex_numbers(interleaved):
     """The last two of ten dimensions are not rotary."""
     x = values(1, 5, 2, 10)
     positions = np.array([[0, 1, 2, 700, 9000]])
-    rope = parse_rope(Keys({"rope_theta": 100}, "config.json"), 10, 8, partial=0.8)
+    rope = parse_rope(ConfigReader({"rope_theta": 100}, "config.json"), 10, 8, partial=0.8)
     got = np.asarray(rotate(jnp.asarray(x), rope.table(jnp.asarray(positions)), interleaved))
     real, imaginary = (
         (slice(0, 8, 2), slice(1, 8, 2)) if interleaved else (slice(0, 4), slice(4, 8))
@@ -83,8 +83,8 @@ def test_attention_scaling_is_on_rotary_dimensions_only():
 
 
 def test_llama3_keeps_high_and_divides_low_frequencies():
-    plain = np.array(parse(64, more={"rope_theta": 5e5}).frequencies)
-    llama3 = np.array(parse(64, more={"rope_theta": 5e5}, **LLAMA3).frequencies)
+    plain = np.array(rope_of(64, more={"rope_theta": 5e5}).frequencies)
+    llama3 = np.array(rope_of(64, more={"rope_theta": 5e5}, **LLAMA3).frequencies)
     np.testing.assert_array_equal(llama3[:10], plain[:10])
     np.testing.assert_array_equal(llama3[-5:], plain[-5:] / 8)
     assert np.all((llama3 <= plain) & (llama3 >= plain / 8))
@@ -93,7 +93,7 @@ def test_llama3_keeps_high_and_divides_low_frequencies():
 @pytest.mark.parametrize("settings", [DYNAMIC, LONGROPE], ids=["dynamic", "longrope"])
 def test_packed_documents_turn_as_each_alone(settings):
     """Documents shorter, as long as, and longer than the context of 8, and padding between."""
-    rope = parse(**settings)
+    rope = rope_of(**settings)
     rows = [[(7, 12), (0, 1), (3, 8)], [(90001, 8), (0, 1), (3, 12)]]
     ids = jnp.asarray([[n for n, length in row for _ in range(length)] for row in rows])
     positions = jnp.asarray([[p for _, length in row for p in range(length)] for row in rows])
@@ -113,7 +113,7 @@ def test_packed_documents_turn_as_each_alone(settings):
     "settings", [LLAMA3, YARN, DYNAMIC, LONGROPE], ids=lambda s: s["rope_type"]
 )
 def test_only_what_depends_on_length_computes_it(settings):
-    rope, ids = parse(**settings), jnp.ones((1, 4), int)
+    rope, ids = rope_of(**settings), jnp.ones((1, 4), int)
     jaxpr = jax.make_jaxpr(rope.table)(ids, ids)
     names = {equation.primitive.name for equation in jaxpr.eqns}
     static = {"broadcast_in_dim", "convert_element_type", "mul", "cos", "sin"}
@@ -123,8 +123,8 @@ def test_only_what_depends_on_length_computes_it(settings):
 def test_is_a_static_argument():
     table = jax.jit(Rope.table, static_argnums=0)
     for settings in (DYNAMIC, LONGROPE):
-        again = parse(**settings)
-        assert {parse(**settings): 1}[again] == 1
+        again = rope_of(**settings)
+        assert {rope_of(**settings): 1}[again] == 1
         table(again, jnp.arange(3)[None])
 
 
@@ -141,7 +141,7 @@ def test_malformed_settings_are_named(settings):
                 continue
             per_type = "per layer type" if isinstance(bad, dict) else key
             with pytest.raises(ConfigError, match=f"config.json: rope_parameters.*{per_type}"):
-                parse(**{**settings, key: bad})
+                rope_of(**{**settings, key: bad})
 
 
 @pytest.mark.parametrize(
@@ -166,11 +166,11 @@ def test_malformed_settings_are_named(settings):
 )
 def test_what_is_not_supported_is_named(settings, message):
     with pytest.raises(ConfigError, match=message):
-        parse(**settings)
+        rope_of(**settings)
 
 
-def read(json, head_dim=8, **more):
-    return parse_rope(Keys(json, "config.json"), head_dim, 8, **more)
+def read_rope(json, head_dim=8, **more):
+    return parse_rope(ConfigReader(json, "config.json"), head_dim, 8, **more)
 
 
 @pytest.mark.parametrize(
@@ -198,9 +198,9 @@ def read(json, head_dim=8, **more):
 )
 def test_what_a_family_cannot_have_is_named(json, more, message):
     with pytest.raises(ConfigError, match=message):
-        read(json, **more)
+        read_rope(json, **more)
 
 
 def test_common_settings_hold_for_every_layer_type():
     json = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e5}}
-    assert read(json, layer_type="sliding_attention") == read(json) != read({})
+    assert read_rope(json, layer_type="sliding_attention") == read_rope(json) != read_rope({})

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 from tiny_peers import BASES, FAST, IDS, PEERS_TALK, assert_close, torch, transformers
 
 import jlora
-from jlora.io.hf.names import tensors
+from jlora.io.hf.names import checkpoint_tensors
 from jlora.quant.nf4 import NF4Array
 from jlora.quant.params import is_quantized
 from jlora.tree import paths
@@ -116,7 +116,7 @@ def layer_of(leaf, tensor):
 def test_the_bytes_are_the_files_and_the_weights_bitsandbytes(saved):
     theirs, folder, model, params = saved
     file, weights = load_file(folder / "model.safetensors"), module_weights(theirs)
-    for tensor in tensors(model):
+    for tensor in checkpoint_tensors(model):
         leaf = paths.get(params, tensor.path)
         module = tensor.name.removesuffix(".weight")
         assert is_quantized(leaf) == (module in weights), tensor.name

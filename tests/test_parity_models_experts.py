@@ -11,7 +11,7 @@ import jlora
 from jlora.io import peft as adapter_io
 from jlora.io.hf.names import WEIGHT
 from jlora.lora.targets import find_targets
-from jlora.models.registry import family
+from jlora.models.registry import family_of
 from jlora.tree import paths
 
 pytestmark = PEERS_TALK
@@ -84,5 +84,5 @@ def test_logits_and_gradients_are_those_of_transformers_and_peft(name, tmp_path)
             end = WEIGHT.get(leaf.kind, leaf.kind)
             grad = named.get(f"{key}.{end}", named.get(f"{key}.base_layer.{end}"))
             want_grad = grad.numpy()
-            turned = leaf.kind in ("kernel", *family(base.model.config).flipped)
+            turned = leaf.kind in ("kernel", *family_of(base.model.config).flipped)
             assert_close(value.swapaxes(-1, -2) if turned else value, want_grad, 2e-5, key)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.models.keys import Keys
+from jlora.models.config_reader import ConfigReader
 from jlora.models.rope import Rope, parse_rope, rotate
 
 torch = pytest.importorskip("torch")
@@ -219,7 +219,7 @@ def pair(family, json, **more):
     config, module = FAMILIES[family]
     rotary = getattr(module, f"{family}RotaryEmbedding")(config.from_dict(copy.deepcopy(json)))
     sizes = json["head_dim"], json["max_position_embeddings"]
-    return rotary, parse_rope(Keys(json, "config.json"), *sizes, **more)
+    return rotary, parse_rope(ConfigReader(json, "config.json"), *sizes, **more)
 
 
 def theirs(rotary, positions, **more):

@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from jlora.models.keys import Keys
+from jlora.models.config_reader import ConfigReader
 from jlora.models.rope import Rope, parse_rope
 
 ACTIVATIONS = (
@@ -32,7 +32,7 @@ ACTIVATIONS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Experts:
+class ExpertsConfig:
     """A sparse mixture of experts and how it routes."""
 
     number: int
@@ -95,7 +95,7 @@ class DecoderConfig:
     """One projection: all queries, keys and values in turn, or so within every head."""
     mlp: Literal["gated", "fused", "plain"] = "gated"
     """``down(act(gate) * up)`` with two projections or a fused one, or ``down(act(up))``."""
-    experts: Experts | None = None
+    experts: ExpertsConfig | None = None
     """A sparse mixture in place of the MLP."""
     qk_norm: Literal["head", "each_head", "all"] | None = None
     """A norm of queries and keys before rotation: one scale for a head's features, one for every
@@ -156,10 +156,10 @@ class DecoderConfig:
         return self.projected_embedding or self.hidden_size
 
 
-def read(
-    keys: Keys,
+def decoder_config(
+    keys: ConfigReader,
     *,
-    rope: Callable[[Keys, int, int], Sequence[Rope | None] | Rope | None] = parse_rope,
+    rope: Callable[[ConfigReader, int, int], Sequence[Rope | None] | Rope | None] = parse_rope,
     windows: Sequence[int | None] | int | None = None,
     scale: Sequence[float] | float | None = None,
     **differences: Any,
@@ -213,7 +213,7 @@ def _each(value: Any, layers: int) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,) * layers
 
 
-def is_sliding(keys: Keys, otherwise: Callable[[int], bool]) -> list[bool]:
+def is_sliding(keys: ConfigReader, otherwise: Callable[[int], bool]) -> list[bool]:
     """Per layer: whether it sees a window; ``layer_types`` says it, else ``otherwise`` does.
 
     Raises ConfigError for a list of another length and for other types of layers.

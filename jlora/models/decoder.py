@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jlora.models.config import DecoderConfig
-from jlora.models.experts import Mixture
+from jlora.models.experts import MixtureOfExperts
 from jlora.models.layer_scan import KV, Call, scan_layers, stack
 from jlora.models.layers import Embedding, Linear, Norm, Part, activation, make_norm, project
 from jlora.ops.remat import saveable
@@ -113,12 +113,12 @@ class MLP(nnx.Module):
         return self.down_proj(act(self.gate_proj(x)) * self.up_proj(x))
 
 
-def _mlp(c: DecoderConfig, dtype: jnp.dtype) -> MLP | Mixture:
+def _mlp(c: DecoderConfig, dtype: jnp.dtype) -> MLP | MixtureOfExperts:
     """A block's MLP, or the mixture in its place."""
     if c.experts is None:
         return MLP(c, dtype)
     inner = c.experts.shared_size
-    return Mixture(c, c.experts, MLP(c, dtype, inner) if inner else None, dtype)
+    return MixtureOfExperts(c, c.experts, MLP(c, dtype, inner) if inner else None, dtype)
 
 
 class Block(nnx.Module):
@@ -155,7 +155,7 @@ class Block(nnx.Module):
         return x + _scaled(out, c.residual_scale), kv
 
 
-class Trunk(nnx.Module):
+class Backbone(nnx.Module):
     """Embeddings, stacked blocks and the last norm: what transformers calls the base model."""
 
     def __init__(self, c: DecoderConfig, dtype: jnp.dtype):
@@ -189,7 +189,7 @@ class Decoder(nnx.Module):
     """The whole model; ``lm_head`` is absent in tied models, and where there is a score head."""
 
     def __init__(self, c: DecoderConfig, dtype: jnp.dtype):
-        self.model = Trunk(c, dtype)
+        self.model = Backbone(c, dtype)
         scores = c.num_labels is not None
 
         tied = scores or c.tie_word_embeddings

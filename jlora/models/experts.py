@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jlora.distributed.constraints import shard_map_rows
-from jlora.models.config import DecoderConfig, Experts
+from jlora.models.config import DecoderConfig, ExpertsConfig
 from jlora.models.layers import Linear, activation
 from jlora.ops.dot import dot, grouped_dot
 from jlora.ops.remat import saveable
@@ -28,7 +28,7 @@ from jlora.ops.remat import saveable
 class Router(nnx.Module):
     """Which experts a token goes to, and with what weights; float32 whatever ``x`` is in."""
 
-    def __init__(self, width: int, experts: Experts, dtype: jnp.dtype):
+    def __init__(self, width: int, experts: ExpertsConfig, dtype: jnp.dtype):
         self.weight = nnx.Param(jnp.zeros((experts.number, width), dtype))
         bias = jnp.zeros((experts.number,), dtype)
         self.bias = nnx.Param(bias) if experts.clamped_swiglu else None
@@ -54,7 +54,7 @@ class Router(nnx.Module):
 class GatedExperts(nnx.Module):
     """``down(act(gate) * up)`` for each expert; gate lies before up in one matrix."""
 
-    def __init__(self, c: DecoderConfig, experts: Experts, dtype: jnp.dtype):
+    def __init__(self, c: DecoderConfig, experts: ExpertsConfig, dtype: jnp.dtype):
         number, width, inner = experts.number, c.hidden_size, experts.intermediate_size
         self.gate_up_proj = nnx.Param(jnp.zeros((number, 2 * inner, width), dtype))
         self.down_proj = nnx.Param(jnp.zeros((number, width, inner), dtype))
@@ -76,7 +76,7 @@ class ClampedExperts(nnx.Module):
     Gate and up alternate in one matrix. Both matrices have biases (E, out).
     """
 
-    def __init__(self, c: DecoderConfig, experts: Experts, dtype: jnp.dtype):
+    def __init__(self, c: DecoderConfig, experts: ExpertsConfig, dtype: jnp.dtype):
         number, width, inner = experts.number, c.hidden_size, experts.intermediate_size
         self.gate_up_proj = nnx.Param(jnp.zeros((number, 2 * inner, width), dtype))
         self.gate_up_proj_bias = nnx.Param(jnp.zeros((number, 2 * inner), dtype))
@@ -89,25 +89,25 @@ class ClampedExperts(nnx.Module):
     ) -> Float[Array, "rows D"]:
         """Each row through its expert; rows are sorted by expert, ``sizes`` rows to each."""
         gate_up = grouped_dot(x, self.gate_up_proj.get_value().mT, sizes)
-        gate_up = saveable(gate_up + _of_rows(self.gate_up_proj_bias, gate_up, sizes))
+        gate_up = saveable(gate_up + _bias_per_row(self.gate_up_proj_bias, gate_up, sizes))
         gate = jnp.minimum(gate_up[..., ::2], self.limit)
         up = jnp.clip(gate_up[..., 1::2], -self.limit, self.limit)
         inner = (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
         out = grouped_dot(inner, self.down_proj.get_value().mT, sizes)
-        return saveable(out + _of_rows(self.down_proj_bias, out, sizes))
+        return saveable(out + _bias_per_row(self.down_proj_bias, out, sizes))
 
 
-def _of_rows(bias: nnx.Param, like: Array, sizes: Array) -> Array:
+def _bias_per_row(bias: nnx.Param, like: Array, sizes: Array) -> Array:
     """The bias of each row's expert, for rows ``like``."""
     each = bias.get_value().astype(like.dtype)
     return jnp.repeat(each, sizes, axis=0, total_repeat_length=like.shape[0])
 
 
-class Mixture(nnx.Module):
+class MixtureOfExperts(nnx.Module):
     """The weighted sum of each token's experts, and a gated expert that all tokens share if any."""
 
     def __init__(
-        self, c: DecoderConfig, experts: Experts, shared: nnx.Module | None, dtype: jnp.dtype
+        self, c: DecoderConfig, experts: ExpertsConfig, shared: nnx.Module | None, dtype: jnp.dtype
     ):
         kind = ClampedExperts if experts.clamped_swiglu else GatedExperts
         self.gate = Router(c.hidden_size, experts, dtype)
@@ -121,7 +121,7 @@ class Mixture(nnx.Module):
         graph, weights = nnx.split((self.gate, self.experts))
 
         def mix(x: Array, weights: Any) -> Array:
-            return _mix(x, *nnx.merge(graph, weights))
+            return _mixture(x, *nnx.merge(graph, weights))
 
         mixed = shard_map_rows(mix, x, weights)
         if self.shared_expert is None or self.shared_expert_gate is None:
@@ -129,7 +129,7 @@ class Mixture(nnx.Module):
         return mixed + jax.nn.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
 
 
-def _mix(x: Array, router: Router, experts: GatedExperts | ClampedExperts) -> Array:
+def _mixture(x: Array, router: Router, experts: GatedExperts | ClampedExperts) -> Array:
     """The weighted sums (B, T, D) of each token's experts."""
     rows = x.reshape(-1, x.shape[-1])
     weights, chosen = router(rows)

@@ -11,14 +11,14 @@ import re
 from collections.abc import Callable, Mapping
 
 from jlora.models.config import DecoderConfig
-from jlora.models.keys import Keys
+from jlora.models.config_reader import ConfigReader
 
 CLASSIFIER = "ForSequenceClassification"
 """How transformers' classes with a score head are called at the end."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class TensorPart:
     """Tensors of a file that make up a leaf of one layer.
 
     ``name`` follows the layer's number, or is whole outside layers. ``{}`` in it counts along the
@@ -46,11 +46,11 @@ class Family:
     matches ``buffers`` are constants that some checkpoints store.
     """
 
-    read: Callable[[Keys], DecoderConfig]
+    read: Callable[[ConfigReader], DecoderConfig]
     architecture: str
     scored: str | None = None
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    stored: Mapping[str, tuple[Piece, ...]] = dataclasses.field(default_factory=dict)
+    stored: Mapping[str, tuple[TensorPart, ...]] = dataclasses.field(default_factory=dict)
     transposed: bool = True
     flipped: tuple[str, ...] = ()
     quant_methods: tuple[str, ...] = ("bitsandbytes",)

@@ -39,7 +39,7 @@ Tables = tuple[Float[Array, "ropes B T half"], Float[Array, "ropes B T half"]]
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far, a row's tokens in slots 0 … length - 1."""
+    """ConfigReader and values of the tokens so far, a row's tokens in slots 0 … length - 1."""
 
     k: Float[Array, "layers B S kv_heads dim"]
     v: Float[Array, "layers B S kv_heads dim"]

@@ -29,7 +29,7 @@ from jlora.errors import ConfigError
 from jlora.models import layer_scan
 from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
-from jlora.models.registry import family, parse
+from jlora.models.registry import family_of, parse_config
 from jlora.ops.attention import check_backend
 from jlora.ops.weights import Weight
 from jlora.tree import paths
@@ -62,7 +62,7 @@ class Model:
     @classmethod
     def from_config(cls, hf: Mapping[str, Any], dtype: str = "bfloat16", **options: Any) -> Model:
         """The model that a ``config.json``'s dict describes; ConfigError if it is not supported."""
-        return cls(parse(hf), dtype, **options)
+        return cls(parse_config(hf), dtype, **options)
 
     @property
     def shapes(self) -> dict[str, Any]:
@@ -203,5 +203,5 @@ def init_params(key: Array, model: Model) -> dict[str, Any]:
 def _structure(config: DecoderConfig, dtype: str) -> tuple[Any, list[tuple[Path, Path, Any]]]:
     """The graph of a model's NNX module, and its leaves: path in it, path in the tree, shape."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, jnp.dtype(dtype))))
-    rename = family(config).rename
+    rename = family_of(config).rename
     return graph, [(p, rename(p), leaf) for p, leaf in paths.walk(nnx.to_pure_dict(state))]

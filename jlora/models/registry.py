@@ -9,6 +9,7 @@ from typing import Any
 
 from jlora.errors import ConfigError, did_you_mean
 from jlora.models.config import DecoderConfig
+from jlora.models.config_reader import ConfigReader
 from jlora.models.families import (
     cohere2,
     gemma,
@@ -17,7 +18,7 @@ from jlora.models.families import (
     gpt_oss,
     granite,
     llama,
-    mixture,
+    moe,
     olmo2,
     opt,
     phi,
@@ -27,7 +28,6 @@ from jlora.models.families import (
     starcoder2,
 )
 from jlora.models.family import CLASSIFIER, Family
-from jlora.models.keys import Keys
 
 FAMILIES: dict[str, Family] = {
     **llama.FAMILIES,
@@ -43,17 +43,17 @@ FAMILIES: dict[str, Family] = {
     **stablelm.FAMILIES,
     **granite.FAMILIES,
     **cohere2.FAMILIES,
-    **mixture.FAMILIES,
+    **moe.FAMILIES,
     **gpt_oss.FAMILIES,
 }
 
 
-def family(config: DecoderConfig) -> Family:
+def family_of(config: DecoderConfig) -> Family:
     """The family of a configuration."""
     return FAMILIES[config.model_type]
 
 
-def parse(hf: Mapping[str, Any], *, where: str = "config.json") -> DecoderConfig:
+def parse_config(hf: Mapping[str, Any], *, where: str = "config.json") -> DecoderConfig:
     """The configuration in a ``config.json``'s dict.
 
     Raises ConfigError for an unknown ``model_type``, a missing or malformed value and every switch
@@ -67,7 +67,7 @@ def parse(hf: Mapping[str, Any], *, where: str = "config.json") -> DecoderConfig
             where=f"{where}: model_type",
             fix=did_you_mean(str(model_type), FAMILIES) or f"supported: {', '.join(FAMILIES)}",
         )
-    keys = Keys(hf, where)
+    keys = ConfigReader(hf, where)
     _check_quantized(keys, FAMILIES[model_type])
     keys.only("is_encoder_decoder", False)
     keys.only("add_cross_attention", False)
@@ -100,7 +100,7 @@ def as_classifier(
     hf = {k: v for k, v in config.hf.items() if k not in ("num_labels", "problem_type")}
     config = dataclasses.replace(config, num_labels=num_labels)
     names = config.id2label if id2label is None else id2label
-    hf["architectures"] = [family(config).classifier]
+    hf["architectures"] = [family_of(config).classifier]
     hf["id2label"] = {str(i): label for i, label in enumerate(names)}
     hf["label2id"] = {label: i for i, label in enumerate(names)}
     if pad_token_id is not None:
@@ -108,7 +108,7 @@ def as_classifier(
     return dataclasses.replace(config, hf_json=json.dumps(hf, sort_keys=True))
 
 
-def _num_labels(keys: Keys) -> int | None:
+def _num_labels(keys: ConfigReader) -> int | None:
     """How many classes a transformers ``…ForSequenceClassification`` has; None for other models.
 
     Raises ConfigError for one that does not choose one class of several.
@@ -124,7 +124,7 @@ def _num_labels(keys: Keys) -> int | None:
     return number
 
 
-def _check_quantized(keys: Keys, own: Family) -> None:
+def _check_quantized(keys: ConfigReader, own: Family) -> None:
     """ConfigError for weights that are packed in a way that is not read."""
     how = keys.hf.get("quantization_config")
     if how is None:

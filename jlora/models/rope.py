@@ -14,14 +14,14 @@ from jaxtyping import Array, Float, Int
 
 from jlora.errors import ConfigError
 from jlora.models import rope_frequencies
-from jlora.models.keys import Keys
+from jlora.models.config_reader import ConfigReader
 
 Table = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 """Cosines and sines of the angles of each position, in float32."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Ntk:
+class DynamicNtk:
     """``dynamic``: in documents of more than ``context`` tokens theta grows with the length."""
 
     context: int
@@ -33,7 +33,7 @@ class Ntk:
 
 
 @dataclasses.dataclass(frozen=True)
-class Long:
+class LongRope:
     """``longrope``: documents of more than ``context`` tokens have frequencies of their own."""
 
     context: int
@@ -53,7 +53,7 @@ class Rope:
     """Radians per position of each pair; the rest of a head, if any, is not turned."""
     attention_scaling: float = 1.0
     """Multiplies cosines and sines."""
-    beyond: Ntk | Long | None = None
+    beyond: DynamicNtk | LongRope | None = None
     """What changes in documents longer than the context that the model was trained in."""
 
     def table(
@@ -125,7 +125,7 @@ _NEEDED = {
 
 
 def parse_rope(
-    keys: Keys,
+    keys: ConfigReader,
     head_dim: int,
     max_positions: int,
     *,
@@ -179,7 +179,7 @@ def parse_rope(
         case "dynamic":
             if dim == 2:
                 raise rope.fail("rope_type", "dynamic needs more than one pair of dimensions")
-            beyond = Ntk(max_positions, rope.number("factor", None, float))
+            beyond = DynamicNtk(max_positions, rope.number("factor", None, float))
             return Rope(_tuple(plain), beyond=beyond)
         case "llama3":
             return _llama3(rope, plain, original)
@@ -189,16 +189,16 @@ def parse_rope(
             return _longrope(rope, theta, dim, original, max_positions)
 
 
-def _settings(keys: Keys, layer_type: str | None) -> Keys:
+def _settings(keys: ConfigReader, layer_type: str | None) -> ConfigReader:
     """The settings that hold for the layer type; empty where there are none."""
 
-    def section(keys: Keys, name: str) -> Keys:
+    def section(keys: ConfigReader, name: str) -> ConfigReader:
         value = keys.hf.get(name)
         if not isinstance(value, dict | None):
             raise keys.fail(name, f"must be an object, not {value!r}")
-        return Keys(value or {}, f"{keys.where}: {name}")
+        return ConfigReader(value or {}, f"{keys.where}: {name}")
 
-    def per_type(settings: Keys) -> bool:
+    def per_type(settings: ConfigReader) -> bool:
         return any(isinstance(value, dict) for value in settings.hf.values())
 
     scaling, rope = section(keys, "rope_scaling"), section(keys, "rope_parameters")
@@ -207,13 +207,13 @@ def _settings(keys: Keys, layer_type: str | None) -> Keys:
     elif layer_type in rope.hf or per_type(rope):
         rope = section(rope, layer_type)
     if layer_type == "full_attention" and scaling.hf:
-        rope = Keys({**rope.hf, **scaling.hf}, scaling.where)
+        rope = ConfigReader({**rope.hf, **scaling.hf}, scaling.where)
     if per_type(rope):
         raise ConfigError("rope settings per layer type are not supported", where=rope.where)
     return rope
 
 
-def _share(keys: Keys, rope: Keys, kind: str, family: float | None) -> float:
+def _share(keys: ConfigReader, rope: ConfigReader, kind: str, family: float | None) -> float:
     """The share of a head's dimensions that is rotary."""
     key = "partial_rotary_factor"
     holder = keys if rope.hf.get(key) is None else rope
@@ -225,7 +225,7 @@ def _share(keys: Keys, rope: Keys, kind: str, family: float | None) -> float:
     return share
 
 
-def _llama3(rope: Keys, plain: np.ndarray, original: int) -> Rope:
+def _llama3(rope: ConfigReader, plain: np.ndarray, original: int) -> Rope:
     keys = ("factor", "low_freq_factor", "high_freq_factor")
     factor, low, high = (rope.number(key, None, float) for key in keys)
     if high <= low:
@@ -233,7 +233,7 @@ def _llama3(rope: Keys, plain: np.ndarray, original: int) -> Rope:
     return Rope(_tuple(rope_frequencies.llama3(plain, factor, low, high, original)))
 
 
-def _yarn(rope: Keys, theta: float, dim: int, original: int, max_positions: int) -> Rope:
+def _yarn(rope: ConfigReader, theta: float, dim: int, original: int, max_positions: int) -> Rope:
     factor = rope.number("factor", max_positions / original, float)
     frequencies = rope_frequencies.yarn(
         theta,
@@ -251,7 +251,9 @@ def _yarn(rope: Keys, theta: float, dim: int, original: int, max_positions: int)
     return Rope(_tuple(frequencies), rope.number("attention_factor", scaling, float))
 
 
-def _longrope(rope: Keys, theta: float, dim: int, original: int, max_positions: int) -> Rope:
+def _longrope(
+    rope: ConfigReader, theta: float, dim: int, original: int, max_positions: int
+) -> Rope:
     if original < 2:
         raise rope.fail("original_max_position_embeddings", f"must be at least 2, not {original}")
 
@@ -259,7 +261,7 @@ def _longrope(rope: Keys, theta: float, dim: int, original: int, max_positions: 
         given = rope.hf[key]
         if not isinstance(given, list) or len(given) != dim // 2:
             raise rope.fail(key, f"must be a list of {dim // 2} numbers, not {given!r}")
-        each = [Keys({key: value}, rope.where).number(key, None, float) for value in given]
+        each = [ConfigReader({key: value}, rope.where).number(key, None, float) for value in given]
         return _tuple(rope_frequencies.longrope(theta, dim, each))
 
     factor = rope.number("factor", max_positions / original, float)
@@ -267,7 +269,7 @@ def _longrope(rope: Keys, theta: float, dim: int, original: int, max_positions: 
     return Rope(
         frequencies("short_factor"),
         rope.number("attention_factor", scaling, float),
-        Long(original, frequencies("long_factor")),
+        LongRope(original, frequencies("long_factor")),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jlora.errors import ConfigError
 from jlora.models.model import Model
-from jlora.models.registry import family
+from jlora.models.registry import family_of
 from jlora.tree import paths
 
 
@@ -27,7 +27,7 @@ def untie(model: Model, params: Mapping[str, Any]) -> tuple[Model, dict[str, Any
     config = dataclasses.replace(
         model.config, tie_word_embeddings=False, hf_json=json.dumps(hf, sort_keys=True)
     )
-    table = paths.get(params, family(config).rename(("model", "embed_tokens", "embedding")))
-    head = family(config).rename(("lm_head", "kernel"))
+    table = paths.get(params, family_of(config).rename(("model", "embed_tokens", "embedding")))
+    head = family_of(config).rename(("lm_head", "kernel"))
     kept = dict(paths.walk(params))
     return dataclasses.replace(model, config=config), paths.nest({**kept, head: table.mT})

@@ -1,111 +1,137 @@
-"""A run as shapes: what ``open_job`` would open, made of the base's ``config.json`` alone."""
+"""The abstract twin of ``open_job``: a job whose arrays are ``jax.ShapeDtypeStruct``.
+
+It is made of the base's ``config.json`` and, for a prequantized base, of the headers of its
+safetensors files. No weight is read, and the mesh's devices need not exist on this machine.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jlora import lora
 from jlora.config import Config
 from jlora.distributed import sharding
 from jlora.errors import ConfigError
 from jlora.io.hf import prequantized, read_model
-from jlora.io.hf.folder import DESCRIPTION, find_folder, open_shards
-from jlora.io.hf.names import tensors
-from jlora.io.hf.read import check, with_score
-from jlora.io.peft import describe_adapter
-from jlora.lora.targets import find_targets
+from jlora.io.hf.folder import CONFIG_FILES, find_folder, open_shards
+from jlora.io.hf.names import checkpoint_tensors
+from jlora.io.hf.read import check, with_score_head
+from jlora.io.peft import abstract_adapter_from_folder
 from jlora.models import Model, as_classifier
 from jlora.quant.params import quantize_params
-from jlora.run.job import Job, binding, check_trainable, named, settled
+from jlora.run.job import Job, build_job, check_trainable, configure_model, with_base_name
 
 
-def describe_job(config: Config, model: Model, tokenizer: Any, mesh: jax.sharding.Mesh) -> Job:
-    """The job that ``open_job`` would open for training, with a shape in place of every array.
+def abstract_job(
+    *, config: Config, tokenizer: Any, mesh: jax.sharding.Mesh, download: bool = False
+) -> Job:
+    """The job that ``open_job`` would open for training, with shapes in place of its arrays.
 
-    Every shape knows where the array would lie: a step that is compiled for them is the run's.
-    ``model`` is ``describe_model``'s; the mesh's devices may be of a machine that is not there.
+    Every shape knows its sharding: a step that is compiled for them is the run's step.
+
+    Args:
+      config: the settings.
+      tokenizer: see ``open_tokenizer``; only classifiers need it.
+      mesh: of devices that may be on another machine.
+      download: fetch a prequantized base from the hub, weights and all, if its headers are needed.
     """
-    base = base_shapes(config, model)
-    bind = binding(config)
-    if config.lora is None:
-        trainable = sharding.abstract_arrays(base, mesh)
-        return Job(config, mesh, model, tokenizer, {}, trainable, bind)
-    adapter = adapter_shapes(config, base)
-    _, targets = find_targets(base, adapter.config)
-    trainable = dataclasses.replace(adapter, initial=None)
-    if names := config.adapters:
-        several = functools.partial(jax.tree.map, lambda leaf: jnp.stack([leaf] * len(names)))
-        trainable = jax.eval_shape(several, trainable)
-    base, trainable, initial = (
-        sharding.abstract_arrays(tree, mesh) for tree in (base, trainable, adapter.initial)
-    )
-    return Job(config, mesh, model, tokenizer, base, trainable, bind, tuple(targets), initial)
+    source = AbstractArrays(config=config, tokenizer=tokenizer, mesh=mesh, download=download)
+    return build_job(config=config, tokenizer=tokenizer, source=source)
 
 
-def describe_model(config: Config, tokenizer: Any) -> Model:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AbstractArrays:
+    """Shapes in place of a job's arrays: an ``ArraySource`` that reads no weight."""
+
+    config: Config
+    tokenizer: Any
+    mesh: jax.sharding.Mesh
+    download: bool
+
+    def model_and_params(self) -> tuple[Model, Any]:
+        """The model, and the shapes of the parameters that a run would load."""
+        model = abstract_model(self.config, self.tokenizer)
+        if self.download and model.config.prequantized:
+            find_folder(self.config.model.name_or_path, self.config.model.revision)
+        return model, abstract_base(self.config, model)
+
+    def adapter(self, params: Any) -> tuple[Any, lora.Adapter]:
+        """The adapter's shapes; those of the base are the same with and without LoftQ."""
+        return params, abstract_adapter(self.config, params)
+
+    def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The shapes of the function's result."""
+        return jax.eval_shape(function, *arguments)
+
+    def place(self, tree: Any) -> Any:
+        """The shapes with their shardings."""
+        return sharding.abstract_arrays(tree, self.mesh)
+
+
+def abstract_model(config: Config, tokenizer: Any) -> Model:
     """The model that ``open_job`` would open, without its parameters.
 
-    Of a hub's repository only the description is downloaded.
+    Of a repository on the hub only the configuration is downloaded.
     """
     name, revision = config.model.name_or_path, config.model.revision
-    folder = find_folder(name, revision, DESCRIPTION)
+    folder = find_folder(name, revision, CONFIG_FILES)
     model = read_model(folder, dtype=config.model.dtype, attention=config.model.attention)
     check_trainable(config, model)
     if (classes := config.model.num_labels) is not None:
         model = dataclasses.replace(model, config=as_classifier(model.config, classes))
-    return settled(config, model, tokenizer)
+    return configure_model(config, model, tokenizer)
 
 
-def base_shapes(config: Config, model: Model) -> Any:
-    """The shapes of the parameters that a run reads: packed, or float32 if all of it trains.
+def abstract_base(config: Config, model: Model) -> Any:
+    """The shapes of the parameters that a run loads, quantized as the settings say.
 
-    How a folder that came packed is packed stands in its files' headers; no weight is read.
+    In full fine-tuning they are float32. The layout of a prequantized base (which leaves are
+    quantized, block sizes) is read from the headers of its safetensors files.
     """
     dtype = config.model.dtype if config.lora else "float32"
     stored = dataclasses.replace(model, dtype=dtype)
     if model.config.prequantized:
-        return _packed_shapes(config, stored)
+        return _prequantized_base(config, stored)
     if config.quantization is None:
         return stored.shapes
-    return jax.eval_shape(
-        functools.partial(quantize_params, config=config.quantization), stored.shapes
-    )
+    quantize = functools.partial(quantize_params, config=config.quantization)
+    return jax.eval_shape(quantize, stored.shapes)
 
 
-def _packed_shapes(config: Config, model: Model) -> Any:
-    folder = find_folder(config.model.name_or_path, config.model.revision, DESCRIPTION)
+def _prequantized_base(config: Config, model: Model) -> Any:
+    folder = find_folder(config.model.name_or_path, config.model.revision, CONFIG_FILES)
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(
-            "the base model came packed, and how stands in its weights, which are not here",
+            "the base model is already quantized: its layout is in the headers of its weight "
+            "files, which are not on this machine",
             where=f"model.name_or_path: {config.model.name_or_path}",
-            fix="download the model first, or name the model that it was packed from",
+            fix="download the model first, or name the model that it was quantized from",
         )
     groups: dict[Any, list[Any]] = {}
-    for tensor in tensors(model):
+    for tensor in checkpoint_tensors(model):
         groups.setdefault(tensor.path, []).append(tensor)
     with open_shards(folder) as shards:
         if model.config.num_labels is not None:
-            shards = with_score(shards, model, config.train.seed)
+            shards = with_score_head(shards, model, config.train.seed)
         source = check(shards, model, folder)
-        return prequantized.packed_shapes(model.shapes, groups, source.packed)
+        return prequantized.prequantized_shapes(model.shapes, groups, source.prequantized)
 
 
-def adapter_shapes(config: Config, shapes: Any) -> lora.Adapter:
-    """What a run would train on a base of these shapes: the adapter's shapes, and its config.
+def abstract_adapter(config: Config, base: Any) -> lora.Adapter:
+    """The shapes of the adapter that a run would train on this base (arrays or shapes).
 
     Raises ConfigError for every pattern that matches nothing.
     """
     assert config.lora is not None
     if config.lora.init_from:
-        adapter = describe_adapter(config.lora.init_from, shapes)
-    else:
-        own = config.lora  # LoftQ's first values have the shapes of any other's
-        plain = dataclasses.replace(own, init_lora_weights=True) if own.needs_more else own
-        fresh = functools.partial(lora.init_adapter, config=plain)
-        adapter = jax.eval_shape(fresh, jax.random.key(0), shapes)
-    return named(config, adapter)
+        return with_base_name(config, abstract_adapter_from_folder(config.lora.init_from, base))
+    asked = config.lora
+    if asked.init_needs_more_than_params:  # LoftQ computes with values; its shapes are those of any other start
+        asked = dataclasses.replace(asked, init_lora_weights=True)
+    init = functools.partial(lora.init_adapter, config=asked)
+    return with_base_name(config, jax.eval_shape(init, jax.random.key(0), base))

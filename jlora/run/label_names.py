@@ -1,4 +1,4 @@
-"""The classes of a classifier: from the settings, the model's own, or those in the rows."""
+"""The label names of a classifier: from the settings, the model or the training rows."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from jlora.config import Config
 from jlora.data import find_classes, load_rows
 from jlora.data.rows import Labelled
 from jlora.io.hf import read_model
-from jlora.io.hf.folder import DESCRIPTION, find_folder
+from jlora.io.hf.folder import CONFIG_FILES, find_folder
 from jlora.models import as_classifier
 
 
-def with_classes(config: Config) -> tuple[Config, str]:
-    """The settings with ``model.num_labels`` and ``model.id2label`` filled in, and who says so.
+def with_label_names(config: Config) -> tuple[Config, str]:
+    """The settings with ``model.num_labels`` and ``model.id2label`` filled in, and their origin.
 
-    ``model.id2label`` comes first, then a classifier's own ``config.json``, then the training rows,
-    which are read for it. Settings of a language model come back as they are.
+    ``model.id2label`` has precedence, then a classifier's own ``config.json``, then the labels of
+    the training rows, which are read for it. Settings of a language model are returned unchanged.
 
     Raises:
-      ConfigError: the sources have not ``model.num_labels`` classes.
-      DataError: the rows' labels are no classes (see ``find_classes``).
+      ConfigError: the number of classes found is not ``model.num_labels``.
+      DataError: the rows' labels are not classes (see ``find_classes``).
     """
-    if not config.classifies:
+    if not config.is_classification:
         return config, ""
     model = config.model
     names, origin = model.id2label, "the settings"
     if names is None:
-        folder = find_folder(model.name_or_path, model.revision, DESCRIPTION)
-        own = read_model(folder).config
-        if own.num_labels is not None:
-            own = as_classifier(own, model.num_labels or own.num_labels)
-        names, origin = own.id2label, "the model"
+        folder = find_folder(model.name_or_path, model.revision, CONFIG_FILES)
+        found = read_model(folder).config
+        if found.num_labels is not None:
+            found = as_classifier(found, model.num_labels or found.num_labels)
+        names, origin = found.id2label, "the model"
     if not names:
         rows = (
             row

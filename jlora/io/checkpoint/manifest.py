@@ -23,7 +23,7 @@ END = b"\n}\n"  # how a manifest ends: one that ends otherwise was torn
 
 def steps(directory: Path) -> list[int]:
     """The steps of all complete checkpoints below ``directory``, ascending."""
-    return sorted(int(f.name) for f in _step_folders(directory) if is_whole(f))
+    return sorted(int(f.name) for f in _step_folders(directory) if is_complete(f))
 
 
 def latest(directory: Path) -> int | None:
@@ -33,7 +33,7 @@ def latest(directory: Path) -> int | None:
 
 def discard_incomplete(directory: Path) -> list[Path]:
     """Removes the folders of interrupted saves and returns them. For process 0, before a run."""
-    found = [folder for folder in _step_folders(directory) if not is_whole(folder)]
+    found = [folder for folder in _step_folders(directory) if not is_complete(folder)]
     for folder in found:
         remove(folder)
     return found
@@ -54,7 +54,7 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether the manifest is there to its end; whether it is right is for ``read`` to say."""
     path = folder / NAME
     return path.is_file() and path.read_bytes().endswith(END)
@@ -70,7 +70,7 @@ def write(folder: Path, content: Mapping[str, Any]) -> None:
 def read(folder: Path) -> dict[str, Any]:
     """The manifest of a complete checkpoint; DataError when there is none or it is damaged."""
     path = folder / NAME
-    if not is_whole(folder):
+    if not is_complete(folder):
         found = ", ".join(map(str, steps(folder.parent))) or "none"
         raise DataError("no complete checkpoint", where=str(folder), fix=f"complete ones: {found}")
     try:

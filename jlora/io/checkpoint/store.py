@@ -63,7 +63,7 @@ def save(
             else:
                 _write(folder, leaves, content)
         except Exception as error:
-            if not manifests.is_whole(folder):
+            if not manifests.is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, JloraError):
                 raise

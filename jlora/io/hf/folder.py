@@ -23,23 +23,23 @@ from jlora.files import storage_errors
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Tensor types that can be a model's weights, and NumPy's names for them."""
+"""CheckpointTensor types that can be a model's weights, and NumPy's names for them."""
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 """What a value of the types that are read takes up."""
 
-SPAN = 2**24
+CHUNK_BYTES = 2**24
 """Bytes, about: what is compared or cast at a time."""
 
-WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-DESCRIPTION = ["config.json", "generation_config.json"]
-UNWANTED = ["*/*", "consolidated*"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+CONFIG_FILES = ["config.json", "generation_config.json"]
+IGNORED_FILES = ["*/*", "consolidated*"]
 """Which files of a hub repository are downloaded: its top folder's weights and tokenizer, or what
 describes the model only."""
 
 
 def find_folder(
-    name: str | Path, revision: str | None = None, wanted: Sequence[str] = WANTED
+    name: str | Path, revision: str | None = None, wanted: Sequence[str] = MODEL_FILES
 ) -> Path:
     """The local folder ``name``, or the snapshot of the hub repository of that name.
 
@@ -65,7 +65,7 @@ def _download(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=list(wanted), ignore_patterns=UNWANTED
+                name, revision=revision, allow_patterns=list(wanted), ignore_patterns=IGNORED_FILES
             )
         )
     except (
@@ -202,14 +202,14 @@ class Shards:
         return all(np.array_equal(self.read(name, span), self.read(other, span)) for span in spans)
 
     def spans(self, name: str) -> Iterator[slice]:
-        """The tensor's rows (at least one dimension) in parts of about ``SPAN`` bytes."""
+        """The tensor's rows (at least one dimension) in parts of about ``CHUNK_BYTES`` bytes."""
         rows, *rest = self.shape(name)
-        step = max(1, SPAN // (8 * math.prod(rest)))
+        step = max(1, CHUNK_BYTES // (8 * math.prod(rest)))
         return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
 
     def read(self, name: str, span: slice | None = None) -> np.ndarray:
         """The tensor's values, or those of some rows; BF16 comes as ml_dtypes' bfloat16."""
-        with damage(self.files[name]):
+        with safetensors_errors(self.files[name]):
             handle = self._handles[self.files[name]]
             return handle.get_tensor(name) if span is None else handle.get_slice(name)[span]
 
@@ -221,13 +221,13 @@ def open_shards(folder: Path) -> Iterator[Shards]:
     with ExitStack() as stack:
         handles = {}
         for file in files:
-            with damage(file):
+            with safetensors_errors(file):
                 handles[file] = stack.enter_context(safe_open(file, framework="numpy"))
         yield Shards(handles, weight_map)
 
 
 @contextmanager
-def damage(file: Path) -> Iterator[None]:
+def safetensors_errors(file: Path) -> Iterator[None]:
     """Turns what safetensors raises inside the block into a DataError that names ``file``."""
     try:
         yield

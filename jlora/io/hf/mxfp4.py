@@ -28,7 +28,7 @@ SCALES = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.
 BLOCKS, SCALED = "_blocks", "_scales"
 
 
-class Decoded(Shards):
+class DecodedShards(Shards):
     """Shards in which a matrix in MXFP4 is one tensor, in bfloat16, which holds it exactly."""
 
     def __init__(self, shards: Shards):

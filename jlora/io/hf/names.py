@@ -13,9 +13,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from jlora.models.family import Piece
+from jlora.models.family import TensorPart
 from jlora.models.model import Model
-from jlora.models.registry import family
+from jlora.models.registry import family_of
 from jlora.tree import paths
 
 WEIGHT = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
@@ -23,12 +23,12 @@ WEIGHT = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 
 HEADS = ("lm_head", "score")
 
-SCORE = "score.weight"
+SCORE_HEAD = "score.weight"
 """The tensor of a classifier's head, in every family."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class CheckpointTensor:
     """One tensor of a checkpoint and the slice of the tree that it holds."""
 
     name: str
@@ -48,7 +48,7 @@ class Tensor:
         return self.within if self.layer is None else (self.layer, *self.within)
 
 
-def tensors(model: Model) -> list[Tensor]:
+def checkpoint_tensors(model: Model) -> list[CheckpointTensor]:
     """The tensors of the model's checkpoint, in tree order; tied heads have none."""
     return [
         tensor
@@ -58,9 +58,9 @@ def tensors(model: Model) -> list[Tensor]:
     ]
 
 
-def _of_leaf(leaf: paths.Leaf, layer: int | None, model: Model) -> Iterator[Tensor]:
+def _of_leaf(leaf: paths.Leaf, layer: int | None, model: Model) -> Iterator[CheckpointTensor]:
     """The tensors that hold one layer of a leaf."""
-    own = family(model.config)
+    own = family_of(model.config)
     dotted = ".".join(leaf.path)
     pieces = next((own.stored[end] for end in own.stored if f".{dotted}".endswith(f".{end}")), None)
     flip = leaf.kind in own.flipped or (
@@ -69,13 +69,15 @@ def _of_leaf(leaf: paths.Leaf, layer: int | None, model: Model) -> Iterator[Tens
     if pieces is None:
         name = f"{leaf.module(layer)}.{WEIGHT.get(leaf.kind, leaf.kind)}"
         shape = _turned(leaf.shape) if flip else leaf.shape
-        yield Tensor(name, leaf.path, layer, flip, shape)
+        yield CheckpointTensor(name, leaf.path, layer, flip, shape)
         return
     front = "" if leaf.stack is None else ".".join((*leaf.stack, str(layer), ""))
     for piece in pieces:
         for within, shape, number in _parts(piece, leaf.shape):
             name = f"{front}{piece.name.format(number)}"
-            yield Tensor(name, leaf.path, layer, flip, _turned(shape) if flip else shape, within)
+            yield CheckpointTensor(
+                name, leaf.path, layer, flip, _turned(shape) if flip else shape, within
+            )
 
 
 def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -83,7 +85,7 @@ def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _parts(
-    piece: Piece, shape: tuple[int, ...]
+    piece: TensorPart, shape: tuple[int, ...]
 ) -> Iterator[tuple[tuple[int | slice, ...], tuple[int, ...], int]]:
     """(index, shape, number) of each tensor of a piece within a leaf's layer."""
     counted = "{}" in piece.name
@@ -98,11 +100,11 @@ def _parts(
 
 def embedding_name(model: Model) -> str:
     """The tensor that a tied head shares."""
-    path = family(model.config).rename(("model", "embed_tokens"))
+    path = family_of(model.config).rename(("model", "embed_tokens"))
     return f"{'.'.join(path)}.weight"
 
 
 def head_name(model: Model) -> str:
     """The tensor of a language model's head, where it is not tied."""
-    stored = family(model.config).stored.get("lm_head.kernel")
+    stored = family_of(model.config).stored.get("lm_head.kernel")
     return stored[0].name if stored else "lm_head.weight"

@@ -22,7 +22,7 @@ from jlora.distributed import sharding
 Index = tuple[int, ...]
 
 
-def assemble(
+def assemble_leaf(
     shape: Any,
     where: Any,
     indices: Iterable[Index],

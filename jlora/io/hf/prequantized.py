@@ -92,7 +92,9 @@ def is_out_in(tensor: CheckpointTensor) -> bool:
 
 
 def prequantized_shapes(
-    shapes: Any, groups: Mapping[paths.Path, list[CheckpointTensor]], packed: Mapping[str, StoredMatrix]
+    shapes: Any,
+    groups: Mapping[paths.Path, list[CheckpointTensor]],
+    packed: Mapping[str, StoredMatrix],
 ) -> Any:
     """A tree of shapes with those of packed leaves in their places.
 
@@ -119,7 +121,9 @@ def _shape(tensor: CheckpointTensor, dtype: Any, config: QuantConfig) -> Quantiz
     return jax.eval_shape(functools.partial(quantize_matrix, config=config), matrix)
 
 
-def is_prequantized(shards: Shards, weight: str, parts: Mapping[str, str], tensor: CheckpointTensor) -> bool:
+def is_prequantized(
+    shards: Shards, weight: str, parts: Mapping[str, str], tensor: CheckpointTensor
+) -> bool:
     """Whether the file means ``weight`` to be packed, be it whole or not."""
     return len(tensor.shape) == 2 and (bool(parts) or shards.dtype(weight) in ("U8", "I8"))
 
@@ -177,7 +181,9 @@ def _inspect4(
     if not double:
         return StoredMatrix(names, config), []
     own_map = not np.array_equal(shards.read(parts["nested_quant_map"]), DYNAMIC_MAP)
-    return StoredMatrix(names, config, state["nested_blocksize"], state["nested_offset"], own_map), []
+    return StoredMatrix(
+        names, config, state["nested_blocksize"], state["nested_offset"], own_map
+    ), []
 
 
 def _wanted(
@@ -261,7 +267,9 @@ def size_text(shape: tuple[int, ...]) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
-def differing(groups: Iterable[list[CheckpointTensor]], stored: Mapping[str, StoredMatrix]) -> Problems:
+def differing(
+    groups: Iterable[list[CheckpointTensor]], stored: Mapping[str, StoredMatrix]
+) -> Problems:
     """Layers that are one array here and are packed in different ways."""
     problems = []
     for first, *others in groups:

@@ -28,7 +28,7 @@ TIED_HEAD = "lm_head"
 """The linear layer that transformers has where the head is the embedding."""
 
 
-def check(params: Mapping[str, Any]) -> None:
+def check_writable(params: Mapping[str, Any]) -> None:
     """ConfigError if transformers could not load ``params`` packed; shapes are enough."""
     leaves = paths.leaves(params)
     packed = [leaf for leaf in leaves if is_quantized(leaf.value)]

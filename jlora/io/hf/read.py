@@ -132,7 +132,9 @@ def check(shards: Shards, model: Model, folder: Path) -> Source:
     Whether a tensor is packed is for the file to say, if ``config.json`` says that any is.
     """
     expected = {t.name: t for t in checkpoint_tensors(model)}
-    parts = prequantized.find_quantization_tensors(shards.files) if model.config.prequantized else {}
+    parts = (
+        prequantized.find_quantization_tensors(shards.files) if model.config.prequantized else {}
+    )
     names, problems = _find(shards, model, expected, parts)
     packed, packs = {}, model.config.prequantized
     for name, tensor in expected.items():

@@ -23,10 +23,10 @@ from jlora.errors import ConfigError, DataError, StorageError
 from jlora.files import storage_error, storage_errors, write_atomic
 from jlora.io.hf import prequantized_write
 from jlora.io.hf.folder import INDEX, SINGLE
-from jlora.io.hf.names import Tensor, tensors
+from jlora.io.hf.names import CheckpointTensor, checkpoint_tensors
 from jlora.lora.weight import dense
 from jlora.models.model import Model
-from jlora.models.registry import family
+from jlora.models.registry import family_of
 from jlora.quant.params import is_quantized
 from jlora.tree import paths
 
@@ -62,7 +62,7 @@ def save_pretrained(
     folder = Path(directory)
     names = _check(model, params)
     if quantized:
-        prequantized_write.check(params)
+        prequantized_write.check_writable(params)
     shards = _plan(names, params, _bytes(max_shard_size), quantized)
     files = [folder / SINGLE]
     if len(shards) > 1:
@@ -93,7 +93,7 @@ def _numbered(folder: Path, i: int, n: int) -> Path:
     return folder / f"model-{i:05d}-of-{n:05d}.safetensors"
 
 
-def _check(model: Model, params: Mapping[str, Any]) -> list[Tensor]:
+def _check(model: Model, params: Mapping[str, Any]) -> list[CheckpointTensor]:
     """The tensors to write; DataError unless ``params`` has exactly the model's leaves."""
     want = {path: tuple(leaf.shape) for path, leaf in paths.walk(model.shapes)}
     have = {path: tuple(leaf.shape) for path, leaf in paths.walk(params)}
@@ -106,7 +106,7 @@ def _check(model: Model, params: Mapping[str, Any]) -> list[Tensor]:
     ]
     if problems:
         raise DataError("these parameters are not the model's:\n" + "\n".join(problems))
-    return tensors(model)
+    return checkpoint_tensors(model)
 
 
 def _bytes(size: int | str) -> int:
@@ -118,9 +118,11 @@ def _bytes(size: int | str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def _plan(names: list[Tensor], params: Any, limit: int, quantized: bool) -> list[list[Tensor]]:
+def _plan(
+    names: list[CheckpointTensor], params: Any, limit: int, quantized: bool
+) -> list[list[CheckpointTensor]]:
     """Tensors in order, cut into shards of at most ``limit`` bytes."""
-    shards: list[list[Tensor]] = [[]]
+    shards: list[list[CheckpointTensor]] = [[]]
     used = 0
     for tensor in names:
         size = _nbytes(tensor, params, quantized)
@@ -132,14 +134,14 @@ def _plan(names: list[Tensor], params: Any, limit: int, quantized: bool) -> list
     return shards
 
 
-def _nbytes(tensor: Tensor, params: Any, quantized: bool) -> int:
+def _nbytes(tensor: CheckpointTensor, params: Any, quantized: bool) -> int:
     leaf = paths.get(params, tensor.path)
     if quantized and is_quantized(leaf):
         return prequantized_write.nbytes(leaf, 1 if tensor.layer is None else leaf.shape[0])
     return int(np.prod(tensor.shape)) * np.dtype(leaf.dtype).itemsize
 
 
-def _arrays(params: Any, tensor: Tensor, quantized: bool) -> dict[str, np.ndarray]:
+def _arrays(params: Any, tensor: CheckpointTensor, quantized: bool) -> dict[str, np.ndarray]:
     """What the files hold of one tensor, on the host: itself, or its quantized parts."""
     leaf = paths.get(params, tensor.path)
     lead = tuple(i for i in tensor.index if isinstance(i, int))
@@ -183,7 +185,7 @@ def _config(model: Model, params: Any, quantized: bool) -> str:
     hf.pop("quantization_config", None)
     if quantized:
         hf["quantization_config"] = prequantized_write.quantization_config(model, params)
-    hf.setdefault("architectures", [family(model.config).architecture])
+    hf.setdefault("architectures", [family_of(model.config).architecture])
     if sorted(model.config.eos_token_ids) != sorted(_ids(hf.get("eos_token_id"))):
         hf["eos_token_id"] = list(model.config.eos_token_ids)  # generation_config.json's are in it
     embedding = next(leaf for path, leaf in paths.walk(params) if path[-1] == "embedding")

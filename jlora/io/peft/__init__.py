@@ -1,10 +1,10 @@
 """Adapter folders in PEFT's format."""
 
-from jlora.io.peft.base_model import BASE_FILE, write_record
+from jlora.io.peft.base_model import BASE_FILE, write_base_record
 from jlora.io.peft.base_model import record as base_record
 from jlora.io.peft.config import CONFIG_FILE
-from jlora.io.peft.folder import (
-    describe_adapter,
+from jlora.io.peft.save_load import (
+    abstract_adapter_from_folder,
     file_bytes,
     load_adapter,
     save_adapter,
@@ -16,11 +16,11 @@ __all__ = [
     "BASE_FILE",
     "CONFIG_FILE",
     "TENSOR_FILE",
+    "abstract_adapter_from_folder",
     "base_record",
-    "describe_adapter",
     "file_bytes",
     "load_adapter",
     "save_adapter",
     "to_peft_tensors",
-    "write_record",
+    "write_base_record",
 ]

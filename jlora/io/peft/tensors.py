@@ -23,7 +23,7 @@ WEIGHT = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 """Our leaf keys → torch's, where that is another."""
 
 
-class Slot(NamedTuple):
+class TensorView(NamedTuple):
     """A tensor of the file as a view of the leaf that it is a part of."""
 
     view: np.ndarray
@@ -38,7 +38,9 @@ class Slot(NamedTuple):
         self.view[...] = tensor.reshape(self.view.shape)
 
 
-def slots_of(arrays: Mapping[paths.Path, np.ndarray], config: LoraConfig) -> dict[str, Slot]:
+def tensor_views(
+    arrays: Mapping[paths.Path, np.ndarray], config: LoraConfig
+) -> dict[str, TensorView]:
     """Every tensor of the file by name: one layer, cut to its rank, in torch's orientation.
 
     ::
@@ -63,25 +65,25 @@ def slots_of(arrays: Mapping[paths.Path, np.ndarray], config: LoraConfig) -> dic
 
 def _added(
     leaf: paths.Leaf, layer: np.ndarray, module: str, config: LoraConfig
-) -> tuple[str, Slot] | None:
+) -> tuple[str, TensorView] | None:
     """Name and slot of what is added to one module; None if this layer is not adapted."""
     if leaf.kind == TOKENS:
-        return f"{module}.token_adapter.{leaf.kind}", Slot(layer, layer.shape)
+        return f"{module}.token_adapter.{leaf.kind}", TensorView(layer, layer.shape)
     if layer.ndim == 3:
         return _of_experts(leaf, layer, module, config)
     if not (r := rank_of(config, module)):
         return None
     if leaf.kind in (LORA_BIAS, MAGNITUDE):
         suffix = "lora_B.bias" if leaf.kind == LORA_BIAS else leaf.kind
-        return f"{module}.{suffix}", Slot(layer, layer.shape)
+        return f"{module}.{suffix}", TensorView(layer, layer.shape)
     cut = (layer[:, :r] if leaf.kind.endswith("A") else layer[:r]).T
     suffix = ".weight" if leaf.kind in DELTA else ""
-    return f"{module}.{leaf.kind}{suffix}", Slot(cut, cut.shape)
+    return f"{module}.{leaf.kind}{suffix}", TensorView(cut, cut.shape)
 
 
 def _of_experts(
     leaf: paths.Leaf, layer: np.ndarray, name: str, config: LoraConfig
-) -> tuple[str, Slot] | None:
+) -> tuple[str, TensorView] | None:
     """Name and slot of the As (E, in, r) or Bs (E, r, out) of all experts' matrices in one layer.
 
     peft's A is [E·r, in], expert after expert; its B is [out, r·E], rank after rank. It wraps one
@@ -98,16 +100,16 @@ def _of_experts(
     else:
         view = layer[:, :r].transpose(2, 1, 0)
         shape = (view.shape[0], view.shape[2] * r)
-    return f"{module}.{'base_layer.' * inner}{leaf.kind}.weight", Slot(view, shape)
+    return f"{module}.{'base_layer.' * inner}{leaf.kind}.weight", TensorView(view, shape)
 
 
 def _replaced(
     leaf: paths.Leaf, layer: np.ndarray, module: str, config: LoraConfig, flips: bool
-) -> tuple[str, Slot]:
+) -> tuple[str, TensorView]:
     """Name and slot of a leaf that is trained as a whole; torch has the transpose if it flips."""
     on_lora = "base_layer." if leaf.kind == "bias" and rank_of(config, module) else ""
     value = layer.swapaxes(-1, -2) if flips else layer
-    return f"{module}.{on_lora}{WEIGHT.get(leaf.kind, leaf.kind)}", Slot(value, value.shape)
+    return f"{module}.{on_lora}{WEIGHT.get(leaf.kind, leaf.kind)}", TensorView(value, value.shape)
 
 
 def _flips(leaf: paths.Leaf, config: LoraConfig, there: Any) -> bool:
@@ -122,7 +124,7 @@ def _flips(leaf: paths.Leaf, config: LoraConfig, there: Any) -> bool:
     return leaf.kind == "kernel" and not conv1d
 
 
-def mismatches(tensors: Mapping[str, np.ndarray], slots: Mapping[str, Slot]) -> list[str]:
+def mismatches(tensors: Mapping[str, np.ndarray], slots: Mapping[str, TensorView]) -> list[str]:
     """What is missing, unknown or misshapen in ``tensors``."""
     faults = [f"missing {name}" for name in slots if name not in tensors]
     faults += [f"unknown {name}" for name in tensors if name not in slots]
@@ -132,7 +134,9 @@ def mismatches(tensors: Mapping[str, np.ndarray], slots: Mapping[str, Slot]) -> 
     return faults
 
 
-def drop_bases(tensors: dict[str, np.ndarray], params: Any, config: LoraConfig, file: Path) -> None:
+def drop_base_weights(
+    tensors: dict[str, np.ndarray], params: Any, config: LoraConfig, file: Path
+) -> None:
     """Takes out the base weights that PEFT adds for an adapted output head or embedding.
 
     Raises:

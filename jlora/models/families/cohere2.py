@@ -5,9 +5,9 @@ Layers that see a window rotate neighbouring features; those that see all know n
 
 from __future__ import annotations
 
-from jlora.models.config import DecoderConfig, is_sliding, read
+from jlora.models.config import DecoderConfig, decoder_config, is_sliding
+from jlora.models.config_reader import ConfigReader
 from jlora.models.family import Family
-from jlora.models.keys import Keys
 from jlora.models.rope import parse_rope
 
 COHERE2 = {
@@ -26,17 +26,17 @@ COHERE2 = {
 }
 
 
-def _cohere2(keys: Keys) -> DecoderConfig:
+def _cohere2(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names={"norm_eps": "layer_norm_eps", "head_dim": ""}, **COHERE2)
     period, bias = keys.number("sliding_window_pattern", 4), keys.flag("attention_bias")
     slides = is_sliding(keys, lambda i: (i + 1) % period != 0)
     window = keys.number("sliding_window") if any(slides) else None
 
-    def rope(keys: Keys, head_dim: int, positions: int) -> list:
+    def rope(keys: ConfigReader, head_dim: int, positions: int) -> list:
         own = parse_rope(keys, head_dim, positions)
         return [own if each else None for each in slides]
 
-    return read(
+    return decoder_config(
         keys,
         rope=rope,
         interleaved_rope=True,

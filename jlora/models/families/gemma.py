@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from jlora.models.config import DecoderConfig, is_sliding, read
+from jlora.models.config import DecoderConfig, decoder_config, is_sliding
+from jlora.models.config_reader import ConfigReader
 from jlora.models.families.llama import RMS
 from jlora.models.family import Family
-from jlora.models.keys import Keys
 from jlora.models.rope import parse_rope
 
 GEMMA = {
@@ -40,7 +40,7 @@ GEMMA3 = GEMMA2 | {"vocab_size": 262208, "max_position_embeddings": 131072}
 TANH = "gelu_pytorch_tanh"
 
 
-def _gemma(keys: Keys) -> DecoderConfig:
+def _gemma(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(
         names=RMS,
         **GEMMA,
@@ -55,7 +55,7 @@ def _gemma(keys: Keys) -> DecoderConfig:
     return dataclasses.replace(config, hidden_act=TANH) if config.hidden_act == "gelu" else config
 
 
-def _gemma2(keys: Keys) -> DecoderConfig:
+def _gemma2(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(
         names=RMS | {"hidden_act": "hidden_activation"},
         **GEMMA2,
@@ -65,12 +65,12 @@ def _gemma2(keys: Keys) -> DecoderConfig:
     return _sandwich(keys, is_sliding(keys, lambda i: i % 2 == 0))
 
 
-def _gemma3(keys: Keys) -> DecoderConfig:
+def _gemma3(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names=RMS | {"hidden_act": "hidden_activation"}, **GEMMA3)
     period = keys.number("sliding_window_pattern", 6)
     slides = is_sliding(keys, lambda i: (i + 1) % period != 0)
 
-    def rope(keys: Keys, head_dim: int, positions: int) -> list:
+    def rope(keys: ConfigReader, head_dim: int, positions: int) -> list:
         turn = functools.partial(parse_rope, keys, head_dim, positions)
         local = turn(layer_type="sliding_attention", theta=10_000.0)
         everywhere = turn(layer_type="full_attention", theta=1_000_000.0)
@@ -79,7 +79,7 @@ def _gemma3(keys: Keys) -> DecoderConfig:
     return _sandwich(keys, slides, rope=rope, qk_norm="head", qk_norm_kind="rms_offset")
 
 
-def _sandwich(keys: Keys, slides: list[bool], **differences) -> DecoderConfig:
+def _sandwich(keys: ConfigReader, slides: list[bool], **differences) -> DecoderConfig:
     window = keys.number("sliding_window") if any(slides) else None
     return _read(
         keys,
@@ -92,10 +92,10 @@ def _sandwich(keys: Keys, slides: list[bool], **differences) -> DecoderConfig:
     )
 
 
-def _read(keys: Keys, **differences) -> DecoderConfig:
+def _read(keys: ConfigReader, **differences) -> DecoderConfig:
     keys.only("use_bidirectional_attention", False)
     bias = keys.flag("attention_bias")
-    return read(
+    return decoder_config(
         keys,
         norm="rms_offset",
         qkv_bias=bias,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from jlora.models.config import DecoderConfig, read
+from jlora.models.config import DecoderConfig, decoder_config
+from jlora.models.config_reader import ConfigReader
 from jlora.models.family import Family
-from jlora.models.keys import Keys
 
 KEYS = {
     "num_key_value_heads": "",
@@ -32,14 +32,14 @@ GPT2 = {
 """Defaults of transformers' GPT2Config."""
 
 
-def _gpt2(keys: Keys) -> DecoderConfig:
+def _gpt2(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names=KEYS, **GPT2)
     hidden, heads = keys.number("hidden_size"), keys.number("num_attention_heads")
     keys = keys.of(names=KEYS, **GPT2, intermediate_size=4 * hidden)
     layers = keys.number("num_hidden_layers")
     scale = (hidden // heads) ** -0.5 if keys.flag("scale_attn_weights", True) else 1.0
     inverse = keys.flag("scale_attn_by_inverse_layer_idx")
-    return read(
+    return decoder_config(
         keys,
         rope=lambda *_: None,
         scale=[scale / (i + 1) if inverse else scale for i in range(layers)],

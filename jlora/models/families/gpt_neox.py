@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 
-from jlora.models.config import DecoderConfig, read
-from jlora.models.family import Family, Piece
-from jlora.models.keys import Keys
+from jlora.models.config import DecoderConfig, decoder_config
+from jlora.models.config_reader import ConfigReader
+from jlora.models.family import Family, TensorPart
 from jlora.models.rope import parse_rope
 
 GPT_NEOX = {
@@ -30,10 +30,10 @@ KEYS = {
 }
 
 
-def _gpt_neox(keys: Keys) -> DecoderConfig:
+def _gpt_neox(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names=KEYS, **GPT_NEOX)
     bias = keys.flag("attention_bias", True)
-    return read(
+    return decoder_config(
         keys,
         rope=functools.partial(parse_rope, partial=0.25),
         norm="layer",
@@ -60,7 +60,7 @@ FAMILIES = {
             "up_proj": "dense_h_to_4h",
             "down_proj": "dense_4h_to_h",
         },
-        stored={"lm_head.kernel": (Piece("embed_out.weight"),)},
+        stored={"lm_head.kernel": (TensorPart("embed_out.weight"),)},
         buffers=r"(.*\.)?(attention\.(masked_)?bias|rotary_emb\.inv_freq)",
     ),
 }

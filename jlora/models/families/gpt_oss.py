@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from jlora.models.config import DecoderConfig, Experts, is_sliding, read
-from jlora.models.families.mixture import names, per_token
+from jlora.models.config import DecoderConfig, ExpertsConfig, decoder_config, is_sliding
+from jlora.models.config_reader import ConfigReader
+from jlora.models.families.moe import names, per_token
 from jlora.models.family import Family
-from jlora.models.keys import Keys
 from jlora.models.rope import Rope, parse_rope
 
 GPT_OSS = {
@@ -37,12 +37,12 @@ YARN = {
 }
 
 
-def _gpt_oss(keys: Keys) -> DecoderConfig:
+def _gpt_oss(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names=names(keys), **GPT_OSS)
     slides = is_sliding(keys, lambda i: i % 2 == 0)
     window = keys.number("sliding_window") if any(slides) else None
     bias = keys.flag("attention_bias", True)
-    experts = Experts(
+    experts = ExpertsConfig(
         number=keys.number("num_experts"),
         per_token=per_token(keys),
         intermediate_size=keys.number("intermediate_size"),
@@ -52,7 +52,7 @@ def _gpt_oss(keys: Keys) -> DecoderConfig:
             keys.number("swiglu_limit", kind=float),
         ),
     )
-    return read(
+    return decoder_config(
         keys,
         rope=_rope,
         windows=[window if each else None for each in slides],
@@ -63,9 +63,9 @@ def _gpt_oss(keys: Keys) -> DecoderConfig:
     )
 
 
-def _rope(keys: Keys, head_dim: int, positions: int) -> Rope:
+def _rope(keys: ConfigReader, head_dim: int, positions: int) -> Rope:
     if not keys.hf.get("rope_parameters") and not keys.hf.get("rope_scaling"):
-        keys = Keys({**keys.hf, "rope_parameters": YARN}, keys.where)
+        keys = ConfigReader({**keys.hf, "rope_parameters": YARN}, keys.where)
     return parse_rope(keys, head_dim, positions, theta=150000.0)
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from jlora.models.config import DecoderConfig, read
+from jlora.models.config import DecoderConfig, decoder_config
+from jlora.models.config_reader import ConfigReader
 from jlora.models.families.llama import LLAMA, RMS
 from jlora.models.family import Family
-from jlora.models.keys import Keys
 
 
-def _granite(keys: Keys) -> DecoderConfig:
+def _granite(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names=RMS, **LLAMA, bos_token_id=1)
     bias = keys.flag("attention_bias")
-    return read(
+    return decoder_config(
         keys,
         scale=keys.number("attention_multiplier", 1.0, float),
         qkv_bias=bias,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from jlora.models.config import DecoderConfig, is_sliding, read
+from jlora.models.config import DecoderConfig, decoder_config, is_sliding
+from jlora.models.config_reader import ConfigReader
 from jlora.models.family import Family
-from jlora.models.keys import Keys
 
 LLAMA = {
     "vocab_size": 32000,
@@ -22,13 +22,13 @@ LLAMA = {
 RMS = {"norm_eps": "rms_norm_eps"}
 
 
-def _llama(keys: Keys) -> DecoderConfig:
+def _llama(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names=RMS, **LLAMA)
     bias = keys.flag("attention_bias")
-    return read(keys, qkv_bias=bias, out_bias=bias, mlp_bias=keys.flag("mlp_bias"))
+    return decoder_config(keys, qkv_bias=bias, out_bias=bias, mlp_bias=keys.flag("mlp_bias"))
 
 
-def _mistral(keys: Keys) -> DecoderConfig:
+def _mistral(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(
         names=RMS,
         **LLAMA
@@ -42,7 +42,7 @@ def _mistral(keys: Keys) -> DecoderConfig:
     window = keys.optional("sliding_window")
     if any(slides != bool(window) for slides in is_sliding(keys, lambda _: bool(window))):
         raise keys.fail("layer_types", "a pattern of layer types is not supported for mistral")
-    return read(keys, windows=window)
+    return decoder_config(keys, windows=window)
 
 
 FAMILIES = {

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from jlora.models.config import DecoderConfig, read
+from jlora.models.config import DecoderConfig, decoder_config
+from jlora.models.config_reader import ConfigReader
 from jlora.models.families.llama import LLAMA, RMS
 from jlora.models.family import Family
-from jlora.models.keys import Keys
 
 OLMO2 = LLAMA | {"vocab_size": 50304, "norm_eps": 1e-5, "eos_token_id": 50279}
 
 
-def _olmo2(keys: Keys) -> DecoderConfig:
+def _olmo2(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names=RMS, **OLMO2)
     bias = keys.flag("attention_bias")
-    return read(
+    return decoder_config(
         keys, qkv_bias=bias, out_bias=bias, qk_norm="all", norms=("after_attention", "after_mlp")
     )
 

@@ -5,9 +5,9 @@ The 350M model alone has its norms behind the sums, and embeddings narrower than
 
 from __future__ import annotations
 
-from jlora.models.config import DecoderConfig, read
+from jlora.models.config import DecoderConfig, decoder_config
+from jlora.models.config_reader import ConfigReader
 from jlora.models.family import Family
-from jlora.models.keys import Keys
 
 OPT = {
     "vocab_size": 50272,
@@ -31,12 +31,12 @@ KEYS = {
 }
 
 
-def _opt(keys: Keys) -> DecoderConfig:
+def _opt(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names=KEYS, **OPT)
     keys.only("layer_norm_elementwise_affine", True)
     first, bias = keys.flag("do_layer_norm_before", True), keys.flag("enable_bias", True)
     width = keys.number("word_embed_proj_dim", keys.number("hidden_size"))
-    return read(
+    return decoder_config(
         keys,
         rope=lambda *_: None,
         norm="layer",

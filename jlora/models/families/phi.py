@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import functools
 
-from jlora.models.config import DecoderConfig, read
+from jlora.models.config import DecoderConfig, decoder_config
+from jlora.models.config_reader import ConfigReader
 from jlora.models.families.llama import LLAMA, RMS
 from jlora.models.family import Family
-from jlora.models.keys import Keys
 from jlora.models.rope import parse_rope
 
 PHI = LLAMA | {
@@ -34,10 +34,10 @@ PHI3 = LLAMA | {
 }
 
 
-def _phi(keys: Keys) -> DecoderConfig:
+def _phi(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names={"norm_eps": "layer_norm_eps"}, **PHI)
     keys.only("tie_word_embeddings", False, why="the head has a bias of its own")
-    return read(
+    return decoder_config(
         keys,
         rope=functools.partial(parse_rope, partial=0.5),
         norm="layer",
@@ -53,14 +53,14 @@ def _phi(keys: Keys) -> DecoderConfig:
     )
 
 
-def _phi3(keys: Keys) -> DecoderConfig:
+def _phi3(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names=RMS, **PHI3)
     for section in ("rope_scaling", "rope_parameters"):
         settings = keys.get(section)
         kind = settings.get("rope_type", settings.get("type")) if type(settings) is dict else None
         if kind not in (None, "default", "longrope", "su"):
             raise keys.fail(section, f"rope_type {kind!r} is not one that phi3 has")
-    return read(
+    return decoder_config(
         keys,
         rope=functools.partial(parse_rope, partial=1.0),
         windows=keys.optional("sliding_window"),

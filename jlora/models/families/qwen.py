@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from jlora.models.config import DecoderConfig, is_sliding, read
+from jlora.models.config import DecoderConfig, decoder_config, is_sliding
+from jlora.models.config_reader import ConfigReader
 from jlora.models.families.llama import LLAMA, RMS
 from jlora.models.family import Family
-from jlora.models.keys import Keys
 
 QWEN = LLAMA | {
     "vocab_size": 151936,
@@ -18,18 +18,20 @@ QWEN = LLAMA | {
 }
 
 
-def _qwen2(keys: Keys) -> DecoderConfig:
+def _qwen2(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names=RMS, **QWEN)
-    return read(keys, windows=_windows(keys), qkv_bias=True)
+    return decoder_config(keys, windows=_windows(keys), qkv_bias=True)
 
 
-def _qwen3(keys: Keys) -> DecoderConfig:
+def _qwen3(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names=RMS, **QWEN | {"head_dim": 128})
     bias = keys.flag("attention_bias")
-    return read(keys, windows=_windows(keys), qkv_bias=bias, out_bias=bias, qk_norm="head")
+    return decoder_config(
+        keys, windows=_windows(keys), qkv_bias=bias, out_bias=bias, qk_norm="head"
+    )
 
 
-def _windows(keys: Keys) -> list[int | None]:
+def _windows(keys: ConfigReader) -> list[int | None]:
     """What layers see: ``layer_types`` says it, else those from ``max_window_layers`` on slide."""
     window = keys.optional("sliding_window") if keys.flag("use_sliding_window") else None
     first = keys.get("max_window_layers")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from jlora.models.config import DecoderConfig, is_sliding, read
+from jlora.models.config import DecoderConfig, decoder_config, is_sliding
+from jlora.models.config_reader import ConfigReader
 from jlora.models.families.llama import LLAMA, RMS
 from jlora.models.family import Family
-from jlora.models.keys import Keys
 from jlora.models.rope import parse_rope
 
 SMOLLM3 = LLAMA | {
@@ -21,17 +21,17 @@ SMOLLM3 = LLAMA | {
 }
 
 
-def _smollm3(keys: Keys) -> DecoderConfig:
+def _smollm3(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names=RMS, **SMOLLM3)
     turns, bias = _turns(keys), keys.flag("attention_bias")
     window = keys.optional("sliding_window") if keys.flag("use_sliding_window") else None
     slides = is_sliding(keys, lambda i: window is not None and not turns[i])
 
-    def rope(keys: Keys, head_dim: int, positions: int) -> list:
+    def rope(keys: ConfigReader, head_dim: int, positions: int) -> list:
         own = parse_rope(keys, head_dim, positions, theta=2_000_000.0)
         return [own if each else None for each in turns]
 
-    return read(
+    return decoder_config(
         keys,
         rope=rope,
         windows=[window if each else None for each in slides],
@@ -41,7 +41,7 @@ def _smollm3(keys: Keys) -> DecoderConfig:
     )
 
 
-def _turns(keys: Keys) -> list[bool]:
+def _turns(keys: ConfigReader) -> list[bool]:
     """Per layer: whether it rotates; ``no_rope_layers`` has 1 where it does."""
     layers, given = keys.number("num_hidden_layers"), keys.get("no_rope_layers")
     period = keys.number("no_rope_layer_interval", 4)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 
-from jlora.models.config import DecoderConfig, read
+from jlora.models.config import DecoderConfig, decoder_config
+from jlora.models.config_reader import ConfigReader
 from jlora.models.families.llama import LLAMA
-from jlora.models.family import Family, Piece
-from jlora.models.keys import Keys
+from jlora.models.family import Family, TensorPart
 from jlora.models.rope import parse_rope
 
 STABLELM = LLAMA | {
@@ -22,10 +22,10 @@ STABLELM = LLAMA | {
 }
 
 
-def _stablelm(keys: Keys) -> DecoderConfig:
+def _stablelm(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names={"norm_eps": "layer_norm_eps", "head_dim": ""}, **STABLELM)
     parallel = keys.flag("use_parallel_residual")
-    return read(
+    return decoder_config(
         keys,
         rope=functools.partial(parse_rope, partial=0.25),
         norm="layer",
@@ -43,8 +43,8 @@ FAMILIES = {
         architecture="StableLmForCausalLM",
         names={"q_norm": "q_layernorm", "k_norm": "k_layernorm"},
         stored={
-            "q_layernorm.scale": (Piece("self_attn.q_layernorm.norms.{}.weight"),),
-            "k_layernorm.scale": (Piece("self_attn.k_layernorm.norms.{}.weight"),),
+            "q_layernorm.scale": (TensorPart("self_attn.q_layernorm.norms.{}.weight"),),
+            "k_layernorm.scale": (TensorPart("self_attn.k_layernorm.norms.{}.weight"),),
         },
     ),
 }

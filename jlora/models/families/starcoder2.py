@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from jlora.models.config import DecoderConfig, read
+from jlora.models.config import DecoderConfig, decoder_config
+from jlora.models.config_reader import ConfigReader
 from jlora.models.family import Family
-from jlora.models.keys import Keys
 
 STARCODER2 = {
     "vocab_size": 49152,
@@ -22,10 +22,10 @@ STARCODER2 = {
 }
 
 
-def _starcoder2(keys: Keys) -> DecoderConfig:
+def _starcoder2(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names={"norm_eps": "norm_epsilon"}, **STARCODER2)
     bias = keys.flag("use_bias", True)
-    return read(
+    return decoder_config(
         keys,
         windows=keys.optional("sliding_window"),
         norm="layer",

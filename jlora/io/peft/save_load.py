@@ -20,12 +20,18 @@ import safetensors.numpy
 from jlora.config import LoraConfig
 from jlora.errors import DataError
 from jlora.files import write_atomic
-from jlora.io.peft.base_model import differences, write_record
+from jlora.io.peft.base_model import differences, write_base_record
 from jlora.io.peft.config import read_config, write_config
-from jlora.io.peft.first_values import first_shapes, first_values
-from jlora.io.peft.for_peft import for_peft
-from jlora.io.peft.releases import with_new_names
-from jlora.io.peft.tensors import TENSOR_FILE, drop_bases, mismatches, read_tensors, slots_of
+from jlora.io.peft.conversion import to_peft_form
+from jlora.io.peft.initial_factors import abstract_initial_factors, with_initial_factors
+from jlora.io.peft.older_releases import rename_old_tensors
+from jlora.io.peft.tensors import (
+    TENSOR_FILE,
+    drop_base_weights,
+    mismatches,
+    read_tensors,
+    tensor_views,
+)
 from jlora.lora import Adapter, init_adapter
 from jlora.tree import paths
 
@@ -54,8 +60,8 @@ def save_adapter(
       DataError: the adapter is empty, not finite or without its ``initial``: nothing is written.
       StorageError: the disk is full or not writable; files already there stay whole.
     """
-    adapter = for_peft(adapter)
-    if adapter.config.from_weights:
+    adapter = to_peft_form(adapter)
+    if adapter.config.init_splits_base:
         raise DataError(
             f"a {adapter.config.init_lora_weights} adapter without what it started from",
             where=str(directory),
@@ -74,7 +80,7 @@ def save_adapter(
     write_atomic(file, data)
     write_config(directory, adapter.config)
     if base is not None:
-        write_record(directory, base)
+        write_base_record(directory, base)
     written = read_tensors(file)
     if any(not np.array_equal(written[name], value) for name, value in tensors.items()):
         raise DataError("what was written does not read back", where=str(file))
@@ -97,9 +103,9 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
     config = read_config(directory)
     shapes = _shapes(config, params)
     arrays = {path: np.zeros(x.shape, np.float32) for path, x in paths.walk(shapes.weights)}
-    slots = slots_of(arrays, shapes.config)
-    tensors = with_new_names(read_tensors(file), slots, shapes.config, file)
-    drop_bases(tensors, params, shapes.config, file)
+    slots = tensor_views(arrays, shapes.config)
+    tensors = rename_old_tensors(read_tensors(file), slots, shapes.config, file)
+    drop_base_weights(tensors, params, shapes.config, file)
     faults = [*mismatches(tensors, slots), *differences(directory, params, shapes.config)]
     if faults:
         more = [f"… and {len(faults) - 20} more"] if faults[20:] else []
@@ -112,10 +118,10 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
     for name, slot in slots.items():
         slot.write(tensors[name])
     weights = paths.nest({path: jnp.asarray(array) for path, array in arrays.items()})
-    return first_values(dataclasses.replace(shapes, weights=weights), params, config, file)
+    return with_initial_factors(dataclasses.replace(shapes, weights=weights), params, config, file)
 
 
-def describe_adapter(directory: str | Path, params: Any) -> Adapter:
+def abstract_adapter_from_folder(directory: str | Path, params: Any) -> Adapter:
     """What ``load_adapter`` gives, as shapes; of the folder only ``adapter_config.json`` is read.
 
     Raises:
@@ -123,7 +129,7 @@ def describe_adapter(directory: str | Path, params: Any) -> Adapter:
       ConfigError: it uses a feature of PEFT that jlora lacks, or its patterns match nothing.
     """
     config = read_config(directory)
-    return first_shapes(_shapes(config, params), params, config)
+    return abstract_initial_factors(_shapes(config, params), params, config)
 
 
 def _shapes(config: LoraConfig, params: Any) -> Adapter:
@@ -136,14 +142,14 @@ def _shapes(config: LoraConfig, params: Any) -> Adapter:
 
 def file_bytes(adapter: Adapter) -> int:
     """Bytes of the tensors that ``save_adapter`` writes for an adapter of these shapes."""
-    whole = jax.eval_shape(for_peft, adapter)
+    whole = jax.eval_shape(to_peft_form, adapter)
     zero = np.float32(0)
     arrays = {path: np.broadcast_to(zero, x.shape) for path, x in paths.walk(whole.weights)}
-    return sum(4 * math.prod(slot.shape) for slot in slots_of(arrays, whole.config).values())
+    return sum(4 * math.prod(slot.shape) for slot in tensor_views(arrays, whole.config).values())
 
 
 def to_peft_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
     """The tensors of ``adapter_model.safetensors``: float32, in torch's orientation."""
-    adapter = for_peft(adapter)
+    adapter = to_peft_form(adapter)
     arrays = {path: np.asarray(a, np.float32) for path, a in paths.walk(adapter.weights)}
-    return {name: slot.read() for name, slot in slots_of(arrays, adapter.config).items()}
+    return {name: slot.read() for name, slot in tensor_views(arrays, adapter.config).items()}

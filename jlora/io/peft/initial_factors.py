@@ -23,7 +23,7 @@ from jlora.tree import paths
 CONVERT = "convert it in PEFT: save_pretrained(…, path_initial_model_for_weight_conversion=…)"
 
 
-def first_values(adapter: Adapter, params: Any, config: LoraConfig, file: Path) -> Adapter:
+def with_initial_factors(adapter: Adapter, params: Any, config: LoraConfig, file: Path) -> Adapter:
     """``adapter`` as ``config``, the file's, says that it began.
 
     Raises:
@@ -34,7 +34,7 @@ def first_values(adapter: Adapter, params: Any, config: LoraConfig, file: Path) 
         _check_loftq(adapter, params, config, file)
         return adapter
     named = dataclasses.replace(adapter.config, init_lora_weights=kind)
-    if not config.from_weights:
+    if not config.init_splits_base:
         return dataclasses.replace(adapter, config=named)
     if "_niter_" in str(kind):
         raise _refusal(f"{kind} drew random numbers: its base cannot be computed again", file)
@@ -49,14 +49,14 @@ def first_values(adapter: Adapter, params: Any, config: LoraConfig, file: Path) 
     return dataclasses.replace(adapter, config=named, initial=initial)
 
 
-def first_shapes(adapter: Adapter, params: Any, config: LoraConfig) -> Adapter:
-    """``first_values`` of an adapter that is described, without its refusals."""
+def abstract_initial_factors(adapter: Adapter, params: Any, config: LoraConfig) -> Adapter:
+    """``with_initial_factors`` of an adapter that is described, without its refusals."""
     kind = config.init_lora_weights
     if kind == "loftq":
         return adapter
     named = dataclasses.replace(adapter.config, init_lora_weights=kind)
     initial = None
-    if config.from_weights:
+    if config.init_splits_base:
         fresh = functools.partial(init_adapter, config=named)
         initial = jax.eval_shape(fresh, jax.random.key(0), params).initial
     return dataclasses.replace(adapter, config=named, initial=initial)

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 from jlora.io.hf.folder import Shards
-from jlora.io.hf.names import SCORE
+from jlora.io.hf.names import SCORE_HEAD
 from jlora.models.config import DecoderConfig
 
 
-class WithScore(Shards):
+class ScoreHeadShards(Shards):
     """Shards in which a fresh score head takes the place of the language model's.
 
     It is drawn as transformers draws it: from a normal of the deviation ``initializer_range``.
@@ -20,7 +20,7 @@ class WithScore(Shards):
 
     def __init__(self, shards: Shards, config: DecoderConfig, head: str, seed: int):
         self._shards, self.problems = shards, shards.problems
-        self.files = {SCORE: Path(SCORE), **shards.files}
+        self.files = {SCORE_HEAD: Path(SCORE_HEAD), **shards.files}
         if not config.tie_word_embeddings:  # where it may stand for the embedding
             module = head.removesuffix("weight")
             self.files = {k: v for k, v in self.files.items() if not k.startswith(module)}
@@ -30,14 +30,14 @@ class WithScore(Shards):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape."""
-        return self._score.shape if name == SCORE else self._shards.shape(name)
+        return self._score.shape if name == SCORE_HEAD else self._shards.shape(name)
 
     def dtype(self, name: str) -> str:
         """The type's name."""
-        return "F32" if name == SCORE else self._shards.dtype(name)
+        return "F32" if name == SCORE_HEAD else self._shards.dtype(name)
 
     def read(self, name: str, span: slice | None = None) -> np.ndarray:
         """The tensor's values, or those of some rows."""
-        if name != SCORE:
+        if name != SCORE_HEAD:
             return self._shards.read(name, span)
         return self._score if span is None else self._score[span]

@@ -21,7 +21,7 @@ from jlora.errors import DataError
 BASE_BIAS = ".base_layer.bias"
 
 
-def with_new_names(
+def rename_old_tensors(
     tensors: dict[str, np.ndarray], slots: Collection[str], config: LoraConfig, file: Path
 ) -> dict[str, np.ndarray]:
     """The tensors under the names that PEFT gives them today; ``slots`` are those expected.

@@ -10,7 +10,7 @@ from typing import Any
 from jlora.errors import ConfigError, did_you_mean
 
 
-class Keys:
+class ConfigReader:
     """The keys of one ``config.json``, read from ``where``.
 
     ``names`` are a family's own names of keys that others call differently, empty for those that
@@ -28,9 +28,9 @@ class Keys:
         self.hf, self.where = hf, where
         self.names, self.defaults = names or {}, defaults or {}
 
-    def of(self, *, names: Mapping[str, str] | None = None, **defaults: Any) -> Keys:
+    def of(self, *, names: Mapping[str, str] | None = None, **defaults: Any) -> ConfigReader:
         """The same keys with a family's names and defaults."""
-        return Keys(self.hf, self.where, names, defaults)
+        return ConfigReader(self.hf, self.where, names, defaults)
 
     def name(self, key: str) -> str:
         """What the file calls ``key``."""

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import functools
 
-from jlora.models.config import DecoderConfig, Experts, is_sliding, read
+from jlora.models.config import DecoderConfig, ExpertsConfig, decoder_config, is_sliding
+from jlora.models.config_reader import ConfigReader
 from jlora.models.families.llama import LLAMA, RMS
 from jlora.models.families.qwen import QWEN
-from jlora.models.family import Family, Piece
-from jlora.models.keys import Keys
+from jlora.models.family import Family, TensorPart
 from jlora.models.rope import parse_rope
 
 MIXTRAL = LLAMA | {
@@ -46,33 +46,33 @@ QWEN3_MOE = QWEN_MOE | {
 }
 
 
-def names(keys: Keys) -> dict[str, str]:
+def names(keys: ConfigReader) -> dict[str, str]:
     """The families' own names of keys; transformers has, and writes, two for how many experts."""
     local = "num_local_experts"
     return {**RMS, "num_experts": local if local in keys.hf else "num_experts"}
 
 
-def _mixtral(keys: Keys) -> DecoderConfig:
+def _mixtral(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names=names(keys), **MIXTRAL)
     keys.only("router_jitter_noise", 0, why="it would be drawn anew in every step")
-    experts = Experts(
+    experts = ExpertsConfig(
         number=keys.number("num_experts"),
         per_token=per_token(keys),
         intermediate_size=keys.number("intermediate_size"),
         normalized=True,
     )
     rope = functools.partial(parse_rope, theta=1e6)
-    return read(keys, rope=rope, windows=keys.optional("sliding_window"), experts=experts)
+    return decoder_config(keys, rope=rope, windows=keys.optional("sliding_window"), experts=experts)
 
 
-def _qwen2_moe(keys: Keys) -> DecoderConfig:
+def _qwen2_moe(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names=RMS, **QWEN2_MOE)
     window = keys.optional("sliding_window") if keys.flag("use_sliding_window") else None
     first_full = keys.number("max_window_layers")
     slides = is_sliding(keys, lambda i: window is not None and i % 2 == 0 and i < first_full)
     if window is None and any(slides):
         raise keys.fail("layer_types", "sliding_attention without use_sliding_window")
-    return read(
+    return decoder_config(
         keys,
         windows=[window if each else None for each in slides],
         qkv_bias=keys.flag("qkv_bias", True),
@@ -80,10 +80,10 @@ def _qwen2_moe(keys: Keys) -> DecoderConfig:
     )
 
 
-def _qwen3_moe(keys: Keys) -> DecoderConfig:
+def _qwen3_moe(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names=names(keys), **QWEN3_MOE)
     bias = keys.flag("attention_bias")
-    return read(
+    return decoder_config(
         keys,
         windows=keys.optional("sliding_window") if keys.flag("use_sliding_window") else None,
         qkv_bias=bias,
@@ -93,7 +93,7 @@ def _qwen3_moe(keys: Keys) -> DecoderConfig:
     )
 
 
-def _experts(keys: Keys, shared_size: int | None) -> Experts | None:
+def _experts(keys: ConfigReader, shared_size: int | None) -> ExpertsConfig | None:
     """Qwen's mixture; None where all layers have plain MLPs."""
     layers, step = keys.number("num_hidden_layers"), keys.number("decoder_sparse_step")
     plain = keys.get("mlp_only_layers") or []
@@ -105,7 +105,7 @@ def _experts(keys: Keys, shared_size: int | None) -> Experts | None:
         raise keys.fail(key, "layers with experts among layers without are not supported")
     if sparse == {False}:
         return None
-    return Experts(
+    return ExpertsConfig(
         number=keys.number("num_experts"),
         per_token=per_token(keys),
         intermediate_size=keys.number("moe_intermediate_size"),
@@ -114,7 +114,7 @@ def _experts(keys: Keys, shared_size: int | None) -> Experts | None:
     )
 
 
-def per_token(keys: Keys) -> int:
+def per_token(keys: ConfigReader) -> int:
     """How many experts a token goes to."""
     chosen = keys.number("num_experts_per_tok")
     if chosen > keys.number("num_experts"):
@@ -122,14 +122,14 @@ def per_token(keys: Keys) -> int:
     return chosen
 
 
-def _each(module: str, gate: str, up: str, down: str) -> dict[str, tuple[Piece, ...]]:
+def _each(module: str, gate: str, up: str, down: str) -> dict[str, tuple[TensorPart, ...]]:
     """How a file holds experts one by one, whose three matrices it calls so."""
     return {
         "mlp.experts.gate_up_proj": (
-            Piece(f"{module}.experts.{{}}.{gate}.weight", part=0, parts=2),
-            Piece(f"{module}.experts.{{}}.{up}.weight", part=1, parts=2),
+            TensorPart(f"{module}.experts.{{}}.{gate}.weight", part=0, parts=2),
+            TensorPart(f"{module}.experts.{{}}.{up}.weight", part=1, parts=2),
         ),
-        "mlp.experts.down_proj": (Piece(f"{module}.experts.{{}}.{down}.weight"),),
+        "mlp.experts.down_proj": (TensorPart(f"{module}.experts.{{}}.{down}.weight"),),
     }
 
 
@@ -140,7 +140,7 @@ FAMILIES = {
         read=_mixtral,
         architecture="MixtralForCausalLM",
         stored={
-            "mlp.gate.weight": (Piece("block_sparse_moe.gate.weight"),),
+            "mlp.gate.weight": (TensorPart("block_sparse_moe.gate.weight"),),
             **_each("block_sparse_moe", "w1", "w3", "w2"),
         },
     ),

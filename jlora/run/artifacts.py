@@ -1,0 +1,118 @@
+"""What a run writes to its output folder besides checkpoints and the log.
+
+``config.yaml`` and ``base_model.json`` at its start; the adapter or the model, the tokenizer and
+``report.html`` at its end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jlora.config import to_yaml
+from jlora.distributed import sharding
+from jlora.files import storage_errors, write_atomic
+from jlora.io.hf import save_pretrained
+from jlora.io.peft import save_adapter, write_base_record
+from jlora.lora import Adapter
+from jlora.models import Model
+from jlora.run.job import Job
+from jlora.run.step_counts import StepCounts
+from jlora.ui import metrics_log, report
+from jlora.ui.console import Console
+
+SUMMARY = ("eval_loss", "eval_accuracy", "eval_f1", "eval_exact_match", "tokens")
+"""Figures of the log whose last values head the report."""
+
+
+def write_settings(job: Job, base_record: dict[str, str] | None) -> None:
+    """``config.yaml``, every setting as it was resolved, from which the same run can be started.
+
+    Beside it, for an adapter, ``base_model.json``: which base it is trained on.
+    """
+    if jax.process_index() != 0:
+        return
+    out = Path(job.config.train.output_dir)
+    write_atomic(out / "config.yaml", to_yaml(job.config))
+    if base_record is not None:
+        write_base_record(out, base_record)
+
+
+def write_trained(out: Path, dtype: str, model: Model, tokenizer: Any, trained: Any) -> str:
+    """Writes the adapter, or the fully trained model in ``dtype``, with its tokenizer.
+
+    Every process calls this, since ``trained`` may be sharded over all; process 0 writes.
+
+    Returns:
+      What was written, for people; empty in the other processes.
+    """
+    tree = sharding.gather(trained)
+    if jax.process_index() != 0:
+        return ""
+    if isinstance(tree, Adapter):
+        size = save_adapter(out, tree)
+        written = f"{out / 'adapter_model.safetensors'} ({size / 2**20:,.1f} MiB)"
+    else:
+        saved_dtype = jax.numpy.dtype(dtype)
+        save_pretrained(out, model, jax.tree.map(lambda leaf: leaf.astype(saved_dtype), tree))
+        written = str(out / "model.safetensors")
+    with storage_errors(out):
+        tokenizer.save_pretrained(out)
+    return written
+
+
+def write_results(
+    job: Job,
+    counts: StepCounts,
+    trained: Any,
+    base_record: dict[str, str] | None,
+    samples: list[dict[str, str]],
+    console: Console,
+) -> None:
+    """Writes what was trained and the report, and shows where everything is."""
+    written = []
+    for adapter_job, tree in job.per_adapter(trained):
+        if isinstance(tree, Adapter):
+            tree = dataclasses.replace(tree, initial=job.initial)
+        if job.adapters:  # each folder is a run of its own to the other commands
+            write_settings(adapter_job, base_record)
+        out = Path(adapter_job.config.train.output_dir)
+        dtype = job.config.model.dtype
+        written.append(write_trained(out, dtype, job.model, job.tokenizer, tree))
+    if jax.process_index() != 0:
+        return
+    console.samples(samples)
+    html = _write_report(job, counts, samples)
+    _show_final_card(console, job, ", ".join(written), html)
+
+
+def _write_report(job: Job, counts: StepCounts, samples: list[dict[str, str]]) -> Path:
+    """``report.html`` from the run's log."""
+    out = Path(job.config.train.output_dir)
+    lines = metrics_log.read(out / "metrics.jsonl")
+    summary = {"model": job.config.model.name_or_path, "steps": counts.total_steps}
+    for line in lines:
+        summary |= {name: line[name] for name in SUMMARY if name in line}
+    return report.write_report(out, out.name, to_yaml(job.config), lines, samples, summary)
+
+
+def _show_final_card(console: Console, job: Job, written: str, html: Path) -> None:
+    """Where everything is, and the commands to run next."""
+    out = job.config.train.output_dir
+    result = f"{out}/{job.adapters[0]}" if job.adapters else out
+    files = {
+        "adapter" if job.config.lora else "model": written,
+        "report": html,
+        "metrics": Path(out) / "metrics.jsonl",
+        "checkpoints": Path(out) / "checkpoints",
+        "settings": Path(out) / "config.yaml",
+    }
+    commands = [f"jlora evaluate {result}"]
+    if not job.config.is_classification:
+        commands.insert(0, f'jlora generate {result} generate.prompt="…"')
+    if job.config.lora:
+        commands.append(f"jlora merge {result}")
+    console.card("done", files, commands)
