@@ -1,4 +1,4 @@
-"""Writes ``docs/configuration.md`` from the tables of settings: ``python docs/configuration.py``.
+"""Writes ``docs/configuration.md`` from ``jlora.config``: ``python docs/configuration.py``.
 
 A test compares the committed file with what this makes.
 """
@@ -20,9 +20,9 @@ Written by `python docs/configuration.py` from the dataclasses in `jlora/config`
 
 On the command line any setting is `section.key=value`, such as `train.learning_rate=1e-4`,
 `data.train.0.path=my.jsonl` or `lora.target_modules=[q_proj,v_proj]`. Without a `quantization`
-section the base stays as it is; without a `lora` section the whole model is trained.
+section the base is not quantized; without a `lora` section the whole model is trained.
 Relative paths are looked up from the working directory, then from the config file's folder;
-`jlora://…` names what the package ships. Settings without a default must be given.
+`jlora://…` names files shipped with jlora. Settings without a default are required.
 """
 
 
@@ -31,8 +31,10 @@ def render() -> str:
     parts = [HEAD]
     options = list(config.options())
     for section in dict.fromkeys(option.section for option in options):
-        parts.append(f"\n## {section}\n\n| key | type | default | |\n|---|---|---|---|\n")
-        for o in (option for option in options if option.section == section):
+        settings = [option for option in options if option.section == section]
+        parts.append(f"\n## {section}\n\n{settings[0].section_help}\n\n")
+        parts.append("| key | type | default | |\n|---|---|---|---|\n")
+        for o in settings:
             cells = (f"`{o.field}`", o.type, "" if o.default is None else f"`{o.default}`", o.help)
             parts.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |\n")
     return "".join(parts)

@@ -102,16 +102,19 @@ def test_defaults_are_the_contracts():
         ({"rank_pattern": {"(q": 4}}, "is not a regular expression"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern: must be at least 1"),
         ({"modules_to_save": "lm_head"}, "expected a list of strings or null"),
-        ({"layers_pattern": "h"}, "means nothing without layers_to_transform"),
+        ({"layers_pattern": "h"}, "has no effect without layers_to_transform"),
         (
             {"layers_to_transform": [1], "target_modules": ".*q_proj"},
-            "layers_to_transform: means nothing where target_modules is a regular expression",
+            "layers_to_transform: has no effect when target_modules is a regular expression",
         ),
         ({"layers_to_transform": [-1]}, "must be at least 0"),
         ({"init_lora_weights": "pisa"}, "did you mean 'pissa'?"),
         ({"init_lora_weights": "pissa_niter_"}, "expected a number after pissa_niter_"),
         ({"init_lora_weights": "orthogonal", "r": 6, "rank_pattern": {"q": 3}}, "even ranks"),
-        ({"init_lora_weights": "olora", "lora_bias": True}, "only possible with true or false"),
+        (
+            {"init_lora_weights": "olora", "lora_bias": True},
+            "is not supported with init_lora_weights",
+        ),
         ({"loftq_config": {"loftq_bit": 4}}, "did you mean 'loftq_bits'?"),
     ],
 )
@@ -148,7 +151,7 @@ def test_precision_and_aliases_resolve():
     assert (train.fp16, train.optim) == (True, "adamw")
     with pytest.raises(ConfigError, match="both fp16 and bf16"):
         TrainConfig(output_dir="o", fp16=True, bf16=True)
-    with pytest.raises(ConfigError, match="offloads what gradient_checkpointing keeps"):
+    with pytest.raises(ConfigError, match="needs gradient_checkpointing, which is false"):
         TrainConfig(output_dir="o", activation_offloading=True, gradient_checkpointing=False)
 
 
@@ -231,11 +234,11 @@ def classes(model="", format="classification", data="", rest=SEQ_CLS):
 def test_rows_with_classes_make_a_classifier(write):
     names = ", num_labels: 2, id2label: ['no', 'yes']"
     c = config.load(write(classes(names)))
-    assert c.classifies and c.lora and c.lora.task_type == "SEQ_CLS"
+    assert c.is_classification and c.lora and c.lora.task_type == "SEQ_CLS"
     assert (c.model.num_labels, c.model.id2label) == (2, ("no", "yes"))
     assert config.load(write(config.to_yaml(c), "again.yaml")) == c
-    assert config.load(write(classes(rest=""))).classifies, "full fine-tuning"
-    assert not config.load(write(MINIMAL)).classifies
+    assert config.load(write(classes(rest=""))).is_classification, "full fine-tuning"
+    assert not config.load(write(MINIMAL)).is_classification
 
 
 @pytest.mark.parametrize(
@@ -246,14 +249,17 @@ def test_rows_with_classes_make_a_classifier(write):
         (classes(", num_labels: 2", "text", rest=""), ["c.yaml:1: model.num_labels: the rows"]),
         (classes(", id2label: [a, b]", "text", rest=""), ["model.id2label: the rows have no"]),
         (classes(", num_labels: 1"), ["model.num_labels: must be at least 2, got 1"]),
-        (classes(", id2label: [a]"), ["model.id2label: needs two names or more"]),
-        (classes(", id2label: [a, a]"), ["each once"]),
+        (classes(", id2label: [a]"), ["model.id2label: needs at least two names"]),
+        (classes(", id2label: [a, a]"), ["all different"]),
         (classes(", id2label: [a, b], num_labels: 3"), ["has 2 names, but num_labels is 3"]),
         (classes(", label2id: {a: 0}"), ["model.label2id: unknown key", "write model.id2label"]),
-        (classes(", problem_type: regression"), ["model.problem_type", "only single-label classification"]),
+        (
+            classes(", problem_type: regression"),
+            ["model.problem_type", "only single-label classification"],
+        ),
         (
             classes(data="  eval: [{path: org/rows, format: text}]"),
-            ["c.yaml:2: data: rows with classes are mixed with text", "apart"],
+            ["c.yaml:2: data: rows with classes are mixed with text", "separate runs"],
         ),
         (classes(rest=SEQ_CLS + "\nevaluate: {exact_match: true}"), ["evaluate.exact_match:"]),
     ],
@@ -299,7 +305,7 @@ FAULTS = {
     9: ["lora.use_qalora: jlora does not support this field of PEFT yet"],
     10: ["lora.use_rslora: expected true or false, got 'yes'", "write true"],
     13: ["data.train.0.path: no such file", "data.train.0.format:", "did you mean 'messages'?"],
-    14: ["data.train.1.format: is missing", "'sharegpt'"],
+    14: ["data.train.1.format: is missing", "give one of messages, sharegpt,"],
     15: ["data.lora_dropout: unknown key", "it belongs to the section lora"],
     16: ["data.max_length: null is not allowed", "leave the key out"],
     17: ["train.output_dir: is missing"],
@@ -366,14 +372,14 @@ def test_anchors_and_overrides_do_not_share(write):
 
 def test_full_fine_tuning_of_packed_weights_is_refused(write):
     path = write(MINIMAL + "quantization: {}\n")
-    assert f"{path}:7: quantization: packed weights cannot be trained in full" in fault(path)
+    assert f"{path}:7: quantization: quantized weights cannot be fully fine-tuned" in fault(path)
     assert config.load(path, ["lora={}"]).lora == LoraConfig()
 
 
 @pytest.mark.parametrize("name", ["lorafa: true", "loraplus_lr_ratio: 16"])
 def test_optimizers_of_adapters_need_one(write, name):
     path = write(MINIMAL + f"  {name}\n")
-    message = f"train.{name.split(':')[0]}: means nothing without an adapter"
+    message = f"train.{name.split(':')[0]}: has no effect without an adapter"
     assert message in fault(path) and "add a lora section" in fault(path)
     config.load(path, ["lora={}"])
 

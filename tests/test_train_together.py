@@ -178,11 +178,11 @@ def faults(place, change):
     [
         (lambda s: s["data"]["train"][0].pop("adapter"), "others do not"),
         (lambda s: s["data"]["eval"][1].update(adapter="left"), "left is not trained"),
-        (lambda s: s["data"]["train"][0].update(adapter="a/b"), "cannot be a folder"),
-        (lambda s: s.pop("lora"), "no adapters to name"),
+        (lambda s: s["data"]["train"][0].update(adapter="a/b"), "cannot be the name of"),
+        (lambda s: s.pop("lora"), "full fine-tuning has none"),
         (lambda s: s["train"].update(optim="paged_adamw_8bit"), "use adamw_8bit"),
-        (lambda s: s["train"].update(fp16=True), "scales the loss"),
-        (lambda s: s["evaluate"].update(exact_match=True), "is for one adapter"),
+        (lambda s: s["train"].update(fp16=True), "one loss scale"),
+        (lambda s: s["evaluate"].update(exact_match=True), "does not support several adapters"),
     ],
 )
 def test_what_cannot_be_together_is_refused(place, change, message):

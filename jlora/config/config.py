@@ -1,4 +1,4 @@
-"""All sections together."""
+"""All sections together: ``Config``, and how it is loaded."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from jlora.config.cross_section import (
     CLASSIFICATION,
     classification_faults,
-    first_value_faults,
-    together_faults,
+    initialization_faults,
+    multi_adapter_faults,
 )
 from jlora.config.data import DataConfig, SourceConfig
 from jlora.config.engine.faults import Fault
@@ -31,34 +31,36 @@ from jlora.config.train import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ConfigSection):
-    """All settings of a run."""
+    """The settings of a run and of the commands that use it."""
 
     model: ModelConfig
     """The base model."""
     quantization: QuantConfig | None = None
-    """Left out: the base model stays as it is."""
+    """Quantization of the base; fields of transformers' BitsAndBytesConfig. Left out: the base
+    is not quantized."""
     lora: LoraConfig | None = None
-    """Left out: full fine-tuning."""
+    """The adapter; fields, defaults and matching rules of PEFT's LoraConfig. Left out: full
+    fine-tuning."""
     data: DataConfig
-    """Rows, and how they become batches."""
+    """Training and held-out rows, and how they become batches."""
     train: TrainConfig
-    """The run."""
+    """The training run; fields of transformers' TrainingArguments."""
     mesh: MeshConfig = MeshConfig()
-    """Devices along each axis."""
+    """Number of devices along each mesh axis; one axis may be -1: all remaining devices."""
     evaluate: EvaluateConfig = EvaluateConfig()
-    """Evaluation and samples."""
+    """Generation during evaluation: exact match, and the samples in the report."""
     generate: GenerateConfig = GenerateConfig()
-    """Generation."""
+    """Prompts and sampling of jlora generate; fields of transformers' GenerationConfig."""
     merge: MergeConfig = MergeConfig()
-    """Merging."""
+    """What jlora merge merges the adapter into, and where it writes the model."""
     export: ExportConfig = ExportConfig()
-    """Exporting a checkpoint."""
+    """Which checkpoint jlora export converts, and where it writes the result."""
     quantize: QuantizeConfig = QuantizeConfig()
-    """Packing the base on disk."""
+    """Where jlora quantize writes the model; the quantization section says how."""
 
     @property
     def compute_dtype(self) -> str:
-        """The type of activations: float16 or bfloat16 as ``train`` says, else model.dtype."""
+        """Data type of activations: as train.fp16 and train.bf16 say, or else model.dtype."""
         if self.train.fp16:
             return "float16"
         if self.train.bf16 is None:
@@ -67,52 +69,58 @@ class Config(ConfigSection):
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The adapters that are trained together, as the data names them; none: one alone."""
+        """Names of the adapters of a multi-adapter run, in the data's order; otherwise empty."""
         return tuple(dict.fromkeys(s.adapter for s in self.data.train if s.adapter))
 
-    def alone(self, adapter: str) -> Config:
-        """The settings of a run that trains one of several adapters only, in its folder."""
+    def for_adapter(self, name: str) -> Config:
+        """The settings of a run that trains one adapter of a multi-adapter run, in its folder."""
 
-        def own(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
-            return tuple(replace(s, adapter=None) for s in sources if s.adapter == adapter)
+        def of_adapter(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+            return tuple(replace(s, adapter=None) for s in sources if s.adapter == name)
 
-        data = replace(self.data, train=own(self.data.train), eval=own(self.data.eval))
-        folder = f"{self.train.output_dir.rstrip('/')}/{adapter}"
+        data = replace(
+            self.data, train=of_adapter(self.data.train), eval=of_adapter(self.data.eval)
+        )
+        folder = f"{self.train.output_dir.rstrip('/')}/{name}"
         return replace(self, data=data, train=replace(self.train, output_dir=folder))
 
     @property
-    def classifies(self) -> bool:
-        """Whether the rows have classes to learn, instead of text."""
+    def is_classification(self) -> bool:
+        """Whether the model is a classifier: its rows have classes to learn, instead of text."""
         return self.data.train[0].format == CLASSIFICATION
 
     def check(self) -> Iterator[Fault]:
         """See ConfigSection."""
         yield from classification_faults(self)
-        yield from together_faults(self)
+        yield from multi_adapter_faults(self)
         if self.quantization and not self.lora:
             yield Fault(
                 ("quantization", "lora"),
-                "packed weights cannot be trained in full",
+                "quantized weights cannot be fully fine-tuned",
                 "add a lora section, or leave quantization out",
             )
-        yield from first_value_faults(self)
+        yield from initialization_faults(self)
         for name, given in (
             ("loraplus_lr_ratio", self.train.loraplus_lr_ratio),
             ("lorafa", self.train.lorafa),
         ):
             if given and not self.lora:
                 fix = "add a lora section, or leave it out"
-                yield Fault((f"train.{name}", "lora"), "means nothing without an adapter", fix)
+                yield Fault((f"train.{name}", "lora"), "has no effect without an adapter", fix)
         if self.train.early_stopping_patience:
             key = "train.early_stopping_patience"
             if not self.data.eval:
                 yield Fault((key, "data.eval"), "needs held-out rows", "add data.eval")
             if self.train.eval_steps is None:
-                yield Fault((key, "train.eval_steps"), "needs evaluations", "set train.eval_steps")
+                yield Fault(
+                    (key, "train.eval_steps"),
+                    "needs evaluations during training",
+                    "set train.eval_steps",
+                )
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """The settings in a YAML file or a run folder; see ``load_section``."""
+    """The settings in a YAML file or a run folder, with overrides; see ``load_section``."""
     return load_section(Config, path, overrides)
 
 

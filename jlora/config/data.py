@@ -1,4 +1,4 @@
-"""The ``data`` section."""
+"""The ``data`` section: sources of rows, and how rows become batches."""
 
 from __future__ import annotations
 
@@ -11,66 +11,72 @@ from jlora.config.engine.convert import Bounds
 from jlora.config.engine.faults import Fault
 from jlora.config.engine.schema import ConfigSection, InputPath, LocalPath, Positive
 
+RESERVED_FOLDERS = ("checkpoints", "merged")
+"""Folders of a run that an adapter cannot be named like."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig(ConfigSection):
-    """One source of rows."""
+    """One source of rows, in data.train or data.eval."""
 
     path: InputPath
-    """A jsonl, json, csv or parquet file (txt for text), a folder, a glob, or a hub name."""
+    """A JSONL, JSON, CSV, TSV, Parquet or text file, a folder, a glob pattern, or a hub name."""
     format: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text", "classification"]
-    """How a row is read."""
+    """Format of the rows; see docs/data_formats.md."""
     weight: Positive = 1.0
-    """How many times an epoch takes its rows; a fraction takes part of them."""
+    """Number of times each row occurs in an epoch; with 0.5, half of the rows occur."""
     split: str | None = None
-    """Split of a hub data set."""
+    """Split of a hub dataset (null: train), or a slice such as train[:100], which works for local
+    files, too."""
     name: str | None = None
-    """Configuration name of a hub data set."""
+    """Configuration name of a hub dataset."""
     adapter: str | None = None
-    """The adapter that these rows train, in a run that trains several; its folder has this name."""
+    """In a multi-adapter run, the adapter that these rows train, which is also its folder's
+    name."""
 
     def check(self) -> Iterator[Fault]:
         """See ConfigSection."""
         if self.adapter is None:
             return
-        if not re.fullmatch(r"[\w-]+", self.adapter) or self.adapter in ("checkpoints", "merged"):
-            cause = f"{self.adapter!r} cannot be a folder of the run"
-            yield Fault(("adapter",), cause, "use letters, digits, _ and -")
+        if not re.fullmatch(r"[\w-]+", self.adapter) or self.adapter in RESERVED_FOLDERS:
+            cause = f"{self.adapter!r} cannot be the name of an adapter's folder"
+            fix = f"use letters, digits, _ and -, and none of {', '.join(RESERVED_FOLDERS)}"
+            yield Fault(("adapter",), cause, fix)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(ConfigSection):
-    """Rows, and how they become batches."""
+    """Training and held-out rows, and how they become batches."""
 
     train: tuple[SourceConfig, ...]
     """Sources to train on."""
     eval: tuple[SourceConfig, ...] = ()
-    """Held-out sources."""
+    """Held-out sources for evaluation."""
     max_length: Annotated[int, Bounds(2)] = 1024
-    """Tokens in a row of a batch; longer examples are cut."""
+    """Length of a row in tokens; longer examples are truncated."""
     packing: bool = True
-    """Put several examples into one row; attention never crosses from one to another."""
+    """Pack several examples into one row; attention never crosses from one to another."""
     eval_packing: bool | None = None
-    """The same for held-out rows; null: as packing."""
+    """Packing of held-out rows; null: as packing."""
     shuffle: bool = True
-    """Order by seed and epoch; false: the files' order."""
+    """Shuffle the rows in each epoch, by train.seed; false: keep the order of the files."""
     assistant_only_loss: bool = True
-    """Loss on assistant or completion tokens only; false: on every token."""
+    """Compute the loss on assistant messages or completions only; false: on all tokens."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """A malformed row stops the run, or is counted and left out."""
+    """What a malformed row causes: error stops the run, skip drops and counts the row."""
     chat_template: LocalPath | None = None
-    """A jinja file that replaces the tokenizer's chat template."""
+    """A Jinja file to use instead of the tokenizer's chat template."""
 
     def check(self) -> Iterator[Fault]:
         """See ConfigSection."""
         if not self.train:
             yield Fault(("train",), "no source to train on", "add {path: …, format: messages}")
-        named = [s.adapter for s in self.train or ()]
-        if any(named) and not all(named):
-            yield Fault(
-                ("train",), "some sources name an adapter, others do not", "name all or none"
-            )
+        trained = [source.adapter for source in self.train or ()]
+        if any(trained) and not all(trained):
+            cause = "some sources name an adapter and others do not"
+            yield Fault(("train",), cause, "name an adapter in all of them or in none")
         for i, source in enumerate(self.eval):
-            if bool(source.adapter) != any(named) or source.adapter not in (*named, None):
-                fix = f"name one of {', '.join(map(str, named))}" if any(named) else "leave it out"
+            if bool(source.adapter) != any(trained) or source.adapter not in (*trained, None):
+                names = ", ".join(str(name) for name in trained)
+                fix = f"name one of {names}" if any(trained) else "leave it out"
                 yield Fault((f"eval.{i}.adapter",), f"{source.adapter} is not trained", fix)

@@ -9,15 +9,15 @@ from jlora.config.engine.schema import ConfigSection, Count, Natural
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ConfigSection):
-    """What ``evaluate`` does besides the held-out loss, and the samples in the report."""
+    """Generation during evaluation: exact match, and the samples in the report."""
 
     exact_match: bool = False
     """Generate a reply to each held-out row and compare it with the row's last reply."""
     max_new_tokens: Count = 64
-    """Tokens of a reply."""
+    """Maximum number of tokens in a generated reply."""
     samples: Natural = 3
-    """Replies shown before and after training."""
+    """Number of held-out rows whose replies before and after training are shown."""
     batch_size: Count = 32
-    """Replies generated together."""
+    """Number of replies generated at once."""
     max_rows: Count | None = None
-    """Held-out rows that replies are generated for; null: all."""
+    """Maximum number of held-out rows to generate replies for; null: all of them."""

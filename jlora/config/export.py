@@ -9,9 +9,9 @@ from jlora.config.engine.schema import ConfigSection, LocalPath, Natural
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(ConfigSection):
-    """Which weights of a run ``export`` writes, and where."""
+    """Which checkpoint ``jlora export`` converts, and where it writes the result."""
 
     checkpoint: Natural | LocalPath | None = None
-    """A checkpoint's step, such as 500, or its folder; null: the newest whole one."""
+    """Step or folder of the checkpoint, such as 500; null: the newest complete one."""
     output_dir: str | None = None
-    """Folder for the adapter or the model; null: exported/<step>, below train.output_dir."""
+    """Folder for the adapter or model; null: exported/<step> in train.output_dir."""

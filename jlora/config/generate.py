@@ -11,23 +11,23 @@ from jlora.config.engine.schema import ConfigSection, Count, LocalPath, Natural,
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(ConfigSection):
-    """What ``generate`` writes."""
+    """Prompts and sampling of ``jlora generate``; fields of transformers' ``GenerationConfig``."""
 
     prompt: str | None = None
-    """What the user says."""
+    """The prompt: a user message, or a text to continue with chat: false."""
     file: LocalPath | None = None
-    """A jsonl file of prompts (prompt or messages in each line)."""
+    """A JSONL file with a prompt or messages in each line."""
     chat: bool = True
-    """Put the prompt into the chat template; false: continue the text itself."""
+    """Apply the chat template to the prompt; false: continue the prompt as plain text."""
     max_new_tokens: Count = 128
-    """Most tokens of a reply."""
+    """Maximum number of tokens in a reply."""
     do_sample: bool = False
-    """Sample; false: always the most likely token."""
+    """Sample from the distribution; false: greedy decoding."""
     temperature: Positive = 1.0
-    """Divides the logits when sampling."""
+    """Divisor of the logits when sampling."""
     top_k: Natural = 0
-    """Sample among the k most likely tokens; 0: all."""
+    """Sample among the k most likely tokens only; 0: all tokens."""
     top_p: Annotated[float, Bounds(0, 1, open_low=True)] = 1.0
-    """Sample among the most likely tokens that together have this probability."""
+    """Nucleus sampling: among the most likely tokens whose probabilities add up to top_p."""
     seed: Natural = 0
-    """Seed of the sampling."""
+    """Random seed of the sampling."""

@@ -10,9 +10,10 @@ from jlora.config.engine.schema import ConfigSection
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig(ConfigSection):
-    """How ``merge`` folds an adapter into its base."""
+    """What ``jlora merge`` merges the adapter into, and where it writes the model."""
 
     base: Literal["dequantized", "original"] = "dequantized"
-    """For QLoRA: fold into the dequantized 4-bit weights it trained on, or the original ones."""
+    """Weights that a QLoRA adapter is merged into: the dequantized ones, on which it was trained,
+    or the unquantized original."""
     output_dir: str | None = None
-    """Folder for the merged model; null: merged, below train.output_dir."""
+    """Folder for the merged model; null: merged/ in train.output_dir."""

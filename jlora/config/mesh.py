@@ -1,4 +1,4 @@
-"""The ``mesh`` section."""
+"""The ``mesh`` section: how devices are arranged."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from jlora.config.engine.convert import Bounds
 from jlora.config.engine.faults import Fault
 from jlora.config.engine.schema import ConfigSection
 
-Axis = Annotated[int, Bounds(-1)]
+AxisSize = Annotated[int, Bounds(-1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig(ConfigSection):
-    """Devices along each axis; one axis may be -1: all that are left."""
+    """Number of devices along each mesh axis; one axis may be -1: all remaining devices."""
 
-    data: Axis = -1
-    """Copies of the model, each with its part of the batch."""
-    fsdp: Axis = 1
-    """Parts of the batch that also share one copy of the parameters between them."""
-    tensor: Axis = 1
-    """Parts of every matrix, for one and the same part of the batch."""
+    data: AxisSize = -1
+    """Data parallelism: devices that split the batch, each with a copy of the parameters."""
+    fsdp: AxisSize = 1
+    """FSDP: devices that shard parameters and batch."""
+    tensor: AxisSize = 1
+    """Tensor parallelism: devices that split each matrix product of the same rows."""
 
     def check(self) -> Iterator[Fault]:
         """See ConfigSection."""
@@ -30,5 +30,5 @@ class MeshConfig(ConfigSection):
         for name, size in axes.items():
             if size == 0:
                 yield Fault((name,), "must be positive or -1, got 0")
-        if free := [name for name, size in axes.items() if size == -1][1:]:
-            yield Fault((free[0], *axes), "only one axis can be -1")
+        if surplus := [name for name, size in axes.items() if size == -1][1:]:
+            yield Fault((surplus[0], *axes), "only one axis can be -1")

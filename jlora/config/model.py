@@ -1,4 +1,4 @@
-"""The ``model`` section."""
+"""The ``model`` section: which base model is loaded, and how it computes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ class ModelConfig(ConfigSection):
     ALIASES: ClassVar = {"dtype": DTYPE_ALIASES}
 
     name_or_path: InputPath
-    """A transformers folder, a hub name, or jlora://… for what the package ships."""
+    """A transformers model folder, a hub name, or jlora://… for a model shipped with jlora."""
     dtype: DType = "bfloat16"
-    """Type of the parameters in memory and of the computation."""
+    """Data type of the parameters; also of the computation, unless train.bf16 or train.fp16 says
+    otherwise."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     attention: str = "auto"
-    """auto, or one of reference, chunked, cudnn and splash; the run header says what auto took."""
+    """Attention implementation: reference, chunked, cudnn (GPU) or splash (TPU); auto picks one,
+    which is printed when a run starts."""
     num_labels: Annotated[int, Bounds(2)] | None = None
-    """Classes of a classifier; null: the model's own, else those in the training data."""
+    """Number of classes of a classifier; null: the model's, or else the number in the training
+    data."""
     id2label: Sequence[str] | None = None
-    """Names of the classes in the order of their ids; null: the model's own, else the data's."""
+    """Class names in the order of their ids; null: the model's, or else those in the training
+    data."""
 
     def check(self) -> Iterator[Fault]:
         """See ConfigSection."""
@@ -36,6 +40,6 @@ class ModelConfig(ConfigSection):
         if names is None:
             return
         if len(set(names)) != len(names) or len(names) < 2:
-            yield Fault(("id2label",), "needs two names or more, each once")
+            yield Fault(("id2label",), "needs at least two names, all different")
         elif self.num_labels not in (None, len(names)):
             yield Fault(keys, f"has {len(names)} names, but num_labels is {self.num_labels}")

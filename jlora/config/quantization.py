@@ -1,4 +1,4 @@
-"""The ``quantization`` section."""
+"""The ``quantization`` section: how the frozen base is quantized (``jlora.QuantConfig``)."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from jlora.config.engine.schema import DTYPE_ALIASES, ConfigSection, DType
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig(ConfigSection):
-    """How frozen linear layers are packed (names of ``BitsAndBytesConfig``)."""
+    """Quantization of the base's linear layers; fields of transformers' ``BitsAndBytesConfig``."""
 
     ALIASES: ClassVar = {"bnb_4bit_compute_dtype": DTYPE_ALIASES}
 
     load_in_4bit: bool | None = None
-    """Pack into 4 bits; null: unless load_in_8bit."""
+    """Quantize to 4 bits; null: true, unless load_in_8bit is."""
     load_in_8bit: bool = False
-    """Pack into 8 bits with one scale for each output; products stay in the computation's type."""
+    """Quantize weights to int8 with one scale per output channel; activations stay in the compute
+    dtype, unlike in LLM.int8()."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    """The 4-bit code: nf4 suits trained weights better."""
+    """4-bit data type. NF4 is made for normally distributed weights and loses less than FP4."""
     bnb_4bit_use_double_quant: bool = True
-    """Quantize the blocks' scales too: 4.13 bits a parameter instead of 4.5."""
+    """Quantize the absmax of each block, too: 4.13 instead of 4.5 bits per parameter."""
     bnb_4bit_compute_dtype: DType = "bfloat16"
-    """Type to multiply in; a run multiplies everything in one type (train.bf16), and warns."""
+    """Data type of products with dequantized weights. A run computes in the one type that
+    train.bf16 and train.fp16 choose, and warns if this differs."""
     block_size: Annotated[int, Bounds(32, 4096)] = 64
-    """Values that share one scale; a power of two."""
+    """Number of consecutive values that share one absmax (4-bit only); a power of two."""
     llm_int8_skip_modules: Sequence[str] = ()
-    """Names of modules to leave unquantized, besides embeddings and the output head."""
+    """Modules to leave unquantized, by name; embeddings and lm_head always are."""
     include_modules: Sequence[str] = ()
-    """Names of modules to quantize that are left out otherwise: embed_tokens, lm_head."""
+    """Modules to quantize although they are skipped by default: embed_tokens, lm_head."""
 
     def derive_defaults(self) -> None:
         """See ConfigSection."""
@@ -47,6 +49,6 @@ class QuantConfig(ConfigSection):
             yield Fault(("load_in_4bit",), "nothing is quantized", "leave the section out")
         for name in {*self.llm_int8_skip_modules} & {*self.include_modules}:
             keys = ("include_modules", "llm_int8_skip_modules")
-            yield Fault(keys, f"{name} is in both", "remove it from one")
+            yield Fault(keys, f"{name} is in both", "remove it from one of them")
         if self.block_size & (self.block_size - 1):
             yield Fault(("block_size",), f"must be a power of two, got {self.block_size}")

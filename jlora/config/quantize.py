@@ -9,7 +9,7 @@ from jlora.config.engine.schema import ConfigSection
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig(ConfigSection):
-    """Where ``quantize`` writes; how it packs is in ``quantization``."""
+    """Where ``jlora quantize`` writes the model; the ``quantization`` section says how."""
 
     output_dir: str | None = None
-    """Folder for the packed model; null: quantized, below train.output_dir."""
+    """Folder for the quantized model; null: quantized/ in train.output_dir."""

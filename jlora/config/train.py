@@ -1,4 +1,4 @@
-"""The ``train`` section."""
+"""The ``train`` section: optimization, logging, checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jlora.config.engine.schema import (
 OPTAX = "optax."
 
 OptaxName = Annotated[str, Prefix(OPTAX)]
-"""An optimizer of optax by its name there."""
+"""A function of optax that returns an optimizer, such as optax.lamb."""
 
 SCHEDULER_KWARGS: Mapping[str, tuple[str, ...]] = {
     "linear": (),
@@ -32,12 +32,12 @@ SCHEDULER_KWARGS: Mapping[str, tuple[str, ...]] = {
     "inverse_sqrt": ("timescale",),
     "cosine_with_min_lr": ("min_lr", "min_lr_rate", "num_cycles"),
 }
-"""Schedule → the keys it takes in lr_scheduler_kwargs (transformers' names)."""
+"""lr_scheduler_type → the lr_scheduler_kwargs that it accepts (transformers' names)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(ConfigSection):
-    """The run (names of ``TrainingArguments``)."""
+    """The training run: fields of transformers' ``TrainingArguments``."""
 
     ALIASES: ClassVar = {
         "optim": dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw")
@@ -50,17 +50,17 @@ class TrainConfig(ConfigSection):
     }
 
     output_dir: str
-    """Folder for everything the run writes."""
+    """Folder for everything that the run writes."""
     num_train_epochs: Positive = 3.0
-    """Passes over the data; a fraction is fine."""
+    """Number of epochs, which may be fractional."""
     max_steps: int = -1
-    """Optimizer steps; when positive it wins over num_train_epochs."""
+    """Number of optimizer steps; if positive, it overrides num_train_epochs."""
     per_device_train_batch_size: Count = 4
-    """Rows on each device of the data and fsdp axes in one forward pass."""
+    """Rows per forward pass on each device (of the mesh axes data and fsdp)."""
     per_device_eval_batch_size: Count | None = None
-    """The same in evaluation; null: as in training."""
+    """Rows per forward pass in evaluation; null: as in training."""
     gradient_accumulation_steps: Count = 4
-    """Forward passes in one optimizer step."""
+    """Forward and backward passes (micro-batches) per optimizer step."""
     learning_rate: Positive = 2e-4
     """Peak learning rate."""
     lr_scheduler_type: Literal[
@@ -72,23 +72,23 @@ class TrainConfig(ConfigSection):
         "inverse_sqrt",
         "cosine_with_min_lr",
     ] = "cosine"
-    """Shape of the learning rate over the run."""
+    """Learning rate schedule."""
     lr_scheduler_kwargs: Mapping[str, float] = FrozenMap()
-    """Extra arguments of the schedule, such as min_lr or num_cycles."""
+    """Arguments of the schedule, such as min_lr or num_cycles."""
     warmup_ratio: Fraction = 0.03
-    """Part of the run in which the rate rises from zero."""
+    """Share of the steps used for a linear warmup from 0 to learning_rate."""
     warmup_steps: Natural = 0
-    """Steps of the same; when positive it wins over warmup_ratio."""
+    """Number of warmup steps; if positive, it overrides warmup_ratio."""
     weight_decay: NonNegative = 0.0
-    """Decoupled weight decay, on matrices only."""
+    """Decoupled weight decay of matrices; biases and norms have none."""
     adam_beta1: Fraction = 0.9
-    """First moment's decay."""
+    """Decay rate of the first moment (Adam, Lion)."""
     adam_beta2: Fraction = 0.999
-    """Second moment's decay."""
+    """Decay rate of the second moment (Adam, Lion)."""
     adam_epsilon: Positive = 1e-8
-    """Added to the root of the second moment."""
+    """Adam's epsilon, added to the square root of the second moment."""
     max_grad_norm: NonNegative | None = 1.0
-    """Clip the gradient's global norm to this; 0 or null: never."""
+    """Maximum global norm of the gradient, to which it is clipped; 0 or null: no clipping."""
     optim: (
         Literal[
             "adamw",
@@ -104,50 +104,54 @@ class TrainConfig(ConfigSection):
         ]
         | OptaxName
     ) = "adamw"
-    """Optimizer. 8bit: moments in 8 bits; paged: in host memory; or one of optax by its name."""
+    """Optimizer. 8bit: moments are stored in 8 bits; paged: in host memory; optax.NAME: an
+    optimizer of optax."""
     optim_args: Mapping[str, int | float | bool | str | None] = FrozenMap()
-    """Arguments of an optax.NAME, such as {b1: 0.95}."""
+    """Arguments of the optimizer optax.NAME, such as {b1: 0.95}."""
     loraplus_lr_ratio: Positive | None = None
-    """LoRA+: B, biases and other vectors learn at this many times learning_rate; null: off."""
+    """LoRA+: ratio of the learning rate of B and of vectors to that of A; null: off."""
     loraplus_lr_embedding: Positive = 1e-6
-    """LoRA+: the learning rate of adapted embeddings."""
+    """LoRA+: learning rate of adapted embeddings."""
     lorafa: bool = False
-    """LoRA-FA: A stays as it was drawn, and B follows the full weight's gradient."""
+    """LoRA-FA: freeze A at its initial value, and correct the gradient of B to approximate that of
+    the full weight."""
     gradient_checkpointing: bool = True
-    """Recompute each layer in the backward pass; false keeps its matrix products and recomputes
-    what lies between them."""
+    """Save only the input of each layer and recompute the layer in the backward pass; false: save
+    the outputs of its matrix products, too."""
     activation_offloading: bool = False
-    """Keep in the host's memory what gradient_checkpointing keeps of a layer, its input."""
+    """Store in host memory the layer inputs that gradient_checkpointing saves."""
     bf16: bool | None = None
-    """Compute in bfloat16; null: in the type of model.dtype. With both false, in float32."""
+    """Compute in bfloat16. null: compute in model.dtype; if bf16 and fp16 are both false: in
+    float32."""
     fp16: bool = False
     """Compute in float16 with dynamic loss scaling."""
     seed: Natural = 42
-    """Seed of initial weights, dropout and data order."""
+    """Random seed of initialization, dropout and data order."""
     logging_steps: Count = 10
-    """Steps between lines of metrics.jsonl."""
+    """Optimizer steps between training lines in metrics.jsonl."""
     eval_steps: Count | None = 100
-    """Steps between evaluations; null: only at the end."""
+    """Optimizer steps between evaluations; null: only at the end."""
     save_steps: Count | None = 500
-    """Steps between checkpoints; null: only at the end."""
+    """Optimizer steps between checkpoints; null: only at the end."""
     save_total_limit: Count | None = 3
-    """Checkpoints kept; null: all."""
+    """Maximum number of checkpoints to keep, the newest ones; null: all."""
     early_stopping_patience: Count | None = None
-    """Stop after so many evaluations without improvement; null: never."""
+    """Stop after this many evaluations in a row without improvement; null: never."""
     early_stopping_threshold: NonNegative = 0.0
-    """How much lower eval_loss must be to count as improvement."""
+    """Minimum decrease of eval_loss that counts as an improvement."""
     resume: Literal["auto", "never"] | LocalPath = "auto"
-    """auto: go on from the last whole checkpoint; never; or a checkpoint's folder."""
+    """auto: resume from the newest complete checkpoint, if there is one; never: start anew; or the
+    folder of a checkpoint."""
     compilation_cache: bool = True
-    """Keep compiled programs on disk for the next start."""
+    """Cache compiled programs on disk for later runs."""
     check_memory: bool = True
-    """Do not start what the compiled step shows to be too much for the devices' memory."""
+    """Refuse to start if the compiled step needs more memory than the devices have."""
 
     def check(self) -> Iterator[Fault]:
         """See ConfigSection."""
         if self.activation_offloading and not self.gradient_checkpointing:
-            cause = "offloads what gradient_checkpointing keeps, which is off"
-            fix = "set gradient_checkpointing to true, or leave it out"
+            cause = "needs gradient_checkpointing, which is false"
+            fix = "set gradient_checkpointing to true, or leave activation_offloading out"
             yield Fault(("activation_offloading", "gradient_checkpointing"), cause, fix)
         if self.bf16 and self.fp16:
             yield Fault(("fp16", "bf16"), "both fp16 and bf16 are true", "set one to false")
@@ -156,14 +160,14 @@ class TrainConfig(ConfigSection):
         if not self.output_dir:
             yield Fault(("output_dir",), "is empty", "name a folder, such as outputs/run1")
         keys = ("lr_scheduler_kwargs", "lr_scheduler_type")
-        takes = SCHEDULER_KWARGS[self.lr_scheduler_type]
+        accepted = SCHEDULER_KWARGS[self.lr_scheduler_type]
         for name in self.lr_scheduler_kwargs:
-            if name not in takes:
-                known = f"it takes {', '.join(takes)}" if takes else "it takes none"
-                yield Fault(keys, f"{self.lr_scheduler_type} has no argument {name!r}", known)
+            if name not in accepted:
+                fix = f"it accepts {', '.join(accepted) or 'none'}"
+                yield Fault(keys, f"{self.lr_scheduler_type} has no argument {name!r}", fix)
         if self.optim_args and not self.optim.startswith(OPTAX):
-            fix = "set adam_beta1, adam_beta2 or adam_epsilon, or choose one of optax by its name"
-            yield Fault(("optim_args", "optim"), f"{self.optim} takes none", fix)
+            fix = "set adam_beta1, adam_beta2 or adam_epsilon, or choose an optimizer optax.NAME"
+            yield Fault(("optim_args", "optim"), f"{self.optim} accepts none", fix)
         minima = {"min_lr", "min_lr_rate"} & set(self.lr_scheduler_kwargs)
         if self.lr_scheduler_type == "cosine_with_min_lr" and len(minima) != 1:
             yield Fault(keys, "cosine_with_min_lr needs one of min_lr and min_lr_rate")

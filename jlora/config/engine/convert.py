@@ -123,7 +123,7 @@ def _member_words(hint: Any, plural: bool) -> list[str]:
     base, marks = split_annotated(hint)
     origin, args = typing.get_origin(base), typing.get_args(base)
     if origin is Literal:
-        return [value_in_words(value) for value in args]
+        return [v if isinstance(v, str) else value_in_words(v) for v in args]
     if base is bool:
         return ["true", "false"]
     if base is type(None):

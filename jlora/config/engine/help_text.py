@@ -24,13 +24,15 @@ class Option(NamedTuple):
     type: str
     default: str | None
     help: str
+    section_help: str
 
 
 def section_options(root: type[ConfigSection]) -> Iterator[Option]:
     """Every setting of every section of ``root``, in order."""
+    texts = field_docs(root)
     for name, hint in field_types(root).items():
         for section in _nested_sections(hint):
-            yield from _options_of(name, section)
+            yield from _options_of(name, section, texts[name])
 
 
 def _nested_sections(hint: Any) -> list[type[ConfigSection]]:
@@ -39,7 +41,7 @@ def _nested_sections(hint: Any) -> list[type[ConfigSection]]:
     return [m for m in members if isinstance(m, type) and issubclass(m, ConfigSection)]
 
 
-def _options_of(name: str, section: type[ConfigSection]) -> Iterator[Option]:
+def _options_of(name: str, section: type[ConfigSection], title: str) -> Iterator[Option]:
     """A section's own settings, then those of the sections nested in it."""
     texts, nested = field_docs(section), []
     for field in dataclasses.fields(section):  # pyright: ignore[reportArgumentType]
@@ -51,13 +53,13 @@ def _options_of(name: str, section: type[ConfigSection]) -> Iterator[Option]:
         if entry and issubclass(entry[0], ConfigSection):
             kind = "a list of sources"
             if required:  # describe an entry once, under the first list of them
-                nested.append((f"{name}.{field.name}.0", entry[0]))
+                nested.append((f"{name}.{field.name}.0", entry[0], inspect.getdoc(entry[0])))
         elif sections := _nested_sections(hint):
             kind = f"a section, {name}.{field.name}"
-            nested.append((f"{name}.{field.name}", sections[0]))
-        yield Option(name, field.name, kind, default, texts[field.name])
-    for key, inner in nested:
-        yield from _options_of(key, inner)
+            nested.append((f"{name}.{field.name}", sections[0], texts[field.name]))
+        yield Option(name, field.name, kind, default, texts[field.name], title)
+    for key, inner, text in nested:
+        yield from _options_of(key, inner, text)
 
 
 @functools.cache
