@@ -12,7 +12,7 @@ from jlora.config import FrozenMap, LoraConfig
 from jlora.errors import ConfigError, DataError
 from jlora.lora import Adapter
 from jlora.lora.combine.factors import adapter_factors
-from jlora.lora.combine.pruning import largest
+from jlora.lora.combine.pruning import magnitude_mask
 from jlora.tree import paths
 
 L, D, F, V = 3, 8, 16, 11
@@ -193,7 +193,7 @@ def test_one_adapter_is_treated_as_asked():
 
 def test_largest_keeps_exactly_so_many_where_values_are_equal():
     tensor = jnp.asarray([[1.0, -2.0, 2.0], [2.0, 0.0, -2.0]])
-    kept = largest(tensor, jnp.asarray(3))
+    kept = magnitude_mask(tensor, jnp.asarray(3))
     np.testing.assert_array_equal(kept, [[False, True, True], [True, False, False]])
 
 
@@ -254,9 +254,9 @@ def test_dare_keeps_a_part_and_its_expectation(wide):
 
 
 REFUSED = [
-    ("tis", {}, "there is no 'tis'; did you mean 'ties'"),
+    ("tis", {}, "'tis' is unknown; did you mean 'ties'"),
     ("ties", {}, "ties needs a density"),
-    ("cat", {"density": 0.5}, "cat prunes nothing"),
+    ("cat", {"density": 0.5}, "cat does not prune"),
     ("ties", {"density": 0.0}, r"0.0 is not in \(0, 1\]"),
     ("dare_ties", {"density": 0.5}, "give a key"),
     ("linear", {"svd_rank": 3}, "linear has no SVD"),
@@ -281,8 +281,8 @@ def test_everything_against_it_is_said_at_once():
         jlora.add_weighted_adapter(adapters, [1, 2], "linear")
     for part in (
         "3 adapters and 2 weights",
-        "adapter 0 has more than A and B: model.layers.self_attn.q_proj.bias",
-        "adapter 2 has more than A and B: lm_head.kernel",
+        "adapter 0 has leaves besides A and B: model.layers.self_attn.q_proj.bias",
+        "adapter 2 has leaves besides A and B: lm_head.kernel",
         "q_proj has ranks (2, 3, 8): use cat or an svd type, or reduce_rank",
     ):
         assert part in str(error.value)
@@ -316,7 +316,7 @@ def unstacked(tree):
         (
             make_adapter(params=gpt2(), target_modules=["c_attn"]),
             make_adapter(params=gpt2(), target_modules=["v_proj"]),
-            "c_attn is adapted as a whole and by its part v_proj",
+            "both c_attn and its part v_proj are adapted",
         ),
         (
             make_adapter(params=gpt2(), target_modules=["q_proj"]),
@@ -349,7 +349,7 @@ def test_adapters_that_count_from_their_first_values_are_not_combined():
         lambda: jlora.reduce_rank(adapter, 1),
         lambda: jlora.add_weighted_adapter([adapter], [1]),
     ):
-        with pytest.raises(ConfigError, match="counts from its first values"):
+        with pytest.raises(ConfigError, match="has initial values"):
             combine()
 
 
@@ -405,7 +405,7 @@ def test_extraction_of_parts_of_a_fused_projection():
     for i, (name, delta) in enumerate(sorted(deltas(adapter).items())):
         assert name == f"transformer.h.{i}.attn.v_proj"
         close(delta, nearest(change[i, :, 2 * D :], 3)[0])
-    with pytest.raises(ConfigError, match=r"does not reach: transformer.h.\*.attn.v_proj.kernel"):
+    with pytest.raises(ConfigError, match=r"does not cover: transformer.h.\*.attn.v_proj.kernel"):
         jlora.extract_adapter(base, tuned, LoraConfig(r=3, target_modules=["q_proj"]))
 
 
@@ -476,7 +476,7 @@ def test_extraction_refuses_trees_of_another_structure():
         jlora.extract_adapter(PARAMS, tuned, LoraConfig(target_modules=["q_proj"]))
     for part in (
         "lm_head.kernel is only in the base",
-        "model.norm.scale is only in the successor",
+        "model.norm.scale is only in the tuned model",
         f"model.embed_tokens.embedding is ({V}, {D}) and ({V + 1}, {D})",
     ):
         assert part in str(error.value)
@@ -491,9 +491,9 @@ def test_extraction_refuses_trees_of_another_structure():
     ],
 )
 def test_neither_combining_nor_extraction_takes_other_leaves(fields, leaf):
-    with pytest.raises(ConfigError, match=rf"gives no model\.\w+\..*{leaf}"):
+    with pytest.raises(ConfigError, match=rf"cannot hold model\.\w+\..*{leaf}"):
         jlora.extract_adapter(PARAMS, PARAMS, LoraConfig(target_modules=["q_proj"], **fields))
-    with pytest.raises(ConfigError, match=rf"has more than A and B: model\.\w+\..*{leaf}"):
+    with pytest.raises(ConfigError, match=rf"has leaves besides A and B: model\.\w+\..*{leaf}"):
         jlora.add_weighted_adapter([make_adapter(**fields)], [1], "cat")
 
 

@@ -95,9 +95,7 @@ class AdapterStack:
           DataError: ``like`` has ``initial``, which the stack holds combined with its weights.
         """
         if like.initial is not None:
-            raise DataError(
-                "an adapter that was stacked with its `initial` values cannot be taken out of the stack"
-            )
+            raise DataError("an adapter with `initial` values cannot be read back from a stack")
         i, flat = self._index(which), dict(paths.walk(self.weights))
 
         def cut(path: paths.Path, value: Any) -> Array:

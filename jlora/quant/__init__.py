@@ -1,1 +1,1 @@
-"""Quantized weights as pytrees: code tables, NF4 and FP4, int8, and which leaves of a tree."""
+"""Quantized weights as pytrees: codebooks, NF4 and FP4, int8, and quantizing a parameter tree."""

@@ -1,4 +1,4 @@
-"""The tables of values that codes of four and of eight bits stand for, as bitsandbytes has them."""
+"""Codebooks: the values of 4-bit and 8-bit codes, as in bitsandbytes."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ NF4 = np.array(
 _FP4_HALF = np.array([0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4], np.float32)
 
 FP4 = np.concatenate([_FP4_HALF, 0 - _FP4_HALF])  # both zeros are +0
-"""A sign, two bits of exponent and one of mantissa, over the largest: codes 0 and 8 are zero."""
+"""Sign, two exponent bits and one mantissa bit, divided by the maximum; codes 0 and 8 are zero."""
 
 FOUR_BIT = {"nf4": NF4, "fp4": FP4}
-"""``bnb_4bit_quant_type`` → what the 16 codes stand for."""
+"""``bnb_4bit_quant_type`` → the values of the 16 codes."""
 
 ASCENDING = {
     "nf4": np.arange(16, dtype=np.uint8),
     "fp4": np.array([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3], np.uint8),
 }
-"""The codes in the order of their values; of FP4's two zeros 0 is for what is not above zero."""
+"""The codes in ascending order of value; of FP4's two zeros, 0 is that of values not above 0."""
 
 
 def midpoints(values: np.ndarray) -> np.ndarray:
-    """The float32 thresholds between neighbours of a sorted table."""
+    """The float32 midpoints between neighbours in a sorted table."""
     return ((values[1:].astype(np.float64) + values[:-1]) / 2).astype(np.float32)
 
 
@@ -54,9 +54,9 @@ THRESHOLDS = {name: midpoints(table[ASCENDING[name]]) for name, table in FOUR_BI
 
 
 def _dynamic_map() -> np.ndarray:
-    # The published formula depends on its library's rounding, so the table itself is kept: the
-    # upper 128 of its 256 values, little-endian float32. The rest are 0 and the mirror images.
-    packed = (
+    # The published formula's rounding depends on bitsandbytes' torch, so the values are stored: the
+    # 128 positive ones of 256, little-endian float32. The others are 0 and their negatives.
+    compressed = (
         "c-jrjUr1A77zXg;zk*p^R1*tyNrGXB;F)ea-}in8Wfubp{{%v|K|(td8B9_Tlw?u!ViglI=}fwC3q-}hdEpdOLP>"
         "-(4MKKN5wi<L11S^@M1Ag__xHR!v+--yLpNJ%&hoNt7wQr=YtUw&*$><6E%WyL^leAp_AAHptyM=>AWQlDr&tMga"
         "7FAqP|mzP%KQB><z)P?QjsWP?noUA`+e+Z=>Y3~^NwB4o@5_7KQZ=egMGWV#X1%a*t54eJY`(sg}DX%F|%-2M&Zk"
@@ -65,7 +65,7 @@ def _dynamic_map() -> np.ndarray:
         "KtByj!j@oPVC%3=*bmrm*e>j!sFMG~CDkx;R8706N>aWW)vu^l`Kp>S%&;4<BG@fhDXa{37gh<Yg4MtrFoM;>oT@"
         "ClVD+#D*nL<FtQF>gwZXiwc9<U)fOWxoV7;(@<e+*E`xeI3"
     )
-    upper = np.frombuffer(zlib.decompress(base64.b85decode(packed)), "<f4").astype(np.float32)
+    upper = np.frombuffer(zlib.decompress(base64.b85decode(compressed)), "<f4").astype(np.float32)
     return np.concatenate([-upper[-2::-1], np.zeros(1, np.float32), upper])
 
 
@@ -76,8 +76,8 @@ DYNAMIC_THRESHOLDS = midpoints(DYNAMIC_MAP)
 
 
 def _unsigned_map() -> np.ndarray:
-    # A table for the same reason: the values above 0, as four planes of little-endian bytes.
-    packed = (
+    # Stored for the same reason: the values above 0, as four planes of little-endian bytes.
+    compressed = (
         "c-mVv!{S@u)w~5646|mY7<!-be6lE6sW8Am;QfX5eR*uADP9jN1eQBoH*Y#GmA2`x*VKo46-W8kh5TIL`g)SNR{G"
         "*c{p-)Z=GJsiZ(n@4fT3T0z3thU*VSCJG<LXOPygO7y4d)UR^bi?j|tc1)7O8qYdtF(v*fjL^<nOyS&uXs(#{&6V"
         "K7OXg-pyeKAXlc%lHf)V&<$gV}>)c(o7i6;w8=yAQ-ASXP@zTDpdGF!hLt}>&TFRrOFHC&-MCnpX_jFJK7j$%~SO"
@@ -88,7 +88,7 @@ def _unsigned_map() -> np.ndarray:
         "G=u#R;*sXdE2hN2aldObN=%6TlXG5efj3Y=kLG&F*32Rad2_-@(T)!h)GDv$jU1!tEy>e>FDVj8k?G1SlQS)I6Aw"
         "!dwTi!1q20$hDS!n#3dx9q^4(P=jIg@m6VlNR@c@yn3$TGnVFlLTY!Nj1Xv*fYiz&<JFq1O*pUP5sRRHRo|K6"
     )
-    planes = np.frombuffer(zlib.decompress(base64.b85decode(packed)), np.uint8).reshape(4, -1)
+    planes = np.frombuffer(zlib.decompress(base64.b85decode(compressed)), np.uint8).reshape(4, -1)
     above = np.ascontiguousarray(planes.T).view("<f4").reshape(-1).astype(np.float32)
     return np.concatenate([np.zeros(1, np.float32), above])
 
@@ -97,5 +97,5 @@ UNSIGNED_MAP = _unsigned_map()
 """bitsandbytes' 8-bit map of [0, 1]."""
 
 UNSIGNED_THRESHOLDS = np.concatenate([np.zeros(1, np.float32), midpoints(UNSIGNED_MAP)[1:]])
-"""Midpoints, but what is above 0 never becomes 0, as bitsandbytes lets it: beside a first moment
-that is not 0, a second moment of 0 would let the next step divide by almost nothing."""
+"""Midpoints, but no value above 0 gets the code of 0, as it does in bitsandbytes: with a second
+moment of 0 and a first moment that is not, Adam's next step would divide by epsilon."""

@@ -1,4 +1,4 @@
-"""Eight bits a value with one scale a row, as bitsandbytes' ``load_in_8bit`` stores weights.
+"""int8 with one scale for each row, as bitsandbytes' ``load_in_8bit`` stores weights.
 
 ::
 
@@ -6,8 +6,8 @@
     q    codes int8 (out, in), absmax float32 (out,)              1 byte a value
 
 A value is ``codes * absmax / 127`` (bitsandbytes' ``CB`` and ``SCB``; LLM.int8, arXiv 2208.07339).
-Only weights are in 8 bits: products are computed in the activations' type, none of which is rounded
-to 8 bits or held back as an outlier.
+Only weights are quantized: products are computed in the activations' dtype, so there is no outlier
+decomposition of activations.
 """
 
 from __future__ import annotations
@@ -30,54 +30,54 @@ _RECIPROCAL = np.float32(1 / 127)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Int8Array:
-    """A matrix in 8 bits a value; a pytree of its children, with the rest static.
+    """A matrix quantized to int8: a pytree with the children ``codes`` and ``absmax``.
 
     ::
 
         codes   int8 (*lead, rows, cols)
         absmax  float32 (*lead, rows)
 
-    Rows may be sharded with their ``absmax``, columns anywhere with ``absmax`` on all of them.
-    ``lead`` are axes that vmap, scan or stacking put in front; they belong to ``shape``.
-    A transform may put anything in the children's place, such as shardings.
+    Rows may be sharded together with ``absmax``, columns with ``absmax`` replicated. ``lead`` are
+    leading axes of vmap, scan or stacked layers; they are part of ``shape``. JAX transforms may
+    replace the children by other objects, such as shardings.
     """
 
     codes: Any
     absmax: Any
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
-    """The dtype that ``dequantize`` gives."""
+    """The dtype of the dequantized array."""
     transposed: bool = dataclasses.field(default=False, metadata={"static": True})
-    """Whether the array stands for the transpose (last two axes) of what was quantized."""
+    """Whether this is the transpose (last two axes) of the array that was quantized."""
 
     @property
     def lead(self) -> tuple[int, ...]:
-        """The axes in front of the matrix's own."""
+        """The leading axes, before the matrix."""
         return tuple(self.codes.shape[:-2])
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the array that this stands for."""
+        """The shape of the dequantized array."""
         *lead, rows, cols = self.codes.shape
         return (*lead, cols, rows) if self.transposed else (*lead, rows, cols)
 
     @property
     def ndim(self) -> int:
-        """How many axes ``shape`` has."""
+        """The number of axes of ``shape``."""
         return len(self.codes.shape)
 
     @property
     def size(self) -> int:
-        """How many values it holds."""
+        """The number of values."""
         return math.prod(self.codes.shape)
 
     @property
     def nbytes(self) -> int:
-        """What its children occupy, in bytes."""
+        """The bytes of its children."""
         return self.size + 4 * math.prod(self.absmax.shape)
 
     @property
     def mT(self) -> Int8Array:
-        """The transpose of the last two axes; nothing moves."""
+        """The transpose of the last two axes: a flag, no data moves."""
         return dataclasses.replace(self, transposed=not self.transposed)
 
     def dequantize(self, dtype: Any = None) -> Array:
@@ -85,9 +85,9 @@ class Int8Array:
         return dequantize(self, dtype)
 
     def take(self, ids: Int[Array, "*ids"]) -> Float[Array, "*ids cols"]:
-        """Rows ``ids`` of what was quantized, in ``dtype``; no other row is dequantized."""
+        """Rows ``ids`` of the quantized matrix, in ``dtype``; only these are dequantized."""
         if self.transposed or self.ndim != 2:
-            raise ValueError(f"takes rows of one untransposed matrix, not of {self}")
+            raise ValueError(f"take needs one matrix that is not transposed, not {self}")
         return _values(self.codes[ids], self.absmax[ids]).astype(self.dtype)
 
     def __repr__(self) -> str:
@@ -96,10 +96,10 @@ class Int8Array:
 
 
 def quantize(w: Num[Array, "*lead rows cols"]) -> Int8Array:
-    """Packs a matrix, or stacked ones, row by row; halves go to the even neighbour.
+    """Quantizes a matrix, or stacked ones, row by row; ties round to even.
 
-    The codes are bitsandbytes' where ``w`` is exact in float16, to which it rounds first. A row of
-    zeros stays exactly zero.
+    The codes equal bitsandbytes' if ``w`` is exact in float16, to which bitsandbytes rounds first.
+    A row of zeros stays exactly zero.
 
     Raises:
       ConfigError: ``w`` is not floating point.
@@ -112,15 +112,15 @@ def quantize(w: Num[Array, "*lead rows cols"]) -> Int8Array:
 @jax.jit
 def _quantize(w):
     absmax = jnp.max(jnp.abs(w), axis=-1).astype(jnp.float32)
-    # Without the barrier XLA widens the values once for both uses and keeps them in memory so.
+    # Without the barrier XLA converts to float32 once for both uses, and stores that in memory.
     w, absmax = jax.lax.optimization_barrier((w, absmax))
-    scale = jnp.where(absmax > 0, 127 * (1 / absmax), 0)  # rounded twice, as there
+    scale = jnp.where(absmax > 0, 127 * (1 / absmax), 0)  # rounded twice, as in bitsandbytes
     codes = jnp.round(w.astype(jnp.float32) * scale[..., None]).astype(jnp.int8)
     return Int8Array(codes, absmax, jnp.dtype(w.dtype))
 
 
 def dequantize(q: Int8Array, dtype: Any = None) -> Float[Array, "..."]:
-    """The array that ``q`` stands for, rounded once to ``dtype`` (``q.dtype`` when it is None)."""
+    """The dequantized array, rounded once to ``dtype`` (default: ``q.dtype``)."""
     return _dequantize(q, jnp.dtype(q.dtype if dtype is None else dtype))
 
 

@@ -1,15 +1,15 @@
 """NF4, the 4-bit format of QLoRA (arXiv 2305.14314), and FP4, both as bitsandbytes stores them.
 
-An array is cut into blocks of 64 consecutive values. Each value is divided by its block's largest
-magnitude (``absmax``) and becomes the nearest of 16 codes; two codes share a byte. Double
-quantization keeps ``absmax`` in 8 bits too, which leaves 4.127 bits a parameter::
+An array is split into blocks of 64 consecutive values. Each value is divided by the block's largest
+magnitude (``absmax``) and rounded to the nearest of 16 codes; two codes are packed in a byte.
+Double quantization stores ``absmax`` in 8 bits, for a total of 4.127 bits a parameter::
 
     w      float32 (4096, 4096)                                   64 MiB
     q      codes uint8 (4096, 2048), absmax uint8 (4096, 64),     8.25 MiB
            nested_absmax float32 (1024,), nested_offset float32 ()
 
-``quantize`` and ``dequantize`` are pure and jitted; an ``NF4Array`` is a pytree and goes through
-jit, vmap, scan, sharding and checkpoints like the array it stands for.
+``quantize`` and ``dequantize`` are pure and jitted; an ``NF4Array`` is a pytree that works with
+jit, vmap, scan, sharding and checkpoints.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jlora.errors import ConfigError, did_you_mean
 from jlora.quant.codebooks import ASCENDING, DYNAMIC_MAP, DYNAMIC_THRESHOLDS, FOUR_BIT, THRESHOLDS
 
 NESTED_BLOCK = 256
-"""How many ``absmax`` share one ``nested_absmax``."""
+"""The number of ``absmax`` values that share one ``nested_absmax``."""
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -37,28 +37,28 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class NF4Array:
-    """An array in four bits a value; a pytree of its children, with the rest static.
+    """An array quantized to four bits: a pytree of its first four fields; the others are static.
 
-    Seen as a matrix of ``rows = prod(matrix_shape[:-1])`` by ``cols = matrix_shape[-1]`` (one row
-    of all values where ``cols`` is odd), its blocks run along the rows, and from the end of one row
-    into the next where ``block_size`` does not divide ``cols``::
+    The array is read as a matrix of ``rows = prod(matrix_shape[:-1])`` by
+    ``cols = matrix_shape[-1]`` (a single row if ``cols`` is odd). Blocks run along the rows; if
+    ``block_size`` does not divide ``cols``, they straddle the end of a row::
 
-        codes          uint8 (*lead, rows, ceil(cols / 2)), the first value in a byte's high half
+        codes          uint8 (*lead, rows, ceil(cols / 2)), the first value in the high nibble
         absmax         float32, or uint8 with double quantization:
                        (*lead, rows, cols / block_size), or (*lead, blocks) for straddling blocks
         nested_absmax  float32 (*lead, ceil(blocks / 256)), or None
         nested_offset  float32 (*lead), or None
 
-    Read in order these are bitsandbytes' bytes.
+    In row-major order these are bitsandbytes' bytes.
 
     Either dimension may be sharded. ``codes`` and ``absmax`` are split alike, in whole blocks, so
-    a shard holds the ``absmax`` of its own values; ``nested_absmax``, one number for 16,384 values,
-    lies on every device, and which of its numbers a block needs follows from the block's place in
-    the array. Straddling blocks have all of ``absmax`` everywhere and find theirs in the same way,
-    so rows and bytes may be split anywhere. Nothing is communicated to dequantize a shard.
+    that a shard holds the ``absmax`` of its values. ``nested_absmax``, one number for 16,384
+    values, is replicated; a block finds its entry by its position in the array. With straddling
+    blocks ``absmax`` is replicated too and found in the same way, so that rows and bytes may be
+    split anywhere. Dequantizing a shard needs no communication.
 
-    ``lead`` are axes that vmap, scan or stacking put in front; they belong to ``shape``.
-    A transform may put anything in the children's place, such as shardings.
+    ``lead`` are leading axes of vmap, scan or stacked layers; they are part of ``shape``. JAX
+    transforms may replace the children by other objects, such as shardings.
     """
 
     codes: Any
@@ -66,50 +66,52 @@ class NF4Array:
     nested_absmax: Any
     nested_offset: Any
     matrix_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    """The shape that was quantized."""
+    """The shape of the array that was quantized."""
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
-    """The dtype that ``dequantize`` gives."""
+    """The dtype of the dequantized array."""
     block_size: int = dataclasses.field(default=64, metadata={"static": True})
     transposed: bool = dataclasses.field(default=False, metadata={"static": True})
-    """Whether the array stands for the transpose (last two axes) of what was quantized."""
+    """Whether this is the transpose (last two axes) of the array that was quantized."""
     quant_type: str = dataclasses.field(default="nf4", metadata={"static": True})
-    """What the codes stand for: a key of ``codebooks.FOUR_BIT``."""
+    """The codebook: a key of ``codebooks.FOUR_BIT``."""
 
     @property
     def rowwise(self) -> bool:
-        """Whether rows consist of whole blocks, so that ``absmax`` has rows too."""
+        """Whether rows consist of whole blocks, so that ``absmax`` has a row axis."""
         return grid(self.matrix_shape)[1] % self.block_size == 0
 
     @property
     def lead(self) -> tuple[int, ...]:
-        """The axes in front of the quantized array's own."""
+        """The leading axes, before those of the quantized array."""
         return tuple(self.codes.shape[:-2])
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the array that this stands for."""
-        own = self.matrix_shape
-        return (*self.lead, *((*own[:-2], own[-1], own[-2]) if self.transposed else own))
+        """The shape of the dequantized array."""
+        shape = self.matrix_shape
+        if self.transposed:
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        return (*self.lead, *shape)
 
     @property
     def ndim(self) -> int:
-        """How many axes ``shape`` has."""
+        """The number of axes of ``shape``."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
-        """How many values it holds."""
+        """The number of values."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """What its children occupy, in bytes."""
+        """The bytes of its children."""
         children = jax.tree.leaves(self)
         return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in children)
 
     @property
     def mT(self) -> NF4Array:
-        """The transpose of the last two axes; nothing moves."""
+        """The transpose of the last two axes: a flag, no data moves."""
         if len(self.matrix_shape) < 2:
             raise ValueError(f"mT needs a matrix; this NF4Array has shape {self.shape}")
         return dataclasses.replace(self, transposed=not self.transposed)
@@ -136,26 +138,26 @@ def quantize(
     double_quant: bool = True,
     quant_type: str = "nf4",
 ) -> NF4Array:
-    """Packs an array of any rank, with the nibbles that bitsandbytes' ``quantize_4bit`` gives.
+    """Quantizes an array of any rank, to the same bytes as bitsandbytes' ``quantize_4bit``.
 
-    Blocks run over the values in row-major order, the last one may be short. A block of zeros stays
-    exactly zero; one with a NaN or an infinity in it comes back without a finite value.
+    Blocks run over the values in row-major order; the last one may be short. A block of zeros stays
+    exactly zero; one that contains a NaN or an infinity has no finite value once dequantized.
 
     Args:
       w: floating point, any shape.
       block_size: values that share an ``absmax``, one of ``BLOCK_SIZES``.
-      double_quant: keep ``absmax`` in 8 bits.
+      double_quant: store ``absmax`` in 8 bits.
       quant_type: ``nf4`` or ``fp4``.
 
     Raises:
-      ConfigError: ``block_size`` or ``quant_type`` is none of those, or ``w`` does not hold floats.
+      ConfigError: an unknown ``block_size`` or ``quant_type``, or ``w`` is not floating point.
     """
     if block_size not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
         raise ConfigError(f"{block_size} values a block", where="block_size", fix=f"use {sizes}")
     if quant_type not in FOUR_BIT:
         fix = did_you_mean(quant_type, FOUR_BIT) or f"use {' or '.join(FOUR_BIT)}"
-        raise ConfigError(f"there is no code {quant_type!r}", where="quant_type", fix=fix)
+        raise ConfigError(f"unknown quant_type {quant_type!r}", where="quant_type", fix=fix)
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise ConfigError(f"cannot quantize an array of {w.dtype}", fix="give it floating point")
     return _quantize(w, block_size, double_quant, quant_type)
@@ -170,19 +172,19 @@ def _quantize(w, block_size, double_quant, quant_type):
         blocks = jnp.pad(w.reshape(-1), (0, -w.size % block_size)).reshape(-1, block_size)
     codes, absmax = quantize_blocks(blocks, quant_type)
     codes = codes.reshape(-1)[: w.size].reshape(rows, cols)
-    codes = jnp.pad(codes, ((0, 0), (0, cols % 2)))  # of an odd number of values
+    codes = jnp.pad(codes, ((0, 0), (0, cols % 2)))  # the last byte of an odd row
     codes = codes[:, 0::2] << 4 | codes[:, 1::2]
     nested = (absmax, None, None)
     if double_quant:
-        # The maximum changes nothing but keeps XLA from contracting the mean's product with the
-        # subtraction, which would then not subtract the rounded mean that is stored.
+        # The maximum is a no-op that keeps XLA from contracting the mean's product with the
+        # subtraction, which would then subtract another value than the rounded mean that is stored.
         nested = quantize_absmax(absmax, jnp.maximum(jnp.mean(absmax), 0))
     shape, dtype = tuple(w.shape), jnp.dtype(w.dtype)
     return NF4Array(codes, *nested, shape, dtype, block_size, quant_type=quant_type)
 
 
 def grid(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of the codes' matrix: one row where rows would end in half a byte."""
+    """Rows and columns of the matrix of codes: one row if the number of columns is odd."""
     size, cols = math.prod(shape), shape[-1] if shape else 1
     return (1, size) if cols % 2 else (size // cols if cols else 0, cols)
 
@@ -190,22 +192,22 @@ def grid(shape: tuple[int, ...]) -> tuple[int, int]:
 def quantize_blocks(
     blocks: Float[Array, "*n block"], quant_type: str = "nf4"
 ) -> tuple[UInt8[Array, "*n block"], Float[Array, "*n"]]:
-    """Codes and largest magnitudes of blocks, in float32 whatever the blocks are in."""
+    """Codes and absmax of blocks, computed in float32 whatever the blocks' dtype."""
     absmax = jnp.max(jnp.abs(blocks), axis=-1).astype(jnp.float32)
-    # Without the barrier XLA widens the blocks once for both uses and keeps them in memory so.
+    # Without the barrier XLA converts to float32 once for both uses, and stores that in memory.
     blocks, absmax = jax.lax.optimization_barrier((blocks, absmax))
-    # The format multiplies by the reciprocal; a zero block must not become 0 · inf.
+    # bitsandbytes multiplies by the reciprocal; a block of zeros must not become 0 · inf.
     scale = jnp.where(absmax > 0, 1 / absmax, 0)
     v = jnp.clip(blocks.astype(jnp.float32) * scale[..., None], -1, 1)
-    # Strictly above a threshold: a tie takes the lower code. XLA fuses the 15 comparisons.
-    place = jnp.sum(v[..., None] > THRESHOLDS[quant_type], axis=-1, dtype=jnp.uint8)
-    return look_up(ASCENDING[quant_type], place), absmax
+    # Strictly greater: a tie gets the lower code. XLA fuses the 15 comparisons.
+    index = jnp.sum(v[..., None] > THRESHOLDS[quant_type], axis=-1, dtype=jnp.uint8)
+    return look_up(ASCENDING[quant_type], index), absmax
 
 
 def quantize_absmax(
     absmax: Float[Array, "*n"], offset: Float[Array, ""]
 ) -> tuple[UInt8[Array, "*n"], Float[Array, " m"], Float[Array, ""]]:
-    """Second level: absmax - offset in blocks of 256, to the nearest value of the dynamic map."""
+    """Double quantization: absmax - offset in blocks of 256, rounded to the dynamic map."""
     centred = jnp.pad((absmax - offset).reshape(-1), (0, -absmax.size % NESTED_BLOCK))
     blocks = centred.reshape(-1, NESTED_BLOCK)
     largest = jnp.max(jnp.abs(blocks), axis=-1)
@@ -215,22 +217,22 @@ def quantize_absmax(
 
 
 def nearest_code(thresholds: np.ndarray, v: Float[Array, "*n"]) -> UInt8[Array, "*n"]:
-    """How many of 255 ascending thresholds lie below each value: the code of the nearest entry.
+    """The code of the nearest of 256 sorted entries: the number of 255 thresholds below each value.
 
-    Bisection in eight rounds, the first against one number: ``jnp.searchsorted`` looks that one up
-    for every value, which XLA does when it compiles, and would loop over the array in memory.
+    Bisection in eight rounds, unrolled: ``jnp.searchsorted`` would loop over the array in memory.
+    The first round compares with a constant, since XLA would do its lookup while it compiles.
     """
-    table, place = jnp.asarray(thresholds), jnp.where(v > thresholds[127], 128, 0)
+    table, index = jnp.asarray(thresholds), jnp.where(v > thresholds[127], 128, 0)
     for step in (64, 32, 16, 8, 4, 2, 1):
-        edge = table.at[place + (step - 1)].get(mode="promise_in_bounds")
-        place = jnp.where(v > edge, place + step, place)
-    return place.astype(jnp.uint8)
+        edge = table.at[index + (step - 1)].get(mode="promise_in_bounds")
+        index = jnp.where(v > edge, index + step, index)
+    return index.astype(jnp.uint8)
 
 
 def dequantize(q: NF4Array, dtype: Any = None) -> Float[Array, "..."]:
-    """The array that ``q`` stands for: code · absmax in float32, rounded once to ``dtype``.
+    """The dequantized array: code · absmax in float32, rounded once to ``dtype``.
 
-    ``dtype`` is ``q.dtype`` when it is None.
+    ``dtype`` defaults to ``q.dtype``.
     """
     return _dequantize(q, jnp.dtype(q.dtype if dtype is None else dtype))
 
@@ -258,25 +260,25 @@ def dequantize_even_odd(
 ) -> tuple[Float[Array, "*lead rows half"], Float[Array, "*lead rows half"]]:
     """The even and the odd columns of a rowwise matrix, dequantized: (rows, cols / 2) each.
 
-    Rows and columns are those of the array that was quantized, whatever ``q.transposed`` says.
+    Rows and columns are those of the array that was quantized, even if ``q`` is transposed.
     """
     dtype = jnp.dtype(q.dtype if dtype is None else dtype)
-    # A TPU's compiler wants codes with the rows innermost, and would turn their whole stack over
-    # in front of a loop over layers. Asked for the layer's as they are first, it turns one over.
+    # XLA for TPU prefers codes with the rows innermost, and would transpose the whole stack of them
+    # before a loop over layers. With the layouts pinned it transposes one layer's codes at a time.
     axes = tuple(range(q.codes.ndim))
     codes = with_layout_constraint(q.codes, Layout(axes))
     codes = with_layout_constraint(codes, Layout((*axes[:-2], axes[-1], axes[-2])))
     absmax = jnp.repeat(dequantize_absmax(q), q.block_size // 2, axis=-1)
-    return _parts(q, codes, (absmax, absmax), dtype)
+    return _dequantize_nibbles(q, codes, (absmax, absmax), dtype)
 
 
 def is_rowwise_matrix(q: Any) -> bool:
-    """Whether this is one packed matrix whose rows consist of whole blocks."""
+    """Whether this is one 4-bit matrix, not stacked, whose rows consist of whole blocks."""
     return isinstance(q, NF4Array) and len(q.matrix_shape) == 2 and q.rowwise and not q.lead
 
 
 def _columns(q: NF4Array, dtype: Any) -> Array:
-    """All values of ``q``, by way of those of even and of odd columns."""
+    """All values of ``q``, from even and odd columns."""
     return _stacked(*dequantize_even_odd(q, dtype)).reshape(*q.codes.shape[:-1], -1)
 
 
@@ -288,12 +290,12 @@ def _blocks(q: NF4Array, dtype: Any) -> Array:
 
 
 def take(q: NF4Array, ids: Int[Array, "*ids"]) -> Float[Array, "*ids cols"]:
-    """Rows ``ids`` of a packed matrix, in ``q.dtype``; no other row is dequantized.
+    """Rows ``ids`` of a quantized matrix, in ``q.dtype``; only these are dequantized.
 
-    Rows are those of the array that was quantized: ``q`` must not stand for a transpose.
+    ``q`` must not be transposed: rows are those of the array that was quantized.
     """
     if q.transposed or len(q.matrix_shape) != 2 or q.lead:
-        raise ValueError(f"takes rows of one untransposed matrix, not of {q}")
+        raise ValueError(f"take needs one matrix that is not transposed, not {q}")
     if grid(q.matrix_shape) != q.matrix_shape:
         return dequantize(q)[ids]
     rows = ids.astype(jnp.uint32)
@@ -310,7 +312,7 @@ def take(q: NF4Array, ids: Int[Array, "*ids"]) -> Float[Array, "*ids cols"]:
 
 
 def _straddling_rows(q: NF4Array, absmax: Array, rows: Array, dtype: Any) -> Array:
-    """Values (*rows, cols); ``q.codes`` has these rows only, ``absmax`` all blocks in float32."""
+    """Values (*rows, cols) of the rows in ``q.codes``; ``absmax`` is that of all blocks."""
     cols = grid(q.matrix_shape)[1]
     first = rows[..., None] * cols + 2 * jnp.arange(q.codes.shape[-1], dtype=jnp.uint32)
     scales = [absmax.at[(first + i) // q.block_size].get(mode="clip") for i in (0, 1)]
@@ -318,15 +320,17 @@ def _straddling_rows(q: NF4Array, absmax: Array, rows: Array, dtype: Any) -> Arr
 
 
 def _values(q: NF4Array, codes: Array, absmax: Any, dtype: Any) -> Array:
-    """(…, 2n) from bytes (…, n) and what their high and their low halves are scaled by."""
-    # Scaling and rounding each half before they are interleaved keeps float32 out of memory.
-    return _interleaved(*_parts(q, codes, absmax, dtype)).reshape(*codes.shape[:-1], -1)
+    """Values (…, 2n) of bytes (…, n); ``absmax`` is that of the high and of the low nibbles."""
+    # Each nibble is scaled and rounded before interleaving, so no float32 array is in memory.
+    return _interleaved(*_dequantize_nibbles(q, codes, absmax, dtype)).reshape(
+        *codes.shape[:-1], -1
+    )
 
 
-def _parts(q: NF4Array, codes: Array, absmax: Any, dtype: Any) -> tuple[Array, Array]:
-    """The values of the bytes' high and of their low halves."""
-    # The table comes after the scales: a loop over layers would else keep each of its values, as
-    # large as the matrix, for all its steps.
+def _dequantize_nibbles(q: NF4Array, codes: Array, absmax: Any, dtype: Any) -> tuple[Array, Array]:
+    """The values of the high and of the low nibbles."""
+    # Without the barrier XLA hoists each table value, broadcast to the size of the matrix, out of a
+    # loop over layers.
     table = jax.lax.optimization_barrier((absmax, jnp.asarray(FOUR_BIT[q.quant_type])))[1]
     high = (look_up(table, codes >> 4) * absmax[0]).astype(dtype)
     low = (look_up(table, codes & 15) * absmax[1]).astype(dtype)
@@ -334,7 +338,7 @@ def _parts(q: NF4Array, codes: Array, absmax: Any, dtype: Any) -> tuple[Array, A
 
 
 def _interleaved(even: Float[Array, "*n"], odd: Float[Array, "*n"]) -> Float[Array, "*n 2"]:
-    """Both values of each pair side by side."""
+    """(…, n, 2): each pair of values."""
     if even.dtype.itemsize != 2:
         return _stacked(even, odd)
     return jax.lax.platform_dependent(even, odd, cpu=_joined, default=_stacked)
@@ -345,14 +349,14 @@ def _stacked(even: Array, odd: Array) -> Array:
 
 
 def _joined(even: Array, odd: Array) -> Array:
-    """Two values of 16 bits as one word: CPUs do it eight times as fast as a stack."""
+    """Two 16-bit values joined as one 32-bit word: on CPUs eight times as fast as a stack."""
     bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (even, odd))
     low, high = (x.astype(jnp.uint32) for x in bits)
     return jax.lax.bitcast_convert_type(low | high << 16, even.dtype)
 
 
 def look_up(table: Array | np.ndarray, codes: Array) -> Array:
-    """``table[codes]`` for 16 values: selected bit by bit, which vector units can do."""
+    """``table[codes]`` of 16 values, by selects on each bit, which vectorize unlike a gather."""
     values = list(table)
     for bit in range(4):
         odd = (codes >> bit & 1).astype(bool)
@@ -361,19 +365,19 @@ def look_up(table: Array | np.ndarray, codes: Array) -> Array:
 
 
 def dequantize_absmax(q: NF4Array) -> Float[Array, "*blocks"]:
-    """The largest magnitudes of all blocks in float32, shaped as ``q.absmax``."""
+    """The float32 absmax of all blocks, in the shape of ``q.absmax``."""
     if q.nested_absmax is None:
         return q.absmax
     shape = q.absmax.shape[len(q.lead) :]
-    # From each block's place, so that whoever has the block finds its scale without the others.
-    place = [jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(len(shape))]
-    index = place[0] if len(shape) == 1 else place[0] * shape[1] + place[1]
+    # By each block's position, so that a shard finds its scales without communication.
+    position = [jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(len(shape))]
+    index = position[0] if len(shape) == 1 else position[0] * shape[1] + position[1]
     scale = jnp.take(q.nested_absmax, index // NESTED_BLOCK, axis=-1, mode="clip")
     return _denest(q.absmax, scale, q.nested_offset.reshape(*q.lead, *(1 for _ in shape)))
 
 
 def _denest(codes: Array, scale: Array, offset: Array) -> Array:
-    # Both operations round, as in bitsandbytes: the maximum, which changes nothing, keeps XLA from
-    # contracting them into one that does not round the product.
+    # Product and sum are both rounded, as in bitsandbytes: the maximum is a no-op that keeps XLA
+    # from contracting them into a fused multiply-add.
     product = jnp.asarray(DYNAMIC_MAP)[codes] * scale
     return jnp.maximum(product, jnp.finfo(jnp.float32).min) + offset

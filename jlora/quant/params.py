@@ -1,7 +1,7 @@
-"""Which leaves of a parameter tree are packed, and how: from settings to packed leaves.
+"""Quantizing the leaves of a parameter tree by a ``QuantConfig``.
 
-A packed leaf is an ``NF4Array`` (four bits) or an ``Int8Array`` (eight). Both are pytrees that have
-``shape``, ``dtype``, ``mT``, ``dequantize()`` and ``take(rows)``; nothing else asks which it is.
+A quantized leaf is an ``NF4Array`` (4 bits) or an ``Int8Array`` (8 bits). Both are pytrees with
+``shape``, ``dtype``, ``mT``, ``dequantize()`` and ``take(rows)``.
 """
 
 from __future__ import annotations
@@ -26,14 +26,12 @@ QuantizedArray = NF4Array | Int8Array
 
 
 def is_quantized(leaf: Any) -> bool:
-    """Whether a leaf of a tree is a packed array."""
+    """Whether a leaf is a quantized array, without an adapter (see ``ops.weights``)."""
     return isinstance(leaf, QUANTIZED)
 
 
-def quantize_matrix(
-    w: Float[Array, "*lead rows cols"], config: QuantConfig
-) -> NF4Array | Int8Array:
-    """A matrix as ``config`` wants it; of several each for itself, one after the other."""
+def quantize_matrix(w: Float[Array, "*lead rows cols"], config: QuantConfig) -> QuantizedArray:
+    """A quantized matrix; stacked matrices are quantized one after the other."""
     if w.ndim > 2:
         return jax.lax.map(functools.partial(quantize_matrix, config=config), w)
     if config.load_in_8bit:
@@ -43,7 +41,7 @@ def quantize_matrix(
 
 
 def quant_config_of(leaf: QuantizedArray) -> QuantConfig:
-    """The settings that pack as a leaf is packed."""
+    """The settings by which a leaf was quantized."""
     if isinstance(leaf, Int8Array):
         return QuantConfig(load_in_8bit=True)
     return QuantConfig(
@@ -54,7 +52,7 @@ def quant_config_of(leaf: QuantizedArray) -> QuantConfig:
 
 
 def scheme_text(config: QuantConfig) -> str:
-    """How ``config`` packs, for people; equal texts pack alike."""
+    """The quantization format in words, which identify it."""
     if config.load_in_8bit:
         return "int8"
     double = " with double quantization" if config.bnb_4bit_use_double_quant else ""
@@ -62,35 +60,35 @@ def scheme_text(config: QuantConfig) -> str:
 
 
 def quantize_params(params: Any, config: QuantConfig) -> Any:
-    """A tree with its linear layers packed: every floating ``kernel`` that is a matrix per layer.
+    """The tree with its linear layers quantized: every floating-point ``kernel`` of two axes.
 
-    So are the matrices of experts (``paths.EXPERTS``), each for itself, and they stand as they are.
-    Kernels (in, out) are packed as bitsandbytes packs torch's [out, in] and stand transposed.
-    Embeddings, norms, biases, output heads (``paths.OUTPUT_HEADS``) and the modules named in
-    ``llm_int8_skip_modules`` stay as they are, and so does what is packed already. Embeddings
-    (vocabulary, dim) and output heads are packed when ``include_modules`` names them::
+    Kernels (in, out) are quantized as torch's [out, in], as bitsandbytes does, and transposed.
+    Expert matrices (``paths.EXPERTS``), which are [out, in], are quantized one by one. Embeddings,
+    norms, biases, output heads (``paths.OUTPUT_HEADS``), the modules named in
+    ``llm_int8_skip_modules`` and quantized leaves do not change; embeddings (vocabulary, dim) and
+    output heads are quantized if ``include_modules`` names them::
 
         {"q_proj": {"kernel": (L, in, out)}}  →  {"q_proj": {"kernel": NF4Array (L, in, out)}}
 
     Raises:
-      ConfigError: a module to skip or to include matches none, or only some layers of a stacked
+      ConfigError: a name to skip or to include matches no module, or only some layers of a stacked
         kernel.
     """
     leaves = paths.leaves(params)
     _check_names(leaves, config)
-    packed: dict[paths.Path, Any] = {}
+    quantized: dict[paths.Path, Any] = {}
     for leaf in leaves:
-        if _is_wanted(leaf, config):
-            packed[leaf.path] = _pack_leaf(leaf, config)
-    return paths.map_leaves(lambda path, leaf: packed.get(path, leaf), params)
+        if _is_selected(leaf, config):
+            quantized[leaf.path] = _quantize_leaf(leaf, config)
+    return paths.map_leaves(lambda path, leaf: quantized.get(path, leaf), params)
 
 
 def stored_as_in_torch(path: paths.Path) -> bool:
-    """Whether torch keeps a leaf's matrix as it is here, not as [out, in] for (in, out)."""
+    """Whether a leaf has torch's layout; torch stores other matrices (in, out) as [out, in]."""
     return path[-1] in ("embedding", *paths.EXPERTS)
 
 
-def _is_wanted(leaf: paths.Leaf, config: QuantConfig) -> bool:
+def _is_selected(leaf: paths.Leaf, config: QuantConfig) -> bool:
     is_array = not is_quantized(leaf.value) and hasattr(leaf.value, "dtype")
     axes = 3 if leaf.kind in paths.EXPERTS else 2
     if not (is_array and len(leaf.shape) == axes):
@@ -108,7 +106,7 @@ def _named(leaf: paths.Leaf, names: Sequence[str], key: str) -> bool:
     hit = [any(_names(name, module) for name in names) for module in leaf.modules()]
     if any(hit) and not all(hit):
         raise ConfigError(
-            f"names only some layers of {leaf.module()}, but they are one array",
+            f"names only some layers of {leaf.module()}, which are one array",
             where=f"quantization.{key}",
             fix="name the module without its layer number",
         )
@@ -116,7 +114,7 @@ def _named(leaf: paths.Leaf, names: Sequence[str], key: str) -> bool:
 
 
 def _names(name: str, module: str) -> bool:
-    """Whether ``name`` is the module, a node above it, or the end of its name at a dot."""
+    """Whether ``name`` is the module, one that contains it, or the end of its name at a dot."""
     return f".{module}.".startswith(f".{name}.") or f".{module}".endswith(f".{name}")
 
 
@@ -135,13 +133,11 @@ def _check_names(leaves: Sequence[paths.Leaf], config: QuantConfig) -> None:
             )
 
 
-def _pack_leaf(leaf: paths.Leaf, config: QuantConfig) -> NF4Array | Int8Array:
-    def one(w: Array) -> NF4Array | Int8Array:
-        return (
-            quantize_matrix(w, config)
-            if stored_as_in_torch(leaf.path)
-            else quantize_matrix(w.mT, config).mT
-        )
+def _quantize_leaf(leaf: paths.Leaf, config: QuantConfig) -> QuantizedArray:
+    def one_layer(w: Array) -> QuantizedArray:
+        if stored_as_in_torch(leaf.path):
+            return quantize_matrix(w, config)
+        return quantize_matrix(w.mT, config).mT
 
-    # Layer after layer, so that only one exists in float32 at a time.
-    return one(leaf.value) if leaf.stack is None else jax.lax.map(one, leaf.value)
+    # Layer by layer, so that only one is in float32 at a time.
+    return one_layer(leaf.value) if leaf.stack is None else jax.lax.map(one_layer, leaf.value)

@@ -1,7 +1,8 @@
-"""Adapters made from adapters, or from two full models: pure functions, nothing is trained.
+"""Adapters computed from other adapters or from two models, without training.
 
-``add_weighted_adapter`` combines several into one in all of PEFT's ways, ``reduce_rank`` makes one
-smaller, ``extract_adapter`` finds the one that leads from a model to its fine-tuned successor.
+``add_weighted_adapter`` combines several adapters into one (PEFT's combination types),
+``reduce_rank`` truncates an adapter, and ``extract_adapter`` approximates the difference between a
+base model and a fine-tuned one.
 """
 
 from jlora.lora.combine.extraction import extract_adapter

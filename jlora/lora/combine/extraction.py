@@ -1,4 +1,4 @@
-"""``extract_adapter``: the low-rank part of what fine-tuning changed."""
+"""``extract_adapter``: a low-rank approximation of what fine-tuning changed."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ BaseLeaves = Mapping[paths.Path, paths.Leaf]
 
 
 def extract_adapter(base_params: Tree, tuned_params: Tree, config: LoraConfig) -> Adapter:
-    """The adapter that leads from a model to its fine-tuned successor, as nearly as its rank lets.
+    """The adapter that best approximates a fine-tuned model, given its base.
 
-    The delta of every target is the nearest matrix of its rank to the difference of the weights;
-    leaves of ``modules_to_save`` and ``bias`` are the successor's own.
+    The delta of every target is the best approximation of its rank to the difference of the
+    weights (truncated SVD); leaves of ``modules_to_save`` and ``bias`` are copied.
 
     Args:
-      base_params: the model; quantized leaves are dequantized.
-      tuned_params: the successor's parameters, of the same structure and shapes.
-      config: what to adapt, as for ``init_adapter``; first values play no part.
+      base_params: the base; quantized leaves are dequantized.
+      tuned_params: the fine-tuned parameters, of the same structure and shapes.
+      config: what to adapt, as for ``init_adapter``; ``init_lora_weights`` has no effect.
 
     Raises:
       DataError: the trees differ in structure.
-      ConfigError: as ``init_adapter``; or leaves differ that the adapter would not hold.
+      ConfigError: as ``init_adapter``; or leaves differ that the adapter does not cover.
     """
     base = {leaf.path: leaf for leaf in paths.leaves(base_params)}
     tuned = {leaf.path: leaf for leaf in paths.leaves(tuned_params)}
@@ -50,14 +50,14 @@ def extract_adapter(base_params: Tree, tuned_params: Tree, config: LoraConfig) -
     shapes = jax.eval_shape(fresh, jax.random.key(0), base_params)
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     others = other_leaves(empty)
-    faults = [f"it gives no {'.'.join(path)}" for path in others if path not in base]
+    faults = [f"the adapter cannot hold {'.'.join(path)}" for path in others if path not in base]
     refuse([*low_rank_faults(empty), *faults], "extract_adapter")
     if lost := list(_lost(base, tuned, empty.config)):
         listed = ", ".join(lost[:10]) + (f" and {len(lost) - 10} more" if lost[10:] else "")
         raise ConfigError(
-            f"the models also differ where the adapter does not reach: {listed}",
+            f"the models also differ in leaves that the adapter does not cover: {listed}",
             where="extract_adapter",
-            fix="name them in target_modules or modules_to_save; biases come with bias=all",
+            fix="name them in target_modules or modules_to_save; for biases set bias=all",
         )
     modules = {}
     for path, f in adapter_factors(empty).items():
@@ -72,19 +72,19 @@ def extract_adapter(base_params: Tree, tuned_params: Tree, config: LoraConfig) -
 def _nearest(
     before: Float[Array, "layers in out"], after: Float[Array, "layers in out"], rank: int
 ) -> tuple[Float[Array, "layers in k"], Float[Array, "layers k out"]]:
-    """The difference cut to ``rank``, one layer at a time."""
+    """The difference truncated to ``rank``, one layer at a time."""
     return jax.lax.map(lambda x: truncate(x[1] - x[0], rank), (before, after))
 
 
 def _weight(leaves: BaseLeaves, path: paths.Path) -> Array:
     """The weight that the A at ``path`` adapts, or its part of a fused one: (layers, in, out)."""
-    where = changed_leaf(path, leaves)
-    values = _dense(leaves[where])
-    return dict(_pieces(leaves, where, values)).get(path[:-1], values)
+    base_path = changed_leaf(path, leaves)
+    values = _dense(leaves[base_path])
+    return dict(_pieces(leaves, base_path, values)).get(path[:-1], values)
 
 
 def _pieces(leaves: BaseLeaves, path: paths.Path, values: Any) -> Iterator[tuple[paths.Path, Any]]:
-    """The parts of the fused projection with the kernel at ``path``; else the module as a whole."""
+    """Module → its columns: the parts of a fused projection, or the one module of another leaf."""
     module, leaf = path[:-1], leaves[path]
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     widths = paths.part_widths(module, shapes) if leaf.kind == "kernel" and module else ()
@@ -97,19 +97,21 @@ def _pieces(leaves: BaseLeaves, path: paths.Path, values: Any) -> Iterator[tuple
 
 
 def _dense(leaf: paths.Leaf) -> Array:
-    """The leaf's values, float32, with a layer axis (of one, if it is not stacked)."""
+    """The leaf's dense values in float32, with a layer axis (of length 1 if it is not stacked)."""
     value = jnp.asarray(dense(leaf.value)).astype(jnp.float32)
     return value if leaf.stack else value[None]
 
 
 def _require_same(base: BaseLeaves, tuned: BaseLeaves) -> None:
-    """Raises a DataError that lists leaves of one tree only, and those of other shapes."""
+    """DataError, listing leaves that are in one tree only or differ in shape."""
     faults = [f"{'.'.join(path)} is only in the base" for path in base.keys() - tuned.keys()]
-    faults += [f"{'.'.join(path)} is only in the successor" for path in tuned.keys() - base.keys()]
+    faults += [
+        f"{'.'.join(path)} is only in the tuned model" for path in tuned.keys() - base.keys()
+    ]
     for path in base.keys() & tuned.keys():
-        ours, theirs = tuple(base[path].value.shape), tuple(tuned[path].value.shape)
-        if ours != theirs:
-            faults.append(f"{'.'.join(path)} is {ours} and {theirs}")
+        shapes = tuple(base[path].value.shape), tuple(tuned[path].value.shape)
+        if shapes[0] != shapes[1]:
+            faults.append(f"{'.'.join(path)} is {shapes[0]} and {shapes[1]}")
     if faults:
         more = [f"… and {len(faults) - 10} more"] if faults[10:] else []
         listing = "\n  ".join(sorted(faults)[:10] + more)
@@ -117,17 +119,17 @@ def _require_same(base: BaseLeaves, tuned: BaseLeaves) -> None:
 
 
 def _lost(base: BaseLeaves, tuned: BaseLeaves, config: LoraConfig) -> Iterator[str]:
-    """Names of leaves and of parts of fused ones that differ in a layer where nothing holds it."""
+    """Names of leaves, or parts of fused ones, that differ in a layer that nothing covers."""
     for path, leaf in base.items():
         differs = np.asarray(_dense(leaf) != _dense(tuned[path]))
-        held = np.array([is_replaced(config, name, leaf.kind) for name in leaf.modules()])
+        covered = np.array([is_replaced(config, name, leaf.kind) for name in leaf.modules()])
         if leaf.kind in ("kernel", "embedding"):
-            held |= _adapted(config, leaf.modules())
+            covered |= _adapted(config, leaf.modules())
         for module, values in _pieces(base, path, differs):
-            reached = held
+            module_covered = covered
             if paths.is_part(module):
-                reached = held | _adapted(config, leaf.modules_at(module).names())
-            if values[~reached].any():
+                module_covered = covered | _adapted(config, leaf.modules_at(module).names())
+            if values[~module_covered].any():
                 yield f"{leaf.modules_at(module).name()}.{leaf.kind}"
 
 

@@ -1,4 +1,4 @@
-"""An adapter's pairs of A and B, module by module, and an adapter from such pairs."""
+"""An adapter's factors A and B by module, and an adapter from such factors."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from jlora.tree import matching, paths
 
 
 class ModuleFactors(NamedTuple):
-    """A and B of a module in every layer; a module that is not stacked has one layer."""
+    """A and B of a module in all layers; a module that is not stacked has one layer."""
 
-    leaf: paths.Leaf  # A's: its path names the module
+    leaf: paths.Leaf  # of A: its path has the module
     a: Any  # (layers, in, r)
     b: Any  # (layers, r, out)
-    ranks: np.ndarray  # (layers,): how many columns are in use; 0: the layer is not adapted
+    ranks: np.ndarray  # (layers,): number of columns in use; 0: the layer is not adapted
     scales: np.ndarray  # (layers,), float64
 
 
 def adapter_factors(adapter: Adapter) -> dict[paths.Path, ModuleFactors]:
-    """All pairs of an adapter by the path of A."""
+    """All factors of an adapter, by the path of A."""
     leaves = {leaf.path: leaf for leaf in paths.leaves(adapter.weights)}
     found = {}
     for path, leaf in leaves.items():
@@ -47,7 +47,7 @@ def adapter_factors(adapter: Adapter) -> dict[paths.Path, ModuleFactors]:
 
 
 def other_leaves(adapter: Adapter) -> dict[paths.Path, Any]:
-    """What an adapter has besides its pairs: biases, saved modules, DoRA's magnitudes."""
+    """An adapter's leaves besides A and B: biases, saved modules, DoRA's magnitudes."""
     pairs = {*PAIRS, *PAIRS.values()}
     return {path: value for path, value in paths.walk(adapter.weights) if path[-1] not in pairs}
 
@@ -58,12 +58,12 @@ def adapter_from_factors(
     config: LoraConfig,
     parts: Mapping[str, tuple[int, ...]],
 ) -> Adapter:
-    """The adapter of these pairs, with the columns that a layer does not use set to zero.
+    """The adapter with these factors; columns that a layer does not use are set to zero.
 
     Args:
-      modules: the pairs.
+      modules: the factors.
       others: leaves that are neither A nor B.
-      config: all but ranks and alphas, which are set so that they say what ``modules`` says.
+      config: everything but ranks and alphas, which are set from ``modules``.
       parts: see ``Adapter``.
     """
     flat = dict(others)
@@ -76,7 +76,7 @@ def adapter_from_factors(
 
 
 def _with_ranks(config: LoraConfig, modules: Mapping[paths.Path, ModuleFactors]) -> LoraConfig:
-    """The largest rank and alpha are ``r`` and ``lora_alpha``; the patterns hold the others."""
+    """The config with the largest rank and alpha as defaults, and the others as patterns."""
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for f in modules.values():
@@ -98,10 +98,10 @@ def _with_ranks(config: LoraConfig, modules: Mapping[paths.Path, ModuleFactors])
 def joined_target_config(
     adapters: Sequence[Adapter], modules: Mapping[paths.Path, ModuleFactors]
 ) -> LoraConfig:
-    """The first adapter's config, with the targets of all.
+    """The first adapter's config with the targets of all adapters.
 
-    Names are united and expressions joined, as PEFT does it. Adapters whose configs differ in kind,
-    or in layers or exclusions, have their modules listed by full names.
+    As in PEFT, names are united and regular expressions joined. If configs mix the two, or differ
+    in layers or exclusions, the targets are full module names.
     """
     configs = [adapter.config for adapter in adapters]
     targets = [c.target_modules for c in configs]

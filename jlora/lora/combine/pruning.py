@@ -1,7 +1,7 @@
-"""Several tensors into one: TIES (arXiv 2306.01708), DARE (arXiv 2311.03099), plain sums.
+"""Merging tensors with pruning: TIES (arXiv 2306.01708), DARE (arXiv 2311.03099), plain sums.
 
-The tensors of adapters that are merged are stacked along a first axis n. Zeros take no part: they
-are never elected and never counted, so tensors may be padded with them.
+The adapters' tensors are stacked along a first axis n. Zeros have no vote in sign elections and are
+not counted in means, so tensors may be padded with them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 
 class Rule(NamedTuple):
-    """What is kept of the tensors and how the rest is merged."""
+    """How tensors are pruned and merged."""
 
-    prune: str | None  # by "magnitude", at "random"
-    elect: str | None  # the sign of the "total" or of greater "frequency"
-    density: float
+    prune: str | None  # "magnitude" or "random"
+    elect: str | None  # majority sign by "total" or "frequency"; None: no election
+    density: float  # fraction of values that pruning keeps
 
 
 def merge_tensors(
@@ -28,21 +28,21 @@ def merge_tensors(
     key: Key[Array, ""] | None,
     rule: Rule,
 ) -> Float[Array, "in out"]:
-    """The weighted sum of what the rule keeps, or the mean over those of the elected sign.
+    """The weighted sum of the pruned tensors, or the mean of values with the elected sign.
 
     Args:
-      tensors: one an adapter.
-      weights: theirs.
-      sizes: how many values of each tensor ``magnitude`` keeps.
-      key: draws what ``random`` keeps; the rest is divided by the density.
-      rule: see ``Rule``. Signs are elected before weights are applied.
+      tensors: one for each adapter.
+      weights: of the adapters; applied after signs are elected.
+      sizes: the number of values of each tensor that ``magnitude`` keeps.
+      key: for ``random``, which divides the values that it keeps by the density.
+      rule: see ``Rule``.
     """
     if rule.prune == "magnitude":
-        tensors = jnp.where(jax.vmap(largest)(tensors, sizes), tensors, 0.0)
+        tensors = jnp.where(jax.vmap(magnitude_mask)(tensors, sizes), tensors, 0.0)
     elif rule.prune == "random":
         assert key is not None
-        kept = random_mask(key, tensors.shape, rule.density)
-        tensors = jnp.where(kept, tensors / rule.density, 0.0)
+        mask = random_mask(key, tensors.shape, rule.density)
+        tensors = jnp.where(mask, tensors / rule.density, 0.0)
     weighted = weights[:, None, None] * tensors
     if rule.elect is None:
         return weighted.sum(0)
@@ -52,15 +52,15 @@ def merge_tensors(
     return jnp.where(agree, weighted, 0.0).sum(0) / jnp.maximum(agree.sum(0), 1).astype(jnp.float32)
 
 
-def largest(tensor: Float[Array, "in out"], size: Int[Array, ""]) -> Bool[Array, "in out"]:
-    """Where the ``size`` values of largest magnitude are; of equal ones the first."""
+def magnitude_mask(tensor: Float[Array, "in out"], size: Int[Array, ""]) -> Bool[Array, "in out"]:
+    """True at the ``size`` values of largest magnitude; the first of equal values win."""
     order = jnp.argsort(jnp.abs(tensor).ravel(), descending=True, stable=True)
-    kept = jnp.zeros(tensor.size, bool).at[order].set(jnp.arange(tensor.size) < size)
-    return kept.reshape(tensor.shape)
+    mask = jnp.zeros(tensor.size, bool).at[order].set(jnp.arange(tensor.size) < size)
+    return mask.reshape(tensor.shape)
 
 
 def random_mask(
     key: Key[Array, ""], shape: tuple[int, ...], density: float
 ) -> Bool[Array, "n in out"]:
-    """True with the probability ``density``, each value by itself."""
+    """Independent values, each True with probability ``density``."""
     return jax.random.bernoulli(key, density, shape)

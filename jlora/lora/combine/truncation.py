@@ -1,4 +1,4 @@
-"""Truncated singular value decompositions: the nearest matrices of a rank (Eckart–Young)."""
+"""Truncated singular value decompositions: best approximations of a rank (Eckart–Young)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from jlora.lora.combine.refusals import low_rank_faults, refuse
 
 
 def reduce_rank(adapter: Adapter, r: int) -> Adapter:
-    """The adapter with every delta replaced by the nearest one of rank ``r`` or less.
+    """The adapter with every delta replaced by its best approximation of rank ``r`` or less.
 
-    The error of a module, in the Frobenius norm, is the root of the sum of squares of the singular
-    values dropped; nothing is lost where the delta has no more than ``r`` of them. Scales stay, and
-    so do leaves that are not A or B. Modules whose rank is ``r`` or less keep their rank.
+    A module's error in the Frobenius norm is the root of the sum of squares of the dropped singular
+    values. Scales, leaves other than A and B, and modules of rank ``r`` or less do not change.
 
     Raises:
-      ConfigError: ``r`` is not positive, or the adapter's pairs are not plain products.
+      ConfigError: ``r`` is not positive, or a matrix has more than one ``scale · A @ B``.
     """
     faults = [] if r > 0 else [f"a rank of {r}: it must be positive"]
     refuse([*faults, *low_rank_faults(adapter)], "reduce_rank")
@@ -37,7 +36,7 @@ def reduce_rank(adapter: Adapter, r: int) -> Adapter:
 def truncate_product(
     a: Float[Array, "*layers in r"], b: Float[Array, "*layers r out"], rank: int
 ) -> tuple[Float[Array, "*layers in k"], Float[Array, "*layers k out"]]:
-    """``truncate(a @ b, rank)`` without the product: QR of both factors, SVD of r×r."""
+    """``truncate(a @ b, rank)`` without computing the product: QR of both, SVD of (r, r)."""
     with jax.default_matmul_precision("highest"):
         left, core_a = jnp.linalg.qr(a)
         right, core_b = jnp.linalg.qr(b.mT)
@@ -48,9 +47,9 @@ def truncate_product(
 def truncate(
     matrix: Float[Array, "*layers in out"], rank: int
 ) -> tuple[Float[Array, "*layers in k"], Float[Array, "*layers k out"]]:
-    """A with orthonormal columns and B with the singular values in it, as PEFT splits them.
+    """A with orthonormal columns, and B with the singular values, as in PEFT.
 
-    They have fewer than ``rank`` columns where a side of the matrix is smaller.
+    There are fewer than ``rank`` columns if the matrix has fewer rows or columns.
     """
     u, s, vh = jnp.linalg.svd(matrix, full_matrices=False)
     return u[..., :rank], (s[..., None] * vh)[..., :rank, :]

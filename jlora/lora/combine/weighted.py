@@ -1,4 +1,4 @@
-"""``add_weighted_adapter``: several adapters into one, in all the ways that PEFT knows."""
+"""``add_weighted_adapter``: one adapter from several, by all of PEFT's combination types."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from jlora.lora.combine.refusals import BY_FACTOR, PRUNES, adapter_faults, refus
 from jlora.lora.combine.truncation import truncate, truncate_product
 from jlora.tree import paths
 
-Pair = tuple[Array, Array, np.ndarray]
-"""A (layers, in, r), B (layers, r, out) and how many of their columns each layer uses."""
+FactorPair = tuple[Array, Array, np.ndarray]
+"""A (layers, in, r), B (layers, r, out) and the number of ranks that each layer uses."""
 
 
 def add_weighted_adapter(
@@ -42,30 +42,30 @@ def add_weighted_adapter(
 ) -> Adapter:
     """One adapter from several: Δ ≈ Σ w·Δ, by one of PEFT's combination types.
 
-    - ``cat``: exact; A and B side by side, so that ranks add up.
-    - ``svd``: the nearest to the exact sum of rank ``svd_rank``.
-    - ``linear``: A and B are summed by themselves, each times √|w·scale|, with the sign on A.
-    - ``ties``, ``magnitude_prune``: likewise, of the largest values only; ``ties`` takes the mean
-      of those whose sign is the majority's.
-    - ``dare_linear``, ``dare_ties``: likewise, of values drawn at random, divided by ``density``.
-    - these with ``_svd``: of the deltas themselves; the result is cut to ``svd_rank``.
+    - ``cat``: exact; A and B are concatenated, so that ranks add up.
+    - ``svd``: the best approximation of the exact sum of rank ``svd_rank``.
+    - ``linear``: As and Bs are summed separately, each times √|w·scale|, with the sign on A.
+    - ``ties``, ``magnitude_prune``: as ``linear``, of the largest values only; ``ties`` takes the
+      mean of those with the majority's sign.
+    - ``dare_linear``, ``dare_ties``: as these, of random values, divided by ``density``.
+    - the last four with ``_svd``: of the dense deltas; the result is truncated to ``svd_rank``.
 
-    A module that some adapters lack is combined from the others. The result's scale is one. Other
-    than PEFT, a single adapter is treated by the type asked for, columns that an adapter lacks are
-    not stored by ``cat``, and layers are those of all adapters, not of the first.
+    A module that terms adapters lack is combined from the others. The result's scale is one. Unlike
+    PEFT, the type also applies to a single adapter, ``cat`` does not store the unused columns of an
+    adapter, and the result has the layers of all adapters, not those of the first.
 
     Args:
       adapters: adapters of one tree.
-      weights: theirs; negative ones subtract.
+      weights: of the adapters; negative ones subtract.
       combination_type: see above.
       svd_rank: rank of the result of ``svd`` types; None: the largest rank of the adapters.
-      svd_clamp: a quantile in (0.5, 1] of the values of A and B, at which ``svd`` types clip them.
-      density: the part of values that is kept, in (0, 1]; types that prune need it.
+      svd_clamp: a quantile in (0.5, 1]; ``svd`` types clip the values of A and B there.
+      density: the fraction of values that pruning types keep, in (0, 1].
       majority_sign_method: ``total`` elects the sign of the sum, ``frequency`` that of most values.
       key: a JAX random key; the ``dare`` types need it.
 
     Raises:
-      ConfigError: listing everything that stands against it.
+      ConfigError: listing every reason why the adapters cannot be combined.
     """
     modules = [adapter_factors(adapter) for adapter in adapters]
     faults = list(setting_faults(combination_type, svd_rank, svd_clamp, density, key))
@@ -81,28 +81,28 @@ def add_weighted_adapter(
     configs = [adapter.config for adapter in adapters]
     rank = svd_rank or max(r for c in configs for r in (c.r, *c.rank_pattern.values()))
     combined: dict[paths.Path, ModuleFactors] = {}
-    for path in dict.fromkeys(path for own in modules for path in own):
-        having = [i for i, own in enumerate(modules) if path in own]
-        some = [modules[i][path] for i in having]
-        own_weights = jnp.stack([jnp.asarray(weights[i], jnp.float32) for i in having])
-        own_key = None if key is None else path_key(key, path)
+    for path in dict.fromkeys(path for flat in modules for path in flat):
+        having = [i for i, flat in enumerate(modules) if path in flat]
+        terms = [modules[i][path] for i in having]
+        term_weights = jnp.stack([jnp.asarray(weights[i], jnp.float32) for i in having])
+        module_key = None if key is None else path_key(key, path)
         if combination_type == "cat":
-            a, b, ranks = _cat(some, own_weights)
+            a, b, ranks = _cat(terms, term_weights)
         elif combination_type in BY_FACTOR:
-            a, b, ranks = _merge_factors(some, own_weights, own_key, rule)
+            a, b, ranks = _merge_factors(terms, term_weights, module_key, rule)
         else:
-            a, b, ranks = _merge_deltas(some, own_weights, own_key, rule, rank, svd_clamp)
-        combined[path] = ModuleFactors(some[0].leaf, a, b, ranks, np.ones(len(ranks)))
-    ordinary = {"use_rslora": False, "init_lora_weights": True}
-    config = dataclasses.replace(joined_target_config(adapters, combined), **ordinary)
+            a, b, ranks = _merge_deltas(terms, term_weights, module_key, rule, rank, svd_clamp)
+        combined[path] = ModuleFactors(terms[0].leaf, a, b, ranks, np.ones(len(ranks)))
+    plain = {"use_rslora": False, "init_lora_weights": True}
+    config = dataclasses.replace(joined_target_config(adapters, combined), **plain)
     parts = {name: widths for adapter in adapters for name, widths in adapter.parts.items()}
     return adapter_from_factors(combined, {}, config, parts)
 
 
-def _cat(some: Sequence[ModuleFactors], weights: Array) -> Pair:
-    """Side by side, in each layer the columns in use first."""
-    a, b = _side_by_side(some, weights)
-    used = np.concatenate([np.arange(f.a.shape[-1]) < f.ranks[:, None] for f in some], 1)
+def _cat(terms: Sequence[ModuleFactors], weights: Array) -> FactorPair:
+    """Factors concatenated, with the columns in use first in each layer."""
+    a, b = _concatenated(terms, weights)
+    used = np.concatenate([np.arange(f.a.shape[-1]) < f.ranks[:, None] for f in terms], 1)
     ranks = used.sum(1)
     order = np.argsort(~used, axis=1, stable=True)[:, : ranks.max()]
     a = jnp.take_along_axis(a, order[:, None, :], 2)
@@ -110,12 +110,12 @@ def _cat(some: Sequence[ModuleFactors], weights: Array) -> Pair:
 
 
 def _merge_factors(
-    some: Sequence[ModuleFactors], weights: Array, key: Array | None, rule: Rule
-) -> Pair:
-    """A and B are merged by themselves, layer by layer, where ranks are equal."""
-    a, b = _stacked(some)
-    ranks = np.stack([f.ranks for f in some], 1)
-    scaled = weights * _scales(some)  # (layers, n)
+    terms: Sequence[ModuleFactors], weights: Array, key: Array | None, rule: Rule
+) -> FactorPair:
+    """As and Bs merged separately, layer by layer; ranks are equal."""
+    a, b = _stacked(terms)
+    ranks = np.stack([f.ranks for f in terms], 1)
+    scaled = weights * _scales(terms)  # (layers, n)
     root = jnp.sqrt(jnp.abs(scaled))
     keys = [None, None] if key is None else jax.random.split(key, (2, len(a)))
     sizes = [(rule.density * ranks * width).astype(np.int32) for width in (a.shape[2], b.shape[3])]
@@ -124,27 +124,27 @@ def _merge_factors(
 
 
 def _merge_deltas(
-    some: Sequence[ModuleFactors],
+    terms: Sequence[ModuleFactors],
     weights: Array,
     key: Array | None,
     rule: Rule,
     rank: int,
     clamp: float | None,
-) -> Pair:
-    """The deltas themselves are merged and cut to ``rank``; dense only where they are pruned."""
+) -> FactorPair:
+    """The deltas merged and truncated to ``rank``; they are dense only if they are pruned."""
     if rule.prune is None:
-        a, b = _side_by_side(some, weights)
+        a, b = _concatenated(terms, weights)
         a, b = truncate_product(a, b, rank)
     else:
-        a, b = _stacked(some)
+        a, b = _stacked(terms)
         keys = None if key is None else jax.random.split(key, len(a))
-        scales = jnp.asarray(_scales(some))
+        scales = jnp.asarray(_scales(terms))
         a, b = _merge_products(a, b, scales, weights, keys, rule, rank)
     if clamp is not None:
         values = jnp.concatenate([a.reshape(len(a), -1), b.reshape(len(b), -1)], 1)
         high = jnp.quantile(values, clamp, axis=1)[:, None, None]
         a, b = jnp.clip(a, -high, high), jnp.clip(b, -high, high)
-    return a, b, np.where(np.any([f.ranks for f in some], 0), a.shape[-1], 0)
+    return a, b, np.where(np.any([f.ranks for f in terms], 0), a.shape[-1], 0)
 
 
 @functools.partial(jax.jit, static_argnames="rule")
@@ -172,7 +172,7 @@ def _merge_products(
     rule: Rule,
     rank: int,
 ) -> tuple[Float[Array, "layers in k"], Float[Array, "layers k out"]]:
-    """The merged deltas, cut to ``rank``: those of one layer are dense at a time."""
+    """The merged deltas, truncated to ``rank``; one layer at a time is dense."""
     n, fan_in, fan_out = a.shape[1], a.shape[2], b.shape[3]
     sizes = jnp.full(n, int(rule.density * (fan_in * fan_out)))
 
@@ -184,21 +184,21 @@ def _merge_products(
     return jax.lax.map(layer, (a, b, scales, keys))
 
 
-def _side_by_side(some: Sequence[ModuleFactors], weights: Array) -> tuple[Array, Array]:
+def _concatenated(terms: Sequence[ModuleFactors], weights: Array) -> tuple[Array, Array]:
     """Σ w·scale·A@B as one product: A (layers, in, Σr) and B (layers, Σr, out)."""
-    scaled = weights * _scales(some)
-    a = [scaled[:, i, None, None] * f.a for i, f in enumerate(some)]
-    return jnp.concatenate(a, -1), jnp.concatenate([f.b for f in some], -2)
+    scaled = weights * _scales(terms)
+    a = [scaled[:, i, None, None] * f.a for i, f in enumerate(terms)]
+    return jnp.concatenate(a, -1), jnp.concatenate([f.b for f in terms], -2)
 
 
-def _stacked(some: Sequence[ModuleFactors]) -> tuple[Array, Array]:
+def _stacked(terms: Sequence[ModuleFactors]) -> tuple[Array, Array]:
     """A (layers, n, in, r) and B (layers, n, r, out), padded to the largest rank."""
-    r = max(f.a.shape[-1] for f in some)
-    a = [jnp.pad(f.a, ((0, 0), (0, 0), (0, r - f.a.shape[2]))) for f in some]
-    b = [jnp.pad(f.b, ((0, 0), (0, r - f.b.shape[1]), (0, 0))) for f in some]
+    r = max(f.a.shape[-1] for f in terms)
+    a = [jnp.pad(f.a, ((0, 0), (0, 0), (0, r - f.a.shape[2]))) for f in terms]
+    b = [jnp.pad(f.b, ((0, 0), (0, r - f.b.shape[1]), (0, 0))) for f in terms]
     return jnp.stack(a, 1), jnp.stack(b, 1)
 
 
-def _scales(some: Sequence[ModuleFactors]) -> np.ndarray:
+def _scales(terms: Sequence[ModuleFactors]) -> np.ndarray:
     """The scale of every layer and adapter: (layers, n), float32."""
-    return np.stack([f.scales for f in some], 1).astype(np.float32)
+    return np.stack([f.scales for f in terms], 1).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Which weights a LoraConfig adapts, by PEFT's rules."""
+"""The targets of a LoraConfig in a tree, by PEFT's rules."""
 
 from jlora.lora.targets.find import find_targets, match_table, replaced_leaves, token_rows
 from jlora.lora.targets.names import with_listed_targets

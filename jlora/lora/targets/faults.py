@@ -1,4 +1,4 @@
-"""What is wrong with a LoraConfig for a tree: patterns without a match, impossible choices."""
+"""Faults of a LoraConfig for a tree: patterns without a match, unsupported combinations."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from jlora.lora.targets.target import Target
 from jlora.tree import matching, paths
 
 
-def faults_of(
+def target_faults(
     config: LoraConfig,
     leaves: Sequence[paths.Leaf],
     candidates: Sequence[Target],
     targets: Sequence[Target],
 ) -> list[str]:
-    """A message for everything that is wrong; ``config`` is resolved."""
+    """A message for each fault; ``config`` is resolved."""
     modules = sorted({name for leaf in leaves for name in leaf.modules()})
     return [
         *_unmatched(config, modules, candidates, targets),
@@ -71,17 +71,17 @@ def _missing_layers(config: LoraConfig, linear: Sequence[str]) -> Iterator[str]:
     if wanted is None or isinstance(config.target_modules, str):
         return
     numbers = (matching.layer_number(n, config.layers_pattern) for n in linear)
-    there = {i for i in numbers if i is not None}
+    present = {i for i in numbers if i is not None}
     wanted = (wanted,) if isinstance(wanted, int) else wanted
-    if missing := [i for i in wanted if i not in there]:
-        last = max(there, default=-1)
+    if missing := [i for i in wanted if i not in present]:
+        last = max(present, default=-1)
         yield f"layers_to_transform: no layer {missing}; layers are numbered 0 to {last}"
 
 
 def _not_adaptable(
     config: LoraConfig, modules: Sequence[str], candidates: Sequence[Target]
 ) -> Iterator[str]:
-    """A message if an expression also matches what cannot be adapted; PEFT refuses that too."""
+    """A message if a regular expression also matches a module that is not linear, as in PEFT."""
     if not isinstance(config.target_modules, str):
         return
     known = {n for c in candidates for n in c.names if not c.experts}
@@ -95,7 +95,7 @@ def _not_adaptable(
 
 
 def _unsupported(config: LoraConfig, targets: Sequence[Target]) -> Iterator[str]:
-    """A message for every setting that PEFT has no meaning for on one of the targets."""
+    """A message for every setting that does not apply to one of the targets."""
     experts = [t for t in targets if t.experts]
     for key in ("lora_dropout", "use_dora", "lora_bias"):
         if experts and getattr(config, key):
@@ -104,8 +104,8 @@ def _unsupported(config: LoraConfig, targets: Sequence[Target]) -> Iterator[str]
     if experts and isinstance(kind, str) and kind != "gaussian":
         yield f"init_lora_weights: {kind} is not possible for experts (target_parameters)"
     for t in targets:
-        taken = t.kind == "kernel" and (config.init_splits_base or kind == "loftq")
-        if taken and max(t.ranks) > min(t.shape):
+        decomposed = t.kind == "kernel" and (config.init_splits_base or kind == "loftq")
+        if decomposed and max(t.ranks) > min(t.shape):
             yield f"init_lora_weights: {t.names[0]} {t.shape} has no {max(t.ranks)} directions"
     if config.lora_bias and any(t.kind == "embedding" for t in targets):
         yield "lora_bias: is not possible for embeddings"
@@ -114,28 +114,28 @@ def _unsupported(config: LoraConfig, targets: Sequence[Target]) -> Iterator[str]
             parts = [o.ranks for o in targets if o.path[:-1] == t.path[:-1]]
             if len(parts) < len(t.widths) or len({tuple(map(bool, ranks)) for ranks in parts}) > 1:
                 yield (
-                    f"use_dora: {t.path[-1]} is a part of {t.path[-2]}, and no file could hold the "
-                    f"magnitudes of a part: name {t.path[-2]}, or all its parts"
+                    f"use_dora: {t.path[-1]} is a part of {t.path[-2]}, and PEFT's format has no "
+                    f"magnitudes of a part: name {t.path[-2]} or all its parts"
                 )
                 return
 
 
 def _many_axes(config: LoraConfig, leaves: Sequence[paths.Leaf]) -> Iterator[str]:
-    """A message if a kernel is named whose shape does not say which of its axes are inputs."""
+    """A message for a target whose kernel has more than two axes: its inputs are ambiguous."""
     for leaf in leaves:
         named = leaf.kind == "kernel" and any(is_target(config, n) for n in leaf.modules())
         if named and len(leaf.shape) > 2:
             yield (
                 f"target_modules: {leaf.module()} has a kernel {leaf.shape}, whose shape does not "
-                "say which axes are inputs; jlora.from_linen and jlora.from_nnx ask its layer "
-                "(name a convolution in their as_matrices, or in exclude_modules)"
+                "say which axes are inputs; load the model with jlora.from_linen or jlora.from_nnx "
+                "(name convolutions in their as_matrices, or in exclude_modules)"
             )
 
 
 def _tokens(
     config: LoraConfig, leaves: Sequence[paths.Leaf], targets: Sequence[Target]
 ) -> Iterator[str]:
-    """A message for rows that the embeddings do not have, and for rows trained twice."""
+    """A message for rows that an embedding does not have, and for rows that are trained twice."""
     wanted = config.trainable_token_indices
     if not wanted:
         return
@@ -146,12 +146,12 @@ def _tokens(
             yield f"trainable_token_indices: {end!r} is no embedding{_near(end, names)}"
     if not isinstance(wanted, Mapping) and not any(token_indices(config, n) for n in names):
         known = ", ".join(names)
-        yield f"trainable_token_indices: say of which embedding, as in {{name: [1, 2]}} ({known})"
+        yield f"trainable_token_indices: name the embedding, as in {{name: [1, 2]}} ({known})"
     adapted = {name for t in targets for name in t.names}
     for leaf in tables:
         name, rows = leaf.module(), token_indices(config, leaf.module())
         if missing := [i for i in rows if i >= leaf.shape[0]]:
-            yield f"trainable_token_indices: {name} has {leaf.shape[0]} rows, and no {missing}"
+            yield f"trainable_token_indices: {name} has {leaf.shape[0]} rows, not {missing}"
         if rows and (
             name in adapted or any(is_saved(name, m) for m in config.modules_to_save or ())
         ):
@@ -159,7 +159,7 @@ def _tokens(
 
 
 def _near(pattern: str, names: Sequence[str]) -> str:
-    """The nearest last names, or else what there is."""
+    """The most similar last names, or all of them."""
     short = sorted({n.rsplit(".", 1)[-1] for n in names})
     close = nearest(pattern.rsplit(".", 1)[-1], short) or short
     return f" (there is: {', '.join(close)})" if close else ""

@@ -8,8 +8,8 @@ from typing import Any
 
 from jlora.config import LoraConfig
 from jlora.errors import ConfigError
-from jlora.lora.targets.faults import faults_of
-from jlora.lora.targets.names import resolve, with_heads
+from jlora.lora.targets.faults import target_faults
+from jlora.lora.targets.names import resolve, with_score_heads
 from jlora.lora.targets.rules import (
     is_replaced,
     parameter_rank_of,
@@ -21,21 +21,21 @@ from jlora.tree import paths
 
 
 def find_targets(params: Any, config: LoraConfig) -> tuple[LoraConfig, list[Target]]:
-    """The config with ``target_modules`` resolved to names, and what it matches, in tree order.
+    """The config with ``target_modules`` resolved to names, and its targets in tree order.
 
     Raises:
-      ConfigError: listing every pattern that matches nothing, with the nearest names, and what is
-        named twice or cannot be adapted.
+      ConfigError: listing every pattern that matches nothing, with similar names, and modules that
+        are named twice or cannot be adapted.
     """
     leaves = paths.leaves(params)
     candidates = _candidates(leaves)
     conv1d = any(c.path[-1] == "c_attn" for c in candidates)  # GPT-2 stores (in, out)
-    whole = [c for c in candidates if c.kind == "kernel" and not paths.is_part(c.path)]
-    linear = [path for c in whole for path in _last_named(c)]
-    config = dataclasses.replace(resolve(with_heads(config), linear), fan_in_fan_out=conv1d)
+    layers = [c for c in candidates if c.kind == "kernel" and not paths.is_part(c.path)]
+    linear = [path for c in layers for path in _module_paths(c)]
+    config = dataclasses.replace(resolve(with_score_heads(config), linear), fan_in_fan_out=conv1d)
     ranked = [_ranked(c, config) for c in candidates]
     targets = [t for t in ranked if any(t.ranks)]
-    faults = faults_of(config, leaves, candidates, targets)
+    faults = target_faults(config, leaves, candidates, targets)
     if not faults and not targets and not config.trainable_token_indices:
         faults.append("target_modules: everything it matches is excluded")
     if faults:
@@ -44,7 +44,7 @@ def find_targets(params: Any, config: LoraConfig) -> tuple[LoraConfig, list[Targ
 
 
 def match_table(targets: Sequence[Target]) -> list[dict[str, Any]]:
-    """Rows for people: module (``*`` for the layer), layers adapted, shape, rank, parameters."""
+    """Rows of a table: module (``*`` for the layer), layers adapted, shape, rank, parameters."""
     rows = []
     for t in targets:
         used = [r for r in t.ranks if r]
@@ -61,7 +61,7 @@ def match_table(targets: Sequence[Target]) -> list[dict[str, Any]]:
 
 
 def replaced_leaves(params: Any, config: LoraConfig) -> list[paths.Leaf]:
-    """The leaves that are trained as a whole, in some layer at least."""
+    """The leaves that are trained as a whole, in at least one layer."""
     return [
         leaf
         for leaf in paths.leaves(params)
@@ -70,13 +70,13 @@ def replaced_leaves(params: Any, config: LoraConfig) -> list[paths.Leaf]:
 
 
 def token_rows(params: Any, config: LoraConfig) -> list[tuple[paths.Leaf, Sequence[int]]]:
-    """The embeddings of which rows are trained, and the numbers of these rows."""
+    """The embeddings of which single rows are trained, and the indices of those rows."""
     found = [(leaf, token_indices(config, leaf.module())) for leaf in paths.leaves(params)]
     return [(leaf, rows) for leaf, rows in found if leaf.kind == "embedding" and rows]
 
 
 def _candidates(leaves: Sequence[paths.Leaf]) -> list[Target]:
-    """Everything that can be adapted: linear layers and their parts, embeddings, experts."""
+    """Every weight that can be adapted: linear layers and their parts, embeddings, experts."""
     found = []
     shapes = {leaf.path: leaf.shape for leaf in leaves}
     for leaf in leaves:
@@ -98,8 +98,11 @@ def _candidates(leaves: Sequence[paths.Leaf]) -> list[Target]:
     return found
 
 
-def _last_named(target: Target) -> list[paths.Path]:
-    """Its path; of a layer that is itself the stacked node one for each number, its last name."""
+def _module_paths(target: Target) -> list[paths.Path]:
+    """The target's path; if it is itself the stacked node, the path of each of its layers.
+
+    The last name of such a layer is its number.
+    """
     if target.path != target.stack:
         return [target.path]
     return [tuple(name.split(".")) for name in target.names]
@@ -111,32 +114,32 @@ def _ranked(target: Target, config: LoraConfig) -> Target:
 
 
 def _without_covered_parts(config: LoraConfig, targets: Sequence[Target]) -> list[Target]:
-    """Leaves out the parts that an expression matches along with their projection.
+    """The targets without the parts of projections that a regular expression matches as well.
 
     Raises:
       ConfigError: a weight would be trained twice, as a part and as a whole.
     """
-    wholes = {t.path: t for t in targets}
-    kept = []
+    by_path = {t.path: t for t in targets}
+    result = []
     for t in targets:
         if not paths.is_part(t.path):
-            kept.append(t)
+            result.append(t)
             continue
-        cover = wholes.get(paths.whole_projection(t.path))
+        projection = by_path.get(paths.whole_projection(t.path))
         projections = t.modules._replace(path=paths.whole_projection(t.path)).names()
         saved = any(is_replaced(config, name, "kernel") for name in projections)
-        if cover is None and not saved:
-            kept.append(t)
-        elif cover is None or not _covers(config, cover, t):
+        if projection is None and not saved:
+            result.append(t)
+        elif projection is None or not _covers(config, projection, t):
             raise ConfigError(
                 f"{t.path[-2]} and its part {t.path[-1]} would both be trained",
                 where="lora.target_modules",
-                fix=f"name either {t.path[-2]}, or the parts to adapt",
+                fix=f"name either {t.path[-2]} or the parts to adapt",
             )
-    return kept
+    return result
 
 
 def _covers(config: LoraConfig, projection: Target, part: Target) -> bool:
-    """Whether an expression took the projection wherever it took the part."""
+    """Whether a regular expression matches the projection wherever it matches the part."""
     layers = zip(projection.ranks, part.ranks, strict=True)
     return isinstance(config.target_modules, str) and all(whole or not r for whole, r in layers)

@@ -1,4 +1,4 @@
-"""Names in place of presets: all-linear, attention, mlp, and the architecture's default."""
+"""Module names for the presets all-linear, attention and mlp, and for an architecture's default."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ DEFAULT_TARGETS: tuple[tuple[set[str], tuple[str, ...]], ...] = (
     ({"c_attn"}, ("c_attn",)),
     ({"query_key_value"}, ("query_key_value",)),
 )
-"""Linear layers that tell an architecture, in order, and PEFT's default targets there."""
+"""Linear layers that identify an architecture → PEFT's default targets; the first match counts."""
 
 SCORE_HEADS = ("classifier", "score")
-"""What PEFT adds to modules_to_save for SEQ_CLS: models call their head by one of the names."""
+"""What PEFT adds to modules_to_save for SEQ_CLS: the possible names of a classification head."""
 
 ATTENTION = re.compile(r"(self_)?attn|.*attention.*", re.IGNORECASE)
-"""Nodes of attention modules."""
+"""Names of attention modules."""
 
 
 def resolve(config: LoraConfig, linear: Sequence[paths.Path]) -> LoraConfig:
-    """Names in place of a preset and of the architecture's default.
+    """The config with a preset, or None, replaced by module names.
 
     Args:
       config: as given.
-      linear: the paths of the tree's linear layers, without parts of fused ones.
+      linear: the paths of the tree's linear layers, without parts of fused projections.
 
     Raises:
-      ConfigError: there is no default for such a tree, or a preset finds nothing.
+      ConfigError: there is no default for the architecture, or a preset matches nothing.
     """
     wanted = config.target_modules
     inner = [path for path in linear if path[-1] not in paths.OUTPUT_HEADS]
@@ -63,7 +63,7 @@ def resolve(config: LoraConfig, linear: Sequence[paths.Path]) -> LoraConfig:
 
 
 def with_listed_targets(config: LoraConfig, names: Sequence[str], **fields: Any) -> LoraConfig:
-    """The config whose targets are these names, given in full, and nothing else says which."""
+    """The config with full module names as targets, and no other fields that select targets."""
     return dataclasses.replace(
         config,
         target_modules=tuple(names),
@@ -75,19 +75,21 @@ def with_listed_targets(config: LoraConfig, names: Sequence[str], **fields: Any)
 
 
 def _preset(wanted: str, linear: Sequence[paths.Path]) -> tuple[str, ...]:
-    """Suffixes of the linear layers of all attention modules, or of all others in layers."""
+    """Suffixes of the linear layers in attention, or of the others in decoder layers."""
     chosen, others = set(), set()
     for path in linear:
-        attends = any(ATTENTION.fullmatch(node) for node in path[:-1])
+        in_attention = any(ATTENTION.fullmatch(node) for node in path[:-1])
         in_layers = any(node in paths.STACKED for node in path)
-        takes = attends if wanted == "attention" else in_layers and not attends
-        (chosen if takes else others).add(path[-2:])
-    last = {path[-1] for path in others}
-    return tuple(sorted({path[-1] if path[-1] not in last else ".".join(path) for path in chosen}))
+        wants = in_attention if wanted == "attention" else in_layers and not in_attention
+        (chosen if wants else others).add(path[-2:])
+    other_names = {path[-1] for path in others}
+    return tuple(
+        sorted({path[-1] if path[-1] not in other_names else ".".join(path) for path in chosen})
+    )
 
 
-def with_heads(config: LoraConfig) -> LoraConfig:
-    """The config with the classifier's head among the modules to save, as PEFT has it."""
+def with_score_heads(config: LoraConfig) -> LoraConfig:
+    """The config with the classification head in ``modules_to_save``, as PEFT adds it."""
     if config.task_type != "SEQ_CLS":
         return config
     saved = config.modules_to_save or ()

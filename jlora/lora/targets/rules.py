@@ -1,6 +1,6 @@
-"""What a LoraConfig says of one module, by PEFT's rules.
+"""How a LoraConfig applies to one module, by PEFT's rules.
 
-These look at the module's name alone; ``target_modules`` is resolved to names.
+They depend on the module's name only; ``target_modules`` is resolved to names.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from jlora.config import LoraConfig
 from jlora.tree import matching, paths
 
 INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
-"""What families call the embedding that a plain list of ``trainable_token_indices`` is for."""
+"""Names of input embeddings, to which a plain list of ``trainable_token_indices`` refers."""
 
 
 def is_target(config: LoraConfig, name: str) -> bool:
-    """Whether PEFT would put LoRA on the module ``name``."""
+    """Whether PEFT would adapt the module ``name``."""
     if config.exclude_modules and matching.matches(name, config.exclude_modules):
         return False
     if any(is_saved(name, m) for m in config.modules_to_save or ()):
@@ -24,7 +24,7 @@ def is_target(config: LoraConfig, name: str) -> bool:
     if config.target_modules is None or not matching.matches(name, config.target_modules):
         return False
     wanted = config.layers_to_transform
-    # A name given in full is taken whatever its layer, as in PEFT.
+    # As in PEFT, a full name is a target whatever layers_to_transform says.
     if wanted is None or wanted == () or name in config.target_modules:
         return True
     number = matching.layer_number(name, config.layers_pattern)
@@ -32,15 +32,15 @@ def is_target(config: LoraConfig, name: str) -> bool:
 
 
 def is_target_parameter(config: LoraConfig, name: str) -> bool:
-    """Whether PEFT would put LoRA on the bare parameter ``name``, in whatever layer it is."""
+    """Whether PEFT would adapt the parameter ``name`` (``target_parameters``), in any layer."""
     return matching.matches(name, config.target_parameters or ())
 
 
 def is_saved(name: str, module: str) -> bool:
     """Whether PEFT trains the module ``name`` in full for this entry of ``modules_to_save``.
 
-    As in PEFT, an entry is the end of a module's name, at a dot or not: ``norm`` is also
-    ``input_layernorm``. Everything below such a module is trained with it.
+    As in PEFT, an entry matches the end of a module's name, at a dot or not: ``norm`` matches
+    ``input_layernorm``. Modules inside such a module are trained with it.
     """
     return f"{module}." in f"{name}."
 
@@ -63,7 +63,7 @@ def rank_of(config: LoraConfig, name: str) -> int:
 
 
 def parameter_rank_of(config: LoraConfig, name: str) -> int:
-    """The rank of the bare parameter ``name``; 0 if it is not adapted."""
+    """The rank of the parameter ``name``; 0 if it is not adapted."""
     adapted = is_target_parameter(config, name)
     return matching.pattern_value(config.rank_pattern, name, config.r) if adapted else 0
 
@@ -76,7 +76,7 @@ def scaling_of(config: LoraConfig, name: str) -> float:
 
 
 def token_indices(config: LoraConfig, name: str) -> Sequence[int]:
-    """The rows of the embedding ``name`` that train: ``trainable_token_indices``."""
+    """The trained rows of the embedding ``name`` (``trainable_token_indices``)."""
     wanted = config.trainable_token_indices or ()
     if isinstance(wanted, Mapping):
         return next((rows for end, rows in wanted.items() if matching.matches(name, (end,))), ())

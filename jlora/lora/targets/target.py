@@ -8,7 +8,7 @@ from jlora.tree import paths
 
 
 class Target(NamedTuple):
-    """One weight to adapt: a linear layer, a part of a fused one, an embedding, or expert matrices."""
+    """A weight to adapt: a linear layer, a part of a fused one, an embedding or expert matrices."""
 
     path: paths.Path  # of the module, or of the leaf with expert matrices
     stack: paths.Path | None
