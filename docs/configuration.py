@@ -1,6 +1,6 @@
 """Writes ``docs/configuration.md`` from ``jlora.config``: ``python docs/configuration.py``.
 
-A test compares the committed file with what this makes.
+A test compares the committed page with what this script writes.
 """
 
 from __future__ import annotations

@@ -54,10 +54,10 @@ def fault(path, *overrides) -> str:
     return str(caught.value)
 
 
-# Tables
+# Sections built in Python
 
 
-def test_lists_and_dicts_make_equal_hashable_tables():
+def test_lists_and_dicts_make_equal_hashable_sections():
     a = LoraConfig(target_modules=["q_proj", "v_proj"], rank_pattern={"b": 2, "a": 3})
     b = LoraConfig(target_modules=("q_proj", "v_proj"), rank_pattern={"a": 3, "b": 2})
     assert a == b and hash(a) == hash(b) and len({a, b}) == 1
@@ -71,7 +71,7 @@ def test_lists_and_dicts_make_equal_hashable_tables():
         a.r = 4  # pyright: ignore
 
 
-def test_defaults_are_the_contracts():
+def test_defaults_are_those_of_the_contract():
     lora, quant, train = LoraConfig(), QuantConfig(), TrainConfig(output_dir="o")
     assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.bias) == (8, 8, 0.0, "none")
     assert (quant.bnb_4bit_quant_type, quant.bnb_4bit_use_double_quant) == ("nf4", True)
@@ -118,7 +118,7 @@ def test_defaults_are_the_contracts():
         ({"loftq_config": {"loftq_bit": 4}}, "did you mean 'loftq_bits'?"),
     ],
 )
-def test_a_wrong_value_is_named_in_python_too(values, words):
+def test_a_wrong_value_in_python_names_its_field(values, words):
     with pytest.raises(ConfigError) as caught:
         LoraConfig(**values)
     assert words in str(caught.value) and "LoraConfig" in str(caught.value)
@@ -134,12 +134,12 @@ def test_a_wrong_value_is_named_in_python_too(values, words):
         {"include_modules": ["lm_head"], "llm_int8_skip_modules": ["lm_head"]},
     ],
 )
-def test_settings_of_quantization_that_cannot_be(values):
+def test_contradictory_quantization_is_refused(values):
     with pytest.raises(ConfigError, match=next(iter(values))):
         QuantConfig(**values)
 
 
-def test_quantization_is_in_four_bits_unless_in_eight():
+def test_quantization_is_4_bit_unless_8_bit_is_asked_for():
     four, eight = QuantConfig(), QuantConfig(load_in_8bit=True)
     assert (four.load_in_4bit, four.load_in_8bit) == (True, False)
     assert (eight.load_in_4bit, eight.load_in_8bit) == (False, True)
@@ -164,7 +164,7 @@ def test_precision_and_aliases_resolve():
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "needs one of min_lr and min_lr_rate"),
     ],
 )
-def test_fields_of_a_run_are_checked_together(values, words):
+def test_contradictions_between_train_settings_are_refused(values, words):
     with pytest.raises(ConfigError, match=words):
         TrainConfig(**({"output_dir": "o"} | values))
 
@@ -350,12 +350,12 @@ def test_all_faults_of_a_file_in_one_error_each_with_its_line(write):
         ("data: {train: {path: x, format: text}}", ["data.train:", "begin it with a dash"]),
     ],
 )
-def test_whatever_is_in_a_file_is_a_config_error(write, text, words):
+def test_malformed_files_are_config_errors(write, text, words):
     message = fault(write(text))
     assert all(word in message for word in words), message
 
 
-def test_an_alias_bomb_is_read_at_once(write):
+def test_an_alias_bomb_takes_no_time(write):
     rows = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 22)]
     start = time.monotonic()
     rows += ["lora: {target_modules: *a21, use_dora: *a21}"]
@@ -363,21 +363,21 @@ def test_an_alias_bomb_is_read_at_once(write):
     assert time.monotonic() - start < 5
 
 
-def test_anchors_and_overrides_do_not_share(write):
+def test_an_override_changes_one_alias_only(write):
     text = MINIMAL.replace("    - {", "    - &rows {") + "\n"
     text = text.replace("train:\n  out", "  eval: [*rows]\ntrain:\n  out")
     c = config.load(write(text), ["data.eval.0.weight=2"])
     assert (c.data.train[0].weight, c.data.eval[0].weight) == (1.0, 2.0)
 
 
-def test_full_fine_tuning_of_packed_weights_is_refused(write):
+def test_full_fine_tuning_of_quantized_weights_is_refused(write):
     path = write(MINIMAL + "quantization: {}\n")
     assert f"{path}:7: quantization: quantized weights cannot be fully fine-tuned" in fault(path)
     assert config.load(path, ["lora={}"]).lora == LoraConfig()
 
 
 @pytest.mark.parametrize("name", ["lorafa: true", "loraplus_lr_ratio: 16"])
-def test_optimizers_of_adapters_need_one(write, name):
+def test_optimizer_settings_for_adapters_need_a_lora_section(write, name):
     path = write(MINIMAL + f"  {name}\n")
     message = f"train.{name.split(':')[0]}: has no effect without an adapter"
     assert message in fault(path) and "add a lora section" in fault(path)
@@ -394,7 +394,7 @@ def test_files_that_cannot_be_read(write, tmp_path):
         config.load(path / "x.yaml")
 
 
-def test_what_follows_from_a_fault_is_not_another_fault(write):
+def test_a_check_that_involves_a_faulty_field_is_not_reported(write):
     text = MINIMAL + "  lr_scheduler_type: cosin_min\n  lr_scheduler_kwargs: {min_lr: 1e-5}\n"
     message = fault(write(text))
     assert "train.lr_scheduler_type: expected one of" in message and "no argument" not in message
@@ -403,7 +403,7 @@ def test_what_follows_from_a_fault_is_not_another_fault(write):
 # Overrides
 
 
-def test_overrides_win_in_order(write):
+def test_later_overrides_replace_earlier_ones(write):
     values = [
         "lora.r=4",
         "lora.r=32",
@@ -470,7 +470,7 @@ def fault_near(path, near) -> str:
     return fault(path)
 
 
-def test_packaged_files_have_a_name_of_their_own(write):
+def test_jlora_scheme_names_packaged_files(write):
     path = write(MINIMAL)
     c = config.load(path, ["data.train.0.path=jlora://quickstart/data/train.jsonl"])
     assert Path(c.data.train[0].path).is_file()
@@ -482,11 +482,11 @@ def test_packaged_files_have_a_name_of_their_own(write):
 @pytest.mark.parametrize(
     "key", ["lora.init_from", "data.chat_template", "train.resume", "generate.file"]
 )
-def test_what_cannot_be_a_hub_name_must_be_there(write, key):
+def test_paths_that_cannot_be_hub_names_must_exist(write, key):
     assert f"{key}: no such file or folder" in fault(write(MINIMAL), f"{key}=org/name")
 
 
-def test_a_run_folder_stands_for_its_resolved_config(write, tmp_path):
+def test_a_run_folder_is_read_as_its_config_yaml(write, tmp_path):
     run = tmp_path / "moved"
     run.mkdir()
     (run / "config.yaml").write_text(MINIMAL.replace("org/rows", "gone/rows.jsonl"))
@@ -546,7 +546,7 @@ def test_a_section_is_converted_and_checked_once_and_is_the_one_returned(write):
     assert loaded == Disk(size=8, used=3) and loaded.free == 5
 
 
-def test_a_check_that_trips_over_a_faulty_field_reports_that_field_only(write):
+def test_a_check_that_fails_on_a_faulty_field_does_not_hide_its_fault(write):
     with pytest.raises(ConfigError) as caught:
         load_section(Machine, write("disk: {size: many, used: 3}\n"))
     assert str(caught.value).endswith("disk.size: expected an integer at least 1, got 'many'")
@@ -570,7 +570,7 @@ def test_defaults_have_their_fields_types():
                 assert (type(value), value) == (type(field.default), field.default), field.name
 
 
-# Help, and the whole way
+# Help, settings of other tools, exit code
 
 
 def test_every_setting_has_help_and_a_default_that_loads(write):
@@ -588,7 +588,7 @@ def test_every_setting_has_help_and_a_default_that_loads(write):
     )
 
 
-def test_foreign_settings_name_no_setting_of_ours(write):
+def test_keys_of_other_tools_are_unknown_here_and_their_advice_names_known_keys(write):
     known = {(o.section, o.field) for o in config.options()}
     for section, keys in OTHER_TOOLS_KEYS.items():
         for key, (_, advice) in keys.items():
@@ -599,7 +599,7 @@ def test_foreign_settings_name_no_setting_of_ours(write):
                     assert name in known, advice
 
 
-def test_foreign_settings_that_change_nothing_pass(write):
+def test_keys_of_other_tools_with_no_effect_are_ignored(write):
     text = (
         MINIMAL + "  fp16: false\n  report_to: none\n  deepspeed: null\nlora: {peft_type: LORA}\n"
     )
@@ -617,7 +617,7 @@ sys.exit(code)
 """
 
 
-def test_a_fault_exits_2_without_what_is_slow_to_import(write):
+def test_a_config_error_exits_2_before_slow_imports(write):
     path = write(MINIMAL.replace("output_dir", "outputdir"))
     done = subprocess.run(
         [sys.executable, "-c", SILENT, str(path)],

@@ -1,4 +1,4 @@
-"""docs/configuration.md says what the code does."""
+"""docs/configuration.md is what docs/configuration.py writes."""
 
 import importlib.util
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).parent.parent / "docs" / "configuration.py"
 
 
-def test_page_is_current():
+def test_the_page_is_up_to_date():
     spec = importlib.util.spec_from_file_location("configuration_page", SCRIPT)
     page = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(page)

@@ -1,4 +1,4 @@
-"""The page of LoraConfig's fields against peft's own: each is supported, or refused by name."""
+"""docs/adapters.md against peft's LoraConfig: every field is supported, or refused by name."""
 
 import dataclasses
 import json
@@ -15,6 +15,7 @@ from jlora.io import peft as adapter_io
 peft = pytest.importorskip("peft")
 
 PAGE = Path(__file__).parent.parent / "docs" / "adapters.md"
+
 REFUSED: dict[str, Any] = {
     "ensure_weight_tying": True,
     "layer_replication": [[0, 2], [1, 3]],
@@ -29,31 +30,32 @@ REFUSED: dict[str, Any] = {
     "use_bdlora": {"x": 1},
     "megatron_config": {"x": 1},
 }
-"""What is refused, each with a value that would change something."""
+"""Refused field → a value that would have an effect."""
 
 ACCEPTED = {"auto_mapping", "inference_mode", "megatron_core", "peft_version", "runtime_config"}
 ACCEPTED |= {"peft_type", "qalora_group_size"}
 
 
-def rows():
-    """Field → what the page says of it."""
+def described_fields():
+    """Field → its description on the page."""
     table = re.findall(r"^\| (`[^|]+) \| (.+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    return {name: said for names, said in table for name in re.findall(r"`(\w+)`", names)}
+    return {name: text for names, text in table for name in re.findall(r"`(\w+)`", names)}
 
 
-def test_every_field_of_pefts_is_on_the_page_and_what_it_says_is_so():
-    theirs = {f.name for f in dataclasses.fields(peft.LoraConfig)}
-    ours, page = {f.name for f in dataclasses.fields(jlora.LoraConfig)}, rows()
-    assert set(page) == theirs
-    assert theirs - ours == set(REFUSED) | ACCEPTED
-    for name in theirs:
+def test_the_page_lists_every_field_of_peft_and_says_which_are_refused():
+    peft_fields = {f.name for f in dataclasses.fields(peft.LoraConfig)}
+    jlora_fields = {f.name for f in dataclasses.fields(jlora.LoraConfig)}
+    page = described_fields()
+    assert set(page) == peft_fields
+    assert peft_fields - jlora_fields == set(REFUSED) | ACCEPTED
+    for name in peft_fields:
         assert ("refused" in page[name].split(":")[0].split(";")[0]) == (
             name in REFUSED or name == "qalora_group_size"
         ), name
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_is_named(name, tmp_path):
+def test_refusals_name_the_field(name, tmp_path):
     with pytest.raises((ConfigError, TypeError), match=name):
         jlora.LoraConfig(**{name: REFUSED[name]})
     raw = {"peft_type": "LORA", "target_modules": ["q_proj"], name: REFUSED[name]}

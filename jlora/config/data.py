@@ -77,6 +77,6 @@ class DataConfig(ConfigSection):
             yield Fault(("train",), cause, "name an adapter in all of them or in none")
         for i, source in enumerate(self.eval):
             if bool(source.adapter) != any(trained) or source.adapter not in (*trained, None):
-                names = ", ".join(str(name) for name in trained)
+                names = ", ".join(dict.fromkeys(str(name) for name in trained))
                 fix = f"name one of {names}" if any(trained) else "leave it out"
                 yield Fault((f"eval.{i}.adapter",), f"{source.adapter} is not trained", fix)

@@ -60,7 +60,7 @@ class ConfigSection:
 
     @classmethod
     def from_converted(cls, values: Mapping[str, Any]) -> Self:
-        """The section with a value for every field, each of its field's type; not checked."""
+        """The section with these values, one for every field and of its type; not checked."""
         section = object.__new__(cls)
         for name, value in values.items():
             object.__setattr__(section, name, value)

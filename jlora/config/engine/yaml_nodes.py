@@ -75,7 +75,7 @@ class YamlReader:
 
     def __init__(self, name: str, faults: list[Fault], has_lines: bool = True):
         self.name, self.faults, self.has_lines = name, faults, has_lines
-        self._done: dict[int, YamlNode] = {}  # PyYAML node → ours; an alias is the same node again
+        self._done: dict[int, YamlNode] = {}  # by id of PyYAML's node, which aliases share
         self._open: set[int] = set()  # nodes on the path from the root to the current one
 
     def place(self, mark: Any) -> str:
