@@ -18,25 +18,27 @@ import jax
 
 from jlora.config import Config
 from jlora.data import reply_row
-from jlora.data.rows import BadRow, Chat, Completion, from_alpaca, from_messages
-from jlora.data.tokenizer import opening, token_ids
+from jlora.data.formats import BadRow, from_alpaca, from_messages
+from jlora.data.rows import Chat, Completion
+from jlora.data.tokenizer import bos_prefix, token_ids
 from jlora.distributed import processes
 from jlora.errors import ConfigError, DataError
 from jlora.files import storage_errors
 from jlora.inference import decoding
 from jlora.models import Model
 from jlora.run import environment
-from jlora.run.job import open_job, open_tokenizer
+from jlora.run.job import open_tokenizer
+from jlora.run.open_job import open_job
 from jlora.ui.console import Console
 
 main = functools.partial(cli.main, "generate")
 
-OPEN = "…"
-"""Stands for the reply that is to be generated, where a row needs one."""
+PLACEHOLDER = "…"
+"""The reply in rows that need one, where it is still to be generated."""
 
 
 class Prompt(NamedTuple):
-    """What to reply to: a text, or a chat (and the object it was read from)."""
+    """What to reply to: a text or a chat, with its place and the JSON object it was read from."""
 
     where: str
     text: str | Chat
@@ -46,11 +48,11 @@ class Prompt(NamedTuple):
 def run(config: Config, options: argparse.Namespace) -> None:
     """Prints a reply to each prompt, one JSON object a line if the prompts came from a file."""
     del options
-    if config.classifies:
+    if config.is_classification:
         raise ConfigError(
             "the model is a classifier, which writes no replies",
             where=config.train.output_dir,
-            fix="jlora evaluate says how well it finds the classes of held-out rows",
+            fix="use jlora evaluate, which measures its accuracy on held-out rows",
         )
     settings = config.generate
     prompts = list(_prompts(config))
@@ -58,11 +60,11 @@ def run(config: Config, options: argparse.Namespace) -> None:
     if config.train.compilation_cache:
         environment.enable_compilation_cache()
     tokenizer = open_tokenizer(config)
-    ids = [_ids(p, config, tokenizer) for p in prompts]
+    ids = [_prompt_ids(p, config, tokenizer) for p in prompts]
     console = Console(enabled=jax.process_index() == 0, file=sys.stderr)  # stdout is for replies
     with console.loading() as progress:
         job = open_job(config, tokenizer, trained=True, progress=progress)
-    _check(prompts, ids, job.model)
+    _check_prompts_fit(prompts, ids, job.model)
     with jax.set_mesh(job.mesh):
         tokens = decoding.generate(
             job.model,
@@ -83,8 +85,8 @@ def run(config: Config, options: argparse.Namespace) -> None:
         print(text)
 
 
-def _check(prompts: list[Prompt], ids: list[list[int]], model: Model) -> None:
-    """Raises DataError for a prompt that the model has no embeddings for."""
+def _check_prompts_fit(prompts: list[Prompt], ids: list[list[int]], model: Model) -> None:
+    """Raises DataError for a prompt that the model has no embeddings or no positions for."""
     limit, size = model.config.position_limit, model.config.vocab_size
     for prompt, row in zip(prompts, ids, strict=True):
         if limit is not None and len(row) > limit:
@@ -97,11 +99,11 @@ def _check(prompts: list[Prompt], ids: list[list[int]], model: Model) -> None:
 
 
 def _prompts(config: Config) -> Iterator[Prompt]:
-    """The prompt of the settings, or those of the file."""
+    """``generate.prompt``, or the prompts in the lines of ``generate.file``."""
     settings = config.generate
     if (settings.prompt is None) == (settings.file is None):
         raise ConfigError(
-            "give one of prompt and file",
+            "give either prompt or file",
             where="generate",
             fix='for example generate.prompt="What is LoRA?"',
         )
@@ -117,45 +119,45 @@ def _prompts(config: Config) -> Iterator[Prompt]:
         where = f"{file}:{number}"
         try:
             row = json.loads(line)
-            yield Prompt(where, _given(row), row)
+            yield Prompt(where, _prompt_of_row(row), row)
         except ValueError as error:  # BadRow, no JSON, no UTF-8
             raise DataError(
-                f"is no prompt: {error}",
+                f"is not a prompt: {error}",
                 where=where,
                 fix='write {"prompt": "…"} or {"messages": […]} in each line',
             ) from error
 
 
-def _given(row: Any) -> str | Chat:
-    """The ``prompt`` or the ``messages`` of an object; BadRow without either."""
+def _prompt_of_row(row: Any) -> str | Chat:
+    """The ``prompt`` or the ``messages`` of a JSON object; BadRow if it has neither."""
     if isinstance(row, dict) and "messages" in row:
         return from_messages("", row)
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise BadRow("it has neither messages nor a prompt that is a text")
+        raise BadRow("it has neither messages nor a prompt that is a string")
     return row["prompt"]
 
 
-def _ids(prompt: Prompt, config: Config, tokenizer: Any) -> list[int]:
-    """The prompt's tokens, opened for the reply as in a training row of the same format."""
+def _prompt_ids(prompt: Prompt, config: Config, tokenizer: Any) -> list[int]:
+    """The prompt's tokens, up to where the reply begins in a training row of the same format."""
     text = prompt.text
     if isinstance(text, str) and not config.generate.chat:
-        ids = opening(tokenizer) + token_ids(text, tokenizer)
+        ids = bos_prefix(tokenizer) + token_ids(text, tokenizer)
         return ids or [tokenizer.eos_token_id]
     try:
-        opened = reply_row(_row(text, config.data.train[0].format), tokenizer)
+        opened = reply_row(_training_row(text, config.data.train[0].format), tokenizer)
     except BadRow as error:
         raise DataError(str(error), where=prompt.where) from error
     assert opened is not None
     return list(opened.prompt_ids)
 
 
-def _row(text: str | Chat, format: str) -> Chat | Completion:
-    """A row of the training data's format with an open reply."""
-    reply = {"role": "assistant", "content": OPEN}
+def _training_row(text: str | Chat, format: str) -> Chat | Completion:
+    """A row in the training data's format, with a placeholder for the reply."""
+    reply = {"role": "assistant", "content": PLACEHOLDER}
     if isinstance(text, Chat):
         return dataclasses.replace(text, messages=[*text.messages, reply])
     if format == "alpaca":
-        return from_alpaca("", {"instruction": text, "output": OPEN})
+        return from_alpaca("", {"instruction": text, "output": PLACEHOLDER})
     if format in ("prompt_completion", "text"):
-        return Completion("", text, OPEN)
+        return Completion("", text, PLACEHOLDER)
     return Chat("", [{"role": "user", "content": text}, reply])

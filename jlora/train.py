@@ -15,21 +15,28 @@ import jax
 
 from jlora import data
 from jlora.config import Config
-from jlora.data.classification import listed
+from jlora.data.labelled_texts import first_ten
 from jlora.distributed import processes, sharding
 from jlora.distributed.lock import RunLock
 from jlora.distributed.signals import StopSignals
-from jlora.io.hf.folder import find_folder
 from jlora.plan.check import compiled_beside, unless_refused
 from jlora.run import environment
-from jlora.run.abstract_job import describe_job, describe_model
-from jlora.run.batches import check_fit, check_same, parts, plan_of, prepare
-from jlora.run.compiled_step import Program
+from jlora.run.abstract_job import abstract_job
+from jlora.run.batches import (
+    check_rows_fit,
+    check_same_rows,
+    count_steps,
+    prepare_rows,
+    rows_per_adapter,
+)
 from jlora.run.header import show_header
-from jlora.run.job import Job, open_job, open_tokenizer
-from jlora.run.label_names import with_classes
-from jlora.run.loop import Loop
+from jlora.run.job import open_tokenizer
+from jlora.run.label_names import with_label_names
+from jlora.run.loop import start_run, train_loop
+from jlora.run.open_job import open_job
+from jlora.run.train_step import TrainStep
 from jlora.training.optim import check_optimizer
+from jlora.tree.fingerprint import fingerprint
 from jlora.ui.console import Console
 from jlora.ui.metrics_log import MetricsLog
 
@@ -41,33 +48,36 @@ def run(config: Config, options: argparse.Namespace) -> None:
     processes.initialize()
     if config.train.compilation_cache:
         environment.enable_compilation_cache()
-    first, out = jax.process_index() == 0, Path(config.train.output_dir)
-    console = Console(enabled=first)
+    is_first, out = jax.process_index() == 0, Path(config.train.output_dir)
+    console = Console(enabled=is_first)
     check_optimizer(config.train)
-    config, origin = with_classes(config)
+    config, origin = with_label_names(config)
     tokenizer = open_tokenizer(config)
     if options.show_batch:
         for text in _first_batches(config, tokenizer):
             console.text(text)
         return
     with (
-        RunLock(out, enabled=first),
-        MetricsLog(out / "metrics.jsonl", enabled=first) as log,
+        RunLock(out, enabled=is_first),
+        MetricsLog(out / "metrics.jsonl", enabled=is_first) as log,
         StopSignals() as signals,
     ):
         if names := config.model.id2label:
-            console.note(f"{len(names)} classes, from {origin}: {listed(names)}")
+            console.note(f"{len(names)} classes, from {origin}: {first_ten(names)}")
         console.note("reading and tokenizing the data …")
-        rows = prepare(config, tokenizer, "train")
-        held_out = prepare(config, tokenizer, "eval") if config.data.eval else None
-        shapes = _described(config, tokenizer)
-        for what, prepared in (("data.train", rows), ("data.eval", held_out)):
+        rows = prepare_rows(config, tokenizer, "train")
+        held_out = prepare_rows(config, tokenizer, "eval") if config.data.eval else None
+        # The header, the checks and the compiler need shapes only: all of it happens before, or
+        # while, the weights are loaded.
+        mesh = sharding.make_mesh(config.mesh)
+        abstract = abstract_job(config=config, tokenizer=tokenizer, mesh=mesh, download=True)
+        for key, prepared in (("data.train", rows), ("data.eval", held_out)):
             if prepared:
-                check_fit(shapes, prepared)
-                check_same(prepared, what)
-        plan = plan_of(config, shapes.mesh, rows)
-        show_header(console, shapes, plan, rows, held_out)
-        program = Program.of(shapes, plan, rows.length)
+                check_rows_fit(abstract, prepared)
+                check_same_rows(prepared, key)
+        counts = count_steps(config, mesh, rows)
+        show_header(console, abstract, counts, rows, held_out)
+        program = TrainStep.of(abstract, counts, rows.length)
         console.note(f"loading {config.model.name_or_path}, and compiling …")
         with compiled_beside(program, rows) as compiling, console.loading() as progress:
             progress = unless_refused(compiling, progress)
@@ -76,22 +86,23 @@ def run(config: Config, options: argparse.Namespace) -> None:
                 console.note("compiling …")
             train_step = compiling.result()
         with jax.set_mesh(job.mesh):
-            loop = Loop(job, plan, program.start(job.trainable), rows, held_out, console, log)
-            loop.run(train_step, signals)
-
-
-def _described(config: Config, tokenizer: Any) -> Job:
-    """The job before a weight is read; how a base came packed stands in its weights."""
-    model = describe_model(config, tokenizer)
-    if model.config.prequantized:
-        find_folder(config.model.name_or_path, config.model.revision)
-    return describe_job(config, model, tokenizer, sharding.make_mesh(config.mesh))
+            run_state = start_run(
+                job=job,
+                counts=counts,
+                state=program.init_state(job.trainable),
+                rows=rows,
+                held_out=held_out,
+                base_fingerprint=fingerprint(job.base),
+                console=console,
+                log=log,
+            )
+            train_loop(run_state, train_step, signals)
 
 
 def _first_batches(config: Config, tokenizer: Any) -> Iterator[Any]:
-    """The first batch as text, its targets marked; one for each adapter."""
-    rows = prepare(config, tokenizer, "train")
+    """The first batch as text, its target tokens marked; one for each adapter."""
+    rows = prepare_rows(config, tokenizer, "train")
     size, shuffle = config.train.per_device_train_batch_size, config.data.shuffle
-    for part in parts(rows, config.adapters):
+    for part in rows_per_adapter(rows, config.adapters):
         batch = data.batch_at(part, part.order(size, config.train.seed, shuffle), 0)
         yield data.show_batch(batch, tokenizer, id2label=config.model.id2label or ())

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import tiny_tokenizer as tt
 
-from jlora.data.examples import IGNORE, Counts, Piece, by_segments, encode, mark, pieces
-from jlora.data.rows import Chat, Completion, Text, alpaca_prompt
+from jlora.data.examples import IGNORE, Counts, Piece, encode, encode_by_spans, pieces, target_mask
+from jlora.data.formats import alpaca_prompt
+from jlora.data.rows import Chat, Completion, Text
 from jlora.errors import DataError
 
 
@@ -146,18 +147,18 @@ def test_ranges_that_miss_a_span_are_refused():
     """Some tokenizers report every range as empty: better to encode by segments than trust them."""
     piece = Piece("x:1", "abcd", ((2, 4),))
     good = np.array([[0, 1], [1, 2], [2, 3], [3, 4]])
-    assert mark(good, piece).tolist() == [False, False, True, True]
+    assert target_mask(good, piece).tolist() == [False, False, True, True]
     trimmed = np.array([[0, 1], [1, 2], [3, 3], [3, 4]])  # " " trimmed to nothing, as by Llama-3
-    assert mark(trimmed, piece).tolist() == [False, False, True, True]
-    assert mark(good[:, :1].repeat(2, 1), piece) is None
-    assert mark(np.zeros((0, 2), np.int64), piece) is None
+    assert target_mask(trimmed, piece).tolist() == [False, False, True, True]
+    assert target_mask(good[:, :1].repeat(2, 1), piece) is None
+    assert target_mask(np.zeros((0, 2), np.int64), piece) is None
 
 
 def test_segments_agree_with_ranges_where_no_token_crosses():
     tokenizer = tt.tiny_tokenizer()
     rows = [chat("hi", "hello", "Hello world", "fine, thank you")]
     (piece,) = pieces(rows, tokenizer, Counts())
-    ids, mask = by_segments(piece, tokenizer)
+    ids, mask = encode_by_spans(piece, tokenizer)
     examples, _ = encode(rows, tokenizer, 512)
     n = len(examples.ids)
     assert ids[:n] == examples.ids.tolist() and not mask[n + 1 :].any()
@@ -175,7 +176,7 @@ def test_progress_and_chunks():
 
 def test_real_chats_with_a_real_tokenizer(assets):
     from jlora.config import SourceConfig
-    from jlora.data.rows import load_rows
+    from jlora.data.loading import load_rows
     from jlora.data.tokenizer import ensure_template, load_tokenizer
 
     tokenizer = load_tokenizer(str(assets / "models" / "stories260k"))

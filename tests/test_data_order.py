@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from jlora.data.order import EMPTY, Order, epoch_rows
+from jlora.data.order import PADDING_ROW, Order, epoch_rows
 
 
 def epoch(order, number):
@@ -14,8 +14,8 @@ def epoch(order, number):
     steps = [order.rows_at(first + k) for k in range(order.steps_per_epoch)]
     assert all(len(s) == order.batch for s in steps)
     rows = np.concatenate(steps)
-    assert (rows[: order.rows_per_epoch] != EMPTY).all()
-    assert (rows[order.rows_per_epoch :] == EMPTY).all()
+    assert (rows[: order.rows_per_epoch] != PADDING_ROW).all()
+    assert (rows[order.rows_per_epoch :] == PADDING_ROW).all()
     return rows[: order.rows_per_epoch].tolist()
 
 

@@ -6,8 +6,9 @@ import tiny_tokenizer as tt
 
 from jlora.config import DataConfig, SourceConfig
 from jlora.data.examples import encode
+from jlora.data.formats import FORMATS, alpaca_prompt
 from jlora.data.replies import reply_row, reply_rows
-from jlora.data.rows import FORMATS, Chat, Completion, Text, alpaca_prompt
+from jlora.data.rows import Chat, Completion, Text
 
 USER = {"role": "user", "content": "hi"}
 REPLY = {"role": "assistant", "content": "hello"}

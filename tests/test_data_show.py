@@ -5,8 +5,9 @@ import json
 import tiny_tokenizer as tt
 
 from jlora.config import DataConfig, SourceConfig
-from jlora.data.loader import batch_at, prepare
-from jlora.data.show import CONTEXT, TARGET, show_batch
+from jlora.data.batches import batch_at
+from jlora.data.preparation import prepare
+from jlora.data.show import CONTEXT_STYLE, TARGET_STYLE, show_batch
 
 
 def test_classes_stand_above_their_texts(tmp_path):
@@ -23,7 +24,7 @@ def test_classes_stand_above_their_texts(tmp_path):
         "no ──",
     ]
     assert text.plain.splitlines()[1::2] == ["one", "two"]
-    assert not any(str(span.style) == TARGET for span in text.spans)
+    assert not any(str(span.style) == TARGET_STYLE for span in text.spans)
 
 
 def test_targets_are_coloured_and_nothing_is_lost(tmp_path):
@@ -39,8 +40,12 @@ def test_targets_are_coloured_and_nothing_is_lost(tmp_path):
     batch = batch_at(prepared, prepared.order(2, 0, shuffle=False), 0)
     text = show_batch(batch, tokenizer)
     spans = [(str(s.style), text.plain[s.start : s.end]) for s in text.spans]
-    assert [t for style, t in spans if style == TARGET] == [f"a{i}<|im_end|>" for i in range(3)]
+    assert [t for style, t in spans if style == TARGET_STYLE] == [
+        f"a{i}<|im_end|>" for i in range(3)
+    ]
     prompt = "<|im_start|>user\nq{}<|im_end|>\n<|im_start|>assistant\n"
     # the line break that closes a turn is not learned, and the stream's last token is no input
-    assert [t for style, t in spans if style == CONTEXT] == [prompt.format(i) for i in range(3)]
+    assert [t for style, t in spans if style == CONTEXT_STYLE] == [
+        prompt.format(i) for i in range(3)
+    ]
     assert "row 1, document 1" in text.plain and "targets" in text.plain

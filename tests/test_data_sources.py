@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from jlora.data.sources import read
+from jlora.data.sources import read_raw_rows
 from jlora.errors import ConfigError, DataError
 
 ROWS = [{"text": "one"}, {"text": 'a "quoted"\nsecond'}, {"text": "three\u2028lines"}]
@@ -40,7 +40,7 @@ def write(path, kind):
 )
 def test_every_kind_of_file_gives_the_same_rows_with_their_lines(tmp_path, kind, lines):
     path = write(tmp_path / f"rows.{kind}", kind)
-    rows = list(read(str(path)))
+    rows = list(read_raw_rows(str(path)))
     assert [r.value for r in rows] == ROWS
     assert [r.where for r in rows] == [f"{path}:{n}" for n in lines]
 
@@ -48,20 +48,20 @@ def test_every_kind_of_file_gives_the_same_rows_with_their_lines(tmp_path, kind,
 def test_txt_is_one_document(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one\n\ntwo")
-    assert [r.value for r in read(str(path))] == [{"text": "one\n\ntwo"}]
+    assert [r.value for r in read_raw_rows(str(path))] == [{"text": "one\n\ntwo"}]
 
 
 def test_json_may_hold_lines_or_a_single_object_and_a_byte_order_mark(tmp_path):
     lines = tmp_path / "lines.json"
     lines.write_text("\ufeff" + "\n".join(map(json.dumps, ROWS)))
-    assert [r.value for r in read(str(lines))] == ROWS
+    assert [r.value for r in read_raw_rows(str(lines))] == ROWS
     one = tmp_path / "one.json"
     one.write_text(json.dumps({"messages": []}, indent=1))
-    assert [r.value for r in read(str(one))] == [{"messages": []}]
+    assert [r.value for r in read_raw_rows(str(one))] == [{"messages": []}]
     wrapped = tmp_path / "wrapped.json"
     wrapped.write_text(json.dumps({"data": ROWS}))
     with pytest.raises(DataError, match="list under 'data'"):
-        list(read(str(wrapped)))
+        list(read_raw_rows(str(wrapped)))
 
 
 def test_folders_and_globs_are_read_by_name(tmp_path):
@@ -69,9 +69,12 @@ def test_folders_and_globs_are_read_by_name(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"text": name}))
     (tmp_path / "README.md").write_text("not data")
-    names = [r.value["text"] for r in read(str(tmp_path))]
+    names = [r.value["text"] for r in read_raw_rows(str(tmp_path))]
     assert names == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]
-    assert [r.value["text"] for r in read(f"{tmp_path}/[ab].jsonl")] == ["a.jsonl", "b.jsonl"]
+    assert [r.value["text"] for r in read_raw_rows(f"{tmp_path}/[ab].jsonl")] == [
+        "a.jsonl",
+        "b.jsonl",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -87,14 +90,14 @@ def test_folders_and_globs_are_read_by_name(tmp_path):
 def test_local_slices(tmp_path, split, kept):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(map(str, range(10))))
-    assert [r.value for r in read(str(path), split)] == kept
+    assert [r.value for r in read_raw_rows(str(path), split)] == kept
 
 
 def test_slice_errors(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("1")
     with pytest.raises(ConfigError, match="'test' is not a slice"):
-        list(read(str(path), "test"))
+        list(read_raw_rows(str(path), "test"))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +119,7 @@ def test_damaged_files_are_named(tmp_path, name, content, line, cause):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError) as e:
-        list(read(str(path)))
+        list(read_raw_rows(str(path)))
     assert e.value.where.startswith(f"{path}{line}")
     assert cause in e.value.cause
 
@@ -124,20 +127,20 @@ def test_damaged_files_are_named(tmp_path, name, content, line, cause):
 def test_rows_that_cannot_be_read_carry_their_fault(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n{"a": 1,}\n')
-    good, bad = read(str(path))
+    good, bad = read_raw_rows(str(path))
     assert good.fault is None and bad.where == f"{path}:2"
     assert "column" in bad.fault
     path = tmp_path / "a.csv"
     path.write_text("a,b\n1,2\n1,2,3\n")
-    assert [r.fault for r in read(str(path))] == [None, "3 fields, but the header has 2"]
+    assert [r.fault for r in read_raw_rows(str(path))] == [None, "3 fields, but the header has 2"]
 
 
 def test_missing_files_name_their_neighbours(tmp_path):
     (tmp_path / "train.jsonl").write_text("{}")
     with pytest.raises(ConfigError, match=r"has train\.jsonl"):
-        read(str(tmp_path / "trian.jsonl"))
+        read_raw_rows(str(tmp_path / "trian.jsonl"))
     with pytest.raises(ConfigError, match="no data files"):
-        read(str(tmp_path / "*.parquet"))
+        read_raw_rows(str(tmp_path / "*.parquet"))
 
 
 def test_hub_names_go_through_datasets_without_remote_code(monkeypatch):
@@ -152,9 +155,9 @@ def test_hub_names_go_through_datasets_without_remote_code(monkeypatch):
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    rows = list(read("owner/name", "test[:2]", "main"))
+    rows = list(read_raw_rows("owner/name", "test[:2]", "main"))
     assert [r.value for r in rows] == ROWS
     assert rows[1].where == "owner/name[test[:2]]:2"
     assert calls == [("owner/name", "main", {"split": "test[:2]"})]
     with pytest.raises(ConfigError, match="Couldn't find 'no/such'"):
-        read("no/such")
+        read_raw_rows("no/such")

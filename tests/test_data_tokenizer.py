@@ -5,7 +5,7 @@ import tiny_tokenizer as tt
 
 from jlora.data.chat import ChatRenderer
 from jlora.data.rows import Chat
-from jlora.data.tokenizer import closing, ensure_template, load_tokenizer, opening, token_ids
+from jlora.data.tokenizer import bos_prefix, ensure_template, eos_suffix, load_tokenizer, token_ids
 from jlora.errors import ConfigError, DataError
 
 MESSAGES = [
@@ -52,9 +52,9 @@ def test_code_in_a_model_folder_does_not_run(tmp_path):
 
 def test_bos_only_where_the_tokenizer_puts_it_itself():
     plain, llama = tt.tiny_tokenizer(), tt.tiny_tokenizer(adds_bos=True)
-    assert opening(plain) == [] and opening(llama) == [llama.bos_token_id]
-    assert closing(plain) == [plain.eos_token_id]
-    assert closing(tt.tiny_tokenizer(eos_token=None)) == []
+    assert bos_prefix(plain) == [] and bos_prefix(llama) == [llama.bos_token_id]
+    assert eos_suffix(plain) == [plain.eos_token_id]
+    assert eos_suffix(tt.tiny_tokenizer(eos_token=None)) == []
     assert token_ids("a", llama) == llama("a")["input_ids"][1:]
 
 

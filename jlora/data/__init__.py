@@ -1,19 +1,12 @@
 """Rows → chat → examples → packing → order → batches. NumPy and tokenizers only, no JAX."""
 
+from jlora.data.batches import Batch, batch_at, eval_batches, prefetch
 from jlora.data.chat import ChatRenderer
-from jlora.data.classification import find_classes
-from jlora.data.loader import (
-    Batch,
-    Prepared,
-    SourceReport,
-    batch_at,
-    eval_batches,
-    prefetch,
-    prepare,
-)
+from jlora.data.labelled_texts import infer_label_names
+from jlora.data.loading import load_rows
 from jlora.data.order import Order
+from jlora.data.preparation import Prepared, SourceReport, prepare
 from jlora.data.replies import ReplyRow, reply_row, reply_rows
-from jlora.data.rows import load_rows
 from jlora.data.show import show_batch
 from jlora.data.tokenizer import ensure_template, load_tokenizer
 
@@ -27,7 +20,7 @@ __all__ = [
     "batch_at",
     "ensure_template",
     "eval_batches",
-    "find_classes",
+    "infer_label_names",
     "load_rows",
     "load_tokenizer",
     "prefetch",

@@ -20,7 +20,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jlora.data.rows import Chat, learned
+from jlora.data.rows import Chat, learned_messages
 from jlora.errors import DataError
 
 TODAY = {
@@ -43,7 +43,7 @@ FIXED_DATE = (
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedChat:
     """A text and the character spans [start, end) to learn; ``lossy`` when a reply lost words."""
 
     text: str
@@ -73,7 +73,7 @@ class ChatRenderer:
             add_generation_prompt=prompt,
         )
 
-    def __call__(self, chat: Chat) -> list[Rendered]:
+    def __call__(self, chat: Chat) -> list[RenderedChat]:
         """The text or texts of a chat with the spans of its replies.
 
         Raises:
@@ -87,17 +87,17 @@ class ChatRenderer:
             fix = "mend the row, or set data.chat_template to a template that takes it"
             raise DataError(f"the chat template refuses it: {e}", where=chat.where, fix=fix) from e
 
-    def _texts(self, chat: Chat) -> list[Rendered]:
+    def _texts(self, chat: Chat) -> list[RenderedChat]:
         chat = self.adapt(chat)
         messages, tools = chat.messages, chat.tools
-        text, turns = self.render(messages, tools), list(learned(chat))
+        text, turns = self.render(messages, tools), list(learned_messages(chat))
         ends = {len(messages): text}
         alone = [self._last_reply(messages[: i + 1], tools, chat.where, ends) for i in turns]
         spans = [self._span(text, *reply) for reply in alone]
         lossy = any(_lost(messages[i], t[s:]) for i, (t, s) in zip(turns, alone, strict=True))
         if all(spans):
-            return [Rendered(text, tuple(self._trim(text, s) for s in spans if s), lossy)]
-        return [Rendered(t, (self._trim(t, (s, len(t))),), lossy) for t, s in alone]
+            return [RenderedChat(text, tuple(self._trim(text, s) for s in spans if s), lossy)]
+        return [RenderedChat(t, (self._trim(t, (s, len(t))),), lossy) for t, s in alone]
 
     def adapt(self, chat: Chat) -> Chat:
         """The chat as the template can take it."""

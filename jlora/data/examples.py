@@ -19,27 +19,27 @@ from jaxtyping import Bool, Int32, Int64
 
 from jlora.data.chat import ChatRenderer
 from jlora.data.rows import Chat, Completion, Text
-from jlora.data.tokenizer import closing, opening, token_ids
+from jlora.data.tokenizer import bos_prefix, eos_suffix, token_ids
 from jlora.errors import DataError
 
 IGNORE = -100
 """The label of a token that is not learned (torch's ``ignore_index``)."""
 
-CHUNK = 512
+ROWS_PER_CALL = 512
 """Rows that are tokenized in one call."""
 
 
 class Piece(NamedTuple):
     """A text to tokenize.
 
-    ``spans`` None: learn all of it; ``wrapped`` in the tokenizer's bos and eos; ``cut`` into
+    ``spans`` None: learn all of it; ``add_bos_eos`` in the tokenizer's bos and eos; ``cut`` into
     windows instead of truncated.
     """
 
     where: str
     text: str
     spans: tuple[tuple[int, int], ...] | None
-    wrapped: bool = False
+    add_bos_eos: bool = False
     cut: bool = False
 
 
@@ -93,17 +93,17 @@ def encode(
     lose no target. ``progress(done, total)`` is called now and then.
     """
     counts, streams = Counts(), []
-    for at in range(0, len(rows), CHUNK):
-        found = list(pieces(rows[at : at + CHUNK], tokenizer, counts))
+    for at in range(0, len(rows), ROWS_PER_CALL):
+        found = list(pieces(rows[at : at + ROWS_PER_CALL], tokenizer, counts))
         for piece, (ids, mask) in zip(found, tokenize(found, tokenizer), strict=True):
             mask = mask if assistant_only_loss else np.ones_like(mask)
             streams.extend(_windows(ids, mask, piece, max_length, counts))
         if progress:
-            progress(min(at + CHUNK, len(rows)), len(rows))
-    return flat(streams), counts
+            progress(min(at + ROWS_PER_CALL, len(rows)), len(rows))
+    return concatenate_examples(streams), counts
 
 
-def flat(streams: list[tuple[np.ndarray, np.ndarray]]) -> Examples:
+def concatenate_examples(streams: list[tuple[np.ndarray, np.ndarray]]) -> Examples:
     """(ids, labels) of each example, one after another."""
     starts = np.zeros(len(streams) + 1, np.int64)
     np.cumsum([len(ids) for ids, _ in streams], out=starts[1:])
@@ -119,7 +119,7 @@ def pieces(
     render = ChatRenderer(tokenizer) if tokenizer.chat_template else None
     for row in rows:
         if isinstance(row, Text):
-            yield Piece(row.where, row.text, None, wrapped=True, cut=True)
+            yield Piece(row.where, row.text, None, add_bos_eos=True, cut=True)
         elif isinstance(row, Completion):
             yield _completion(row.where, row.prompt, row.completion)
         elif render is None:
@@ -133,7 +133,7 @@ def pieces(
 
 def _completion(where: str, prompt: str, completion: str) -> Piece:
     text = prompt + completion
-    return Piece(where, text, ((len(prompt), len(text)),), wrapped=True)
+    return Piece(where, text, ((len(prompt), len(text)),), add_bos_eos=True)
 
 
 def _chat(row: Chat, render: ChatRenderer, counts: Counts) -> Iterator[Piece]:
@@ -154,12 +154,12 @@ Stream = tuple[Int32[np.ndarray, " n"], Bool[np.ndarray, " n"]]
 def tokenize(found: Sequence[Piece], tokenizer: Any) -> Iterator[Stream]:
     """(ids, learned) of each piece.
 
-    Special tokens are added by ``wrapped`` alone, never by the tokenizer: a rendered template has
-    its own. A token is learned when any of its characters lies in a span.
+    Special tokens are added by ``add_bos_eos`` alone, never by the tokenizer: a rendered template
+    has its own. A token is a target if any of its characters is in a span.
     """
     if not found:
         return
-    before, after = opening(tokenizer), closing(tokenizer)
+    before, after = bos_prefix(tokenizer), eos_suffix(tokenizer)
     offsets = [None] * len(found)
     if tokenizer.is_fast:
         texts = [p.text for p in found]
@@ -170,16 +170,16 @@ def tokenize(found: Sequence[Piece], tokenizer: Any) -> Iterator[Stream]:
     else:
         encoded = [None] * len(found)
     for piece, ids, where in zip(found, encoded, offsets, strict=True):
-        mask = None if where is None else mark(np.asarray(where).reshape(-1, 2), piece)
-        ids, mask = by_segments(piece, tokenizer) if mask is None else (ids, mask)
+        mask = None if where is None else target_mask(np.asarray(where).reshape(-1, 2), piece)
+        ids, mask = encode_by_spans(piece, tokenizer) if mask is None else (ids, mask)
         ids = np.asarray(ids, np.int32)
-        if piece.wrapped:
+        if piece.add_bos_eos:
             ids = np.concatenate([before, ids, after]).astype(np.int32)
             mask = np.concatenate([[False] * len(before), mask, [True] * len(after)]).astype(bool)
         yield ids, mask
 
 
-def mark(offsets: Int64[np.ndarray, "n 2"], piece: Piece) -> Bool[np.ndarray, " n"] | None:
+def target_mask(offsets: Int64[np.ndarray, "n 2"], piece: Piece) -> Bool[np.ndarray, " n"] | None:
     """Which tokens to learn by their character ranges; None when the ranges miss a span's ends.
 
     Byte-level tokenizers may trim a leading space from a token's range, so that a token counts
@@ -198,7 +198,7 @@ def mark(offsets: Int64[np.ndarray, "n 2"], piece: Piece) -> Bool[np.ndarray, " 
     return mask
 
 
-def by_segments(piece: Piece, tokenizer: Any) -> tuple[list[int], np.ndarray]:
+def encode_by_spans(piece: Piece, tokenizer: Any) -> tuple[list[int], np.ndarray]:
     """(ids, learned) by encoding spans and what lies between them one by one.
 
     For tokenizers that do not tell the character ranges of their tokens.

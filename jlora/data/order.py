@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64
 
-EMPTY = -1
+PADDING_ROW = -1
 """Stands for a row of padding, which fills up the last batch of an epoch."""
 
 
@@ -45,11 +45,11 @@ class Order:
         return -(-self.rows_per_epoch // self.batch)
 
     def rows_at(self, step: int) -> Int64[np.ndarray, " batch"]:
-        """The rows of a step (0 is the first); EMPTY where an epoch has run out."""
+        """The rows of a step (0 is the first); PADDING_ROW where an epoch has run out."""
         epoch, k = divmod(step, self.steps_per_epoch)
         rows = epoch_rows(self.sources, self.seed, self.shuffle, epoch)
         rows = rows[k * self.batch : (k + 1) * self.batch]
-        return np.pad(rows, (0, self.batch - len(rows)), constant_values=EMPTY)
+        return np.pad(rows, (0, self.batch - len(rows)), constant_values=PADDING_ROW)
 
 
 def _given(rows: int, weight: float) -> int:

@@ -16,7 +16,7 @@ from jlora.data.examples import IGNORE, Examples
 
 
 @dataclass
-class Packed:
+class PackedRows:
     """Rows of one length; padding has id 0, label -100 and segment 0."""
 
     input_ids: Int32[np.ndarray, "rows length"]
@@ -27,7 +27,9 @@ class Packed:
         return len(self.input_ids)
 
 
-def pack(examples: Examples, length: int, *, packing: bool = True, shuffle: bool = True) -> Packed:
+def pack(
+    examples: Examples, length: int, *, packing: bool = True, shuffle: bool = True
+) -> PackedRows:
     """Rows of ``length`` tokens that hold every example exactly once.
 
     With ``shuffle`` the fullest row that still has room takes the next longest example (best-fit
@@ -81,10 +83,10 @@ def next_fit(lengths: Int64[np.ndarray, " n"], length: int) -> Int64[np.ndarray,
     return rows
 
 
-def _fill(examples: Examples, rows: Int64[np.ndarray, " n"], length: int) -> Packed:
+def _fill(examples: Examples, rows: Int64[np.ndarray, " n"], length: int) -> PackedRows:
     """Writes each example into its row, after those with a smaller number."""
     shape = (int(rows.max()) + 1 if len(rows) else 0, length)
-    packed = Packed(
+    packed = PackedRows(
         np.zeros(shape, np.int32), np.full(shape, IGNORE, np.int32), np.zeros(shape, np.int32)
     )
     filled, documents = [0] * shape[0], [0] * shape[0]

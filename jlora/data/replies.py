@@ -8,8 +8,9 @@ from typing import Any
 
 from jlora.config import DataConfig, SourceConfig
 from jlora.data.chat import ChatRenderer
-from jlora.data.rows import Chat, Completion, Row, learned, load_rows
-from jlora.data.tokenizer import ensure_template, opening, token_ids
+from jlora.data.loading import load_rows
+from jlora.data.rows import Chat, Completion, Row, learned_messages
+from jlora.data.tokenizer import bos_prefix, ensure_template, token_ids
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def reply_row(row: Row, tokenizer: Any) -> ReplyRow | None:
     ensure_template(tokenizer)
     render = ChatRenderer(tokenizer)
     row = render.adapt(row)
-    turns = list(learned(row))
+    turns = list(learned_messages(row))
     if not turns:
         return None
     prompt, reply = render.prompt(row, turns[-1]), row.messages[turns[-1]]
@@ -63,5 +64,5 @@ def reply_row(row: Row, tokenizer: Any) -> ReplyRow | None:
 
 
 def _plain(where: str, prompt: str, reply: str, tokenizer: Any) -> ReplyRow:
-    ids = opening(tokenizer) + token_ids(prompt, tokenizer)
+    ids = bos_prefix(tokenizer) + token_ids(prompt, tokenizer)
     return ReplyRow(where, tuple(ids), prompt, reply)

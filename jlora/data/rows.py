@@ -1,69 +1,34 @@
-"""Rows of any format, brought into one of four shapes: a chat, a completion, a text, a class.
+"""The four kinds of rows that every format is converted to: chat, completion, text, labelled text.
 
-====================  ===========================================================================
-format                a row
-====================  ===========================================================================
-``messages``          ``{"messages": [{"role", "content"[, "tool_calls"]}], ["tools"]}`` (OpenAI)
-``sharegpt``          ``{"conversations": [{"from", "value"}], ["system"], ["tools"]}``
-``alpaca``            ``{"instruction", "output"[, "input", "system", "history"]}``
-``prompt_completion`` ``{"prompt", "completion"}``: strings or lists of messages (TRL);
-                      also ``{"question", "answer"}``, joined by a line break
-``text``              ``{"text"}``, or a whole ``.txt`` file
-``classification``    ``{"text", "label"}``: the class as a number or a name
-====================  ===========================================================================
-
-A message of role ``assistant`` is learned, unless it has ``"weight": 0`` (OpenAI's fine-tuning
-format). A malformed row is named ``file:line`` with its cause and a remedy.
+``where`` is a row's place, ``file:line``, for error messages.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-from jlora.config import SourceConfig
-from jlora.data import sources
-from jlora.errors import DataError, did_you_mean
-
-SHOWN = 5
-"""How many bad rows an error lists."""
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool": "tool",
-}
+"""The roles of messages: OpenAI's, and ``ipython``, which Llama 3.1 uses for tool results."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation; replies of messages before ``first`` are context only.
-
-    ``plain`` is the (prompt, reply) that stands for it where a tokenizer has no chat template.
-    """
+    """A conversation in OpenAI's message format, with ``content`` always a string."""
 
     where: str
     messages: list[dict]
     tools: list | None = None
+    """Definitions of the tools that the assistant may call, as JSON schemas."""
     first: int = 0
+    """Index of the first message that may be a training target; those before it are context."""
     plain: tuple[str, str] | None = None
+    """(prompt, reply) as plain text, used if the tokenizer has no chat template."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and what follows it; only the completion is learned."""
+    """A prompt and its completion; only the completion is a training target."""
 
     where: str
     prompt: str
@@ -72,301 +37,29 @@ class Completion:
 
 @dataclass(frozen=True)
 class Text:
-    """A document, learned whole."""
+    """A document, all of which is a training target."""
 
     where: str
     text: str
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """A text and its class: the class's number, or its name."""
+class LabelledText:
+    """A text and its class, as the class's index or name."""
 
     where: str
     text: str
     label: int | str
 
 
-Row = Chat | Completion | Text | Labelled
+Row = Chat | Completion | Text | LabelledText
 
 
-class BadRow(ValueError):
-    """Why a row is malformed, and what to do about it."""
+def learned_messages(chat: Chat) -> Iterator[int]:
+    """Indices of the messages that are training targets.
 
-    def __init__(self, cause: str, fix: str | None = None):
-        super().__init__(cause)
-        self.fix = fix
-
-
-@dataclass
-class Rows:
-    """The rows of one source, and what was left out under ``on_bad_row: skip``."""
-
-    rows: list[Row] = field(default_factory=list)
-    bad: list[DataError] = field(default_factory=list)
-
-
-def load_rows(source: SourceConfig, on_bad_row: str = "error") -> Rows:
-    """All rows of a source, in file order.
-
-    Raises:
-      DataError: naming the first few bad rows and how many there are, under ``error``; or that no
-        row is good.
-      ConfigError: nothing lies at the source's path.
+    These are the assistant's, unless they have ``"weight": 0`` (OpenAI's fine-tuning format).
     """
-    normalize, result = FORMATS[source.format], Rows()
-    for raw in sources.read(source.path, source.split, source.name):
-        try:
-            if raw.fault:
-                raise BadRow(raw.fault)
-            result.rows.append(normalize(raw.where, raw.value))
-        except BadRow as e:
-            fix = e.fix or looks_like(raw.value, source.format)
-            result.bad.append(DataError(str(e), where=raw.where, fix=fix))
-    if result.bad and (on_bad_row == "error" or not result.rows):
-        raise bad_rows(result.bad, len(result.rows))
-    if not result.rows:
-        raise DataError("the split leaves no rows", where=source.path, fix="widen `split`")
-    return result
-
-
-def bad_rows(bad: list[DataError], good: int) -> DataError:
-    """One error that lists the first few bad rows of a source that has ``good`` others."""
-    lines = [f"{e.where}: {e.cause}" for e in bad[1:SHOWN]]
-    if len(bad) > SHOWN:
-        lines.append(f"… and {len(bad) - SHOWN} more")
-    count = f"\n{len(bad)} of {len(bad) + good} rows are bad" if len(bad) > 1 else ""
-    cause = "\n".join([bad[0].cause, *lines]) + count
-    skip = "set data.on_bad_row=skip to leave such rows out" if good else None
-    fix = "; ".join(f for f in (bad[0].fix, skip) if f)
-    return DataError(cause, where=bad[0].where, fix=fix or "check the source's `format`")
-
-
-def looks_like(value: Any, format: str) -> str | None:
-    """A remedy that names the format a row seems to have, or None."""
-    if not isinstance(value, Mapping):
-        return None
-    signs = {
-        "messages": {"messages"},
-        "sharegpt": {"conversations"},
-        "alpaca": {"instruction", "output"},
-        "prompt_completion": {"prompt", "completion"},
-        "text": {"text"},
-        "classification": {"text", "label"},
-    }
-    found = [name for name, keys in signs.items() if keys <= value.keys() and name != format]
-    if {"question", "answer"} <= value.keys() and format != "prompt_completion":
-        found.append("prompt_completion")
-    return f"it looks like `format: {found[0]}`" if found else None
-
-
-def _object(value: Any) -> dict:
-    """The row's own keys; the nulls that tabular files put for missing ones are left out."""
-    if not isinstance(value, Mapping):
-        raise BadRow(f"a row must be an object, not {_kind(value)}")
-    return {k: v for k, v in value.items() if v is not None}
-
-
-def _kind(value: Any) -> str:
-    names = {str: "a string", list: "a list", dict: "an object", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")
-
-
-def _field(row: Mapping, key: str, kind: Any = str, default: Any = ...) -> Any:
-    if key not in row:
-        if default is not ...:
-            return default
-        raise BadRow(f"no {key!r} (the row has {', '.join(map(repr, row)) or 'no keys'})")
-    if not isinstance(row[key], kind):
-        want = {str: "a string", list: "a list"}.get(kind, "a whole number or a string")
-        raise BadRow(f"{key!r} must be {want}, not {_kind(row[key])}")
-    return row[key]
-
-
-def from_messages(where: str, value: Any) -> Chat:
-    """``messages`` → Chat."""
-    row = _object(value)
-    return Chat(where, _messages(_field(row, "messages", list), "messages"), _tools(row))
-
-
-def _messages(value: list, key: str) -> list[dict]:
-    if not value:
-        raise BadRow(f"{key!r} is empty")
-    return [_message(m, f"{key}[{i}]") for i, m in enumerate(value)]
-
-
-def _message(value: Any, at: str) -> dict:
-    if not isinstance(value, Mapping):
-        raise BadRow(f"{at} must be an object, not {_kind(value)}")
-    message = {k: v for k, v in value.items() if v is not None}
-    role = message.get("role")
-    if role not in ROLES:
-        if role is None and {"from", "value"} <= message.keys():
-            raise BadRow(f"{at} has no 'role'", "it looks like `format: sharegpt`")
-        cause = f"{at} has the role {role!r}" if role is not None else f"{at} has no 'role'"
-        raise BadRow(cause, did_you_mean(str(role), ROLES) or f"use one of {', '.join(ROLES)}")
-    if calls := message.get("tool_calls"):
-        message["tool_calls"] = [_tool_call(c, at) for c in calls]
-    else:
-        message.pop("tool_calls", None)
-    message["content"] = _content(message, at)
-    return message
-
-
-def _content(message: dict, at: str) -> str:
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    if content is None and "tool_calls" in message:
-        return ""
-    if isinstance(content, list):
-        parts = [p for p in content if isinstance(p, Mapping) and isinstance(p.get("text"), str)]
-        if len(parts) == len(content):
-            return "".join(p["text"] for p in parts)
-        raise BadRow(f"{at} has content that is not text", "only text can be learned")
-    raise BadRow(f"{at} has no text 'content' ({_kind(content)})")
-
-
-def _tool_call(call: Any, at: str) -> dict:
-    """A call in OpenAI's shape with its arguments as an object, as chat templates want them."""
-    inner = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
-        raise BadRow(f"{at} has a tool call without a function name")
-    arguments = inner.get("arguments") or {}
-    if isinstance(arguments, str):
-        arguments = _parse(arguments, f"{at}'s tool call arguments")
-    rest = {k: v for k, v in call.items() if k == "id" and v is not None}
-    return {"type": "function", **rest, "function": {"name": inner["name"], "arguments": arguments}}
-
-
-def _tools(row: Mapping) -> list | None:
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        tools = _parse(tools, "'tools'") if tools.strip() else None
-    if tools is not None and not isinstance(tools, list):
-        raise BadRow(f"'tools' must be a list, not {_kind(tools)}")
-    return tools or None
-
-
-def _parse(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        raise BadRow(f"{what} is not valid JSON: {e.msg} at column {e.colno}") from e
-
-
-def from_sharegpt(where: str, value: Any) -> Chat:
-    """``sharegpt`` → Chat; a ``function_call`` turn becomes an assistant's tool call."""
-    row = _object(value)
-    turns = _field(row, "conversations", list)
-    if not turns:
-        raise BadRow("'conversations' is empty")
-    messages = [_turn(t, f"conversations[{i}]") for i, t in enumerate(turns)]
-    if system := _field(row, "system", str, ""):
-        messages.insert(0, {"role": "system", "content": system})
-    return Chat(where, messages, _tools(row))
-
-
-def _turn(turn: Any, at: str) -> dict:
-    if not isinstance(turn, Mapping):
-        raise BadRow(f"{at} must be an object, not {_kind(turn)}")
-    if "role" in turn and "from" not in turn:
-        return _message(turn, at)
-    speaker, text = turn.get("from"), turn.get("value")
-    if speaker not in SHAREGPT_ROLES:
-        fix = did_you_mean(str(speaker), SHAREGPT_ROLES)
-        raise BadRow(f"{at} is from {speaker!r}", fix or f"use one of {', '.join(SHAREGPT_ROLES)}")
-    if not isinstance(text, str):
-        raise BadRow(f"{at} has no text 'value' ({_kind(text)})")
-    if speaker != "function_call":
-        return {"role": SHAREGPT_ROLES[speaker], "content": text}
-    calls = _parse(text, f"{at}'s function call")
-    calls = calls if isinstance(calls, list) else [calls]
-    calls = [_tool_call(c, at) for c in calls]
-    return {"role": "assistant", "content": "", "tool_calls": calls}
-
-
-def from_alpaca(where: str, value: Any) -> Chat:
-    """``alpaca`` → Chat: instruction and input are one user turn, a blank line between them."""
-    row = _object(value)
-    task, given = _field(row, "instruction"), _field(row, "input", str, "")
-    output, system = _field(row, "output"), _field(row, "system", str, "")
-    rounds = [*_history(row), (f"{task}\n\n{given}" if given else task, output)]
-    messages = [{"role": "system", "content": system}] if system else []
-    for user, assistant in rounds:
-        messages.append({"role": "user", "content": user})
-        messages.append({"role": "assistant", "content": assistant})
-    plain = (alpaca_prompt(task, given, system, rounds[:-1]), output)
-    return Chat(where, messages, plain=plain)
-
-
-def _history(row: Mapping) -> list[tuple[str, str]]:
-    history = _field(row, "history", list, [])
-    for i, turn in enumerate(history):
-        if not (isinstance(turn, list) and [type(t) for t in turn] == [str, str]):
-            raise BadRow(f"history[{i}] must be a [user, assistant] pair of strings")
-    return [tuple(turn) for turn in history]
-
-
-def alpaca_prompt(task: str, given: str = "", system: str = "", history: Any = ()) -> str:
-    """Stanford Alpaca's prompt (github.com/tatsu-lab/stanford_alpaca), up to the reply.
-
-    ``system`` takes the place of its opening sentence; earlier rounds come as blocks of the same
-    headings.
-    """
-    paired = ", paired with an input that provides further context" if given else ""
-    system = system or (
-        f"Below is an instruction that describes a task{paired}. "
-        "Write a response that appropriately completes the request."
-    )
-    blocks = [f"### Instruction:\n{q}\n\n### Response:\n{a}" for q, a in history]
-    blocks.append(f"### Instruction:\n{task}")
-    if given:
-        blocks.append(f"### Input:\n{given}")
-    return "\n\n".join([system, *blocks, "### Response:\n"])
-
-
-def from_prompt_completion(where: str, value: Any) -> Chat | Completion:
-    """``prompt_completion`` → Completion for strings, Chat for lists of messages."""
-    row = _object(value)
-    if "prompt" not in row and {"question", "answer"} <= row.keys():
-        return Completion(where, _field(row, "question") + "\n", _field(row, "answer"))
-    prompt = row.get("prompt")
-    if not isinstance(prompt, list):
-        return Completion(where, _field(row, "prompt"), _field(row, "completion"))
-    if isinstance(row.get("completion"), str):
-        raise BadRow("'prompt' is a list of messages, but 'completion' is a string")
-    completion = _messages(_field(row, "completion", list), "completion")
-    messages = [_message(m, f"prompt[{i}]") for i, m in enumerate(prompt)]
-    return Chat(where, messages + completion, _tools(row), first=len(messages))
-
-
-def from_text(where: str, value: Any) -> Text:
-    """``text`` → Text."""
-    text = _field(_object(value), "text")
-    if not text.strip():
-        raise BadRow("'text' is empty")
-    return Text(where, text)
-
-
-def from_classification(where: str, value: Any) -> Labelled:
-    """``classification`` → Labelled."""
-    text = from_text(where, value).text
-    return Labelled(where, text, _field(_object(value), "label", int | str))
-
-
-FORMATS: dict[str, Callable[[str, Any], Row]] = {
-    "messages": from_messages,
-    "sharegpt": from_sharegpt,
-    "alpaca": from_alpaca,
-    "prompt_completion": from_prompt_completion,
-    "text": from_text,
-    "classification": from_classification,
-}
-
-
-def learned(chat: Chat) -> Iterator[int]:
-    """The numbers of the messages that a chat teaches."""
     for i, message in enumerate(chat.messages):
         if message["role"] == "assistant" and i >= chat.first and message.get("weight", 1):
             yield i

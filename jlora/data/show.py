@@ -11,8 +11,8 @@ from rich.text import Text
 
 from jlora.data.examples import IGNORE
 
-TARGET = "bold green"
-CONTEXT = "dim"
+TARGET_STYLE = "bold green"
+CONTEXT_STYLE = "dim"
 
 
 def show_batch(
@@ -38,15 +38,15 @@ def show_batch(
                 what, runs = id2label[labels[row][at][-1]], [(False, ids[row][at].tolist())]
             else:
                 what = f"{(labels[row][at] != IGNORE).sum()} targets"
-                runs = stream(ids[row][at], labels[row][at])
+                runs = target_runs(ids[row][at], labels[row][at])
             text.append(f"── {head}{what} ──\n", "bold")
             for target, run in runs:
-                text.append(tokenizer.decode(run), TARGET if target else CONTEXT)
+                text.append(tokenizer.decode(run), TARGET_STYLE if target else CONTEXT_STYLE)
             text.append("\n")
     return text
 
 
-def stream(ids: np.ndarray, labels: np.ndarray) -> list[tuple[bool, list[int]]]:
+def target_runs(ids: np.ndarray, labels: np.ndarray) -> list[tuple[bool, list[int]]]:
     """Runs of (learned, token ids) of a document, its last target included."""
     tokens, learned = ids.tolist(), [False, *(labels != IGNORE).tolist()]
     tokens.append(int(labels[-1]))

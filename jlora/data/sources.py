@@ -22,7 +22,7 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 """What a data file's name may end with."""
 
 
-class Raw(NamedTuple):
+class RawRow(NamedTuple):
     """One row as it stands in its file; ``fault`` says why it could not be read at all."""
 
     where: str
@@ -30,7 +30,7 @@ class Raw(NamedTuple):
     fault: str | None = None
 
 
-def read(path: str, split: str | None = None, name: str | None = None) -> Iterator[Raw]:
+def read_raw_rows(path: str, split: str | None = None, name: str | None = None) -> Iterator[RawRow]:
     """The raw rows of a source in file order.
 
     Args:
@@ -43,14 +43,14 @@ def read(path: str, split: str | None = None, name: str | None = None) -> Iterat
       ConfigError: nothing lies at ``path`` or the hub does not know it.
       DataError: a file is empty or damaged.
     """
-    files = find(path)
+    files = find_files(path)
     if files is None:
         return hub_rows(path, split, name)
     rows = (row for file in files for row in read_file(file))
-    return take(rows, split) if split and split != "train" else rows
+    return slice_rows(rows, split) if split and split != "train" else rows
 
 
-def find(path: str) -> list[Path] | None:
+def find_files(path: str) -> list[Path] | None:
     """The local files that ``path`` stands for; None when it can only be a hub name."""
     place = Path(path).expanduser()
     if place.is_file():
@@ -82,7 +82,7 @@ def _siblings(place: Path) -> str:
     return f"{folder} has {', '.join(close)}" if close else f"look into {folder}"
 
 
-def read_file(file: Path) -> Iterator[Raw]:
+def read_file(file: Path) -> Iterator[RawRow]:
     """The raw rows of one local file; at least one, or DataError."""
     readers = {
         ".json": _json,
@@ -123,16 +123,16 @@ def _line_of_byte(file: Path, error: UnicodeDecodeError) -> int:
     return 1
 
 
-def _json_lines(file: Path) -> Iterator[Raw]:
+def _json_lines(file: Path) -> Iterator[RawRow]:
     with file.open(encoding="utf-8-sig", newline="\n") as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
             where = f"{file}:{number}"
             try:
-                yield Raw(where, json.loads(line))
+                yield RawRow(where, json.loads(line))
             except (json.JSONDecodeError, RecursionError) as e:
-                yield Raw(where, None, f"not valid JSON: {_reason(e)}")
+                yield RawRow(where, None, f"not valid JSON: {_reason(e)}")
 
 
 def _reason(error: Exception) -> str:
@@ -141,7 +141,7 @@ def _reason(error: Exception) -> str:
     return "nested too deeply"
 
 
-def _json(file: Path) -> Iterator[Raw]:
+def _json(file: Path) -> Iterator[RawRow]:
     """A JSON array of rows; a ``.json`` file that begins otherwise is read as JSON lines."""
     text = file.read_text(encoding="utf-8-sig")
     decoder = json.JSONDecoder()
@@ -160,7 +160,7 @@ def _json(file: Path) -> Iterator[Raw]:
         except (json.JSONDecodeError, RecursionError) as e:
             at_line = getattr(e, "lineno", line)
             raise _damaged(f"{file}:{at_line}", f"not valid JSON: {_reason(e)}") from e
-        yield Raw(f"{file}:{line}", value)
+        yield RawRow(f"{file}:{line}", value)
         at, separator = _skip_space(text, at), ","
     if text[at : at + 1] != "]":
         line += text.count("\n", counted, at)
@@ -173,7 +173,7 @@ def _skip_space(text: str, at: int) -> int:
     return at
 
 
-def _one_object(file: Path, text: str) -> Iterator[Raw]:
+def _one_object(file: Path, text: str) -> Iterator[RawRow]:
     """JSON lines under the name ``.json``, or one object that is not a list of rows."""
     try:
         value = json.loads(text)
@@ -183,14 +183,14 @@ def _one_object(file: Path, text: str) -> Iterator[Raw]:
     if lists and len(value) <= 2 and "messages" not in value and "conversations" not in value:
         fix = f"write the list under {lists[0]!r} alone, or one row a line (.jsonl)"
         raise DataError("one JSON object, not a list of rows", where=str(file), fix=fix)
-    return iter([Raw(f"{file}:1", value)])
+    return iter([RawRow(f"{file}:1", value)])
 
 
 def _damaged(where: str, cause: str) -> DataError:
     return DataError(cause, where=where, fix="mend the file, or write one row a line (.jsonl)")
 
 
-def _csv(file: Path) -> Iterator[Raw]:
+def _csv(file: Path) -> Iterator[RawRow]:
     csv.field_size_limit(2**31 - 1)
     with file.open(encoding="utf-8-sig", newline="") as f:
         reader = csv.reader(f, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
@@ -201,14 +201,14 @@ def _csv(file: Path) -> Iterator[Raw]:
                 where, start = f"{file}:{start}", reader.line_num + 1
                 if values and header and len(values) != len(header):
                     fault = f"{len(values)} fields, but the header has {len(header)}"
-                    yield Raw(where, None, fault)
+                    yield RawRow(where, None, fault)
                 elif values:
-                    yield Raw(where, dict(zip(header or (), values, strict=True)))
+                    yield RawRow(where, dict(zip(header or (), values, strict=True)))
         except csv.Error as e:
             raise _damaged(f"{file}:{reader.line_num}", f"not valid CSV: {e}") from e
 
 
-def _parquet(file: Path) -> Iterator[Raw]:
+def _parquet(file: Path) -> Iterator[RawRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -217,20 +217,20 @@ def _parquet(file: Path) -> Iterator[Raw]:
         with pyarrow.parquet.ParquetFile(file) as table:
             for batch in table.iter_batches(batch_size=1024):
                 for value in batch.to_pylist():
-                    yield Raw(f"{file}:{number + 1}", value)
+                    yield RawRow(f"{file}:{number + 1}", value)
                     number += 1
     except pyarrow.ArrowException as e:
         fix = "write the file anew"
         raise DataError(f"damaged parquet file: {e}", where=str(file), fix=fix) from e
 
 
-def _txt(file: Path) -> Iterator[Raw]:
+def _txt(file: Path) -> Iterator[RawRow]:
     text = file.read_text(encoding="utf-8-sig")
     if text.strip():
-        yield Raw(f"{file}:1", {"text": text})
+        yield RawRow(f"{file}:1", {"text": text})
 
 
-def hub_rows(path: str, split: str | None, name: str | None) -> Iterator[Raw]:
+def hub_rows(path: str, split: str | None, name: str | None) -> Iterator[RawRow]:
     """The rows of a data set on the hub (or in its local cache), through ``datasets``."""
     import datasets
 
@@ -243,14 +243,14 @@ def hub_rows(path: str, split: str | None, name: str | None) -> Iterator[Raw]:
         raise ConfigError(cause, where=f"{path}[{split}]", fix=fix) from e
     if not len(table):
         raise DataError("the data set holds no rows", where=f"{path}[{split}]")
-    return (Raw(f"{path}[{split}]:{i}", value) for i, value in enumerate(table, 1))
+    return (RawRow(f"{path}[{split}]:{i}", value) for i, value in enumerate(table, 1))
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def take(rows: Iterable[Raw], split: str) -> Iterator[Raw]:
+def slice_rows(rows: Iterable[RawRow], split: str) -> Iterator[RawRow]:
     """The slice of local rows that ``name[from:to]`` names; bounds are rows or percent."""
     match = re.fullmatch(r"\w*\[(-?\d+%?)?:(-?\d+%?)?\]", split)
     if match is None:

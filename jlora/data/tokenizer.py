@@ -65,14 +65,14 @@ def read_template(path: str) -> str:
         raise ConfigError(f"no chat template here: {e}", where=path, fix=fix) from e
 
 
-def opening(tokenizer: Any) -> list[int]:
+def bos_prefix(tokenizer: Any) -> list[int]:
     """What the tokenizer itself puts before a text: ``[bos]`` for Llama, ``[]`` for GPT-2."""
     bos = tokenizer.bos_token_id
     ids = tokenizer("a")["input_ids"]
     return [bos] if bos is not None and ids[:1] == [bos] and len(ids) > 1 else []
 
 
-def closing(tokenizer: Any) -> list[int]:
+def eos_suffix(tokenizer: Any) -> list[int]:
     """``[eos]``, or ``[]`` where the tokenizer has none."""
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
@@ -85,7 +85,7 @@ def ensure_template(tokenizer: Any) -> bool:
     """
     if tokenizer.chat_template:
         return False
-    bos = "{{- bos_token -}}\n" if opening(tokenizer) else ""
+    bos = "{{- bos_token -}}\n" if bos_prefix(tokenizer) else ""
     tokenizer.chat_template = bos + PLAIN_TEMPLATE
     return True
 

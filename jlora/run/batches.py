@@ -1,6 +1,6 @@
-"""Batches on the devices: every process makes a whole batch and keeps the part that it owns.
+"""Batches on the devices: each process makes the whole batch and places the part it owns.
 
-Whether the rows fit the model, and are the same in all processes, is checked before the first one.
+Before the first one it is checked that the rows fit the model and are the same in all processes.
 """
 
 from __future__ import annotations
@@ -17,60 +17,71 @@ from jlora.config import Config
 from jlora.distributed import sharding
 from jlora.errors import ConfigError, DataError
 from jlora.run.job import Job
-from jlora.run.progress import Plan
+from jlora.run.step_counts import StepCounts
 
-Batch = dict[str, jax.Array]
+DeviceBatch = dict[str, jax.Array]
 
 
-def prepare(config: Config, tokenizer: Any, role: Literal["train", "eval"]) -> data.Prepared:
+def prepare_rows(config: Config, tokenizer: Any, role: Literal["train", "eval"]) -> data.Prepared:
     """The rows of ``data.train`` or ``data.eval``, tokenized and packed."""
     sources, names = getattr(config.data, role), config.model.id2label or ()
     return data.prepare(sources, tokenizer, config.data, role, id2label=names)
 
 
-def parts(rows: data.Prepared, adapters: Sequence[str]) -> list[data.Prepared]:
-    """The rows of each of several adapters that are trained together; else all rows."""
-    return [rows.of(adapter) for adapter in adapters] or [rows]
+def rows_per_adapter(rows: data.Prepared, adapters: Sequence[str]) -> list[data.Prepared]:
+    """The rows of each adapter of a multi-adapter run; else all rows, as the only entry."""
+    return [rows.for_adapter(adapter) for adapter in adapters] or [rows]
 
 
-def plan_of(config: Config, mesh: jax.sharding.Mesh, rows: data.Prepared) -> Plan:
-    """The numbers of a run on these rows; of several adapters the longest epoch counts."""
-    own = parts(rows, config.adapters)
-    return Plan.of(config, mesh, lambda n: max(p.order(n, 0).steps_per_epoch for p in own))
+def count_steps(config: Config, mesh: jax.sharding.Mesh, rows: data.Prepared) -> StepCounts:
+    """The counts of a run on these rows; in a multi-adapter run the longest epoch counts."""
+    parts = rows_per_adapter(rows, config.adapters)
+    return StepCounts.of(config, mesh, lambda n: max(p.order(n, 0).steps_per_epoch for p in parts))
 
 
-def batch_at(
+def make_batch_at(
     mesh: jax.sharding.Mesh, rows: data.Prepared, order: data.Order, accumulation: int
-) -> Callable[[int], Batch]:
-    """Step → its batch (accumulation, B, T), rows split over the mesh's ``data`` and ``fsdp``."""
+) -> Callable[[int], DeviceBatch]:
+    """Step → its batch (accumulation, B, T), with B split over ``data`` and ``fsdp``."""
     target = sharding.batch_sharding(mesh)
 
-    def at(step: int) -> Batch:
+    def batch_at(step: int) -> DeviceBatch:
         batch = data.batch_at(rows, order, step, accumulation)
         return {name: sharding.place(array, target) for name, array in batch.items()}
 
-    return at
+    return batch_at
 
 
-def batches_at(
+def make_multi_adapter_batch_at(
     mesh: jax.sharding.Mesh,
     parts: Sequence[tuple[data.Prepared, data.Order]],
     accumulation: int,
-) -> Callable[[int], Batch]:
-    """``batch_at`` of several adapters, each with its rows: (adapters, accumulation, B, T)."""
+) -> Callable[[int], DeviceBatch]:
+    """Step → the batches of all adapters, each of its own rows: (adapters, accumulation, B, T)."""
     target = sharding.batch_sharding(mesh, multi_adapter=True)
 
-    def at(step: int) -> Batch:
-        each = [data.batch_at(rows, order, step, accumulation) for rows, order in parts]
+    def batch_at(step: int) -> DeviceBatch:
+        batches = [data.batch_at(rows, order, step, accumulation) for rows, order in parts]
         return {
-            name: sharding.place(np.stack([one[name] for one in each]), target) for name in each[0]
+            name: sharding.place(np.stack([batch[name] for batch in batches]), target)
+            for name in batches[0]
         }
 
-    return at
+    return batch_at
 
 
-def check_fit(job: Job, rows: data.Prepared) -> None:
-    """Raises when rows hold ids that the model has no embedding for, or are too long for it."""
+def eval_device_batches(
+    mesh: jax.sharding.Mesh, rows: data.Prepared, size: int
+) -> Iterator[DeviceBatch]:
+    """All held-out rows in batches (B, T) of one shape, the last one filled up with padding."""
+    spec = jax.sharding.PartitionSpec(*sharding.batch_sharding(mesh).spec[1:])
+    target = jax.sharding.NamedSharding(mesh, spec)
+    for batch in data.eval_batches(rows, size):
+        yield {name: sharding.place(array[0], target) for name, array in batch.items()}
+
+
+def check_rows_fit(job: Job, rows: data.Prepared) -> None:
+    """Raises if rows hold tokens that the model has no embedding for, or are too long for it."""
     largest, size = int(rows.packed.input_ids.max()), job.model.config.vocab_size
     if largest >= size:
         raise DataError(
@@ -87,24 +98,16 @@ def check_fit(job: Job, rows: data.Prepared) -> None:
         )
 
 
-def check_same(rows: data.Prepared, what: str) -> None:
-    """Raises DataError when the processes of a run have read different rows."""
+def check_same_rows(rows: data.Prepared, key: str) -> None:
+    """Raises DataError, naming the setting ``key``, if processes of a run read different rows."""
     if jax.process_count() == 1:
         return
     digest = np.frombuffer(bytes.fromhex(rows.fingerprint), np.uint8)
-    everyone = multihost_utils.process_allgather(digest)
-    others = [i for i, one in enumerate(everyone) if not np.array_equal(one, everyone[0])]
-    if others:
+    digests = multihost_utils.process_allgather(digest)
+    different = [i for i, other in enumerate(digests) if not np.array_equal(other, digests[0])]
+    if different:
         raise DataError(
-            f"processes {', '.join(map(str, others))} have read other rows than process 0",
-            where=what,
+            f"processes {', '.join(map(str, different))} have read other rows than process 0",
+            where=key,
             fix="give every host the same files and the same settings",
         )
-
-
-def eval_batches(mesh: jax.sharding.Mesh, rows: data.Prepared, size: int) -> Iterator[Batch]:
-    """All held-out rows in batches (B, T) of one shape, the last one filled up with padding."""
-    spec = jax.sharding.PartitionSpec(*sharding.batch_sharding(mesh).spec[1:])
-    target = jax.sharding.NamedSharding(mesh, spec)
-    for batch in data.eval_batches(rows, size):
-        yield {name: sharding.place(array[0], target) for name, array in batch.items()}

@@ -9,7 +9,7 @@ import jax
 
 from jlora.config import Config, TrainConfig, in_lines
 from jlora.data import Prepared
-from jlora.data.classification import listed
+from jlora.data.labelled_texts import first_ten
 from jlora.distributed import sharding
 from jlora.distributed.devices import describe_devices
 from jlora.lora.targets import match_table
@@ -83,7 +83,8 @@ def attention_text(model: Model, platform: str, length: int) -> str:
         segments=True,
         softcap=model.config.attention_softcap is not None,
         sinks=model.config.sinks,
-        capability=cudnn.capability(),
+        capability=model.gpu_capability or cudnn.capability(),
+        gpu_is_absent=model.gpu_capability is not None,
     )
     platform = "cuda" if platform == "gpu" else platform
     return ": ".join(choose(platform, case, model.attention))
@@ -99,7 +100,7 @@ def _model(job: Job, length: int) -> Mapping[str, Any]:
     if job.adapters:
         rows["adapters"] = f"{', '.join(job.adapters)} (trained together, each on its own rows)"
     if names := config.model.id2label:
-        rows["classes"] = f"{len(names)}: {listed(names)}"
+        rows["classes"] = f"{len(names)}: {first_ten(names)}"
     if job.model.config.prequantized and "quantization" in rows:
         rows["quantization"] += " (the base model is already quantized)"
     return rows

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from jlora.config import Config
-from jlora.data import find_classes, load_rows
-from jlora.data.rows import Labelled
+from jlora.data import infer_label_names, load_rows
+from jlora.data.rows import LabelledText
 from jlora.io.hf import read_model
 from jlora.io.hf.folder import CONFIG_FILES, find_folder
 from jlora.models import as_classifier
@@ -20,7 +20,7 @@ def with_label_names(config: Config) -> tuple[Config, str]:
 
     Raises:
       ConfigError: the number of classes found is not ``model.num_labels``.
-      DataError: the rows' labels are not classes (see ``find_classes``).
+      DataError: the rows' labels are not classes (see ``infer_label_names``).
     """
     if not config.is_classification:
         return config, ""
@@ -37,8 +37,8 @@ def with_label_names(config: Config) -> tuple[Config, str]:
             row
             for source in config.data.train
             for row in load_rows(source, config.data.on_bad_row).rows
-            if isinstance(row, Labelled)
+            if isinstance(row, LabelledText)
         )
-        names, origin = find_classes(rows, model.num_labels), "the training rows"
+        names, origin = infer_label_names(rows, model.num_labels), "the training rows"
     filled = dataclasses.replace(model, id2label=tuple(names), num_labels=len(names))
     return dataclasses.replace(config, model=filled), origin

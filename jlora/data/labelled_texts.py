@@ -1,4 +1,4 @@
-"""Labelled texts into token ids, and what their labels mean.
+"""LabelledText texts into token ids, and what their labels mean.
 
 A text becomes the tokens that its tokenizer makes of it, with the tokenizer's own special tokens,
 cut at ``max_length``. Its class is the label of its last token, which is what transformers'
@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from jlora.data.examples import CHUNK, IGNORE, Counts, Examples, flat
-from jlora.data.rows import Labelled
+from jlora.data.examples import IGNORE, ROWS_PER_CALL, Counts, Examples, concatenate_examples
+from jlora.data.rows import LabelledText
 from jlora.errors import ConfigError, DataError, did_you_mean
 
 
 def encode_labelled(
-    rows: Sequence[Labelled],
+    rows: Sequence[LabelledText],
     tokenizer: Any,
     max_length: int,
     id2label: Sequence[str],
@@ -33,15 +33,15 @@ def encode_labelled(
     which some tokenizers add, are left out: transformers does not look at them.
     """
     counts, streams = Counts(), []
-    for at in range(0, len(rows), CHUNK):
-        chunk = rows[at : at + CHUNK]
+    for at in range(0, len(rows), ROWS_PER_CALL):
+        chunk = rows[at : at + ROWS_PER_CALL]
         texts = [row.text for row in chunk]
         cut = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
         # Last, as a tokenizer is saved with the truncation that it was last used with.
         whole = tokenizer(texts, verbose=False)["input_ids"]
         for row, ids, uncut in zip(chunk, cut, whole, strict=True):
             try:
-                label = class_of(row, id2label)
+                label = label_id(row, id2label)
             except DataError as error:
                 counts.bad.append(error)
                 continue
@@ -57,10 +57,10 @@ def encode_labelled(
             streams.append((ids, labels))
         if progress:
             progress(at + len(chunk), len(rows))
-    return flat(streams), counts
+    return concatenate_examples(streams), counts
 
 
-def class_of(row: Labelled, id2label: Sequence[str]) -> int:
+def label_id(row: LabelledText, id2label: Sequence[str]) -> int:
     """The number of a row's class; DataError when its label is none of ``id2label``."""
     if row.label in id2label:
         return id2label.index(str(row.label))
@@ -68,20 +68,22 @@ def class_of(row: Labelled, id2label: Sequence[str]) -> int:
     if number is not None and 0 <= number < len(id2label):
         return number
     raise DataError(
-        f"its label {row.label!r} is none of the {len(id2label)} classes: {listed(id2label)}",
+        f"its label {row.label!r} is none of the {len(id2label)} classes: {first_ten(id2label)}",
         where=row.where,
         fix=did_you_mean(str(row.label), id2label) or "mend the row, or set model.id2label",
     )
 
 
-def find_classes(rows: Iterable[Labelled], num_labels: int | None = None) -> tuple[str, ...]:
+def infer_label_names(
+    rows: Iterable[LabelledText], num_labels: int | None = None
+) -> tuple[str, ...]:
     """The names of the classes in some rows: sorted, or ``LABEL_0`` … where labels are numbers.
 
     Raises:
       DataError: labels are numbers in some rows and names in others, numbers with gaps, or all one.
       ConfigError: there are not ``num_labels`` names.
     """
-    first: dict[int | str, Labelled] = {}
+    first: dict[int | str, LabelledText] = {}
     for row in rows:
         first.setdefault(row.label, row)
     numbers = {_number(label) for label in first}
@@ -94,7 +96,7 @@ def find_classes(rows: Iterable[Labelled], num_labels: int | None = None) -> tup
     names = tuple(sorted(map(str, first)))
     if num_labels not in (None, len(names)):
         raise ConfigError(
-            f"is {num_labels}, but the rows have {len(names)} labels: {listed(names)}",
+            f"is {num_labels}, but the rows have {len(names)} labels: {first_ten(names)}",
             where="model.num_labels",
             fix="leave it out, or list the names of all classes in model.id2label",
         )
@@ -103,21 +105,21 @@ def find_classes(rows: Iterable[Labelled], num_labels: int | None = None) -> tup
 
 
 def _numbered(
-    numbers: Sequence[int], first: Mapping[int | str, Labelled], num_labels: int | None
+    numbers: Sequence[int], first: Mapping[int | str, LabelledText], num_labels: int | None
 ) -> tuple[str, ...]:
     """Names for numbers: as many as ``num_labels``, or as there are, which must have no gaps."""
     if num_labels is None:
         _check_several(numbers, first)
         if list(numbers) != list(range(len(numbers))):
             raise DataError(
-                f"the labels are {listed(numbers)}: not numbers from 0 on, without gaps",
+                f"the labels are {first_ten(numbers)}: not numbers from 0 on, without gaps",
                 where=next(iter(first.values())).where,
                 fix="number the classes from 0, or set model.num_labels",
             )
     return tuple(f"LABEL_{i}" for i in range(num_labels or len(numbers)))
 
 
-def _check_several(labels: Sequence[Any], first: Mapping[int | str, Labelled]) -> None:
+def _check_several(labels: Sequence[Any], first: Mapping[int | str, LabelledText]) -> None:
     if len(labels) == 1:
         cause, where = f"every row has the label {labels[0]!r}", next(iter(first.values())).where
         raise DataError(cause, where=where, fix="give rows of two classes or more")
@@ -130,6 +132,6 @@ def _number(label: int | str) -> int | None:
     return int(label) if label.isdecimal() else None
 
 
-def listed(labels: Sequence[Any]) -> str:
+def first_ten(labels: Sequence[Any]) -> str:
     """The first ten, for people."""
     return ", ".join(map(str, labels[:10])) + (", …" if labels[10:] else "")

@@ -8,9 +8,10 @@ import pytest
 import tiny_tokenizer as tt
 
 from jlora.config import DataConfig, SourceConfig
-from jlora.data import loader
+from jlora.data import batches
+from jlora.data.batches import batch_at, eval_batches, prefetch
 from jlora.data.examples import IGNORE
-from jlora.data.loader import batch_at, eval_batches, prefetch, prepare
+from jlora.data.preparation import prepare
 from jlora.errors import DataError
 
 
@@ -227,7 +228,7 @@ def test_progress(tmp_path):
 
 
 def test_no_jax_is_needed():
-    assert "jax" not in vars(loader)
+    assert "jax" not in vars(batches)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
-"""Formats into shapes, and what is said about malformed rows."""
+"""Rows of every format, and the errors for malformed ones."""
 
 import json
 
 import pytest
 
 from jlora.config import SourceConfig
-from jlora.data.rows import FORMATS, Chat, Completion, Text, alpaca_prompt, learned, load_rows
+from jlora.data.formats import FORMATS, alpaca_prompt
+from jlora.data.loading import load_rows
+from jlora.data.rows import Chat, Completion, Text, learned_messages
 from jlora.errors import DataError
 
 USER = {"role": "user", "content": "hi"}
@@ -80,7 +82,7 @@ def test_prompt_completion():
     assert make("x:1", {"question": "a", "answer": "b"}) == Completion("x:1", "a\n", "b")
     chat = make("x:1", {"prompt": [USER, REPLY, USER], "completion": [REPLY]})
     assert chat == Chat("x:1", [USER, REPLY, USER, REPLY], first=3)
-    assert list(learned(chat)) == [3]
+    assert list(learned_messages(chat)) == [3]
 
 
 def test_text():
@@ -89,7 +91,7 @@ def test_text():
 
 def test_weight_zero_is_context():
     quiet = {**REPLY, "weight": 0}
-    assert list(learned(Chat("x:1", [USER, quiet, USER, REPLY]))) == [3]
+    assert list(learned_messages(Chat("x:1", [USER, quiet, USER, REPLY]))) == [3]
 
 
 BAD = [
@@ -161,7 +163,7 @@ def test_skipping_every_row_is_an_error(tmp_path):
 
 
 def test_a_split_may_not_be_empty(tmp_path):
-    with pytest.raises(DataError, match="leaves no rows"):
+    with pytest.raises(DataError, match="selects no rows"):
         load_rows(source(tmp_path, [{"messages": [USER, REPLY]}], split="train[1:]"))
 
 

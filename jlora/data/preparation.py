@@ -1,34 +1,25 @@
-"""Sources into batches: prepared once, then any step's batch is a lookup.
-
-A batch is a dict of int32 arrays (accum, B, T): ``input_ids``; ``labels``, already shifted (a class
-is at the last token), -100 where nothing is learned; ``positions``, restarting in each document;
-``segment_ids``, 0 for padding. Its shape never changes: an epoch's last batch is filled up with
-rows of padding.
-"""
+"""Sources into packed rows: read, rendered, tokenized and packed once, before the first step."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
 
 from jlora.config import DataConfig, SourceConfig
-from jlora.data.classification import encode_labelled
 from jlora.data.examples import IGNORE, Counts, Examples, encode
-from jlora.data.order import EMPTY, Order
-from jlora.data.packing import Packed, pack, positions
-from jlora.data.rows import Chat, Labelled, Rows, bad_rows, load_rows
+from jlora.data.labelled_texts import encode_labelled
+from jlora.data.loading import LoadedRows, bad_rows_error, load_rows
+from jlora.data.order import Order
+from jlora.data.packing import PackedRows, pack
+from jlora.data.rows import Chat, LabelledText
 from jlora.data.tokenizer import ensure_template
 from jlora.errors import DataError
 
-Batch = dict[str, Int32[np.ndarray, "accum batch length"]]
-Progress = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, int, int], None]
 """Called with a source's path, the rows tokenized so far, and how many there are."""
 
 
@@ -59,9 +50,9 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Packed rows of all sources, source after source, and what there is to say about them."""
+    """PackedRows rows of all sources, source after source, and what there is to say about them."""
 
-    packed: Packed
+    packed: PackedRows
     sources: tuple[SourceReport, ...]
     warnings: tuple[str, ...]
     fingerprint: str
@@ -87,11 +78,11 @@ class Prepared:
         """The share of the rows' tokens that is not padding."""
         return self.tokens / self.packed.input_ids.size
 
-    def of(self, adapter: str) -> Prepared:
+    def for_adapter(self, adapter: str) -> Prepared:
         """The rows of one of several adapters, numbered and ordered as if there were no others."""
         sizes = [s.packed_rows for s in self.sources]
         own = np.repeat([s.adapter == adapter for s in self.sources], sizes)
-        packed = Packed(*(array[own] for array in _arrays(self.packed)))
+        packed = PackedRows(*(array[own] for array in _arrays(self.packed)))
         return replace(
             self, packed=packed, sources=tuple(s for s in self.sources if s.adapter == adapter)
         )
@@ -107,7 +98,7 @@ def prepare(
     tokenizer: Any,
     config: DataConfig,
     role: str = "train",
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     id2label: Sequence[str] = (),
 ) -> Prepared:
     """Reads, renders, tokenizes and packs sources.
@@ -136,23 +127,25 @@ def prepare(
     shuffle = config.shuffle or role == "eval"
     parts = [pack(e, length, packing=packing, shuffle=shuffle) for e, _ in encoded]
     reports = tuple(map(_report, sources, loaded, encoded, parts))
-    packed = Packed(*(np.concatenate(arrays) for arrays in zip(*map(_arrays, parts), strict=True)))
+    packed = PackedRows(
+        *(np.concatenate(arrays) for arrays in zip(*map(_arrays, parts), strict=True))
+    )
     warnings += _warnings(reports, packed, tokenizer, config)
     return Prepared(packed, reports, tuple(warnings), _digest(packed, reports))
 
 
 def _encode(
-    rows: Rows, tokenizer: Any, config: DataConfig, id2label: Sequence[str], progress: Any
+    rows: LoadedRows, tokenizer: Any, config: DataConfig, id2label: Sequence[str], progress: Any
 ) -> tuple[Examples, Counts]:
     """The examples of a source, whose rows are all labelled or all not."""
-    texts = [row for row in rows.rows if not isinstance(row, Labelled)]
+    texts = [row for row in rows.rows if not isinstance(row, LabelledText)]
     if texts:
         return encode(texts, tokenizer, config.max_length, config.assistant_only_loss, progress)
-    labelled = [row for row in rows.rows if isinstance(row, Labelled)]
+    labelled = [row for row in rows.rows if isinstance(row, LabelledText)]
     return encode_labelled(labelled, tokenizer, config.max_length, id2label, progress)
 
 
-def _arrays(packed: Packed) -> tuple[np.ndarray, ...]:
+def _arrays(packed: PackedRows) -> tuple[np.ndarray, ...]:
     return packed.input_ids, packed.labels, packed.segment_ids
 
 
@@ -163,7 +156,7 @@ def row_length(examples: Iterable[Examples], config: DataConfig) -> int:
     return min(-(-longest // step) * step, config.max_length)
 
 
-def _templates(loaded: Sequence[Rows], tokenizer: Any) -> list[str]:
+def _templates(loaded: Sequence[LoadedRows], tokenizer: Any) -> list[str]:
     chats = any(isinstance(r, Chat) and r.plain is None for rows in loaded for r in rows.rows)
     if chats and ensure_template(tokenizer):
         return [
@@ -174,12 +167,12 @@ def _templates(loaded: Sequence[Rows], tokenizer: Any) -> list[str]:
 
 
 def _check(
-    source: SourceConfig, rows: Rows, examples: Examples, counts: Counts, config: DataConfig
+    source: SourceConfig, rows: LoadedRows, examples: Examples, counts: Counts, config: DataConfig
 ) -> None:
     """Bad rows that only the template shows, and sources that teach nothing."""
     good = len(rows.rows) - len(counts.bad)
     if counts.bad and (config.on_bad_row == "error" or not good):
-        raise bad_rows(counts.bad, good)
+        raise bad_rows_error(counts.bad, good)
     if not len(examples):
         cause = (
             f"no token is to be learned in any of its {len(rows.rows)} rows "
@@ -190,7 +183,7 @@ def _check(
 
 
 def _report(
-    source: SourceConfig, rows: Rows, encoded: tuple[Examples, Counts], packed: Packed
+    source: SourceConfig, rows: LoadedRows, encoded: tuple[Examples, Counts], packed: PackedRows
 ) -> SourceReport:
     examples, counts = encoded
     bad = rows.bad + counts.bad
@@ -214,7 +207,7 @@ def _report(
 
 
 def _warnings(
-    reports: Sequence[SourceReport], packed: Packed, tokenizer: Any, config: DataConfig
+    reports: Sequence[SourceReport], packed: PackedRows, tokenizer: Any, config: DataConfig
 ) -> list[str]:
     said = []
     for r in reports:
@@ -238,59 +231,10 @@ def _warnings(
     return said
 
 
-def _digest(packed: Packed, reports: Sequence[SourceReport]) -> str:
+def _digest(packed: PackedRows, reports: Sequence[SourceReport]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     sizes = [(r.packed_rows, r.weight, *([r.adapter] if r.adapter else [])) for r in reports]
     digest.update(repr([packed.input_ids.shape, *sizes]).encode())
     for array in _arrays(packed):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-def batch_at(prepared: Prepared, order: Order, step: int, accum: int = 1) -> Batch:
-    """The batch of a step (0 is the first): ``order.batch`` rows as (accum, B, T).
-
-    Raises:
-      ValueError: the rows do not divide by ``accum``.
-    """
-    if order.batch % accum:
-        raise ValueError(f"{order.batch} rows do not divide by {accum}")
-    return gather(prepared.packed, order.rows_at(step).reshape(accum, -1))
-
-
-def gather(packed: Packed, rows: np.ndarray) -> Batch:
-    """The named rows as a batch; EMPTY gives a row of padding."""
-    real = (rows != EMPTY)[..., None]
-    at = np.where(rows == EMPTY, 0, rows)
-    segment_ids = np.where(real, packed.segment_ids[at], 0).astype(np.int32)
-    return {
-        "input_ids": np.where(real, packed.input_ids[at], 0).astype(np.int32),
-        "labels": np.where(real, packed.labels[at], IGNORE).astype(np.int32),
-        "positions": positions(segment_ids),
-        "segment_ids": segment_ids,
-    }
-
-
-def eval_batches(prepared: Prepared, batch: int) -> Iterator[Batch]:
-    """Every row once, in order, as batches (1, B, T); weights do not count."""
-    order = Order(((len(prepared.packed), 1.0),), batch, shuffle=False)
-    return prefetch(lambda step: batch_at(prepared, order, step), range(order.steps_per_epoch))
-
-
-def prefetch(make: Callable[[int], Any], steps: Iterable[int], depth: int = 2) -> Iterator[Any]:
-    """``make(step)`` for each step, up to ``depth`` of them ahead of the consumer.
-
-    An exception of ``make`` is raised where its result would have been yielded.
-    """
-    with ThreadPoolExecutor(1, "jlora-data") as pool:
-        ahead: deque = deque()
-        try:
-            for step in steps:
-                ahead.append(pool.submit(make, step))
-                if len(ahead) > depth:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()

@@ -1,4 +1,4 @@
-"""Labelled texts into tokens, against the tokenizer's own; and which classes some rows have."""
+"""LabelledText texts into tokens, against the tokenizer's own; and which classes some rows have."""
 
 import json
 
@@ -7,19 +7,19 @@ import pytest
 import tiny_tokenizer as tt
 
 from jlora.config import DataConfig, SourceConfig
-from jlora.data import find_classes, load_rows, prepare
-from jlora.data.classification import encode_labelled
+from jlora.data import infer_label_names, load_rows, prepare
 from jlora.data.examples import IGNORE
-from jlora.data.rows import Labelled
+from jlora.data.labelled_texts import encode_labelled
+from jlora.data.rows import LabelledText
 from jlora.errors import ConfigError, DataError
 
 NAMES = ("bad", "good")
 TEXTS = ["Hello world, how are you today?", "I am fine", "The answer is 4", "a", "thank you. " * 9]
-ROWS = [Labelled(f"f:{i}", text, NAMES[i % 2]) for i, text in enumerate(TEXTS, 1)]
+ROWS = [LabelledText(f"f:{i}", text, NAMES[i % 2]) for i, text in enumerate(TEXTS, 1)]
 
 
 def labelled(*labels):
-    return [Labelled(f"rows:{i}", "text", label) for i, label in enumerate(labels, 1)]
+    return [LabelledText(f"rows:{i}", "text", label) for i, label in enumerate(labels, 1)]
 
 
 def encode(labels, names):
@@ -44,7 +44,7 @@ def test_tokens_are_the_tokenizers_own_and_the_class_is_at_the_last(adds_bos):
 def test_padding_at_the_end_is_left_out():
     """transformers takes the class from the last token that is no padding."""
     tokenizer = tt.tiny_tokenizer(pad_token="<|eos|>")
-    rows = [Labelled("f:1", "a<|eos|>b<|eos|><|eos|>", 0), Labelled("f:2", "<|eos|>", 1)]
+    rows = [LabelledText("f:1", "a<|eos|>b<|eos|><|eos|>", 0), LabelledText("f:2", "<|eos|>", 1)]
     examples, counts = encode_labelled(rows, tokenizer, 20, NAMES)
     assert (len(examples), counts.dropped) == (1, 1)
     ids, labels = examples[0]
@@ -77,7 +77,7 @@ def test_a_label_that_is_no_class_is_named_with_its_place(label, fix):
     ],
 )
 def test_classes_that_rows_have(labels, num_labels, names):
-    assert find_classes(labelled(*labels), num_labels) == names
+    assert infer_label_names(labelled(*labels), num_labels) == names
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_classes_that_rows_have(labels, num_labels, names):
 )
 def test_labels_that_make_no_classes(labels, num_labels, kind, words):
     with pytest.raises(kind) as caught:
-        find_classes(labelled(*labels), num_labels)
+        infer_label_names(labelled(*labels), num_labels)
     assert words in str(caught.value)
 
 
