@@ -19,7 +19,7 @@ from jlora.data.labelled_texts import first_ten
 from jlora.distributed import processes, sharding
 from jlora.distributed.lock import RunLock
 from jlora.distributed.signals import StopSignals
-from jlora.plan.check import compiled_beside, unless_refused
+from jlora.plan.check import compiled_beside
 from jlora.run import environment
 from jlora.run.abstract_job import abstract_job
 from jlora.run.batches import (
@@ -80,9 +80,14 @@ def run(config: Config, options: argparse.Namespace) -> None:
         program = TrainStep.of(abstract, counts, rows.length)
         console.note(f"loading {config.model.name_or_path}, and compiling …")
         with compiled_beside(program, rows) as compiling, console.loading() as progress:
-            progress = unless_refused(compiling, progress)
-            job = open_job(config, tokenizer, trained=False, progress=progress)
-            if not compiling.done():
+            job = open_job(
+                config,
+                tokenizer,
+                trained=False,
+                progress=progress,
+                cancel=compiling.has_failed,
+            )
+            if not compiling.is_done:
                 console.note("compiling …")
             train_step = compiling.result()
         with jax.set_mesh(job.mesh):

@@ -122,3 +122,9 @@ def test_programs_hold_the_kernel_of_the_platform_they_are_for(for_all_platforms
         assert set(re.findall(r"sliding_window_length\W+(\d+)", text)) == {str(length)}
         assert set(re.findall(r"mask_type\W+(\w+)", text)) == {"CAUSAL"}
     assert "__cudnn" not in lowered("cuda", jnp.float32)
+
+
+def test_the_capability_of_an_absent_gpu_is_given_by_value(for_all_platforms):
+    """Two programs of one process, for two GPUs that are not here."""
+    assert "__cudnn" in lowered("cuda", jnp.bfloat16, gpu_capability=AMPERE)
+    assert "__cudnn" not in lowered("cuda", jnp.bfloat16, gpu_capability=TURING)

@@ -20,7 +20,7 @@ def sevens(q, k, v):
 
 
 def asked(q, k, v, ids=None, window=None, scale=0.4):
-    return cudnn.attend(q, k, v, ids, window, scale, sevens, implementation="xla")
+    return cudnn.attend(q, k, v, ids, window, scale, sevens, packed=True, implementation="xla")
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])

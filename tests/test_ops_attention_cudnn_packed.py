@@ -1,5 +1,6 @@
 """Packed rows by a code in more dimensions, with JAX's own computation: against the reference."""
 
+import dataclasses
 import functools
 
 import jax
@@ -32,7 +33,11 @@ def refused(q, k, v):
 
 
 def ours(q, k, v, segment_ids, scale, window=None):
-    return cudnn.attend(q, k, v, segment_ids, window, scale, refused, implementation="xla")
+    case = Case(dtype=q.dtype.name, length=q.shape[1], head_dim=q.shape[3], segments=True)
+    packed = cudnn.supports_packed_rows(case)
+    return cudnn.attend(
+        q, k, v, segment_ids, window, scale, refused, packed=packed, implementation="xla"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -142,4 +147,17 @@ def test_a_gpu_that_fails_is_not_used(monkeypatch):
     choice = choose("cuda", case)
     assert choice.backend == "chunked"
     assert choice.why.startswith("cuDNN fails on this GPU (cuDNN creates no execution plans); 512")
-    assert not cudnn.packs("bfloat16", 64, (9, 0))
+    assert not cudnn.supports_packed_rows(case)
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_an_absent_gpu_is_chosen_for_by_value_and_never_tried(monkeypatch):
+    def tried(*_):
+        raise AssertionError("tried on a GPU that the program is not for")
+
+    monkeypatch.setattr(cudnn, "fault", tried)
+    case = Case("bfloat16", length=512, head_dim=64, segments=True, capability=(8, 0))
+    absent = dataclasses.replace(case, gpu_is_absent=True)
+    assert choose("cuda", absent) == ("cudnn", "made for cuda")
+    with pytest.raises(AssertionError, match="tried"):
+        choose("cuda", case)

@@ -19,13 +19,15 @@ import jlora
 from jlora import cli, config, train
 from jlora.distributed import sharding
 from jlora.errors import ConfigError
+from jlora.io.hf.read import LoadingCancelledError
 from jlora.plan import flops, hlo, target
 from jlora.plan.forecast import Rows, forecast
 from jlora.run import batches
-from jlora.run.abstract_job import describe_job, describe_model
-from jlora.run.compiled_step import Program
+from jlora.run.abstract_job import abstract_job
 from jlora.run.header import tree_bytes
-from jlora.run.job import open_job, open_tokenizer
+from jlora.run.job import open_tokenizer
+from jlora.run.open_job import open_job
+from jlora.run.train_step import TrainStep
 from jlora.ui.metrics_log import MetricsLog
 
 HERE = target.Target()
@@ -66,15 +68,15 @@ def opened(settings, devices):
 def runs_as_planned(settings, devices):
     """Metrics of a step that was compiled from shapes and is given a run's own arrays."""
     tokenizer = open_tokenizer(settings)
-    rows = batches.prepare(settings, tokenizer, "train")
+    rows = batches.prepare_rows(settings, tokenizer, "train")
     mesh = sharding.make_mesh(settings.mesh, jax.devices()[:devices])
-    described = describe_job(settings, describe_model(settings, tokenizer), tokenizer, mesh)
-    plan = batches.plan_of(settings, described.mesh, rows)
-    compiled = Program.of(described, plan, rows.length).compile()
+    described = abstract_job(config=settings, tokenizer=tokenizer, mesh=mesh)
+    plan = batches.count_steps(settings, described.mesh, rows)
+    compiled = TrainStep.of(described, plan, rows.length).compile()
 
     job = opened(settings, devices)
     assert jax.tree.structure(job.trainable) == jax.tree.structure(described.trainable)
-    state = Program.of(job, plan, rows.length).start(job.trainable)
+    state = TrainStep.of(job, plan, rows.length).init_state(job.trainable)
     own = [(p, p.order(plan.rows_per_step, 0)) for p in batches.parts(rows, job.adapters)]
     if job.adapters:
         batch = batches.batches_at(job.mesh, own, plan.accumulation)(0)
@@ -108,7 +110,7 @@ LABELS = [{"text": f"a text, number {n}", "label": "odd" if n % 2 else "even"} f
 
 def classifying(place, **sections):
     """A run on rows with classes."""
-    from jlora.run.label_names import with_classes
+    from jlora.run.label_names import with_label_names
 
     rows = write_rows(place.folder / "labels.jsonl", LABELS)
     source = [{"path": str(rows), "format": "classification"}]
@@ -119,7 +121,7 @@ def classifying(place, **sections):
         evaluate={"samples": 0},
         **sections,
     )
-    return with_classes(settings)[0]
+    return with_label_names(settings)[0]
 
 
 def test_so_it_is_of_a_classifier(place, here):
@@ -171,7 +173,7 @@ def test_memory_is_the_compilers(place, here):
     result = looked(load(place, **QLORA, mesh={"data": 1, "fsdp": 2}), 2)
     settings = result.config
     job = opened(settings, 2)
-    program = Program.of(job, result.plan, 64)
+    program = TrainStep.of(job, result.plan, 64)
     stats = program.compile().memory_analysis()
     got = result.memory
     assert got.peak == (
@@ -186,7 +188,7 @@ def test_memory_is_the_compilers(place, here):
         shards = [s for x in jax.tree.leaves(tree) for s in x.addressable_shards]
         return sum(s.data.nbytes for s in shards if s.device == first)
 
-    state = program.start(job.trainable)
+    state = program.init_state(job.trainable)
     assert got.base == on_first(job.base) < tree_bytes(job.base)
     assert got.adapter == on_first(state.trainable)
     assert got.optimizer == on_first((state.opt_state, state.step))
@@ -488,7 +490,7 @@ def test_the_command_says_what_it_found(place, here, capsys):
     code, out, _ = plan(place, capsys, "train.max_steps=-1", "train.num_train_epochs=2")
     assert code == 0
     assert "8 × cpu" in out and "fits: " in out and "ESTIMATED" not in out
-    rows = batches.prepare(load(place), open_tokenizer(load(place)), "train")
+    rows = batches.prepare_rows(load(place), open_tokenizer(load(place)), "train")
     steps = math.ceil(len(rows.packed) / (2 * 2 * 8))
     assert f"{2 * steps} ({steps} an epoch of {rows.tokens} tokens" in out.replace(",", "")
 
@@ -565,7 +567,7 @@ def test_weights_load_while_the_step_compiles(place, monkeypatch):
     """Neither ends before the other has begun."""
     place.settings_for_loss()
     loading, compiling = threading.Event(), threading.Event()
-    compile_step, load = Program.compile, train.open_job
+    compile_step, load = TrainStep.compile, train.open_job
 
     def compile_late(program):
         compiling.set()
@@ -577,7 +579,7 @@ def test_weights_load_while_the_step_compiles(place, monkeypatch):
         assert compiling.wait(60)
         return load(*arguments, **more)
 
-    monkeypatch.setattr(Program, "compile", compile_late)
+    monkeypatch.setattr(TrainStep, "compile", compile_late)
     monkeypatch.setattr(train, "open_job", load_late)
     place.run(train={"max_steps": 1, "logging_steps": 1})
     assert len(place.losses()) == 1
@@ -585,20 +587,38 @@ def test_weights_load_while_the_step_compiles(place, monkeypatch):
 
 @pytest.mark.parametrize("reports", [True, False], ids=["reading on", "memory full"])
 def test_a_refusal_ends_the_loading(place, monkeypatch, here, reports):
-    """The next report of progress raises it; so does what has no more room."""
+    """Loading is cancelled between two tensors; what runs out of memory is told as the refusal."""
     place.settings_for_loss()
     peak = looked(load(place), 1, whole=False).memory.peak
     monkeypatch.setattr(target, "main_memory", lambda: peak - 1)
 
-    def read(*_, progress, **__):
-        for n in range(6000 if reports else 0):
-            progress(n, 6000)
+    def read(*_, cancel, **__):
+        for _ in range(6000 if reports else 0):
+            if cancel():
+                raise LoadingCancelledError
             time.sleep(0.01)
         assert not reports, "nothing ended the loading"
         out_of_memory()
 
     monkeypatch.setattr(train, "open_job", read)
     with pytest.raises(ConfigError, match="does not fit"):
+        place.run()
+
+
+def test_a_fault_of_the_compiler_ends_the_loading_and_is_told(place, monkeypatch):
+    place.settings_for_loss()
+
+    def fail(_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: the compiler failed")
+
+    def read(*_, cancel, **__):
+        while not cancel():
+            time.sleep(0.01)
+        raise LoadingCancelledError
+
+    monkeypatch.setattr(TrainStep, "compile", fail)
+    monkeypatch.setattr(train, "open_job", read)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="the compiler failed"):
         place.run()
 
 

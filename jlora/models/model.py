@@ -1,8 +1,8 @@
 """``Model``: a decoder as a pure function of its parameters.
 
-A Model holds what is static (configuration, dtype, choices of how to compute) and no array, so it
-is hashable and may be closed over by ``jax.jit``; its own methods are jitted. Parameters are a
-nested dict whose leaves are arrays or stand for one (NF4 arrays, weights with an adapter)::
+A Model holds only static values (configuration, dtype, attention backend) and no array, so it is
+hashable and ``jax.jit`` may close over it; its methods are jitted. Parameters are a nested dict
+whose leaves are arrays or weight pytrees (quantized arrays, weights with an adapter)::
 
     model, params = load_pretrained(folder)
     logits = model(params, input_ids)                    # (B, T) → (B, T, V) float32
@@ -26,9 +26,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jlora.errors import ConfigError
-from jlora.models import layer_scan
+from jlora.models import kv_cache
+from jlora.models.attention_context import AttentionContext
 from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
+from jlora.models.layer_scan import checkpoint_policy
 from jlora.models.registry import family_of, parse_config
 from jlora.ops.attention import check_backend
 from jlora.ops.weights import Weight
@@ -46,30 +48,32 @@ class Model:
 
     config: DecoderConfig
     dtype: str = "bfloat16"
-    """What activations are computed in; norms, softmax, rope and logits are float32 always."""
+    """The compute dtype; norms, softmax, rope and logits are always float32."""
     attention: str = "auto"
-    """Which attention computes: see ``attention.BACKENDS``."""
+    """The attention backend, one of ``ops.attention.BACKENDS``."""
+    gpu_capability: tuple[int, int] | None = None
+    """The compute capability of an absent GPU that programs are compiled for, which decides whether
+    attention uses cuDNN; None: that of this process's GPU, if it has one."""
     gradient_checkpointing: bool | str = False
     """What the backward pass recomputes of each layer: True all of it, False what lies between its
-    products, ``layer_scan.OFFLOAD`` or a policy's name (``layer_scan.REMAT``)"""
+    matrix products, or ``layer_scan.OFFLOAD`` or the name of a policy (``layer_scan.REMAT``)."""
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ConfigError(f"{self.dtype!r} is none of {', '.join(DTYPES)}", where="model.dtype")
         check_backend(self.attention)
-        layer_scan.policy(self.gradient_checkpointing)
+        checkpoint_policy(self.gradient_checkpointing)
 
     @classmethod
     def from_config(cls, hf: Mapping[str, Any], dtype: str = "bfloat16", **options: Any) -> Model:
-        """The model that a ``config.json``'s dict describes; ConfigError if it is not supported."""
+        """The model for the contents of a ``config.json``; ConfigError if it is not supported."""
         return cls(parse_config(hf), dtype, **options)
 
     @property
     def shapes(self) -> dict[str, Any]:
         """The parameter tree with ``jax.ShapeDtypeStruct`` leaves in the model's dtype."""
-        return paths.nest(
-            {theirs: leaf for _, theirs, leaf in _structure(self.config, self.dtype)[1]}
-        )
+        leaves = _structure(self.config, self.dtype)[1]
+        return paths.nest({tree_path: leaf for _, tree_path, leaf in leaves})
 
     @functools.partial(jax.jit, static_argnums=0)
     def __call__(
@@ -79,14 +83,14 @@ class Model:
         positions: Ids | None = None,
         segment_ids: Ids | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits of the token after each token, or of a classifier's classes, in float32.
+        """Float32 logits of the next token, or of a classifier's classes, at each token.
 
         Args:
           params: the parameter tree.
           input_ids: token ids.
           positions: each token's position in its document; None counts from 0 along the row.
-          segment_ids: each token's document, 1 and up, and 0 for padding; None is one document a
-            row. A token sees only its own document.
+          segment_ids: each token's document, counted from 1, and 0 for padding; None means one
+            document per row. A token attends only within its document.
         """
         return self.head(params, self.features(params, input_ids, positions, segment_ids))
 
@@ -98,15 +102,19 @@ class Model:
         positions: Ids | None = None,
         segment_ids: Ids | None = None,
     ) -> Float[Array, "B T D"]:
-        """What the output head reads, after the last norm; arguments as for the call itself."""
+        """The output head's input, after the final norm; arguments as for ``__call__``."""
         ids = jnp.asarray(input_ids)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         if segment_ids is not None:
             segment_ids = jnp.asarray(segment_ids)
-        call = layer_scan.Call(self.config, self.attention, segment_ids=segment_ids)
+        context = AttentionContext(
+            self.config, self.attention, self.gpu_capability, segment_ids=segment_ids
+        )
         module = self._module(params)
-        x, _ = module.features(ids, jnp.asarray(positions), call, None, self.gradient_checkpointing)
+        x, _ = module.features(
+            ids, jnp.asarray(positions), context, None, self.gradient_checkpointing
+        )
         return x
 
     @functools.partial(jax.jit, static_argnums=0, static_argnames="size")
@@ -119,19 +127,19 @@ class Model:
     ) -> Float[Array, "*B V"]:
         """Float32 logits: ``model(params, ids)`` is ``head(params, features(params, ids))``.
 
-        With ``size`` those of the tokens start … start + size only; no more of a packed head is
-        dequantized.
+        With ``size`` only the vocabulary's columns start … start + size - 1 are computed, and only
+        they are dequantized if the head is quantized.
         """
-        part = None if size is None else (jnp.asarray(start), size)
-        return self._module(params).head(features, part)
+        columns = None if size is None else (jnp.asarray(start), size)
+        return self._module(params).head(features, columns)
 
     def head_weight(self, params: Params) -> Weight:
-        """The weight that the output head multiplies by: see ``Decoder.head_weight``."""
+        """The output head's weight; see ``Decoder.head_weight``."""
         return self._module(params).head_weight()
 
-    def init_cache(self, batch: int, length: int) -> layer_scan.Cache:
+    def init_cache(self, batch: int, length: int) -> kv_cache.KVCache:
         """An empty cache with room for ``length`` tokens in each of ``batch`` rows."""
-        return layer_scan.init_cache(self.config, batch, length, jnp.dtype(self.dtype))
+        return kv_cache.init_cache(self.config, batch, length, jnp.dtype(self.dtype))
 
     @functools.partial(jax.jit, static_argnums=0, static_argnames="last_only")
     def decode(
@@ -139,51 +147,50 @@ class Model:
         params: Params,
         ids: Int[Array | np.ndarray, "B t"],
         positions: Int[Array | np.ndarray, "B t"] | None,
-        cache: layer_scan.Cache,
+        cache: kv_cache.KVCache,
         last_only: bool = False,
-    ) -> tuple[Float[Array, "B t V"] | Float[Array, "B V"], layer_scan.Cache]:
+    ) -> tuple[Float[Array, "B t V"] | Float[Array, "B V"], kv_cache.KVCache]:
         """Appends tokens to the cache and returns their logits.
 
-        Rows are independent: each appends its valid tokens after its own ``cache.length`` tokens,
-        so prompts of different lengths, padded on either side, share a batch. Tokens that no room
-        is left for are not stored, and later tokens do not see them.
+        Rows are independent: each appends its valid tokens after the ``cache.length`` tokens it
+        has, so prompts of different lengths, padded on either side, share a batch. Tokens beyond
+        the cache's capacity are not stored, and later tokens do not attend to them.
 
         Args:
           params: the parameter tree.
           ids: the next tokens of each row: a prompt's, or one token.
-          positions: each token's position in its row, -1 for padding, which is not stored and whose
-            logits mean nothing. None continues every row, all tokens valid.
-          cache: what the rows hold so far.
-          last_only: return (B, V), the logits at each row's last valid token of this call only;
-            spares the rest of a prompt's logits.
+          positions: each token's position in its row; -1 for padding, which is not stored and whose
+            logits are meaningless. None continues every row with valid tokens only.
+          cache: the keys and values of the rows' earlier tokens.
+          last_only: return only the logits (B, V) at each row's last valid token in this call;
+            the logits of a prompt's other tokens are not computed.
         """
         ids = jnp.asarray(ids)
         if positions is None:
             positions = cache.length[:, None] + jnp.arange(ids.shape[1])
         positions = jnp.asarray(positions)
-        slots, length = layer_scan.cache_slots(cache, positions >= 0)
-        call = layer_scan.Call(self.config, self.attention, slots=slots)
-        module, kv = self._module(params), layer_scan.KV(cache.k, cache.v)
-        x, kv = module.features(ids, jnp.maximum(positions, 0), call, kv, False)
+        slots, length = kv_cache.cache_slots(cache, positions >= 0)
+        context = AttentionContext(self.config, self.attention, slots=slots)
+        module, kv = self._module(params), kv_cache.KV(cache.k, cache.v)
+        x, kv = module.features(ids, jnp.maximum(positions, 0), context, kv, False)
         if last_only:
             steps = jnp.arange(ids.shape[1])
             last = jnp.max(jnp.where(positions >= 0, steps, 0), axis=1)
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-        return module.head(x), layer_scan.Cache(kv.k, kv.v, length)
+        return module.head(x), kv_cache.KVCache(kv.k, kv.v, length)
 
     def _module(self, params: Params) -> Decoder:
-        """The NNX module over these parameters."""
+        """The NNX module with these parameters."""
         graph, leaves = _structure(self.config, self.dtype)
-        return nnx.merge(
-            graph, paths.nest({o: paths.get(params, theirs) for o, theirs, _ in leaves})
-        )
+        values = {path: paths.get(params, tree_path) for path, tree_path, _ in leaves}
+        return nnx.merge(graph, paths.nest(values))
 
 
 def init_params(key: Array, model: Model) -> dict[str, Any]:
     """Random parameters in the model's dtype, to train from scratch.
 
     Kernels and embeddings are normal with the config's ``initializer_range``; norm scales are one,
-    biases zero. Each leaf's values depend on ``key`` and the leaf's place only.
+    biases zero. The values of a leaf depend only on ``key`` and the leaf's place in the tree.
     """
     deviation = model.config.initializer_range
     leaves = list(paths.walk(model.shapes))
@@ -201,7 +208,7 @@ def init_params(key: Array, model: Model) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=32)
 def _structure(config: DecoderConfig, dtype: str) -> tuple[Any, list[tuple[Path, Path, Any]]]:
-    """The graph of a model's NNX module, and its leaves: path in it, path in the tree, shape."""
+    """The NNX graph of a model, and of each leaf: path in the module, in the tree, shape."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, jnp.dtype(dtype))))
     rename = family_of(config).rename
     return graph, [(p, rename(p), leaf) for p, leaf in paths.walk(nnx.to_pure_dict(state))]

@@ -1,33 +1,20 @@
-"""``jlora plan CONFIG``: what a run would take, from its compiled step; no weight is read.
+"""``jlora plan CONFIG``: memory, time and disk of a run, from its compiled step; reads no weights.
 
-hardware    what accelerators can do
-target      what to compile for, present or not
-hlo         what a compiled step does
-flops       what a step computes
-memory      what a step takes of a device's memory
-estimate    the same without a compiler for the device
-forecast    all of it, of one run
-remedies    what to change when it does not fit
-report      for people, and for machines
-command     ``jlora plan`` itself
-
-jax is imported by ``command`` only, after the environment says which devices to compile for.
+command         ``jlora plan``, up to the import of jax
+show_forecast   reads the data, makes the forecast, prints it
+target          the devices to compile for: those of this machine, or absent ones
+hardware        memory and peak rates of accelerators
+hlo, hlo_text   FLOPs, memory traffic and collectives of optimized HLO
+flops           FLOPs of a step, from its jaxpr
+memory          device memory of a compiled step
+estimate        the same by formula, without a compiler for the device
+forecast        all of these for one run
+remedies        settings to change if it does not fit
+report          the forecast as text and as JSON
+check           the same check before ``jlora train`` starts
+jax_cudnn_shim  JAX's check of the GPU, answered for an absent one
 """
 
-import argparse
-import functools
+from jlora.plan.command import main, run
 
-from jlora import cli
-from jlora.config import Config
-from jlora.plan.target import parse, set_environment
-
-main = functools.partial(cli.main, "plan")
-
-
-def run(config: Config, options: argparse.Namespace) -> None:
-    """Prints the forecast; raises ConfigError, with what to change, when the run does not fit."""
-    target = parse(options.target)
-    set_environment(target)
-    from jlora.plan.command import plan  # imports jax
-
-    plan(config, target, as_json=options.json)
+__all__ = ["main", "run"]

@@ -1,9 +1,10 @@
-"""The check that a run makes of its own step before it starts."""
+"""``jlora train``'s check that its compiled step fits into the devices' memory."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -13,57 +14,72 @@ import jax
 from jlora import data
 from jlora.distributed import processes
 from jlora.errors import ConfigError
+from jlora.io.hf.read import LoadingCancelledError
 from jlora.plan import report, target
 from jlora.plan.forecast import Rows, forecast
 from jlora.plan.memory import OUT_OF_MEMORY, measured
 from jlora.plan.remedies import find_remedies, text
-from jlora.run.compiled_step import Program
+from jlora.run.train_step import TrainStep
 
 
 class _DoesNotFitError(Exception):
-    """The step needs more than its devices have."""
+    """The step needs more memory than its devices have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+    """A step that is being compiled in another thread."""
+
+    future: Future[Any]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it was compiled or failed."""
+        return self.future.done()
+
+    def result(self) -> Any:
+        """Waits for the executable; raises what the compilation raised."""
+        return self.future.result()
+
+    def has_failed(self) -> bool:
+        """Whether the step was refused or failed to compile: then loading weights is of no use."""
+        return self.future.done() and self.future.exception() is not None
 
 
 @contextmanager
-def compiled_beside(program: Program, rows: data.Prepared) -> Iterator[Future[Any]]:
-    """Gives what will hold the executable of a run's step, while something else is done.
+def compiled_beside(program: TrainStep, rows: data.Prepared) -> Iterator[Compilation]:
+    """Compiles a run's step in another thread while the block loads the weights.
 
-    What runs out of memory meanwhile is reported as the step's refusal, if it is refused, too.
+    The block passes ``Compilation.has_failed`` as ``cancel`` to whatever loads. A block that ends
+    in LoadingCancelledError raises the reason instead. A block that runs out of memory raises the
+    refusal too, if the step is refused. Other errors do not wait for the compiler.
 
     Raises:
-      ConfigError: the devices cannot hold what the step needs; the message says what to change.
+      ConfigError: the step does not fit into the devices' memory; the message says what to change.
         Not with ``train.check_memory: false``.
     """
     pool = ThreadPoolExecutor(1, processes.COMPILER_THREAD)
-    compiling = pool.submit(_compiled, program)
+    compilation = Compilation(pool.submit(_compile, program))
     pool.shutdown(wait=False)
     try:
-        yield compiling
-    except (_DoesNotFitError, jax.errors.JaxRuntimeError) as error:
-        full = isinstance(error, _DoesNotFitError) or OUT_OF_MEMORY in str(error)
-        if full and isinstance(compiling.exception(), _DoesNotFitError):
+        yield compilation
+    except (LoadingCancelledError, _DoesNotFitError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY not in str(error):
+            raise
+        # Memory is also full when weights and the compiler meet: the verdict on the step decides.
+        failure = compilation.future.exception()
+        if isinstance(failure, _DoesNotFitError):
             job = program.job
             known, devices = report.rows_of(job.config, rows), list(job.mesh.devices.flat)
             if refused := refusal(job.config, job.tokenizer, known, devices):
                 raise refused from error
+        if isinstance(error, LoadingCancelledError) and failure is not None:
+            raise failure from error
         raise
 
 
-def unless_refused(
-    compiling: Future[Any], report: Callable[[int, int], None]
-) -> Callable[[int, int], None]:
-    """``report``, which raises when the step that is being compiled was refused."""
-
-    def checked(done: int, total: int) -> None:
-        if compiling.done():
-            compiling.result()
-        report(done, total)
-
-    return checked
-
-
-def _compiled(program: Program) -> Any:
-    """The executable of a run's step; _DoesNotFitError when it is too large."""
+def _compile(program: TrainStep) -> Any:
+    """The executable of a run's step; _DoesNotFitError if it needs too much memory."""
     checks = program.job.config.train.check_memory
     try:
         compiled = program.compile()
@@ -78,9 +94,9 @@ def _compiled(program: Program) -> Any:
 
 
 def refusal(config: Any, tokenizer: Any, rows: Rows, devices: list[Any]) -> ConfigError | None:
-    """What to say of a run that does not fit, with the effect of every change.
+    """The error for a run that does not fit, with the forecast of every remedy.
 
-    None if it does fit: then memory was short for a while only.
+    None if the forecast fits: then memory was short only for a while.
     """
     look = functools.partial(
         forecast, tokenizer=tokenizer, rows=rows, aim=target.Target(), found=devices, whole=False

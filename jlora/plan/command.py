@@ -1,60 +1,25 @@
-"""``jlora plan CONFIG``: the forecast of the run that ``jlora train CONFIG`` would be."""
+"""``jlora plan CONFIG``: chooses the devices to compile for, then shows the forecast of the run.
+
+No module that imports jax is imported at the top: jax reads at its import which devices it is to
+compile for, and ``run`` sets that first.
+"""
 
 from __future__ import annotations
 
+import argparse
 import functools
-import json
-from typing import Any
 
+from jlora import cli
 from jlora.config import Config
-from jlora.errors import ConfigError, JloraError
-from jlora.plan import report, target
-from jlora.plan.forecast import Rows, forecast
-from jlora.plan.remedies import find_remedies, text
-from jlora.plan.target import Target
-from jlora.run import environment
-from jlora.run.batches import prepare
-from jlora.run.job import open_tokenizer
-from jlora.run.label_names import with_classes
-from jlora.training.optim import check_optimizer
-from jlora.ui.console import Console
+from jlora.plan.target import parse, set_environment
+
+main = functools.partial(cli.main, "plan")
 
 
-def plan(config: Config, aim: Target, *, as_json: bool = False) -> None:
-    """Prints what the run takes.
+def run(config: Config, options: argparse.Namespace) -> None:
+    """Prints the forecast; raises ConfigError, with what to change, if the run does not fit."""
+    target = parse(options.target)
+    set_environment(target)
+    from jlora.plan.show_forecast import show_forecast  # imports jax
 
-    Raises:
-      ConfigError: it does not fit; the message says what to change. And see ``describe_job``.
-    """
-    if config.train.compilation_cache and aim.hardware is None:
-        environment.enable_compilation_cache()  # the run reuses it
-    check_optimizer(config.train)
-    config, _ = with_classes(config)
-    tokenizer, rows = _read(config)
-    found = target.devices(aim)
-    look = functools.partial(forecast, tokenizer=tokenizer, rows=rows, aim=aim, found=found)
-    result = look(config)
-    remedies = [] if result.fits else find_remedies(result, functools.partial(look, whole=False))
-    if as_json:
-        print(json.dumps(report.for_machines(result, remedies), indent=1))
-    else:
-        Console().header(f"jlora · plan · {config.train.output_dir}", report.for_people(result))
-    if not result.fits:
-        raise ConfigError(
-            report.verdict(result), where=config.model.name_or_path, fix=text(remedies)
-        )
-
-
-def _read(config: Config) -> tuple[Any, Rows]:
-    """The tokenizer and what the rows are; None and a guess where they cannot be read."""
-    try:
-        tokenizer = open_tokenizer(config)
-    except (JloraError, OSError) as error:
-        if config.classifies:  # its classes' padding is the tokenizer's to say
-            raise
-        return None, Rows(config.data.max_length, note=f"not counted: {error}")
-    try:
-        prepared = prepare(config, tokenizer, "train")
-    except JloraError as error:
-        return tokenizer, Rows(config.data.max_length, note=f"not counted: {error}")
-    return tokenizer, report.rows_of(config, prepared)
+    show_forecast(config, target, as_json=options.json)

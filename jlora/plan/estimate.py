@@ -17,16 +17,16 @@ import jax
 from jlora.models.layer_scan import OFFLOAD
 from jlora.plan.memory import Memory, arguments, device_bytes
 from jlora.quant.params import is_quantized
-from jlora.run.compiled_step import Program
 from jlora.run.job import Job
-from jlora.run.progress import Plan
+from jlora.run.step_counts import StepCounts
+from jlora.run.train_step import TrainStep
 from jlora.training.step import CHUNK_ELEMENTS
 
 TOLERANCE = 0.25
 """By which part of the compiled peak an estimate was off at most, where it is tested."""
 
 
-def memory(program: Program, plan: Plan, length: int) -> Memory:
+def memory(program: TrainStep, plan: StepCounts, length: int) -> Memory:
     """What a step takes of a device's memory, about."""
     mesh = program.job.mesh
     rows = plan.rows_per_step // plan.accumulation // (mesh.shape["data"] * mesh.shape["fsdp"])

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 from jax.extend.core import jaxprs_in_params
 
-from jlora.run.compiled_step import Program
 from jlora.run.job import Job
-from jlora.run.progress import Plan
+from jlora.run.step_counts import StepCounts
+from jlora.run.train_step import TrainStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Flops:
         return self.products + self.attention
 
 
-def of_step(job: Job, plan: Plan, length: int) -> Flops:
+def of_step(job: Job, plan: StepCounts, length: int) -> Flops:
     """Those of a run's step on rows of ``length`` tokens.
 
     Attention is counted as the reference computes it, of which causality and windows leave a part;
     a kernel that computes scores again in its backward pass does an eighth of that more.
     """
     plain = dataclasses.replace(job.model, attention="reference")
-    program = Program.of(dataclasses.replace(job, model=plain), plan, length)
+    program = TrainStep.of(dataclasses.replace(job, model=plain), plan, length)
     with jax.set_mesh(job.mesh):
         traced = program.step.trace(program.state, job.frozen, program.batch)  # pyright: ignore
     batched = 2 + bool(job.adapters)

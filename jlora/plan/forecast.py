@@ -15,13 +15,14 @@ from jlora.distributed import sharding
 from jlora.errors import JloraError
 from jlora.plan import estimate, flops, hlo, target
 from jlora.plan.hardware import Hardware
+from jlora.plan.jax_cudnn_shim import jax_checks_capability
 from jlora.plan.memory import OUT_OF_MEMORY, Memory, device_bytes, measured, refused_memory
 from jlora.plan.target import Target
-from jlora.run.abstract_job import describe_job, describe_model
-from jlora.run.compiled_step import Program
+from jlora.run.abstract_job import abstract_job
 from jlora.run.header import tree_bytes
 from jlora.run.job import Job
-from jlora.run.progress import Plan
+from jlora.run.step_counts import StepCounts
+from jlora.run.train_step import TrainStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Forecast:
 
     config: Config
     job: Job
-    plan: Plan
+    plan: StepCounts
     rows: Rows
     target: Target
     hardware: Hardware | None
@@ -135,7 +136,7 @@ def forecast(
     """The forecast of a run.
 
     Args:
-      config: its settings, classes filled in (``with_classes``).
+      config: its settings, classes filled in (``with_label_names``).
       tokenizer: the base's, or None where no classes depend on it.
       rows: what is known of its rows.
       aim: what it is to run on.
@@ -144,16 +145,18 @@ def forecast(
     """
     rows = dataclasses.replace(rows, length=min(rows.length, config.data.max_length))
     mesh = sharding.make_mesh(config.mesh, devices=found or stand_in(aim))
-    job = describe_job(config, describe_model(config, tokenizer), tokenizer, mesh)
-    plan = Plan.of(config, job.mesh, rows.steps_per_epoch or (lambda n: 1))
-    program = Program.of(job, plan, rows.length)
+    job = abstract_job(
+        config=config, tokenizer=tokenizer, mesh=mesh, gpu_capability=aim.gpu_capability
+    )
+    plan = StepCounts.of(config, job.mesh, rows.steps_per_epoch or (lambda n: 1))
+    program = TrainStep.of(job, plan, rows.length)
     memory, work, text, seconds, refused = None, None, "", None, ""
     if found is None:
         memory = estimate.memory(program, plan, rows.length)
     else:
         start = time.perf_counter()
         try:
-            with target.chosen_for(aim):
+            with jax_checks_capability(aim.gpu_capability):
                 compiled = program.compile()
             memory = measured(program, compiled)
             text = (compiled.as_text() or "") if whole else ""
@@ -183,7 +186,7 @@ def forecast(
     )
 
 
-def _host_traffic(program: Program, memory: Memory | None, plan: Plan) -> int:
+def _host_traffic(program: TrainStep, memory: Memory | None, plan: StepCounts) -> int:
     """Moments once, activations for every micro-batch; each there and back."""
     if memory is None:
         return 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jlora.run.compiled_step import Program
+from jlora.run.train_step import TrainStep
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 """In what a compiler says that finds its device's memory too small."""
@@ -40,7 +40,7 @@ class Memory:
         return sum(getattr(self, field.name) for field in dataclasses.fields(self)) - self.host
 
 
-def measured(program: Program, compiled: Any) -> Memory:
+def measured(program: TrainStep, compiled: Any) -> Memory:
     """The compiler's own account of the memory, by what it is for."""
     stats = compiled.memory_analysis()
     parts = arguments(program)
@@ -55,7 +55,7 @@ def measured(program: Program, compiled: Any) -> Memory:
     )
 
 
-def arguments(program: Program) -> dict[str, int]:
+def arguments(program: TrainStep) -> dict[str, int]:
     """Bytes on one device of what the step is given."""
     state = program.state
     trainable = state.trainable
@@ -77,7 +77,7 @@ def device_bytes(tree: Any, kind: str | None = None) -> int:
     return total
 
 
-def refused_memory(program: Program, said: str) -> Memory | None:
+def refused_memory(program: TrainStep, said: str) -> Memory | None:
     """From what the compiler of TPUs says when it gives up; None when it names no size.
 
     ``Used 18.71G of 15.75G hbm``, or ``HLO temporaries (17.38G) exceeds available HBM (15.75G)``.

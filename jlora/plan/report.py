@@ -10,17 +10,16 @@ from jlora import data
 from jlora.config import Config
 from jlora.plan.forecast import Forecast, Rows
 from jlora.plan.remedies import Remedy
-from jlora.run.batches import parts
-from jlora.run.header import count, size_text, sizes
-from jlora.ui.console import Rows as Table
-from jlora.ui.console import Section, duration
+from jlora.run.batches import rows_per_adapter
+from jlora.run.header import count_parameters, size_text, sizes
+from jlora.ui.console import HeaderTable, Section, duration
 
 UPPER_BOUND = "at most: all of the device's peak rate, nothing waiting for anything"
 
 
 def rows_of(config: Config, prepared: data.Prepared) -> Rows:
     """What is to be known of prepared rows."""
-    own = parts(prepared, config.adapters)
+    own = rows_per_adapter(prepared, config.adapters)
 
     def steps_per_epoch(rows: int) -> int:
         return max(part.order(rows, 0).steps_per_epoch for part in own)
@@ -91,7 +90,7 @@ def _memory(result: Forecast) -> dict[str, Any]:
 def _step(result: Forecast) -> dict[str, Any]:
     work = result.work
     assert work is not None
-    trained = count(result.job.trainable) + count(result.job.base)
+    trained = count_parameters(result.job.trainable) + count_parameters(result.job.base)
     tokens = result.tokens_per_step
     rows = {
         "FLOPs": f"{work.flops:.4g} on all devices: "
@@ -105,13 +104,13 @@ def _step(result: Forecast) -> dict[str, Any]:
     return rows
 
 
-def _exchanges(result: Forecast) -> Table:
+def _exchanges(result: Forecast) -> HeaderTable:
     assert result.work is not None
     rows = [
         (one.kind, one.count, one.group, size_text(one.bytes), size_text(round(one.sent)))
         for one in result.work.collectives or ()
     ]
-    return Table(("kind", "times a step", "devices", "operands", "sent by each"), rows)
+    return HeaderTable(("kind", "times a step", "devices", "operands", "sent by each"), rows)
 
 
 def _time(result: Forecast) -> dict[str, Any]:

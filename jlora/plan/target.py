@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,12 @@ class Target:
             return "here"
         joint = "-" if self.hardware.platform == "tpu" else "x"
         return f"{self.hardware.name}{joint}{self.count}"
+
+    @property
+    def gpu_capability(self) -> tuple[int, int] | None:
+        """The compute capability of a GPU that is named; None for TPUs and the devices here."""
+        chip = self.hardware and self.hardware.chip
+        return chip.capability if chip else None
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -111,42 +116,6 @@ def _topology(hardware: Hardware, count: int) -> Any:
         options = {"topology_name": hardware.name, "target_config": text}
         options["topology"] = f"1x1x{count}"
     return topologies.get_topology_desc(platform=hardware.platform, **options)
-
-
-@contextmanager
-def chosen_for(target: Target) -> Iterator[None]:
-    """In the block attention is chosen as on the target's GPUs, not as on those that are here.
-
-    The choice, ours and JAX's, asks for this process's GPU, and ours tries it; what cannot be tried
-    is taken to work. There is no public way to answer for another GPU.
-    """
-    if target.hardware is None or target.hardware.chip is None:
-        yield
-        return
-    from jax._src.cudnn import fused_attention_stablehlo as theirs
-
-    from jlora.ops.attention import cudnn
-
-    capability = target.hardware.chip.capability
-
-    def at_least(asked: str) -> bool:
-        return capability >= tuple(map(int, asked.split(".")))
-
-    with ExitStack() as answers:
-        answers.enter_context(_instead(cudnn, "capability", lambda: capability))
-        answers.enter_context(_instead(cudnn, "fault", lambda *_, **__: None))
-        answers.enter_context(_instead(theirs, "check_compute_capability", at_least))
-        yield
-
-
-@contextmanager
-def _instead(module: Any, name: str, value: Any) -> Iterator[None]:
-    own = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, own)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,12 @@ from jlora.run.job import Job, build_job, check_trainable, configure_model, with
 
 
 def abstract_job(
-    *, config: Config, tokenizer: Any, mesh: jax.sharding.Mesh, download: bool = False
+    *,
+    config: Config,
+    tokenizer: Any,
+    mesh: jax.sharding.Mesh,
+    download: bool = False,
+    gpu_capability: tuple[int, int] | None = None,
 ) -> Job:
     """The job that ``open_job`` would open for training, with shapes in place of its arrays.
 
@@ -39,8 +44,15 @@ def abstract_job(
       tokenizer: see ``open_tokenizer``; only classifiers need it.
       mesh: of devices that may be on another machine.
       download: fetch a prequantized base from the hub, weights and all, if its headers are needed.
+      gpu_capability: the compute capability of the mesh's GPUs if they are not in this machine.
     """
-    source = AbstractArrays(config=config, tokenizer=tokenizer, mesh=mesh, download=download)
+    source = AbstractArrays(
+        config=config,
+        tokenizer=tokenizer,
+        mesh=mesh,
+        download=download,
+        gpu_capability=gpu_capability,
+    )
     return build_job(config=config, tokenizer=tokenizer, source=source)
 
 
@@ -52,10 +64,12 @@ class AbstractArrays:
     tokenizer: Any
     mesh: jax.sharding.Mesh
     download: bool
+    gpu_capability: tuple[int, int] | None = None
 
     def model_and_params(self) -> tuple[Model, Any]:
         """The model, and the shapes of the parameters that a run would load."""
         model = abstract_model(self.config, self.tokenizer)
+        model = dataclasses.replace(model, gpu_capability=self.gpu_capability)
         if self.download and model.config.prequantized:
             find_folder(self.config.model.name_or_path, self.config.model.revision)
         return model, abstract_base(self.config, model)

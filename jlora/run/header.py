@@ -20,7 +20,7 @@ from jlora.quant.params import is_quantized, quant_config_of, scheme_text
 from jlora.run.job import Job
 from jlora.run.step_counts import StepCounts
 from jlora.training.optim import trainable_leaves, warmup_steps
-from jlora.ui.console import Console, Rows
+from jlora.ui.console import Console, HeaderTable
 
 SECTIONS = ("model", "quantization", "lora", "data", "train", "mesh", "evaluate")
 """The sections of the settings that a training run reads."""
@@ -61,11 +61,11 @@ def count_parameters(tree: Any) -> int:
     return sum(leaf.size for leaf in leaves)
 
 
-def layout(tree: Any, mesh: jax.sharding.Mesh) -> Rows:
+def layout(tree: Any, mesh: jax.sharding.Mesh) -> HeaderTable:
     """How each kind of leaf is sharded: the mesh axes that split it, and its bytes on a device."""
     names = ("leaves", "kind", "split over", "total size", "per device")
     rows = sharding.describe(tree, mesh)
-    return Rows(
+    return HeaderTable(
         names,
         [
             (r.leaves, r.kind, r.layout, size_text(r.total_bytes), size_text(r.device_bytes))
@@ -131,14 +131,14 @@ def sizes(config: Config, frozen: Any, trainable: Any, initial: Any = None) -> d
     return rows
 
 
-def _data(train: Prepared, held_out: Prepared | None) -> Rows:
+def _data(train: Prepared, held_out: Prepared | None) -> HeaderTable:
     rows = []
     for role, prepared in (("train", train), ("eval", held_out)):
         for s in prepared.sources if prepared else ():
             role = f"{role}, {s.adapter}" if s.adapter else role
             rows.append((role, s.path, s.format, s.rows, s.packed_rows, s.tokens, s.target_tokens))
     names = ("role", "source", "format", "rows", "packed rows", "tokens", "target tokens")
-    return Rows(names, rows)
+    return HeaderTable(names, rows)
 
 
 def _run(job: Job, counts: StepCounts) -> Mapping[str, Any]:
@@ -174,10 +174,10 @@ def checkpointing_text(settings: TrainConfig) -> str:
     return "on" if settings.gradient_checkpointing else "off"
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> Rows:
+def table(rows: Sequence[Mapping[str, Any]]) -> HeaderTable:
     """Mappings with the same keys, as a table."""
     names = list(rows[0])
-    return Rows(names, [[_text(row[name]) for name in names] for row in rows])
+    return HeaderTable(names, [[_text(row[name]) for name in names] for row in rows])
 
 
 def size_text(n: int) -> str:

@@ -1,4 +1,4 @@
-"""What a choice between backends depends on."""
+"""The properties of an attention call that decide which backend can compute it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is known of a call when it is traced."""
+    """The static properties of a call: known when it is traced."""
 
     dtype: str
     length: int
-    """Tokens in a row."""
+    """Tokens per row."""
     head_dim: int
     segments: bool = False
-    """There are segment ids: rows may be padded or hold several documents."""
+    """Whether the call has segment ids: rows may be padded or hold several documents."""
     traced_window: bool = False
-    """The window is a value of the program, as where layers with different ones are scanned."""
+    """Whether the window is a traced value, as when layers with different windows are scanned."""
     softcap: bool = False
     sinks: bool = False
     capability: tuple[int, int] | None = None
-    """The compute capability of the GPU that is here; None where none is."""
+    """The compute capability of the GPU that the program is for; None without a GPU."""
+    gpu_is_absent: bool = False
+    """Whether that GPU is not in this machine: kernels cannot be tried on it and are trusted."""

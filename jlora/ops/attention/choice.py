@@ -51,9 +51,9 @@ def choose(platform: str, case: Case, backend: str = "auto") -> Choice:
         name, kernel = KERNELS[platform]
         declined = kernel.declines(case)
         if declined is None:
-            cuts = name == "cudnn" and case.segments
-            elsewhere = cuts and not cudnn.packs(case.dtype, case.head_dim, case.capability)
-            rest = f"; packed rows: {fallback(case.length)}" if elsewhere else ""
+            has_documents = name == "cudnn" and case.segments
+            falls_back = has_documents and not cudnn.supports_packed_rows(case)
+            rest = f"; packed rows: {fallback(case.length)}" if falls_back else ""
             return Choice(name, f"made for {platform}{rest}")
         reason = f"{declined}; "
     name = fallback(case.length)

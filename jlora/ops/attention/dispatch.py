@@ -40,6 +40,7 @@ def attend(
     softcap: float | None = None,
     sinks: Float[Array, " heads"] | None = None,
     backend: str = "auto",
+    gpu_capability: tuple[int, int] | None = None,
 ) -> Float[Array, "B T heads dim"]:
     """Causal self-attention within documents, over a whole row.
 
@@ -53,6 +54,8 @@ def attend(
       softcap: bounds the scaled products: ``softcap * tanh(. / softcap)``; None is no bound.
       sinks: one more score a head, in the softmax's denominator only.
       backend: one of ``BACKENDS``.
+      gpu_capability: the compute capability of an absent GPU that the program is compiled for;
+        None: of this process's GPU, if it has one.
     """
     check_backend(backend)
     if isinstance(scale, jax.Array):
@@ -65,12 +68,14 @@ def attend(
         traced_window=isinstance(window, jax.Array),
         softcap=softcap is not None,
         sinks=sinks is not None,
-        capability=cudnn.capability(),
+        capability=gpu_capability or cudnn.capability(),
+        gpu_is_absent=gpu_capability is not None,
     )
     check_possible(backend, case)
     operands = q, k, v, segment_ids, sinks
     settings = {"scale": scale, "window": window, "softcap": softcap}
     compute = {name: functools.partial(f, **settings) for name, f in _COMPUTE.items()}
+    compute["cudnn"] = functools.partial(compute["cudnn"], case=case)
     if backend != "auto":
         return compute[backend](*operands)
     plain = compute[fallback(case.length)]
@@ -112,12 +117,13 @@ def _chunked(q, k, v, segment_ids, sinks, *, scale, window, softcap):
     return _with_sinks(*chunked.attend(q, k, v, segment_ids, window, scale, softcap), sinks)
 
 
-def _cudnn(q, k, v, segment_ids, sinks, *, scale, window, softcap):
-    def packed(q, k, v):
+def _cudnn(q, k, v, segment_ids, sinks, *, scale, window, softcap, case):
+    def fall_back(q, k, v):
         compute = _COMPUTE[fallback(q.shape[1])]
         return compute(q, k, v, segment_ids, sinks, scale=scale, window=window, softcap=softcap)
 
-    return cudnn.attend(q, k, v, segment_ids, window, scale, packed)
+    packed = segment_ids is not None and cudnn.supports_packed_rows(case)
+    return cudnn.attend(q, k, v, segment_ids, window, scale, fall_back, packed=packed)
 
 
 def _splash(q, k, v, segment_ids, sinks, *, scale, window, softcap):

@@ -1,0 +1,60 @@
+"""Makes and prints the forecast of the run that ``jlora train CONFIG`` would be."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+from jlora.config import Config
+from jlora.errors import ConfigError, JloraError
+from jlora.plan import report, target
+from jlora.plan.forecast import Rows, forecast
+from jlora.plan.remedies import find_remedies, text
+from jlora.plan.target import Target
+from jlora.run import environment
+from jlora.run.batches import prepare_rows
+from jlora.run.job import open_tokenizer
+from jlora.run.label_names import with_label_names
+from jlora.training.optim import check_optimizer
+from jlora.ui.console import Console
+
+
+def show_forecast(config: Config, aim: Target, *, as_json: bool = False) -> None:
+    """Prints the forecast of a run.
+
+    Raises:
+      ConfigError: the run does not fit, with what to change; or see ``abstract_job``.
+    """
+    if config.train.compilation_cache and aim.hardware is None:
+        environment.enable_compilation_cache()  # the run reuses it
+    check_optimizer(config.train)
+    config, _ = with_label_names(config)
+    tokenizer, rows = _read(config)
+    found = target.devices(aim)
+    look = functools.partial(forecast, tokenizer=tokenizer, rows=rows, aim=aim, found=found)
+    result = look(config)
+    remedies = [] if result.fits else find_remedies(result, functools.partial(look, whole=False))
+    if as_json:
+        print(json.dumps(report.for_machines(result, remedies), indent=1))
+    else:
+        Console().header(f"jlora · plan · {config.train.output_dir}", report.for_people(result))
+    if not result.fits:
+        raise ConfigError(
+            report.verdict(result), where=config.model.name_or_path, fix=text(remedies)
+        )
+
+
+def _read(config: Config) -> tuple[Any, Rows]:
+    """The tokenizer and the data's rows; if unreadable, None and rows of ``max_length``."""
+    try:
+        tokenizer = open_tokenizer(config)
+    except (JloraError, OSError) as error:
+        if config.is_classification:  # the padding token decides which token is classified
+            raise
+        return None, Rows(config.data.max_length, note=f"not counted: {error}")
+    try:
+        prepared = prepare_rows(config, tokenizer, "train")
+    except JloraError as error:
+        return tokenizer, Rows(config.data.max_length, note=f"not counted: {error}")
+    return tokenizer, report.rows_of(config, prepared)
