@@ -33,7 +33,7 @@ from jlora.run.job import open_tokenizer
 from jlora.run.label_names import with_label_names
 from jlora.training.optim import check_optimizer, make_optimizer
 from jlora.tree import paths
-from jlora.ui.console import Console, Rows
+from jlora.ui.console import Console, HeaderTable
 
 main = functools.partial(cli.main, "inspect")
 
@@ -114,7 +114,7 @@ def _summary(config: Config, model: Model, base: Any, adapter: Any) -> Mapping[s
     return rows
 
 
-def _target_table(targets: list[Target], config: LoraConfig) -> Rows:
+def _target_table(targets: list[Target], config: LoraConfig) -> HeaderTable:
     """The run header's table of targets, with the scale of each delta."""
     rows = []
     for target, row in zip(targets, match_table(targets), strict=True):
@@ -127,17 +127,17 @@ def _target_table(targets: list[Target], config: LoraConfig) -> Rows:
     return header.table(rows)
 
 
-def _replaced_table(base: Any, config: LoraConfig) -> Rows:
+def _replaced_table(base: Any, config: LoraConfig) -> HeaderTable:
     """The leaves that are trained in full beside the adapter: biases, ``modules_to_save``."""
     rows = []
     for leaf in replaced_leaves(base, config):
         layers = sum(is_replaced(config, name, leaf.kind) for name in leaf.modules())
         size = layers * math.prod(leaf.shape)
         rows.append((f"{leaf.module()}.{leaf.kind}", layers, header.shape_text(leaf.shape), size))
-    return Rows(("leaf", "layers", "shape", "parameters"), rows)
+    return HeaderTable(("leaf", "layers", "shape", "parameters"), rows)
 
 
-def _base_table(base: Any) -> Rows:
+def _base_table(base: Any) -> HeaderTable:
     """The format of every matrix of the base in memory, and its size."""
     rows = []
     for leaf in paths.leaves(base):
@@ -149,4 +149,4 @@ def _base_table(base: Any) -> Rows:
                 dtype = leaf.value.dtype.name
             size = header.size_text(header.tree_bytes(leaf.value))
             rows.append((name, leaf.layers or 1, header.shape_text(leaf.shape), dtype, size))
-    return Rows(("module", "layers", "shape", "format", "size"), rows)
+    return HeaderTable(("module", "layers", "shape", "format", "size"), rows)

@@ -16,8 +16,9 @@ from tiny_runs import Place
 import jlora
 from jlora import config, data
 from jlora.io.peft import to_peft_tensors
-from jlora.run import compiled_step
-from jlora.run.job import open_job, open_tokenizer
+from jlora.run import train_step
+from jlora.run.job import open_tokenizer
+from jlora.run.open_job import open_job
 from jlora.tree import paths
 from jlora.ui import metrics_log
 
@@ -50,7 +51,7 @@ def test_a_run_leaves_what_the_contract_names(epochs):
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "config.yaml", "metrics.jsonl", "checkpoints", "report.html",
     }  # fmt: skip
-    lines = metrics_log.read(place.output / "metrics.jsonl")
+    lines = metrics_log.read_metrics(place.output / "metrics.jsonl")
     training = [line for line in lines if "loss" in line]
     assert [line["step"] for line in training] == [2, 4, 6, 8, 10]
     names = ["step", "loss", "learning_rate", "grad_norm", "epoch", "tokens", "tokens_per_second"]
@@ -116,7 +117,7 @@ def float32(tmp_path_factory, tiny_base, tiny_cache):
     """The losses of a run in float32 with gradient checkpointing."""
     place = Place(tmp_path_factory.mktemp("float32"), tiny_base, tiny_cache)
     place.settings_for_loss()
-    with mock.patch.object(compiled_step, "make_train_step", wraps=compiled_step.make_train_step) as made:
+    with mock.patch.object(train_step, "make_train_step", wraps=train_step.make_train_step) as made:
         place.run(train={"logging_steps": 1})
     assert made.call_args.args[0].gradient_checkpointing
     return place.losses()
@@ -135,7 +136,7 @@ def test_half_precision_computes_nearly_the_same_and_keeps_a_float32_adapter(
 
 def test_gradient_checkpointing_changes_nothing(place, float32):
     place.settings_for_loss()
-    with mock.patch.object(compiled_step, "make_train_step", wraps=compiled_step.make_train_step) as made:
+    with mock.patch.object(train_step, "make_train_step", wraps=train_step.make_train_step) as made:
         place.run(train={"logging_steps": 1, "gradient_checkpointing": False})
     assert not made.call_args.args[0].gradient_checkpointing
     np.testing.assert_allclose(place.losses(), float32, rtol=1e-5)
@@ -149,7 +150,7 @@ def test_activation_offloading_changes_no_bit(place, float32, devices):
     if devices > 1:
         run(train={"logging_steps": 1, "resume": "never"})
     expected = float32 if devices == 1 else place.losses()
-    with mock.patch.object(compiled_step, "make_train_step", wraps=compiled_step.make_train_step) as made:
+    with mock.patch.object(train_step, "make_train_step", wraps=train_step.make_train_step) as made:
         run(train={"logging_steps": 1, "resume": "never", "activation_offloading": True})
     assert made.call_args.args[0].gradient_checkpointing == "offload"
     assert place.losses() == expected

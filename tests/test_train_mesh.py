@@ -123,7 +123,7 @@ def test_a_signal_to_one_process_stops_both_and_the_same_command_goes_on(place):
     processes = start_two(place)
     path = place.output / "metrics.jsonl"
     while all(p.poll() is None for p in processes):
-        if path.exists() and metrics_log.read(path):
+        if path.exists() and metrics_log.read_metrics(path):
             break
         time.sleep(0.001)
     processes[1].send_signal(signal.SIGTERM)
@@ -133,7 +133,7 @@ def test_a_signal_to_one_process_stops_both_and_the_same_command_goes_on(place):
     assert f"stopped and saved at step {step}" in said[0]
     assert place.log()[-1]["step"] == step < LONG
     codes, said = finish(start_two(place))
-    assert codes == [0, 0] and f"going on from step {step}" in said[0], said
+    assert codes == [0, 0] and f"resuming from step {step}" in said[0], said
     whole = Place(place.folder / "whole", place.base, place.cache)
     whole.folder.mkdir()
     whole.run(**settings("lora", steps=LONG))

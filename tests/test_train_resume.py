@@ -11,7 +11,7 @@ from tiny_runs import Place
 
 from jlora.distributed.lock import RunLock
 from jlora.errors import ConfigError, OutputInUseError
-from jlora.run.outputs import Checkpoints
+from jlora.run.checkpoints import Checkpoints
 from jlora.ui import metrics_log
 
 STEPS = 40
@@ -40,7 +40,7 @@ def whole(tmp_path_factory, tiny_base, tiny_cache):
 def last_step(place):
     """The step of the last line; 0 before there is one."""
     path = place.output / "metrics.jsonl"
-    lines = metrics_log.read(path) if path.exists() else []
+    lines = metrics_log.read_metrics(path) if path.exists() else []
     return lines[-1]["step"] if lines else 0
 
 
@@ -98,7 +98,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(place, whole):
         step = place.checkpoints()[-1]
         assert err.splitlines()[-2:] == [
             f"stopped and saved at step {step}",
-            "  fix: the same command goes on from here",
+            "  fix: the same command resumes from here",
         ]
         assert after < step < STEPS and last_step(place) == step
     assert place.command(config).code == 0

@@ -59,7 +59,7 @@ def run(place, only=None, *overrides, devices=1, **train):
     wanted = settings(place, only, **train)
     place.run(*overrides, devices=devices, **wanted)
     out = Path(wanted["train"]["output_dir"])
-    return metrics_log.read(out / "metrics.jsonl"), out
+    return metrics_log.read_metrics(out / "metrics.jsonl"), out
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from rich.text import Text
 
 from jlora.ui import console
-from jlora.ui.console import Console, Rows
+from jlora.ui.console import Console, HeaderTable
 
 EVIL = "a\x1b[31mred\x07\rb\u202ec"
 
@@ -16,7 +16,7 @@ EVIL = "a\x1b[31mred\x07\rb\u202ec"
 def run(plain: bool) -> str:
     file = io.StringIO()
     c = Console(file=file, plain=plain, width=100)
-    table = Rows(["module", "rank"], [["q_proj", 8], ["down_proj", 16]])
+    table = HeaderTable(["module", "rank"], [["q_proj", 8], ["down_proj", 16]])
     c.header("jlora train", {"model": {"path": EVIL, "parameters": 1213952}, "adapter": table})
     c.warn("eos is never a target")
     c.note("resuming from step 10")
@@ -44,7 +44,7 @@ def test_plain_output_has_no_control_characters_and_shows_every_value():
     assert "  prompt:   ask\\nme" in lines
     assert "  expected: [bold]b" in lines
     assert "not learned, «learned»«again»" in lines
-    assert max(len(line) for line in lines) < console.LONGEST + 20
+    assert max(len(line) for line in lines) < console.MAX_SAMPLE_LENGTH + 20
     assert lines[-1] == "  jlora merge runs/a"
 
 

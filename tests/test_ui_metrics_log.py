@@ -17,7 +17,7 @@ def test_lines_are_json_objects_that_begin_with_their_step(tmp_path):
         log.write(1, loss=jnp.float32(0.5), grad_norm=np.float32(2), done=False)
         assert path.read_text() == '{"step": 1, "loss": 0.5, "grad_norm": 2.0, "done": false}\n'
         log.write(2, eval_loss=0.25)
-    assert metrics_log.read(path) == [
+    assert metrics_log.read_metrics(path) == [
         {"step": 1, "loss": 0.5, "grad_norm": 2.0, "done": False},
         {"step": 2, "eval_loss": 0.25},
     ]
@@ -38,7 +38,7 @@ def test_resuming_drops_later_lines_and_a_torn_one(tmp_path):
             log.write(step, loss=1.0 / step)
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"step": 4, "lo')
-    assert [line["step"] for line in metrics_log.read(path)] == [1, 2, 3]
+    assert [line["step"] for line in metrics_log.read_metrics(path)] == [1, 2, 3]
     with MetricsLog(path) as log:
         log.truncate_to(2)
         log.write(3, loss=1.0 / 3)
@@ -51,7 +51,7 @@ def test_of_two_lines_of_one_step_the_uncounted_one_is_dropped(tmp_path):
         log.write(3, loss=1.0)
         log.write(3, eval_loss=2.0)
         log.truncate_to(1)
-    assert metrics_log.read(path) == [{"step": 3, "loss": 1.0}]
+    assert metrics_log.read_metrics(path) == [{"step": 3, "loss": 1.0}]
 
 
 def test_a_log_that_ends_there_is_left_alone(tmp_path):
@@ -68,7 +68,7 @@ def test_starting_over_drops_everything(tmp_path):
         log.truncate_to(0)
         log.write(0, eval_loss=1.0)
         log.truncate_to(0)
-    assert metrics_log.read(tmp_path / "m.jsonl") == []
+    assert metrics_log.read_metrics(tmp_path / "m.jsonl") == []
 
 
 def test_other_processes_write_nothing(tmp_path):
@@ -84,5 +84,5 @@ def test_a_damaged_line_is_named(tmp_path, line):
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
     with pytest.raises(DataError) as caught:
-        metrics_log.read(path)
+        metrics_log.read_metrics(path)
     assert caught.value.where == f"{path}:2"

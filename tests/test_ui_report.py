@@ -85,13 +85,13 @@ def test_a_value_that_is_no_number_leaves_a_gap_and_is_said():
     metrics[2]["loss"], metrics[3]["loss"] = None, float("nan")
     section = charts(html(metrics))["Loss"]
     assert [len(stretch) for stretch in drawn(section)] == [2, 2]
-    assert section.find("p").text == "2 values were not a number, first at step 2."
+    assert section.find("p").text == "2 values were not finite, first at step 2."
     assert "nan" not in html(metrics)
 
 
 def test_a_page_without_any_number_says_so():
-    assert "Nothing was logged." in html([])
-    assert "Nothing was logged." in html([{"step": 1, "loss": None}])
+    assert "No metrics were logged." in html([])
+    assert "No metrics were logged." in html([{"step": 1, "loss": None}])
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -106,7 +106,7 @@ def test_twenty_thousand_points_keep_their_spikes_and_a_small_page():
     text = html(metrics)
     assert len(text) < 150_000
     (band,) = drawn(charts(text)["Loss"], kind="range")
-    assert len(band) <= chart.MOST_POINTS
+    assert len(band) <= chart.MAX_POINTS
     (v0, y0), *_, (v1, y1) = grid(charts(text)["Loss"])
     assert min(y for _, y in band) == pytest.approx(y0 + (9 - v0) / (v1 - v0) * (y1 - y0), abs=0.06)
 
@@ -131,7 +131,7 @@ def test_the_page_is_self_contained():
         ("model", "x"),
         ("eval loss", "0.1235"),
         ("steps", "12,000"),
-        ("bad", "not a number"),
+        ("bad", "not finite"),
     ]
 
 
@@ -179,7 +179,7 @@ def test_ticks_are_round_and_span_the_values(low, high, count, expected):
      (12500, 500, "12,500"), (1.5e-4, 5e-5, "1.5e-4"), (2e-4, 1e-4, "2e-4"), (7500, 2500, "7.5k")],
 )  # fmt: skip
 def test_tick_labels(value, step, text):
-    assert chart.label(value, step) == text
+    assert chart.tick_label(value, step) == text
 
 
 def test_a_chart_without_numbers_is_no_chart():

@@ -142,7 +142,7 @@ class Place:
 
     def log(self) -> list[dict[str, Any]]:
         """metrics.jsonl without what depends on the clock."""
-        lines = metrics_log.read(self.output / "metrics.jsonl")
+        lines = metrics_log.read_metrics(self.output / "metrics.jsonl")
         return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
 
     def losses(self) -> list[float]:

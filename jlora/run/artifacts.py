@@ -92,7 +92,7 @@ def write_results(
 def _write_report(job: Job, counts: StepCounts, samples: list[dict[str, str]]) -> Path:
     """``report.html`` from the run's log."""
     out = Path(job.config.train.output_dir)
-    lines = metrics_log.read(out / "metrics.jsonl")
+    lines = metrics_log.read_metrics(out / "metrics.jsonl")
     summary = {"model": job.config.model.name_or_path, "steps": counts.total_steps}
     for line in lines:
         summary |= {name: line[name] for name in SUMMARY if name in line}

@@ -1,1 +1,1 @@
-"""What people look at: the console, the metrics log and the report."""
+"""Console output, the metrics log and the HTML report."""

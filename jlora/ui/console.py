@@ -1,7 +1,7 @@
-"""What a run shows: colours and a live bar in a terminal, plain lines anywhere else.
+"""Console output of a run: colours and a progress bar in a terminal, plain lines elsewhere.
 
-The caller gives names and values; nothing is computed here but the time that remains. Values are
-shown as they are: text of a model or of a file cannot move the cursor or change colours.
+Nothing is computed here except the remaining time. Text from models and files is untrusted:
+control characters in it are escaped, so that it cannot move the cursor or change colours.
 """
 
 from __future__ import annotations
@@ -32,29 +32,30 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from jlora.ui.samples import SAMPLE_FIELDS, is_as_expected
+
 ACCENT, QUIET, GOOD, WARN = "cyan", "bright_black", "green", "yellow"
-TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
-SAMPLE = ("prompt", "before", "after", "expected")
-LONGEST = 400  # characters of a sample that are shown
-PATIENCE = 2  # seconds of loading without a bar
-EVERY = 5  # seconds from one plain line of loading to the next
+DIRECTION_CONTROLS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+MAX_SAMPLE_LENGTH = 400  # characters shown of each text of a sample
+BAR_DELAY = 2  # seconds of loading before a bar appears
+LINE_INTERVAL = 5  # seconds between plain lines while loading
 
 
-class Rows(NamedTuple):
-    """A table in the header: its column names and its rows; numbers are aligned to the right."""
+class HeaderTable(NamedTuple):
+    """A section of the header that is a table; columns of numbers are right-aligned."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
 
 
-Section = Mapping[str, Any] | Rows
+Section = Mapping[str, Any] | HeaderTable
 
 
 class Console:
     """Prints to ``file`` (stdout); ``enabled=False`` (processes other than 0) prints nothing.
 
-    ``plain`` is decided by the file: whatever is not a terminal gets one line per event and no
-    control characters.
+    ``plain`` output is one line per event, without control characters; by default it is used if
+    ``file`` is not a terminal.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Console:
         self._clock = _Clock(0, 0)
 
     def header(self, title: str, sections: Mapping[str, Section]) -> None:
-        """The run before it starts: each section is a mapping or a table (``Rows``)."""
+        """Describes a run before it starts: each section is a mapping or a ``HeaderTable``."""
         if self.plain:
             self._lines([title])
             for name, section in sections.items():
@@ -88,7 +89,7 @@ class Console:
         grid = Table.grid(padding=(0, 3, 0, 0))
         grid.add_column(style="bold", no_wrap=True)
         grid.add_column(overflow="fold")
-        mappings = [s for s in sections.values() if not isinstance(s, Rows)]
+        mappings = [s for s in sections.values() if not isinstance(s, HeaderTable)]
         width = max((len(key) for section in mappings for key in section), default=0)
         for name, section in sections.items():
             grid.add_row(Text(name), _section(section, width))
@@ -98,7 +99,7 @@ class Console:
 
     @contextmanager
     def progress(self, total: int, start: int = 0, label: str = "training") -> Iterator[None]:
-        """A bar of ``total`` steps, ``start`` of them done before; see ``advance`` and ``log``."""
+        """A bar of ``total`` steps, ``start`` of them done: see ``advance`` and ``log``."""
         self._clock = _Clock(total, start)
         if self.plain or not self._enabled:
             yield
@@ -114,9 +115,9 @@ class Console:
 
     @contextmanager
     def loading(self, label: str = "loading") -> Iterator[Callable[[int, int], None]]:
-        """Gives what is to be called with the bytes that are read, and those there are in all.
+        """Gives a callback ``report(bytes read, bytes in all)``.
 
-        A bar, or a plain line every few seconds; nothing for what is quick.
+        It shows a bar, or a plain line every few seconds; nothing if loading is quick.
         """
         start = last = time.monotonic()
         bar: Progress | None = None
@@ -124,10 +125,10 @@ class Console:
         def report(done: int, total: int) -> None:
             nonlocal bar, last
             now = time.monotonic()
-            if self.plain and now - last >= EVERY:
+            if self.plain and now - last >= LINE_INTERVAL:
                 last = now
                 self._lines([f"{label}: {decimal(done)} of {decimal(total)}"])
-            elif self._enabled and not self.plain and now - start >= PATIENCE:
+            elif self._enabled and not self.plain and now - start >= BAR_DELAY:
                 if bar is None:
                     bar = stack.enter_context(self._new_bar(label, DownloadColumn()))
                     bar.add_task("", total=total)
@@ -142,34 +143,35 @@ class Console:
         return Progress(title, bar, *columns, console=self._rich, expand=True)
 
     def advance(self, step: int) -> None:
-        """``step`` steps are done; cheap enough for every step."""
+        """Moves the bar to ``step`` steps done; cheap enough to call in every step."""
         self._clock.at(step)
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """The metrics of one step, by their names in metrics.jsonl.
+        """Shows the metrics of one step, given by their names in metrics.jsonl.
 
-        In a terminal training metrics go beside the bar, evaluations get a line of their own.
+        In a terminal, training metrics are shown beside the bar and evaluations on lines.
         """
         self.advance(step)
-        parts = [f"{label} {show(metrics[name])}" for name, label, show in SHOWN if name in metrics]
+        parts = [
+            f"{label} {show(metrics[name])}" for name, label, show in METRICS if name in metrics
+        ]
         if "loss" in metrics and (remaining := self._clock.remaining()):
             parts.append(f"eta {remaining}")
         if self._bar is None or "loss" not in metrics:
             total = f"/{self._clock.total}" if self._clock.total else ""
             self._lines([f"step {step}{total}  " + "  ".join(parts)])
         else:
-            self._bar.update(self._task, text="  ".join(p for p in parts if p.startswith(BESIDE)))
+            self._bar.update(
+                self._task, text="  ".join(p for p in parts if p.startswith(BAR_LABELS))
+            )
 
     def samples(self, samples: Sequence[Mapping[str, str]]) -> None:
-        """What the model answered: ``prompt``, ``before``, ``after``, ``expected``, side by side.
-
-        Every sample has the same keys; those that it has not got are left out.
-        """
+        """Shows a table of replies, with the columns that the first sample has."""
         if not samples:
             return
-        names = [name for name in SAMPLE if name in samples[0]]
+        names = [name for name in SAMPLE_FIELDS if name in samples[0]]
         rows = [[_shorten(sample[name]) for name in names] for sample in samples]
         if self.plain:
             for number, row in enumerate(rows, start=1):
@@ -186,7 +188,7 @@ class Console:
         self._show(table)
 
     def card(self, title: str, where: Mapping[str, Any], commands: Sequence[str] = ()) -> None:
-        """The end of a run: where everything lies, and what to run next."""
+        """Ends a run's output: the paths of its results, and the commands to run next."""
         if self.plain:
             lines = [*(f"  {line}" for line in _plain_section(where))]
             self._lines(
@@ -203,7 +205,7 @@ class Console:
         self._show(panel)
 
     def text(self, text: Text) -> None:
-        """A styled text; what is green in a terminal stands between « and » when plain."""
+        """Shows a styled text; plain output has « and » around what is green in a terminal."""
         if self.plain:
             green = [span for span in text.spans if GOOD in str(span.style)]
             marks = [(s.start, 1, "«") for s in green] + [(s.end, 0, "»") for s in green]
@@ -215,19 +217,19 @@ class Console:
             self._show(text)
 
     def note(self, text: str) -> None:
-        """Something worth knowing."""
+        """Shows a line of information."""
         self._lines([text], style=QUIET)
 
     def warn(self, text: str) -> None:
-        """Something that is probably not as intended."""
+        """Shows a warning: something that is probably not intended."""
         self._lines([f"warning: {text}"], style=WARN)
 
     def _lines(self, lines: Sequence[str], style: str = "") -> None:
-        """Lines that are never wrapped when plain, so that they can be searched and copied."""
+        """Prints lines; plain ones are never wrapped, so that they can be searched and copied."""
         if not self._enabled:
             return
         for line in lines:
-            text = clean(line)
+            text = escape_controls(line)
             if self.plain:
                 encoding = getattr(self._file, "encoding", None) or "utf-8"
                 print(
@@ -242,7 +244,7 @@ class Console:
 
 
 class _Clock:
-    """Time that remains, at the pace since the first step seen (which is spent compiling)."""
+    """Estimates the remaining time from the pace after the first step, which includes compiling."""
 
     def __init__(self, total: int, start: int):
         self.total, self.step = total, start
@@ -271,23 +273,23 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02}m"
 
 
-def clean(text: str) -> str:
-    """``text`` with its control characters, other than a line's end, written out as escapes."""
+def escape_controls(text: str) -> str:
+    """``text`` with control characters, except line breaks, written as Python escapes."""
     return "".join(
-        c.encode("unicode_escape").decode() if c != "\n" and _moves(c) else c for c in text
+        c.encode("unicode_escape").decode() if c != "\n" and _is_control(c) else c for c in text
     )
 
 
-def _moves(c: str) -> bool:
-    """Whether ``c`` is a control character or turns the direction of the text after it."""
-    return unicodedata.category(c) == "Cc" or unicodedata.bidirectional(c) in TURNS
+def _is_control(c: str) -> bool:
+    """Whether ``c`` is a control character or changes the direction of the text after it."""
+    return unicodedata.category(c) == "Cc" or unicodedata.bidirectional(c) in DIRECTION_CONTROLS
 
 
 def _number(form: str) -> Any:
     return lambda value: "-" if value is None else format(value, form)
 
 
-SHOWN = (  # name in metrics.jsonl, label, how
+METRICS = (  # name in metrics.jsonl, label, formatter
     ("loss", "loss", _number(".4f")),
     ("learning_rate", "lr", _number(".2e")),
     ("grad_norm", "grad", _number(".3g")),
@@ -301,17 +303,17 @@ SHOWN = (  # name in metrics.jsonl, label, how
 )
 
 
-BESIDE = ("loss", "tok/s", "eta")  # what has room beside the bar
+BAR_LABELS = ("loss", "tok/s", "eta")  # the line beside the bar is short
 
 
 def _text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return clean(str(value))
+        return escape_controls(str(value))
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def _shorten(text: str) -> str:
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    return text if len(text) <= MAX_SAMPLE_LENGTH else text[: MAX_SAMPLE_LENGTH - 1] + "…"
 
 
 def _one_line(text: str) -> str:
@@ -319,8 +321,8 @@ def _one_line(text: str) -> str:
 
 
 def _section(section: Section, width: int = 0) -> Table:
-    """A mapping as two columns, the first at least ``width`` wide; or a table."""
-    if isinstance(section, Rows):
+    """A mapping as two columns, the first at least ``width`` wide; a HeaderTable as a table."""
+    if isinstance(section, HeaderTable):
         return _table(section)
     grid = Table.grid(padding=(0, 3, 0, 0))
     grid.add_column(style=QUIET, no_wrap=True, min_width=width)
@@ -330,7 +332,7 @@ def _section(section: Section, width: int = 0) -> Table:
     return grid
 
 
-def _table(rows: Rows) -> Table:
+def _table(rows: HeaderTable) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -348,12 +350,12 @@ def _table(rows: Rows) -> Table:
     return table
 
 
-def _columns(rows: Rows) -> list[list[Any]]:
+def _columns(rows: HeaderTable) -> list[list[Any]]:
     return [[row[i] for row in rows.rows] for i in range(len(rows.columns))]
 
 
 def _plain_section(section: Section) -> list[str]:
-    if not isinstance(section, Rows):
+    if not isinstance(section, HeaderTable):
         width = max((len(key) for key in section), default=0)
         return [f"{key:<{width}}  {_one_line(_text(value))}" for key, value in section.items()]
     columns = [
@@ -365,15 +367,14 @@ def _plain_section(section: Section) -> list[str]:
 
 
 def _styled_sample(sample: Mapping[str, str]) -> list[Text]:
-    """The answer after the run is green when it is the expected one, and else yellow."""
-    cells = {name: Text(clean(text)) for name, text in sample.items()}
+    """The cells of a sample: the reply after training is green if as expected, else yellow."""
+    cells = {name: Text(escape_controls(text)) for name, text in sample.items()}
     if "before" in cells:
         cells["before"].stylize(QUIET)
     if "after" in cells and "expected" in cells:
-        same = sample["after"].strip() == sample["expected"].strip()
-        cells["after"].stylize(GOOD if same else WARN)
+        cells["after"].stylize(GOOD if is_as_expected(sample, "after") else WARN)
     return list(cells.values())
 
 
 def _command(command: str) -> Text:
-    return Text.assemble(("$ ", QUIET), (clean(command), ACCENT), overflow="fold")
+    return Text.assemble(("$ ", QUIET), (escape_controls(command), ACCENT), overflow="fold")

@@ -1,8 +1,8 @@
-"""The log of a run: ``metrics.jsonl``, one JSON object a line, each with its ``step``.
+"""``metrics.jsonl``, the log of a run: one JSON object per line, each with its ``step``.
 
-Lines are appended in the order of events and flushed one by one. A run that resumes first drops
-the lines that its checkpoint does not count, so that the log of an interrupted run reads like that
-of an uninterrupted one. Numbers that JSON does not have (nan, inf) are written as null.
+Lines are appended in the order of events and flushed one by one. A resumed run first drops the
+lines written after its checkpoint, so that the log of an interrupted run equals that of an
+uninterrupted one. nan and inf, which JSON does not have, are written as null.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from jlora.files import storage_errors, write_atomic
 
 
 class MetricsLog:
-    """Appends to ``path``; with ``enabled=False`` (processes other than 0) it does nothing.
+    """Appends to ``path``; with ``enabled=False`` (in processes other than 0) it does nothing.
 
     Example::
 
         with MetricsLog(output_dir / "metrics.jsonl") as log:
-            log.truncate_to(13)             # the lines before the checkpoint, or 0
+            log.truncate_to(13)             # lines at the time of the checkpoint
             log.write(130, loss=1.25, learning_rate=1e-4)
     """
 
@@ -51,7 +51,7 @@ class MetricsLog:
             self._file.flush()
 
     def truncate_to(self, lines: int) -> None:
-        """Keeps the first ``lines`` lines; what was torn at the end is dropped."""
+        """Keeps the first ``lines`` lines; an incomplete last line is dropped."""
         self.close()
         if not self._enabled or not self.path.exists():
             return
@@ -63,7 +63,7 @@ class MetricsLog:
             write_atomic(self.path, content)
 
     def sync(self) -> None:
-        """Puts the lines on the disk: to be called before a checkpoint that stands for them."""
+        """Forces the lines to disk; to be called before a checkpoint that records their number."""
         if self._file is not None:
             with storage_errors(self.path):
                 os.fsync(self._file.fileno())
@@ -76,8 +76,8 @@ class MetricsLog:
             self._file = None
 
 
-def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a log as dicts, null as None; a torn last line is left out.
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a log as dicts, null as None; an incomplete last line is left out.
 
     Raises DataError naming the line that is not a JSON object with a ``step``.
     """
@@ -87,7 +87,7 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path, text: bytes) -> list[tuple[bytes, dict[str, Any]]]:
-    """The complete lines with their values; what follows the last newline is torn."""
+    """The complete lines with their values; text after the last newline is incomplete."""
     result = []
     for number, raw in enumerate(text.split(b"\n")[:-1], start=1):
         try:
@@ -105,7 +105,7 @@ def _lines(path: Path, text: bytes) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: arrays of no dimension become numbers, nan and inf become None."""
+    """A value that JSON can hold: 0-d arrays become numbers, nan and inf become None."""
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""``report.html``: a run on one page that opens anywhere, offline and without scripts."""
+"""``report.html``: a training run on one page, which needs no network and no scripts."""
 
 from jlora.ui.report.page import write_report
 

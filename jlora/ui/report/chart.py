@@ -1,7 +1,7 @@
-"""Line charts as inline SVG: no script, no font, nothing from the network.
+"""Line charts as inline SVG, without scripts, fonts or anything from the network.
 
-A chart has one pixel frame (``FRAME``) and maps values linearly onto it; ``Scale`` is that map, so
-that a test can compute where a value must lie. Colours come from the page's CSS variables.
+A chart maps values linearly onto its ``Frame``; ``Scale`` is that map, so that tests can compute
+where a value is drawn. Colours come from the page's CSS variables.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from itertools import pairwise
 from typing import NamedTuple
 
 Point = tuple[float, float | None]
-"""A step and a value; None where the value was not a number, which leaves a gap."""
+"""A step and a value; None if the value was not finite, which leaves a gap."""
 
-MOST_POINTS = 800  # of one curve; more cannot be told apart
-MOST_MEANS = 160
-MOST_STOPS = 120  # columns that answer to the pointer
+MAX_POINTS = 800  # of one curve; more cannot be told apart
+MAX_MEANS = 160
+MAX_HOVER_COLUMNS = 120  # columns that show values under the pointer
 
 
 class Frame(NamedTuple):
@@ -41,7 +41,7 @@ class Scale(NamedTuple):
     ticks: tuple[float, ...]
 
     def __call__(self, value: float) -> float:
-        """The place of ``value``."""
+        """The coordinate of ``value``."""
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
@@ -67,7 +67,7 @@ def ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> tu
     return tuple(i * step for i in range(first, last + 1))
 
 
-def label(value: float, step: float) -> str:
+def tick_label(value: float, step: float) -> str:
     """A tick's text, with as many decimals as ticks ``step`` apart need."""
     if value == 0:
         return "0"
@@ -79,11 +79,11 @@ def label(value: float, step: float) -> str:
     return f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
 
 
-def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most about ``most`` points with the same outline.
+def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
+    """At most about ``most`` points that draw the same outline.
 
-    Each stretch keeps its lowest and its highest point in their order, so that no spike is lost;
-    a stretch without a number keeps one gap.
+    The lowest and the highest point of each stretch are kept, so that no spike is lost; of the gaps
+    in a stretch, one is kept.
     """
     if len(points) <= most:
         return list(points)
@@ -100,8 +100,8 @@ def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     return sorted(kept, key=lambda p: p[0])
 
 
-def means(points: Sequence[Point], most: int = MOST_MEANS) -> list[Point]:
-    """The mean step and value of each of ``most`` stretches; one without a number is a gap."""
+def means(points: Sequence[Point], most: int = MAX_MEANS) -> list[Point]:
+    """The mean step and value of each of ``most`` stretches; an empty stretch is a gap."""
     size = len(points) / most
     result: list[Point] = []
     for i in range(most):
@@ -126,7 +126,7 @@ def line_chart(
     x, y = scales(series, frame)
     parts = [_axes(x, y, frame, unit)]
     parts += [_curve(s, x, y) for s in series]
-    parts.append(_stops(series, x, y, frame))
+    parts.append(_hover_columns(series, x, y, frame))
     return (
         f'<svg class="chart" viewBox="0 0 {frame.width} {frame.height}" role="img" '
         f'aria-label="{escape(_summary(title, series))}">{"".join(parts)}</svg>'
@@ -164,7 +164,7 @@ def _axes(x: Scale, y: Scale, frame: Frame, unit: str) -> str:
         )
         parts.append(
             f'<text class="tick" x="{x.start - 8}" y="{height}" dy="0.32em" '
-            f'text-anchor="end">{label(value, step)}</text>'
+            f'text-anchor="end">{tick_label(value, step)}</text>'
         )
     for value in x.ticks:
         parts.append(
@@ -180,11 +180,11 @@ def _axes(x: Scale, y: Scale, frame: Frame, unit: str) -> str:
 
 
 def _curve(series: Series, x: Scale, y: Scale) -> str:
-    """The points joined where no gap is; a few, or a lone one, as dots too.
+    """The points as a line, interrupted at gaps; few or isolated points as dots, too.
 
-    More than can be told apart are drawn pale, with their mean over stretches of steps on top.
+    More than MAX_POINTS are drawn as a pale band with their means over stretches on top.
     """
-    if len(series.points) > MOST_POINTS:
+    if len(series.points) > MAX_POINTS:
         lines = _path(thin(series.points), x, y, "range") + _path(means(series.points), x, y)
     else:
         lines = _path(series.points, x, y)
@@ -219,24 +219,24 @@ def _stretches(points: Iterable[Point]) -> list[list[tuple[float, float]]]:
     return [s for s in stretches if s]
 
 
-def _stops(series: Sequence[Series], x: Scale, y: Scale, frame: Frame) -> str:
-    """Columns that show a step's values while the pointer is over them."""
+def _hover_columns(series: Sequence[Series], x: Scale, y: Scale, frame: Frame) -> str:
+    """Columns that show the values of a step while the pointer is over them: CSS, no scripts."""
     logged: dict[float, dict[str, tuple[float, str]]] = {}
     for s in series:
         for step, value in s.points:
             if value is not None:
                 logged.setdefault(step, {})[s.name] = (value, s.style)
     steps = sorted(logged)
-    stride = math.ceil(len(steps) / MOST_STOPS)
+    stride = math.ceil(len(steps) / MAX_HOVER_COLUMNS)
     shown = [s for i, s in enumerate(steps) if i % stride == 0 or s == steps[-1]]
     edges = [x.start, *((x(a) + x(b)) / 2 for a, b in pairwise(shown)), x.end]
     return "".join(
-        _stop(step, logged[step], (edges[i], edges[i + 1]), x, y, frame)
+        _hover_column(step, logged[step], (edges[i], edges[i + 1]), x, y, frame)
         for i, step in enumerate(shown)
     )
 
 
-def _stop(
+def _hover_column(
     step: float,
     values: Mapping[str, tuple[float, str]],
     edges: tuple[float, float],
@@ -260,7 +260,7 @@ def _stop(
 
 
 def _summary(title: str, series: Sequence[Series]) -> str:
-    """The chart in words, for those who do not see it."""
+    """The chart in words, for screen readers."""
     parts = []
     for s in series:
         numbers = [(step, value) for step, value in s.points if value is not None]

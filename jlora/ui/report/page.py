@@ -1,4 +1,8 @@
-"""``report.html``: a run on one page that opens anywhere, offline and without scripts."""
+"""``report.html``: a training run on one page, which needs no network and no scripts.
+
+Model replies and settings are untrusted text: everything is escaped, and the content security
+policy forbids scripts, so that a reply cannot run code when the page is opened.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,17 @@ from typing import Any
 
 from jlora.files import write_atomic
 from jlora.ui.report.chart import Frame, Point, Series, line_chart
+from jlora.ui.samples import SAMPLE_FIELDS, is_as_expected
 
-SMALL = Frame(width=520, height=230)
+SMALL_FRAME = Frame(width=520, height=230)
 CHARTS = (  # title, frame, unit, ((name in metrics.jsonl, name in the legend), …)
     ("Loss", Frame(1040, 320), "", (("loss", "training"), ("eval_loss", "held out"))),
-    ("Classes", SMALL, "held out", (("eval_accuracy", "accuracy"), ("eval_f1", "F1"))),
-    ("Exact match", SMALL, "", (("eval_exact_match", "held out"),)),
-    ("Learning rate", SMALL, "", (("learning_rate", "learning rate"),)),
-    ("Gradient norm", SMALL, "before clipping", (("grad_norm", "gradient norm"),)),
-    ("Speed", SMALL, "tokens a second", (("tokens_per_second", "tokens/s"),)),
+    ("Classes", SMALL_FRAME, "held out", (("eval_accuracy", "accuracy"), ("eval_f1", "F1"))),
+    ("Exact match", SMALL_FRAME, "", (("eval_exact_match", "held out"),)),
+    ("Learning rate", SMALL_FRAME, "", (("learning_rate", "learning rate"),)),
+    ("Gradient norm", SMALL_FRAME, "before clipping", (("grad_norm", "gradient norm"),)),
+    ("Speed", SMALL_FRAME, "tokens a second", (("tokens_per_second", "tokens/s"),)),
 )
-SAMPLE = ("prompt", "before", "after", "expected")
 
 
 def write_report(
@@ -34,13 +38,13 @@ def write_report(
     samples: Sequence[Mapping[str, str]],
     summary: Mapping[str, Any],
 ) -> Path:
-    """Writes ``<output_dir>/report.html`` whole and returns its path. Raises StorageError.
+    """Writes ``<output_dir>/report.html`` atomically and returns its path. Raises StorageError.
 
     Args:
       output_dir: the run's folder.
       title: the page's heading.
       config_yaml: the resolved settings.
-      metrics: the lines of metrics.jsonl; values that are no numbers leave gaps in the curves.
+      metrics: the lines of metrics.jsonl; a value that is null leaves a gap in its curve.
       samples: rows with the keys ``prompt``, ``before``, ``after``, ``expected``, or some of them.
       summary: names and values for the tiles at the top.
     """
@@ -56,7 +60,7 @@ def page(
     samples: Sequence[Mapping[str, str]],
     summary: Mapping[str, Any],
 ) -> str:
-    """The page as text; it is well-formed XML too."""
+    """The HTML of the page, which is also well-formed XML."""
     style = resources.files("jlora.ui.report").joinpath("style.css").read_text(encoding="utf-8")
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
@@ -92,23 +96,23 @@ def _charts(metrics: Sequence[Mapping[str, Any]]) -> str:
     cards = []
     for title, frame, unit, names in CHARTS:
         curves = [
-            Series(legend, points(metrics, name), style)
+            Series(legend, metric_points(metrics, name), style)
             for (name, legend), style in zip(names, "ab", strict=False)
         ]
         if svg := line_chart(title, curves, frame, unit):
             drawn = [c for c in curves if any(y is not None for _, y in c.points)]
-            wide = " wide" if frame.width > SMALL.width else ""
+            wide = " wide" if frame.width > SMALL_FRAME.width else ""
             cards.append(
                 f'<section class="card{wide}"><header><h3>{title}</h3>{_legend(drawn)}</header>'
                 f"{svg}{_gaps(curves)}</section>"
             )
     if not cards:
-        return '<p class="quiet">Nothing was logged.</p>'
+        return '<p class="quiet">No metrics were logged.</p>'
     return f'<h2>Curves</h2><div class="charts">{"".join(cards)}</div>'
 
 
-def points(metrics: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
-    """``name`` over its steps, ascending; of lines with the same step the last one counts."""
+def metric_points(metrics: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
+    """(step, value) of the metric ``name``, by step; the last line of a step counts."""
     values = {line["step"]: _finite(line[name]) for line in metrics if name in line}
     return sorted(values.items())
 
@@ -130,15 +134,15 @@ def _gaps(curves: Sequence[Series]) -> str:
     if not steps:
         return ""
     count = "1 value was" if len(steps) == 1 else f"{len(steps):,} values were"
-    return f'<p class="warning">{count} not a number, first at step {steps[0]:,}.</p>'
+    return f'<p class="warning">{count} not finite, first at step {steps[0]:,}.</p>'
 
 
 def _samples(samples: Sequence[Mapping[str, str]]) -> str:
-    names = [name for name in SAMPLE if any(name in sample for sample in samples)]
+    names = [name for name in SAMPLE_FIELDS if any(name in sample for sample in samples)]
     if not names:
         return ""
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
-    marked = any(_is_right(s, name) for s in samples for name in ("before", "after"))
+    marked = any(is_as_expected(s, name) for s in samples for name in ("before", "after"))
     rows = "".join(
         f"<tr>{''.join(_sample_cell(sample, name, marked) for name in names)}</tr>"
         for sample in samples
@@ -147,17 +151,15 @@ def _samples(samples: Sequence[Mapping[str, str]]) -> str:
     return f'<h2>Samples</h2><div class="card scroll">{table}</div>'
 
 
-def _is_right(sample: Mapping[str, str], name: str) -> bool:
-    return name in sample and sample[name].strip() == sample.get("expected", "").strip() != ""
-
-
 def _sample_cell(sample: Mapping[str, str], name: str, marked: bool) -> str:
-    """Replies are marked right or wrong only where some are right: free text never is."""
+    """A table cell; ``marked``: with ✓ or ✗. Free text never equals the expected reply, so replies
+    are marked only if at least one in the table does.
+    """
     mark = ""
     if marked and name in ("before", "after"):
         right = ("right", "as expected", "✓")
         wrong = ("wrong", "not as expected", "✗")
-        style, title, sign = right if _is_right(sample, name) else wrong
+        style, title, sign = right if is_as_expected(sample, name) else wrong
         mark = f'<span class="{style}" title="{title}">{sign}</span> '
     return f'<td class="sample {name}">{mark}{_text(sample.get(name, ""))}</td>'
 
@@ -189,7 +191,7 @@ def _settings(config_yaml: str) -> str:
 
 def _number(value: Any) -> str:
     if value is None:
-        return "not a number"
+        return "not finite"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
@@ -201,6 +203,6 @@ def _words(name: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """Escaped, with control characters, which XML cannot hold, written out as in Python."""
+    """Escaped for HTML; control characters, which XML forbids, as Python escapes."""
     written = {c: f"\\x{c:02x}" for c in (*range(9), *range(11, 32), 127)}
     return escape(str(value)).translate(written)
