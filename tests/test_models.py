@@ -13,7 +13,7 @@ from tiny_models import CONFIGS, LENGTH, LLAMA, LLAMA3_ROPE, build, decode, run,
 
 from jlora.config import QuantConfig
 from jlora.errors import ConfigError
-from jlora.models import Model, init_params, layer_scan
+from jlora.models import Model, attention_context, init_params, layer_scan
 from jlora.models.registry import parse_config
 from jlora.quant.params import quantize_params
 from jlora.tree import paths
@@ -125,7 +125,7 @@ def test_rematerialised_gradients_are_the_same(policy, packed):
     for each in (remat, model):
         np.testing.assert_allclose(gradient(x, each), plain, rtol=1e-4, atol=1e-5)
         assert policies(jax.make_jaxpr(each)(params, ids)) == {
-            layer_scan.policy(each.gradient_checkpointing)
+            layer_scan.checkpoint_policy(each.gradient_checkpointing)
         }
 
 
@@ -270,7 +270,7 @@ def test_a_branch_for_each_window_computes_the_same(name, monkeypatch):
     model, params = build(name)
     ids = tokens(model, 2, LENGTH)
     want = run(model, params, ids)
-    monkeypatch.setattr(layer_scan, "needs_static_window", lambda backend: True)
+    monkeypatch.setattr(attention_context, "needs_static_window", lambda backend: True)
     branching = dataclasses.replace(model, attention="reference")
     assert_same(run(branching, params, ids), want)
     assert "cond" in str(jax.make_jaxpr(branching)(params, ids))

@@ -1,6 +1,7 @@
-"""Decoder models: Flax NNX inside, plain trees outside. No file is read here, see ``io.hf``.
+"""Decoder-only language models: Flax NNX modules inside, nested dicts of parameters outside.
 
-``Model`` computes; ``registry`` and ``config`` say which families there are.
+``Model`` is the public interface; ``registry`` lists the families. No file is read here: see
+``io.hf``.
 """
 
 from jlora.models.config import DecoderConfig

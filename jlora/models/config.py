@@ -1,11 +1,10 @@
-"""Model configurations: what the decoder needs to know of a transformers ``config.json``.
+"""Model configurations, made from transformers' ``config.json``.
 
-``read`` takes from it what all families have, under the names that a family gives it; what sets a
-family apart comes from the family's own reader (``families``). Defaults and meaning are those of
-the transformers configuration class of the same ``model_type``. A switch that changes the
-computation and is not implemented is a ConfigError naming its key; keys that the model of that type
-does not read are kept, unread, in ``hf``. Dropout of the base model (``*_pdrop``, ``*_dropout``) is
-never applied: the base computes in evaluation mode also in training.
+``decoder_config`` reads the keys that all families have; a family's own function (``families``)
+reads the rest. Defaults and meaning are those of the transformers configuration class of the same
+``model_type``. A setting that changes the computation and is not implemented is a ConfigError
+naming its key; keys that are not read stay available in ``hf``. Dropout of the base model
+(``*_pdrop``, ``*_dropout``) is never applied: the base is in evaluation mode in training, too.
 """
 
 from __future__ import annotations
@@ -33,25 +32,25 @@ ACTIVATIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsConfig:
-    """A sparse mixture of experts and how it routes."""
+    """Sizes and routing of a sparse mixture of experts."""
 
     number: int
     per_token: int
     intermediate_size: int
     normalized: bool
-    """The weights of a token's experts sum to 1; else they are shares among all experts."""
+    """Normalise the weights of a token's experts to sum to 1; else: softmax over all experts."""
     shared_size: int | None = None
-    """The inner width of an expert that all tokens go through, its result gated."""
+    """Inner width of a gated expert that processes all tokens, if there is one."""
     clamped_swiglu: tuple[float, float] | None = None
-    """gpt-oss's experts: alpha and the limit of their activation."""
+    """gpt-oss: alpha and limit of its experts' activation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder. Hashable, so that a model can be closed over by ``jax.jit``.
+    """Architecture of a decoder; hashable, so that ``jax.jit`` can close over a model.
 
-    The first fields every model has; the others are what families differ in, and their defaults
-    are Llama's.
+    Every model sets the fields without a default; the others are differences between families, and
+    their defaults are Llama's.
     """
 
     model_type: str
@@ -68,91 +67,91 @@ class DecoderConfig:
     initializer_range: float
     tie_word_embeddings: bool
     windows: tuple[int | None, ...]
-    """Per layer: how many tokens back, itself included, a token sees; None is all of them."""
+    """Per layer: size of the attention window, the token itself included; None is unlimited."""
     scales: tuple[float, ...]
-    """Per layer: the factor on query-key products."""
+    """Per layer: the factor on attention scores."""
     ropes: tuple[Rope | None, ...]
-    """Per layer: how queries and keys are rotated; None is not at all."""
+    """Per layer: the rotary embedding; None for layers without one."""
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     hf_json: str = dataclasses.field(repr=False)
-    """The ``config.json`` this came from, as sorted JSON."""
+    """The original ``config.json``, as sorted JSON."""
 
     norm: Literal["rms", "rms_offset", "layer", "layer_no_bias"] = "rms"
-    """Which norm; see ``layers.make_norm``."""
+    """Kind of norm; see ``layers.make_norm``."""
     norms: tuple[str, ...] = ("before_attention", "before_mlp")
-    """Where a block has norms: before or after attention and MLP."""
+    """Positions of a block's norms: before or after attention and MLP."""
     norm_after_sum: bool = False
-    """The norms follow the residual sums (OPT-350m), instead of standing before the branches."""
+    """Post-norm (OPT-350m): norms are applied to the residual sums."""
     final_norm: bool = True
     parallel: bool = False
-    """Attention and MLP read the same stream; where there is one norm, its output."""
+    """Attention and MLP have the same input; with a single norm, that norm's output."""
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     head_bias: bool = False
     fused_qkv: Literal["parts", "heads"] | None = None
-    """One projection: all queries, keys and values in turn, or so within every head."""
+    """Fused projection: [queries, keys, values], or interleaved head by head; None: separate."""
     mlp: Literal["gated", "fused", "plain"] = "gated"
-    """``down(act(gate) * up)`` with two projections or a fused one, or ``down(act(up))``."""
+    """``down(act(gate) * up)`` with separate or fused projections, or ``down(act(up))``."""
     experts: ExpertsConfig | None = None
-    """A sparse mixture in place of the MLP."""
+    """A sparse mixture of experts in place of the MLP."""
     qk_norm: Literal["head", "each_head", "all"] | None = None
-    """A norm of queries and keys before rotation: one scale for a head's features, one for every
-    head's own, or one norm over all heads together."""
+    """Norm of queries and keys before rotation: per head with one scale, per head with separate
+    scales, or over all heads together."""
     qk_norm_kind: Literal["rms", "rms_offset", "layer", "layer_no_bias"] = "rms"
     interleaved_rope: bool = False
-    """Rotation turns neighbouring features, not those half a head apart."""
+    """Rotary pairs are neighbouring features; else they are half a head apart."""
     attention_softcap: float | None = None
     sinks: bool = False
-    """Every head has a learned logit that takes part in the softmax and adds nothing."""
+    """Attention sinks: a learned logit per head that takes part in the softmax without a value."""
     learned_positions: int | None = None
-    """Rows in the table of position embeddings before position 0; None is no table."""
+    """Learned position embeddings: rows of the table before position 0; None: no table."""
     projected_embedding: int | None = None
-    """The embedding's width where it is not the stream's."""
+    """Width of the embedding, if it differs from ``hidden_size``."""
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     num_labels: int | None = None
-    """A score head of so many classes in place of the language model's head."""
+    """Number of classes of a classifier, whose score head replaces the language model's head."""
 
     @property
     def hf(self) -> dict[str, Any]:
-        """The ``config.json`` this came from, as a fresh dict."""
+        """The original ``config.json``, as a new dict."""
         return json.loads(self.hf_json)
 
     @property
     def quant_method(self) -> str | None:
-        """Who packed the folder's weights (``quantization_config``), if they are packed."""
-        how = self.hf.get("quantization_config")
-        return None if how is None else how.get("quant_method", "bitsandbytes")
+        """The method by which the folder's weights are quantized; None if they are not."""
+        settings = self.hf.get("quantization_config")
+        return None if settings is None else settings.get("quant_method", "bitsandbytes")
 
     @property
     def prequantized(self) -> bool:
-        """Whether the folder's weights are packed and stay so; MXFP4 is read dense."""
+        """Whether the folder's weights are quantized and stay so when loaded (MXFP4 does not)."""
         return self.quant_method not in (None, "mxfp4")
 
     @property
     def position_limit(self) -> int | None:
-        """Positions that exist at all; None where any may be computed (rotary embeddings)."""
+        """The number of positions of a learned table; None if positions are not limited."""
         return None if self.learned_positions is None else self.max_position_embeddings
 
     @property
     def num_outputs(self) -> int:
-        """The logits of a token: one a class, or one a token of the vocabulary."""
+        """The number of logits per token: classes, or the vocabulary."""
         return self.num_labels or self.vocab_size
 
     @property
     def id2label(self) -> tuple[str, ...]:
-        """The names of a classifier's classes, in order; none of a language model's."""
+        """The names of a classifier's classes, in order; empty for a language model."""
         names = self.hf.get("id2label")
         names = names if isinstance(names, dict) else {}
         return tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(self.num_labels or 0))
 
     @property
     def feature_size(self) -> int:
-        """The width of what the head reads."""
+        """The width of the output head's input."""
         return self.projected_embedding or self.hidden_size
 
 
@@ -164,15 +163,13 @@ def decoder_config(
     scale: Sequence[float] | float | None = None,
     **differences: Any,
 ) -> DecoderConfig:
-    """The configuration in a ``config.json``; ``keys`` know the family's names and defaults.
+    """The DecoderConfig of a ``config.json``.
 
     Args:
-      keys: the file's keys.
-      rope: from the keys, the head's size and the number of positions, to what rotates queries and
-        keys: in all layers, or in each.
-      windows: what layers see: all, or each.
-      scale: the factor on query-key products in all layers, or in each; None is
-        ``head_dim ** -0.5``.
+      keys: a reader with the family's names and defaults.
+      rope: (keys, head_dim, max_position_embeddings) → the Rope of all layers, or a list.
+      windows: the attention window of all layers, or a list.
+      scale: the factor on attention scores of all layers, or a list; None is ``head_dim ** -0.5``.
       differences: other fields of DecoderConfig.
     """
     hidden, heads = keys.number("hidden_size"), keys.number("num_attention_heads")
@@ -198,9 +195,9 @@ def decoder_config(
         max_position_embeddings=positions,
         initializer_range=keys.number("initializer_range", 0.02, float),
         tie_word_embeddings=keys.flag("tie_word_embeddings", False),
-        windows=_each(windows, layers),
-        scales=_each(scale, layers),
-        ropes=_each(rope(keys, head_dim, positions), layers),
+        windows=_per_layer(windows, layers),
+        scales=_per_layer(scale, layers),
+        ropes=_per_layer(rope(keys, head_dim, positions), layers),
         eos_token_ids=keys.tokens("eos_token_id"),
         bos_token_id=keys.token("bos_token_id"),
         hf_json=json.dumps(dict(keys.hf), sort_keys=True),
@@ -208,19 +205,19 @@ def decoder_config(
     )
 
 
-def _each(value: Any, layers: int) -> tuple[Any, ...]:
-    """A value per layer."""
+def _per_layer(value: Any, layers: int) -> tuple[Any, ...]:
+    """One value per layer."""
     return tuple(value) if isinstance(value, list | tuple) else (value,) * layers
 
 
-def is_sliding(keys: ConfigReader, otherwise: Callable[[int], bool]) -> list[bool]:
-    """Per layer: whether it sees a window; ``layer_types`` says it, else ``otherwise`` does.
+def is_sliding(keys: ConfigReader, default: Callable[[int], bool]) -> list[bool]:
+    """Per layer: whether it has an attention window, from ``layer_types`` or else ``default``.
 
-    Raises ConfigError for a list of another length and for other types of layers.
+    Raises ConfigError for a list of the wrong length and for unknown types of layers.
     """
     layers, types = keys.number("num_hidden_layers"), keys.get("layer_types")
     if types is None:
-        return [otherwise(i) for i in range(layers)]
+        return [default(i) for i in range(layers)]
     if not isinstance(types, list) or len(types) != layers:
         raise keys.fail("layer_types", f"must be a list with {layers} entries, not {types!r}")
     for kind in types:

@@ -1,4 +1,4 @@
-"""Typed look-ups in a ``config.json``, which name the file and the key when they fail."""
+"""Typed look-ups in a ``config.json``; errors name the file and the key."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from jlora.errors import ConfigError, did_you_mean
 
 
 class ConfigReader:
-    """The keys of one ``config.json``, read from ``where``.
+    """The keys of one ``config.json``.
 
-    ``names`` are a family's own names of keys that others call differently, empty for those that
-    it does not read; ``defaults`` are the values of keys that are absent or, where that means
-    nothing else, null.
+    Args:
+      hf: the parsed JSON.
+      where: the file, for errors.
+      names: common name of a key → the family's name; empty if the family has no such key.
+      defaults: values of keys that are absent, or null where null has no meaning of its own.
     """
 
     def __init__(
@@ -29,26 +31,26 @@ class ConfigReader:
         self.names, self.defaults = names or {}, defaults or {}
 
     def of(self, *, names: Mapping[str, str] | None = None, **defaults: Any) -> ConfigReader:
-        """The same keys with a family's names and defaults."""
+        """A reader of the same file with a family's names and defaults."""
         return ConfigReader(self.hf, self.where, names, defaults)
 
     def name(self, key: str) -> str:
-        """What the file calls ``key``."""
+        """The name of ``key`` in the file."""
         return self.names.get(key, key) or key
 
     def _given(self, key: str, default: Any = None) -> Any:
         return self.hf.get(self.names.get(key, key), default)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value; a key that is absent has the family's default, else ``default``."""
+        """The value; for an absent key the family's default, else ``default``."""
         return self._given(key, self.defaults.get(key, default))
 
     def fail(self, key: str, cause: str, fix: str | None = None) -> ConfigError:
-        """The error for ``key``, to be raised."""
+        """The ConfigError for ``key``, for the caller to raise."""
         return ConfigError(cause, where=f"{self.where}: {self.name(key)}", fix=fix)
 
     def only(self, key: str, *values: Any, why: str | None = None) -> None:
-        """A switch whose other settings are not implemented."""
+        """Raises ConfigError unless ``key`` is null or one of the supported ``values``."""
         value = self.get(key)
         if value is None or value in values:
             return
@@ -57,7 +59,7 @@ class ConfigReader:
         raise self.fail(key, f"{json.dumps(value)} is not supported{detail}", f"must be {allowed}")
 
     def number(self, key: str, default: Any = None, kind: type = int) -> Any:
-        """A positive number; where the key is absent or null, the family's default or this one."""
+        """A positive number; if the key is absent or null, the family's default or ``default``."""
         value = self._given(key)
         value = self.defaults.get(key, default) if value is None else value
         if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
@@ -67,11 +69,11 @@ class ConfigReader:
         return kind(value)
 
     def optional(self, key: str, kind: type = int) -> Any:
-        """A positive number, or None where the key is null or has no default."""
+        """A positive number, or None if the key is null, or absent without a default."""
         return None if self.get(key) is None else self.number(key, kind=kind)
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """True or false."""
+        """A boolean."""
         value = self._given(key)
         value = self.defaults.get(key, default) if value is None else value
         if not isinstance(value, bool):
@@ -79,18 +81,18 @@ class ConfigReader:
         return value
 
     def choice(self, key: str, options: Iterable[str], default: str | None = None) -> str:
-        """One of ``options``."""
+        """A string, one of ``options``."""
         value = self.get(key, default)
         if not isinstance(value, str) or value not in options:
             raise self.fail(key, f"{value!r} is not supported", did_you_mean(str(value), options))
         return value
 
     def token(self, key: str) -> int | None:
-        """A token id or None."""
+        """The first token id, or None."""
         return next(iter(self.tokens(key)), None)
 
     def tokens(self, key: str) -> tuple[int, ...]:
-        """Token ids, written as one number, a list or null."""
+        """Token ids; the file may hold one id, a list or null."""
         value = self.get(key)
         values = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(v) is int for v in values):

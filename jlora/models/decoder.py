@@ -1,7 +1,7 @@
-"""The decoder: blocks of attention and MLP on one stream, with what families differ in as settings.
+"""The decoder: blocks of attention and MLP on a residual stream, configured by DecoderConfig.
 
-Module names are Llama's; a family's own names are given to parameters by ``registry.Family.names``.
-A block has up to four norms, which are None where a family has none::
+Modules have Llama's names; ``Family.names`` maps them to a family's names in the parameter tree. A
+block has up to four norms, which are None in families without them::
 
     input_layernorm → self_attn → attention_out_norm       (+ stream)
     post_attention_layernorm → mlp → mlp_out_norm          (+ stream)
@@ -16,10 +16,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jlora.models.attention_context import AttentionContext
 from jlora.models.config import DecoderConfig
 from jlora.models.experts import MixtureOfExperts
-from jlora.models.layer_scan import KV, Call, scan_layers, stack
-from jlora.models.layers import Embedding, Linear, Norm, Part, activation, make_norm, project
+from jlora.models.kv_cache import KV
+from jlora.models.layer_scan import scan_layers, stack_layers
+from jlora.models.layers import (
+    ColumnRange,
+    Embedding,
+    Linear,
+    Norm,
+    activation,
+    make_norm,
+    output_logits,
+)
 from jlora.ops.remat import saveable
 from jlora.ops.weights import Weight, output_embedding
 
@@ -52,17 +62,19 @@ class Attention(nnx.Module):
         heads = jnp.zeros((c.num_attention_heads,), dtype)
         self.sinks = nnx.Param(heads) if c.sinks else None
 
-    def __call__(self, x: Array, call: Call, index: Array, kv: KV | None):
-        """(B, T, D) results of layer ``index``, and the cache with its new tokens."""
-        q, k, v = self._project(x, call.config)
-        q, k = self._normed(self.q_norm, q, call.config), self._normed(self.k_norm, k, call.config)
-        q, k = call.rotate(q, index), call.rotate(k, index)
-        if self.q_norm is None and not call.config.fused_qkv:
-            # Then nothing needs what they were before, and nothing is rotated again.
+    def __call__(self, x: Array, context: AttentionContext, index: Array, kv: KV | None):
+        """The attention output (B, T, D) of layer ``index``, and the updated cache."""
+        q, k, v = self._project(x, context.config)
+        q = self._normalise(self.q_norm, q, context.config)
+        k = self._normalise(self.k_norm, k, context.config)
+        q, k = context.rotate(q, index), context.rotate(k, index)
+        if self.q_norm is None and not context.config.fused_qkv:
+            # Save them rotated: the gradient of a rotation needs neither its input nor its output,
+            # so the backward pass does not rotate again. A norm needs its unrotated output too.
             q, k = saveable(q), saveable(k)
         v = v.reshape(*k.shape)
         sinks = None if self.sinks is None else self.sinks.get_value()
-        out, kv = call.attend(q, k, v, index, kv, sinks)
+        out, kv = context.attend(q, k, v, index, kv, sinks)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), kv
 
     def _project(self, x: Array, c: DecoderConfig) -> list[Array]:
@@ -76,12 +88,12 @@ class Attention(nnx.Module):
         queries, keys = c.num_attention_heads * dim, c.num_key_value_heads * dim
         return jnp.split(qkv, [queries, queries + keys], axis=-1)
 
-    def _normed(self, norm: Norm | None, x: Array, c: DecoderConfig) -> Array:
-        """Queries or keys (B, T, heads, dim), normed."""
+    def _normalise(self, norm: Norm | None, x: Array, c: DecoderConfig) -> Array:
+        """Normalised queries or keys (B, T, heads, dim)."""
         heads = (*x.shape[:2], -1, c.head_dim)
-        return (
-            _norm(norm, x).reshape(heads) if c.qk_norm == "all" else _norm(norm, x.reshape(heads))
-        )
+        if c.qk_norm == "all":
+            return _apply_norm(norm, x).reshape(heads)
+        return _apply_norm(norm, x.reshape(heads))
 
 
 class MLP(nnx.Module):
@@ -103,7 +115,7 @@ class MLP(nnx.Module):
         self.kind, self.act = c.mlp, c.hidden_act
 
     def __call__(self, x: Array) -> Array:
-        """(…, D) to (…, D)."""
+        """The MLP's output (…, D) for ``x`` (…, D)."""
         act = activation(self.act)
         if self.kind == "plain":
             return self.down_proj(act(self.up_proj(x)))
@@ -114,7 +126,7 @@ class MLP(nnx.Module):
 
 
 def _mlp(c: DecoderConfig, dtype: jnp.dtype) -> MLP | MixtureOfExperts:
-    """A block's MLP, or the mixture in its place."""
+    """A block's MLP, or the mixture of experts in its place."""
     if c.experts is None:
         return MLP(c, dtype)
     inner = c.experts.shared_size
@@ -122,7 +134,7 @@ def _mlp(c: DecoderConfig, dtype: jnp.dtype) -> MLP | MixtureOfExperts:
 
 
 class Block(nnx.Module):
-    """Attention and MLP, added to the stream."""
+    """Attention and MLP, each added to the residual stream."""
 
     def __init__(self, c: DecoderConfig, dtype: jnp.dtype):
         def norm(place: str) -> Norm | None:
@@ -137,26 +149,26 @@ class Block(nnx.Module):
         self.post_attention_layernorm = norm("before_mlp")
         self.mlp_out_norm = norm("after_mlp")
 
-    def __call__(self, x: Array, call: Call, index: Array, kv: KV | None):
-        """The stream after layer ``index``, and the cache with its new tokens."""
-        c, before_mlp = call.config, self.post_attention_layernorm
+    def __call__(self, x: Array, context: AttentionContext, index: Array, kv: KV | None):
+        """The residual stream after layer ``index``, and the updated cache."""
+        c, before_mlp = context.config, self.post_attention_layernorm
         if c.norm_after_sum:
-            mixed, kv = self.self_attn(x, call, index, kv)
-            x = _norm(self.input_layernorm, x + mixed)
-            return _norm(before_mlp, x + self.mlp(x)), kv
-        normed = _norm(self.input_layernorm, x)
-        mixed, kv = self.self_attn(normed, call, index, kv)
-        mixed = _scaled(_norm(self.attention_out_norm, mixed), c.residual_scale)
+            mixed, kv = self.self_attn(x, context, index, kv)
+            x = _apply_norm(self.input_layernorm, x + mixed)
+            return _apply_norm(before_mlp, x + self.mlp(x)), kv
+        normed = _apply_norm(self.input_layernorm, x)
+        mixed, kv = self.self_attn(normed, context, index, kv)
+        mixed = _scaled(_apply_norm(self.attention_out_norm, mixed), c.residual_scale)
         if c.parallel:
             normed = normed if before_mlp is None else before_mlp(x)
             return x + mixed + self.mlp(normed), kv
         x = x + mixed
-        out = _norm(self.mlp_out_norm, self.mlp(_norm(before_mlp, x)))
+        out = _apply_norm(self.mlp_out_norm, self.mlp(_apply_norm(before_mlp, x)))
         return x + _scaled(out, c.residual_scale), kv
 
 
 class Backbone(nnx.Module):
-    """Embeddings, stacked blocks and the last norm: what transformers calls the base model."""
+    """Embeddings, stacked blocks and final norm; transformers' base model, without the head."""
 
     def __init__(self, c: DecoderConfig, dtype: jnp.dtype):
         width, hidden = c.feature_size, c.hidden_size
@@ -165,28 +177,33 @@ class Backbone(nnx.Module):
         self.embed_tokens = Embedding(c.vocab_size, width, dtype=dtype)
         self.embed_positions = Embedding(rows, hidden, dtype=dtype) if rows else None
         self.project_in = Linear(width, hidden, bias=False, dtype=dtype) if narrow else None
-        self.layers = stack(lambda: Block(c, dtype), c.num_hidden_layers)
+        self.layers = stack_layers(lambda: Block(c, dtype), c.num_hidden_layers)
         norm = make_norm(c.norm, hidden, eps=c.norm_eps, dtype=dtype)
         self.norm = norm if c.final_norm else None
         self.project_out = Linear(hidden, width, bias=False, dtype=dtype) if narrow else None
 
     def __call__(
-        self, ids: Array, positions: Array, call: Call, kv: KV | None, checkpointing: bool | str
+        self,
+        ids: Array,
+        positions: Array,
+        context: AttentionContext,
+        kv: KV | None,
+        checkpointing: bool | str,
     ) -> tuple[Array, KV | None]:
-        """What the head reads, and the cache with the new tokens."""
-        c = call.config
+        """The head's input (B, T, D), and the updated cache."""
+        c = context.config
         x = _scaled(self.embed_tokens(ids), c.embedding_scale)
         if self.project_in is not None:
             x = self.project_in(x)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions + (c.learned_positions or 0))
-        x, kv = scan_layers(self.layers, x, call.at_positions(positions), kv, checkpointing)
-        x = _norm(self.norm, x)
+        x, kv = scan_layers(self.layers, x, context.at_positions(positions), kv, checkpointing)
+        x = _apply_norm(self.norm, x)
         return (x if self.project_out is None else self.project_out(x)), kv
 
 
 class Decoder(nnx.Module):
-    """The whole model; ``lm_head`` is absent in tied models, and where there is a score head."""
+    """Backbone and head. ``lm_head`` is None in tied models and in classifiers (``score``)."""
 
     def __init__(self, c: DecoderConfig, dtype: jnp.dtype):
         self.model = Backbone(c, dtype)
@@ -203,39 +220,41 @@ class Decoder(nnx.Module):
         self,
         ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        call: Call,
+        context: AttentionContext,
         kv: KV | None,
         checkpointing: bool | str,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """What the head reads, and the cache with the new tokens; None without one."""
-        return self.model(ids, positions, call, kv, checkpointing)
+        """The head's input, and the updated cache (None without one)."""
+        return self.model(ids, positions, context, kv, checkpointing)
 
-    def head(self, x: Float[Array, "*B D"], part: Part | None = None) -> Float[Array, "*B V"]:
-        """Logits in float32, of all tokens or a part of them."""
-        own = self.lm_head if self.score is None else self.score
-        bias = None if own is None or own.bias is None else own.bias.get_value()
-        logits = project(x, self.head_weight(), bias, part, tied=own is None)
+    def head(
+        self, x: Float[Array, "*B D"], columns: ColumnRange | None = None
+    ) -> Float[Array, "*B V"]:
+        """Logits in float32, of the whole vocabulary or a range of its columns."""
+        head = self.lm_head if self.score is None else self.score
+        bias = None if head is None or head.bias is None else head.bias.get_value()
+        logits = output_logits(x, self.head_weight(), bias, columns, tied=head is None)
         logits = _scaled(logits, self.scale)
         if self.softcap is None:
             return logits
         return self.softcap * jnp.tanh(logits / self.softcap)
 
     def head_weight(self) -> Weight:
-        """The head's kernel (dim, vocabulary); in tied models the embedding (vocabulary, dim).
+        """The head's kernel (dim, vocabulary), or the embedding (vocabulary, dim) it is tied to.
 
-        LoRA on a tied embedding does not change it: see ``output_embedding``.
+        LoRA on a tied embedding does not change the head: see ``output_embedding``.
         """
-        own = self.lm_head if self.score is None else self.score
-        if own is not None:
-            return own.kernel.get_value()
+        head = self.lm_head if self.score is None else self.score
+        if head is not None:
+            return head.kernel.get_value()
         table = self.model.embed_tokens.embedding.get_value()
         return output_embedding(table)
 
 
-def _norm(norm: Norm | None, x: Array) -> Array:
+def _apply_norm(norm: Norm | None, x: Array) -> Array:
     return x if norm is None else norm(x)
 
 
 def _scaled(x: Array, factor: float) -> Array:
-    """``x`` times a factor of its own dtype, as torch has it; 1 is free."""
+    """``x`` times ``factor`` rounded to its dtype, as in torch; nothing is computed for 1."""
     return x if factor == 1.0 else x * jnp.asarray(factor, x.dtype)

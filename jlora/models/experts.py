@@ -1,11 +1,12 @@
 """Sparse mixtures of experts: a router picks a few MLPs for every token (arXiv 2101.03961).
 
-Parameters that transformers keeps as bare tensors have its names, and lie [out, in] for all::
+Parameters have transformers' names. Matrices are [out, in] in all families (in gpt-oss's layout,
+[in, out], sharding by name gave wrong logits on a 2 × 2 × 2 mesh)::
 
     gate.weight (E, D)   experts.gate_up_proj (E, 2 · inner, D)   experts.down_proj (E, D, inner)
 
-Copies of the tokens, one for each of a token's experts, are sorted by expert, so that every expert
-multiplies a run of rows: no expert computes what it was not asked for.
+Each token is copied once per chosen expert and the copies are sorted by expert, so that every
+expert multiplies one contiguous group of rows and computes only its own tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from jlora.ops.remat import saveable
 
 
 class Router(nnx.Module):
-    """Which experts a token goes to, and with what weights; float32 whatever ``x`` is in."""
+    """Chooses each token's experts and their weights, in float32 whatever the dtype of ``x``."""
 
     def __init__(self, width: int, experts: ExpertsConfig, dtype: jnp.dtype):
         self.weight = nnx.Param(jnp.zeros((experts.number, width), dtype))
@@ -38,21 +39,21 @@ class Router(nnx.Module):
     def __call__(
         self, x: Float[Array, "tokens D"]
     ) -> tuple[Float[Array, "tokens k"], Int[Array, "tokens k"]]:
-        """Weights and numbers of each token's experts, the best ones first.
+        """Weights and indices of each token's experts, largest weight first.
 
-        A weight is the expert's share in the softmax over all, or over the chosen where
-        ``normalized``: the same as shares over all, divided by their sum over the chosen.
+        Weights are the softmax over all experts, or, if ``normalized``, over the chosen ones (equal
+        to the softmax over all, divided by its sum over the chosen).
         """
         logits = dot(x, self.weight.get_value().mT, jnp.float32)
         if self.bias is not None:
             logits = logits + self.bias.get_value().astype(jnp.float32)
         best, chosen = jax.lax.top_k(logits, self.per_token)
-        among = best if self.normalized else logits
-        return jnp.exp(best - jax.nn.logsumexp(among, axis=-1, keepdims=True)), chosen
+        candidates = best if self.normalized else logits
+        return jnp.exp(best - jax.nn.logsumexp(candidates, axis=-1, keepdims=True)), chosen
 
 
 class GatedExperts(nnx.Module):
-    """``down(act(gate) * up)`` for each expert; gate lies before up in one matrix."""
+    """``down(act(gate) * up)`` per expert; gate and up are fused, gate's rows first."""
 
     def __init__(self, c: DecoderConfig, experts: ExpertsConfig, dtype: jnp.dtype):
         number, width, inner = experts.number, c.hidden_size, experts.intermediate_size
@@ -63,7 +64,7 @@ class GatedExperts(nnx.Module):
     def __call__(
         self, x: Float[Array, "rows D"], sizes: Int[Array, " experts"]
     ) -> Float[Array, "rows D"]:
-        """Each row through its expert; rows are sorted by expert, ``sizes`` rows to each."""
+        """Each row's expert applied to it; rows are sorted by expert, ``sizes`` of them each."""
         gate_up = saveable(grouped_dot(x, self.gate_up_proj.get_value().mT, sizes))
         gate, up = jnp.split(gate_up, 2, axis=-1)
         inner = activation(self.act)(gate) * up
@@ -71,9 +72,9 @@ class GatedExperts(nnx.Module):
 
 
 class ClampedExperts(nnx.Module):
-    """gpt-oss's: ``down((up + 1) * gate * sigmoid(alpha * gate))``, gate and up clamped before.
+    """gpt-oss: ``down((up + 1) * gate * sigmoid(alpha * gate))`` of clamped gate and up.
 
-    Gate and up alternate in one matrix. Both matrices have biases (E, out).
+    Rows of gate and up alternate in the fused matrix. Both matrices have biases (E, out).
     """
 
     def __init__(self, c: DecoderConfig, experts: ExpertsConfig, dtype: jnp.dtype):
@@ -87,7 +88,7 @@ class ClampedExperts(nnx.Module):
     def __call__(
         self, x: Float[Array, "rows D"], sizes: Int[Array, " experts"]
     ) -> Float[Array, "rows D"]:
-        """Each row through its expert; rows are sorted by expert, ``sizes`` rows to each."""
+        """Each row's expert applied to it; rows are sorted by expert, ``sizes`` of them each."""
         gate_up = grouped_dot(x, self.gate_up_proj.get_value().mT, sizes)
         gate_up = saveable(gate_up + _bias_per_row(self.gate_up_proj_bias, gate_up, sizes))
         gate = jnp.minimum(gate_up[..., ::2], self.limit)
@@ -98,13 +99,13 @@ class ClampedExperts(nnx.Module):
 
 
 def _bias_per_row(bias: nnx.Param, like: Array, sizes: Array) -> Array:
-    """The bias of each row's expert, for rows ``like``."""
-    each = bias.get_value().astype(like.dtype)
-    return jnp.repeat(each, sizes, axis=0, total_repeat_length=like.shape[0])
+    """The bias of each row's expert, in the dtype and for the rows of ``like``."""
+    values = bias.get_value().astype(like.dtype)
+    return jnp.repeat(values, sizes, axis=0, total_repeat_length=like.shape[0])
 
 
 class MixtureOfExperts(nnx.Module):
-    """The weighted sum of each token's experts, and a gated expert that all tokens share if any."""
+    """The weighted sum of each token's experts, plus a gated shared expert if there is one."""
 
     def __init__(
         self, c: DecoderConfig, experts: ExpertsConfig, shared: nnx.Module | None, dtype: jnp.dtype
@@ -117,7 +118,7 @@ class MixtureOfExperts(nnx.Module):
         self.shared_expert_gate = None if shared is None else gate()
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """The mixture of every token, padding like others."""
+        """The mixture of every token, padding included."""
         graph, weights = nnx.split((self.gate, self.experts))
 
         def mix(x: Array, weights: Any) -> Array:
@@ -145,9 +146,9 @@ def _mixture(x: Array, router: Router, experts: GatedExperts | ClampedExperts) -
 
 @jax.custom_vjp
 def _permute(x: Array, order: Array, back: Array) -> Array:
-    """Rows ``order`` of ``x``, all of them; ``back`` undoes it.
+    """``x[order]`` for a permutation ``order`` with inverse ``back``.
 
-    The gradient is a look-up too: JAX's own adds into rows, which GPUs do in no fixed order.
+    Its gradient is a gather, too: JAX's own is a scatter-add, whose order on GPUs is not fixed.
     """
     del back
     return x.at[order].get(mode="promise_in_bounds", unique_indices=True)

@@ -1,7 +1,7 @@
-"""What sets a family of models apart: how its ``config.json`` reads and how its tensors are called.
+"""A model family: how its ``config.json`` is read and how its tensors are named.
 
-Modules are written with Llama's names (``transformer``). The parameter tree has the family's own
-names, those of transformers' modules; where a file has yet others, ``Family.stored`` says how.
+The decoder's modules have Llama's names. The parameter tree has the names of the modules in
+transformers; ``Family.stored`` lists the tensors in files that are named differently.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from jlora.models.config import DecoderConfig
 from jlora.models.config_reader import ConfigReader
 
 CLASSIFIER = "ForSequenceClassification"
-"""How transformers' classes with a score head are called at the end."""
+"""The suffix of transformers' model classes with a score head."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorPart:
-    """Tensors of a file that make up a leaf of one layer.
+    """One or more tensors of a file that hold a part of one layer's leaf.
 
-    ``name`` follows the layer's number, or is whole outside layers. ``{}`` in it counts along the
-    leaf's first axis, one tensor each; the tensors are the ``part``-th of ``parts`` equal parts of
-    the axis that follows.
+    ``name`` follows the layer's prefix, or is the full name outside layers. ``{}`` in it counts
+    along the leaf's first axis, one tensor per index; each tensor is the ``part``-th of ``parts``
+    equal slices of the next axis.
     """
 
     name: str
@@ -33,35 +33,34 @@ class TensorPart:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """One ``model_type``.
-
-    ``read`` makes the configuration of a ``config.json``. ``architecture`` is the class that
-    transformers builds; ``scored`` is its class with a score head, where that has another stem.
-    ``names`` are the family's own for Llama's: of a node, or of a leaf that is no weight or bias; a
-    dotted one is several nodes, an empty one none. ``stored`` says which tensors of a file hold a
-    leaf, by the end of its dotted path in the tree. Linear weights lie [out, in] in files (torch's
-    Linear) if ``transposed``, else [in, out] (Conv1D); other leaves of the kinds ``flipped`` lie
-    there as the transpose of what they are here.
-    ``quant_methods`` are the ways in which a file's weights may be packed. Tensors whose whole name
-    matches ``buffers`` are constants that some checkpoints store.
-    """
+    """One ``model_type``."""
 
     read: Callable[[ConfigReader], DecoderConfig]
+    """Makes the DecoderConfig from the keys of a ``config.json``."""
     architecture: str
+    """transformers' class of the language model."""
     scored: str | None = None
+    """transformers' class with a score head, if its name has another stem."""
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Llama's name of a module (or of a leaf other than weight and bias) → this family's. A dotted
+    name stands for nested modules, an empty one for none."""
     stored: Mapping[str, tuple[TensorPart, ...]] = dataclasses.field(default_factory=dict)
+    """End of a leaf's dotted path → the tensors that hold it, where their names differ."""
     transposed: bool = True
+    """Linear weights are [out, in] in files (torch's Linear); False: [in, out] (Conv1D)."""
     flipped: tuple[str, ...] = ()
+    """Kinds of other leaves whose files hold the transpose of the leaf."""
     quant_methods: tuple[str, ...] = ("bitsandbytes",)
+    """Quantization methods (``quantization_config.quant_method``) whose folders can be read."""
     buffers: str = r"(.*\.)?rotary_emb\.inv_freq"
+    """Regular expression of the names of constants that some checkpoints contain; ignored."""
 
     @property
     def classifier(self) -> str:
-        """The class that transformers builds with a score head, as far as it has one."""
+        """The class with a score head in transformers, as far as there is one."""
         return self.scored or re.sub("(ForCausalLM|LMHeadModel)$", CLASSIFIER, self.architecture)
 
     def rename(self, path: tuple[str, ...]) -> tuple[str, ...]:
-        """A path with the family's names in place of Llama's."""
+        """``path`` with Llama's names replaced by the family's."""
         new = (self.names.get(key, key) for key in path)
         return tuple(part for key in new if key for part in key.split("."))

@@ -1,7 +1,7 @@
-"""The layers that decoders are made of: Flax NNX modules that multiply only through ``jlora.dot``.
+"""Layers of the decoder: Flax NNX modules that multiply only through ``ops.dot``.
 
-Parameters may hold any pytree that stands for a weight (an array, an NF4 array, a weight with an
-adapter), so modules read them with ``get_value()`` and never look inside.
+A parameter may be any weight pytree (array, quantized array, weight with an adapter), so modules
+pass ``get_value()`` on and never inspect it: indexing a Param raises for pytree values.
 """
 
 from __future__ import annotations
@@ -34,48 +34,50 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Rows of ``embedding`` (vocabulary, dim), in the dtype that the model computes in."""
+    """Look-up in ``embedding`` (vocabulary, dim); the result has the compute dtype."""
 
     def __init__(self, n_rows: int, dim: int, *, dtype: jnp.dtype):
         self.embedding = nnx.Param(jnp.zeros((n_rows, dim), dtype))
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T dim"]:
-        """The rows ``ids``."""
+        """The embeddings of ``ids``."""
         return split_rows(embed(ids, self.embedding.get_value()).astype(self.dtype))
 
 
-Part = tuple[Int[Array, ""], int]
-"""The first of some columns of a weight, and how many."""
+ColumnRange = tuple[Int[Array, ""], int]
+"""Index of the first column of a weight (may be traced), and the number of columns."""
 
 
-def project(
+def output_logits(
     x: Float[Array, "*B dim"],
     w: Weight,
     bias: Float[Array, "vocabulary"] | None,
-    part: Part | None = None,
+    column_range: ColumnRange | None = None,
     *,
     tied: bool = False,
 ) -> Float[Array, "*B vocabulary"]:
-    """Logits in float32: ``x`` times an output head's weight, or a part of its columns.
+    """Logits in float32: ``x`` times the output head's weight, or a range of its columns.
 
-    ``w`` is a kernel (dim, vocabulary), or an embedding (vocabulary, dim) that is ``tied`` to it.
+    ``w`` is a kernel (dim, vocabulary), or, if ``tied``, the embedding (vocabulary, dim).
     """
     if tied:
-        # In a loop over parts of the sequence, XLA would hoist a transposed copy out of the loop.
+        # In a loop over chunks of the sequence, XLA would store a transposed copy of the whole
+        # embedding outside the loop; the barrier ties it to the loop's own input.
         w = barrier_after(w, x).mT
-    logits = dot(x, w if part is None else columns(w, *part), jnp.float32)
+    logits = dot(x, w if column_range is None else columns(w, *column_range), jnp.float32)
     if bias is None:
         return logits
-    own = bias if part is None else jax.lax.dynamic_slice_in_dim(bias, *part)
-    return logits + own.astype(jnp.float32)
+    if column_range is not None:
+        bias = jax.lax.dynamic_slice_in_dim(bias, *column_range)
+    return logits + bias.astype(jnp.float32)
 
 
 class RMSNorm(nnx.Module):
     """``scale * x / rms(x)`` over the last axis; the mean square is float32 (arXiv 1910.07467).
 
     With ``offset`` the factor is ``1 + scale``, in float32, as in Gemma. A scale of several axes
-    meets as many of the last axes of ``x``.
+    broadcasts against the last axes of ``x``.
     """
 
     def __init__(self, *shape: int, eps: float, dtype: jnp.dtype, offset: bool = False):
@@ -83,9 +85,9 @@ class RMSNorm(nnx.Module):
         self.eps, self.offset = eps, offset
 
     def __call__(self, x: Float[Array, "*B dim"]) -> Float[Array, "*B dim"]:
-        """The normed ``x``, in its dtype."""
-        wide, scale = x.astype(jnp.float32), self.scale.get_value()
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        """The normalised ``x``, in its dtype."""
+        x32, scale = x.astype(jnp.float32), self.scale.get_value()
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         if self.offset:
             return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
         return normed.astype(x.dtype) * scale.astype(x.dtype)
@@ -94,7 +96,7 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """``scale * (x - mean) / std + bias`` over the last axis, in float32 (arXiv 1607.06450).
 
-    The bias may be left out. A scale of several axes meets as many of the last axes of ``x``.
+    The bias is optional. A scale of several axes broadcasts against the last axes of ``x``.
     """
 
     def __init__(self, *shape: int, eps: float, dtype: jnp.dtype, bias: bool = True):
@@ -103,9 +105,9 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*B dim"]) -> Float[Array, "*B dim"]:
-        """The normed ``x``, in its dtype."""
-        wide = x.astype(jnp.float32)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        """The normalised ``x``, in its dtype."""
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
         scaled = centred * jax.lax.rsqrt(variance + self.eps) * _float32(self.scale)
         return (scaled if self.bias is None else scaled + _float32(self.bias)).astype(x.dtype)
@@ -115,7 +117,7 @@ Norm = RMSNorm | LayerNorm
 
 
 def make_norm(kind: str, *shape: int, eps: float, dtype: jnp.dtype) -> Norm:
-    """The norm that ``DecoderConfig.norm`` calls ``kind``."""
+    """The norm layer for a value of ``DecoderConfig.norm``."""
     if kind in ("rms", "rms_offset"):
         return RMSNorm(*shape, eps=eps, dtype=dtype, offset=kind == "rms_offset")
     return LayerNorm(*shape, eps=eps, dtype=dtype, bias=kind == "layer")
@@ -126,9 +128,9 @@ def _float32(param: nnx.Param) -> Array:
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-    """The function that transformers calls ``name`` (see ``config.ACTIVATIONS``).
+    """The activation function that transformers calls ``name`` (see ``config.ACTIVATIONS``).
 
-    It computes in float32 and rounds once, as torch's do.
+    It computes in float32 and rounds once, as torch does: bfloat16 silu would round five times.
     """
     act = _ACTIVATIONS[name]
     return lambda x: act(x.astype(jnp.float32)).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Families by ``model_type``, and the configuration that a ``config.json`` describes."""
+"""The supported families by ``model_type``, and parsing of a ``config.json``."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def family_of(config: DecoderConfig) -> Family:
 
 
 def parse_config(hf: Mapping[str, Any], *, where: str = "config.json") -> DecoderConfig:
-    """The configuration in a ``config.json``'s dict.
+    """The DecoderConfig for the contents of a ``config.json``.
 
-    Raises ConfigError for an unknown ``model_type``, a missing or malformed value and every switch
-    that is not supported; ``where`` is the place that errors name.
+    Raises ConfigError for an unknown ``model_type``, a missing or malformed value and a setting
+    that is not supported; ``where`` is the file named in errors.
     """
     model_type = hf.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -68,7 +68,7 @@ def parse_config(hf: Mapping[str, Any], *, where: str = "config.json") -> Decode
             fix=did_you_mean(str(model_type), FAMILIES) or f"supported: {', '.join(FAMILIES)}",
         )
     keys = ConfigReader(hf, where)
-    _check_quantized(keys, FAMILIES[model_type])
+    _check_quantization_method(keys, FAMILIES[model_type])
     keys.only("is_encoder_decoder", False)
     keys.only("add_cross_attention", False)
     return dataclasses.replace(FAMILIES[model_type].read(keys), num_labels=_num_labels(keys))
@@ -80,13 +80,14 @@ def as_classifier(
     id2label: Sequence[str] | None = None,
     pad_token_id: int | None = None,
 ) -> DecoderConfig:
-    """The model under a score head of so many classes, and the ``config.json`` that says so.
+    """The configuration, ``config.json`` included, with a score head of ``num_labels`` classes.
 
     Args:
-      config: a language model's, or a classifier's of as many classes.
-      num_labels: how many.
-      id2label: their names; None keeps a classifier's, else they are ``LABEL_0`` and so on.
-      pad_token_id: transformers takes a row's class from its last token that is another one.
+      config: a language model's, or a classifier's with the same number of classes.
+      num_labels: the number of classes.
+      id2label: their names; None keeps a classifier's names, or uses ``LABEL_0`` and so on.
+      pad_token_id: written to ``config.json``: transformers classifies a row at its last token
+        that is not padding.
 
     Raises ConfigError when the model has another number of classes.
     """
@@ -109,9 +110,9 @@ def as_classifier(
 
 
 def _num_labels(keys: ConfigReader) -> int | None:
-    """How many classes a transformers ``…ForSequenceClassification`` has; None for other models.
+    """The number of classes of a transformers ``…ForSequenceClassification``; else None.
 
-    Raises ConfigError for one that does not choose one class of several.
+    Raises ConfigError for regression and multi-label classifiers.
     """
     names = keys.hf.get("architectures")
     if not isinstance(names, list) or not any(str(name).endswith(CLASSIFIER) for name in names):
@@ -124,18 +125,19 @@ def _num_labels(keys: ConfigReader) -> int | None:
     return number
 
 
-def _check_quantized(keys: ConfigReader, own: Family) -> None:
-    """ConfigError for weights that are packed in a way that is not read."""
-    how = keys.hf.get("quantization_config")
-    if how is None:
+def _check_quantization_method(keys: ConfigReader, model_family: Family) -> None:
+    """ConfigError for weights quantized by a method that the family does not support."""
+    settings = keys.hf.get("quantization_config")
+    if settings is None:
         return
-    how = how if isinstance(how, dict) else {}
-    old = how.get("load_in_4bit") or how.get("load_in_8bit")  # from before the key below
-    method = how.get("quant_method", "bitsandbytes" if old else None)
-    if method not in own.quant_methods:
+    settings = settings if isinstance(settings, dict) else {}
+    # Early releases of transformers wrote no quant_method.
+    old = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+    method = settings.get("quant_method", "bitsandbytes" if old else None)
+    if method not in model_family.quant_methods:
         raise keys.fail(
             "quantization_config",
             f"the weights are already quantized, by {method!r}; only "
-            f"{' and '.join(own.quant_methods)} is supported for {keys.hf['model_type']}",
+            f"{' and '.join(model_family.quant_methods)} is supported for {keys.hf['model_type']}",
             "name the model in 16 bits, and quantize it here with the section quantization",
         )

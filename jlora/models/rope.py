@@ -1,6 +1,6 @@
-"""Rotary position embeddings (RoFormer, arXiv 2104.09864), and what a ``config.json`` says of them.
+"""Rotary position embeddings (RoFormer, arXiv 2104.09864) and their settings in ``config.json``.
 
-Tables are float32 whatever the model computes in.
+Tables are float32 whatever the compute dtype.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Table = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
 @dataclasses.dataclass(frozen=True)
 class DynamicNtk:
-    """``dynamic``: in documents of more than ``context`` tokens theta grows with the length."""
+    """``dynamic``: theta grows with the length of documents of more than ``context`` tokens."""
 
     context: int
     factor: float
@@ -34,7 +34,7 @@ class DynamicNtk:
 
 @dataclasses.dataclass(frozen=True)
 class LongRope:
-    """``longrope``: documents of more than ``context`` tokens have frequencies of their own."""
+    """``longrope``: documents of more than ``context`` tokens use other frequencies."""
 
     context: int
     frequencies: tuple[float, ...]
@@ -47,25 +47,25 @@ class LongRope:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """How positions turn the pairs of a head; hashable, so that it can be static under jit."""
+    """A rotary embedding; hashable, so that it can be static under jit."""
 
     frequencies: tuple[float, ...]
-    """Radians per position of each pair; the rest of a head, if any, is not turned."""
+    """Radians per position of each rotated pair; the rest of a head is not rotated."""
     attention_scaling: float = 1.0
-    """Multiplies cosines and sines."""
+    """Factor on cosines and sines."""
     beyond: DynamicNtk | LongRope | None = None
-    """What changes in documents longer than the context that the model was trained in."""
+    """Change of frequencies in documents longer than the context used in pre-training."""
 
     def table(
         self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Table:
         """Cosines and sines for ``positions``.
 
-        Where frequencies depend on the length it is that of the token's own document, its largest
-        position + 1, so that packed documents are turned as they would be alone; transformers takes
-        the largest of the batch, and for ``dynamic`` of the batches before it. Without
-        ``segment_ids`` a row is one document. Of a document in a cache only the positions given
-        here count, as in transformers.
+        Frequencies that depend on a length use that of the token's document (its largest position
+        + 1), so that documents in packed rows get the same values as alone; transformers uses the
+        longest row of the batch, and for ``dynamic`` of earlier batches, too. Without
+        ``segment_ids`` a row is one document. With a KV cache only the positions given here count,
+        as in transformers.
         """
         frequencies = np.asarray(self.frequencies, np.float32)
         if self.beyond is not None:
@@ -77,24 +77,24 @@ class Rope:
 def _lengths(
     positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None
 ) -> Int[Array, "B T"]:
-    def of_row(positions: Array, ids: Array) -> Array:
+    def row_lengths(positions: Array, ids: Array) -> Array:
         documents = jnp.unique(ids, return_inverse=True, size=ids.size)[1]
         last = jax.ops.segment_max(positions, documents, num_segments=ids.size)
         return last[documents] + 1
 
     if segment_ids is None:
         return jnp.broadcast_to(positions.max(axis=1, keepdims=True) + 1, positions.shape)
-    return jax.vmap(of_row)(positions, segment_ids)
+    return jax.vmap(row_lengths)(positions, segment_ids)
 
 
 def rotate(
     x: Float[Array, "B T heads dim"], table: Table, interleaved: bool = False
 ) -> Float[Array, "B T heads dim"]:
-    """Turns the pairs of every head by the table's angles; computes in float32.
+    """Rotates the pairs of every head by the table's angles, in float32.
 
-    The first 2 * half dimensions are rotary, half the table's last one: its pairs are
-    (x[i], x[i + half]), or (x[2i], x[2i + 1]) where ``interleaved`` (Cohere's layout). The others
-    pass as they are, and so does everything where cosines are 1 and sines 0.
+    The first 2 * half dimensions are rotated (half is the table's last axis); pairs are
+    (x[i], x[i + half]), or (x[2i], x[2i + 1]) if ``interleaved`` (Cohere's layout). The other
+    dimensions are unchanged.
     """
     cos, sin = (t[:, :, None] for t in table)
     end = 2 * cos.shape[-1]
@@ -103,15 +103,15 @@ def rotate(
         first, second = rotary[..., ::2], rotary[..., 1::2]
     else:
         first, second = jnp.split(rotary, 2, axis=-1)
-    turned = first * cos - second * sin, second * cos + first * sin
+    rotated = first * cos - second * sin, second * cos + first * sin
     if interleaved:
-        whole = jnp.stack(turned, axis=-1).reshape(rotary.shape)
+        whole = jnp.stack(rotated, axis=-1).reshape(rotary.shape)
     else:
-        whole = jnp.concatenate(turned, axis=-1)
+        whole = jnp.concatenate(rotated, axis=-1)
     return jnp.concatenate([whole.astype(x.dtype), rest], axis=-1)
 
 
-_NEEDED = {
+_REQUIRED = {
     "default": (),
     "linear": ("factor",),
     "proportional": (),
@@ -121,7 +121,7 @@ _NEEDED = {
     "longrope": ("short_factor", "long_factor"),
     "su": ("short_factor", "long_factor"),  # the name of longrope in the first Phi-3 checkpoints
 }
-"""The kinds of rope, and the settings without which there is none."""
+"""The rope types and their required settings."""
 
 
 def parse_rope(
@@ -139,32 +139,32 @@ def parse_rope(
       keys: the whole config.
       head_dim: dimensions of a head.
       max_positions: the config's ``max_position_embeddings``.
-      layer_type: for families whose sliding layers have settings of their own (Gemma 3): whose to
-        read. Before transformers 5 ``rope_scaling`` and ``rope_theta`` were of "full_attention",
-        and ``rope_local_base_freq`` was theta of "sliding_attention".
-      theta: the family's, where the config has none.
-      partial: the family's share of a head's dimensions that is rotary, where the config has none.
-        None is a family that always turns whole heads; transformers ignores
-        ``partial_rotary_factor`` there, and here it is an error.
+      layer_type: the type of layer to read the settings of, in families where they differ
+        (Gemma 3). Before transformers 5 ``rope_scaling`` and ``rope_theta`` were those of
+        "full_attention", and ``rope_local_base_freq`` was theta of "sliding_attention".
+      theta: the family's default.
+      partial: the family's default for the fraction of a head's dimensions that is rotated. None
+        if the family always rotates whole heads; transformers ignores
+        ``partial_rotary_factor`` then, here it is an error.
 
-    Raises ConfigError for kinds that are not supported, and for malformed settings.
+    Raises ConfigError for rope types that are not supported and for malformed settings.
     """
     rope = _settings(keys, layer_type)
-    kind = rope.choice("rope_type", _NEEDED, rope.hf.get("type", "default"))
-    if missing := [key for key in _NEEDED[kind] if key not in rope.hf]:
+    kind = rope.choice("rope_type", _REQUIRED, rope.hf.get("type", "default"))
+    if missing := [key for key in _REQUIRED[kind] if key not in rope.hf]:
         raise ConfigError(f"{kind} needs {', '.join(missing)}", where=rope.where)
     share = _share(keys, rope, kind, partial)
     dim = head_dim if kind == "proportional" else int(head_dim * share)
     if dim % 2 or not dim:
         key = "head_dim" if dim == head_dim else "partial_rotary_factor"
-        cause = f"{dim} of {head_dim} dimensions would be rotary; what turns are pairs"
+        cause = f"{dim} of {head_dim} dimensions would be rotary; it must be a positive even number"
         raise keys.fail(key, cause)
     name = "rope_local_base_freq" if layer_type == "sliding_attention" else "rope_theta"
     theta = rope.number("rope_theta", keys.number(name, theta, float), float)
     if theta <= 1:
         raise keys.fail(name, f"must be more than 1, not {theta}")
     original = rope.number("original_max_position_embeddings", max_positions)
-    if layer_type is None:  # Phi-3 has it beside the settings, and that wins
+    if layer_type is None:  # Phi-3: the key outside of the rope settings has precedence
         original = keys.number("original_max_position_embeddings", original)
 
     plain = 1 / rope_frequencies.periods(theta, dim)
@@ -190,7 +190,7 @@ def parse_rope(
 
 
 def _settings(keys: ConfigReader, layer_type: str | None) -> ConfigReader:
-    """The settings that hold for the layer type; empty where there are none."""
+    """The rope settings of the layer type; empty if the config has none."""
 
     def section(keys: ConfigReader, name: str) -> ConfigReader:
         value = keys.hf.get(name)
@@ -214,14 +214,14 @@ def _settings(keys: ConfigReader, layer_type: str | None) -> ConfigReader:
 
 
 def _share(keys: ConfigReader, rope: ConfigReader, kind: str, family: float | None) -> float:
-    """The share of a head's dimensions that is rotary."""
+    """The fraction of a head's dimensions that is rotated."""
     key = "partial_rotary_factor"
     holder = keys if rope.hf.get(key) is None else rope
     share = holder.number(key, family or 1.0, float)
     if share > 1:
         raise holder.fail(key, f"must be at most 1, not {share}")
     if share < 1 and family is None and kind != "proportional":
-        raise holder.fail(key, f"{share} is not supported: this family turns whole heads")
+        raise holder.fail(key, f"{share} is not supported: this family rotates whole heads")
     return share
 
 
@@ -244,10 +244,10 @@ def _yarn(rope: ConfigReader, theta: float, dim: int, original: int, max_positio
         beta_slow=rope.number("beta_slow", 1.0, float),
         truncate=rope.flag("truncate", True),
     )
-    # DeepSeek's two factors of mscale count only together; 0 is none
+    # DeepSeek's two mscale factors are used only if both are given; 0 means not given.
     keys = [key for key in ("mscale", "mscale_all_dim") if rope.hf.get(key) not in (None, 0)]
-    each = [rope_frequencies.yarn_mscale(factor, rope.number(key, None, float)) for key in keys]
-    scaling = each[0] / each[1] if len(each) == 2 else rope_frequencies.yarn_mscale(factor)
+    mscales = [rope_frequencies.yarn_mscale(factor, rope.number(key, None, float)) for key in keys]
+    scaling = mscales[0] / mscales[1] if len(mscales) == 2 else rope_frequencies.yarn_mscale(factor)
     return Rope(_tuple(frequencies), rope.number("attention_factor", scaling, float))
 
 
@@ -261,8 +261,10 @@ def _longrope(
         given = rope.hf[key]
         if not isinstance(given, list) or len(given) != dim // 2:
             raise rope.fail(key, f"must be a list of {dim // 2} numbers, not {given!r}")
-        each = [ConfigReader({key: value}, rope.where).number(key, None, float) for value in given]
-        return _tuple(rope_frequencies.longrope(theta, dim, each))
+        factors = [
+            ConfigReader({key: value}, rope.where).number(key, None, float) for value in given
+        ]
+        return _tuple(rope_frequencies.longrope(theta, dim, factors))
 
     factor = rope.number("factor", max_positions / original, float)
     scaling = rope_frequencies.longrope_mscale(factor, original)

@@ -1,4 +1,4 @@
-"""Output heads that are tied to the input embedding, and how to part the two."""
+"""Untying an output head from the input embedding."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from jlora.tree import paths
 
 
 def untie(model: Model, params: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
-    """The same function with an output head of its own, a transposed copy of the embedding.
+    """The same model with a separate output head, a transposed copy of the embedding.
 
-    What is then merged into the embedding does not change the head; ``config.json`` says so too.
+    An adapter merged into the embedding then leaves the head unchanged (PEFT's merge of a tied
+    embedding changes the logits). ``config.json`` is updated.
 
     Raises:
       ConfigError: the head is not tied.
@@ -29,5 +30,5 @@ def untie(model: Model, params: Mapping[str, Any]) -> tuple[Model, dict[str, Any
     )
     table = paths.get(params, family_of(config).rename(("model", "embed_tokens", "embedding")))
     head = family_of(config).rename(("lm_head", "kernel"))
-    kept = dict(paths.walk(params))
-    return dataclasses.replace(model, config=config), paths.nest({**kept, head: table.mT})
+    leaves = dict(paths.walk(params))
+    return dataclasses.replace(model, config=config), paths.nest({**leaves, head: table.mT})

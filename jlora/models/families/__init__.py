@@ -1,1 +1,1 @@
-"""One file for each family of models, or for a few that differ little; ``registry`` lists them."""
+"""Model families, one file for each or for a few similar ones; ``registry`` lists them."""

@@ -1,6 +1,7 @@
-"""cohere2 (arXiv 2504.00698): parallel branches behind a LayerNorm without bias.
+"""cohere2 (arXiv 2504.00698): parallel attention and MLP after one LayerNorm without bias.
 
-Layers that see a window rotate neighbouring features; those that see all know no positions.
+Layers with an attention window use rope on neighbouring features; the others have no position
+embedding (NoPE).
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ def _cohere2(keys: ConfigReader) -> DecoderConfig:
     window = keys.number("sliding_window") if any(slides) else None
 
     def rope(keys: ConfigReader, head_dim: int, positions: int) -> list:
-        own = parse_rope(keys, head_dim, positions)
-        return [own if each else None for each in slides]
+        layer_rope = parse_rope(keys, head_dim, positions)
+        return [layer_rope if sliding else None for sliding in slides]
 
     return decoder_config(
         keys,
         rope=rope,
         interleaved_rope=True,
-        windows=[window if each else None for each in slides],
+        windows=[window if sliding else None for sliding in slides],
         norm="layer_no_bias",
         norms=("before_attention",),
         parallel=True,

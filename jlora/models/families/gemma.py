@@ -1,7 +1,7 @@
 """gemma, gemma2 and gemma3_text (arXiv 2403.08295, 2408.00118, 2503.19786).
 
-Embeddings are scaled by √D and norms by 1 + scale. The later two have norms on both sides of
-attention and MLP, and layers that see a window among layers that see all.
+Embeddings are scaled by √D and norms by 1 + scale. The later two have norms before and after
+attention and MLP, and alternate layers with and without an attention window.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GEMMA = {
     "eos_token_id": 1,
     "bos_token_id": 2,
 }
-"""Defaults that the three share."""
+"""Defaults common to the three."""
 
 GEMMA2 = GEMMA | {
     "hidden_size": 2304,
@@ -50,8 +50,8 @@ def _gemma(keys: ConfigReader) -> DecoderConfig:
         num_attention_heads=16,
         num_key_value_heads=16,
     )
-    config = _read(keys)
-    # The first releases say gelu and mean its approximation, as transformers reads them.
+    config = _gemma_config(keys)
+    # Early releases say "gelu" and mean its tanh approximation; transformers does the same.
     return dataclasses.replace(config, hidden_act=TANH) if config.hidden_act == "gelu" else config
 
 
@@ -62,7 +62,7 @@ def _gemma2(keys: ConfigReader) -> DecoderConfig:
         attn_logit_softcapping=50.0,
         final_logit_softcapping=30.0,
     )
-    return _sandwich(keys, is_sliding(keys, lambda i: i % 2 == 0))
+    return _with_four_norms(keys, is_sliding(keys, lambda i: i % 2 == 0))
 
 
 def _gemma3(keys: ConfigReader) -> DecoderConfig:
@@ -71,19 +71,19 @@ def _gemma3(keys: ConfigReader) -> DecoderConfig:
     slides = is_sliding(keys, lambda i: (i + 1) % period != 0)
 
     def rope(keys: ConfigReader, head_dim: int, positions: int) -> list:
-        turn = functools.partial(parse_rope, keys, head_dim, positions)
-        local = turn(layer_type="sliding_attention", theta=10_000.0)
-        everywhere = turn(layer_type="full_attention", theta=1_000_000.0)
-        return [local if each else everywhere for each in slides]
+        read_rope = functools.partial(parse_rope, keys, head_dim, positions)
+        local_rope = read_rope(layer_type="sliding_attention", theta=10_000.0)
+        global_rope = read_rope(layer_type="full_attention", theta=1_000_000.0)
+        return [local_rope if sliding else global_rope for sliding in slides]
 
-    return _sandwich(keys, slides, rope=rope, qk_norm="head", qk_norm_kind="rms_offset")
+    return _with_four_norms(keys, slides, rope=rope, qk_norm="head", qk_norm_kind="rms_offset")
 
 
-def _sandwich(keys: ConfigReader, slides: list[bool], **differences) -> DecoderConfig:
+def _with_four_norms(keys: ConfigReader, slides: list[bool], **differences) -> DecoderConfig:
     window = keys.number("sliding_window") if any(slides) else None
-    return _read(
+    return _gemma_config(
         keys,
-        windows=[window if each else None for each in slides],
+        windows=[window if sliding else None for sliding in slides],
         scale=keys.number("query_pre_attn_scalar", kind=float) ** -0.5,
         norms=("before_attention", "after_attention", "before_mlp", "after_mlp"),
         attention_softcap=keys.optional("attn_logit_softcapping", float),
@@ -92,7 +92,7 @@ def _sandwich(keys: ConfigReader, slides: list[bool], **differences) -> DecoderC
     )
 
 
-def _read(keys: ConfigReader, **differences) -> DecoderConfig:
+def _gemma_config(keys: ConfigReader, **differences) -> DecoderConfig:
     keys.only("use_bidirectional_attention", False)
     bias = keys.flag("attention_bias")
     return decoder_config(

@@ -1,4 +1,4 @@
-"""gpt_neox (arXiv 2204.06745; Pythia): parallel branches, a query-key-value projection by heads."""
+"""gpt_neox (arXiv 2204.06745; Pythia): parallel attention and MLP, QKV projection by head."""
 
 from __future__ import annotations
 

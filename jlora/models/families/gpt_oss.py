@@ -55,7 +55,7 @@ def _gpt_oss(keys: ConfigReader) -> DecoderConfig:
     return decoder_config(
         keys,
         rope=_rope,
-        windows=[window if each else None for each in slides],
+        windows=[window if sliding else None for sliding in slides],
         qkv_bias=bias,
         out_bias=bias,
         sinks=True,

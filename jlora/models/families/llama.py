@@ -17,7 +17,7 @@ LLAMA = {
     "norm_eps": 1e-6,
     "eos_token_id": 2,
 }
-"""Defaults of transformers' LlamaConfig, which most others share in part."""
+"""Defaults of transformers' LlamaConfig, most of which other families share."""
 
 RMS = {"norm_eps": "rms_norm_eps"}
 

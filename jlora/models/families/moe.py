@@ -1,6 +1,6 @@
 """mixtral, qwen2_moe and qwen3_moe: Mistral's and Qwen's blocks with experts in place of the MLP.
 
-arXiv 2401.04088, Qwen's blog on Qwen1.5-MoE, and 2505.09388. Files hold one tensor an expert.
+arXiv 2401.04088, Qwen's blog on Qwen1.5-MoE, and 2505.09388. Files hold one tensor per expert.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ QWEN3_MOE = QWEN_MOE | {
 
 
 def names(keys: ConfigReader) -> dict[str, str]:
-    """The families' own names of keys; transformers has, and writes, two for how many experts."""
+    """The families' names of keys; transformers has two for the number of experts."""
     local = "num_local_experts"
     return {**RMS, "num_experts": local if local in keys.hf else "num_experts"}
 
 
 def _mixtral(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names=names(keys), **MIXTRAL)
-    keys.only("router_jitter_noise", 0, why="it would be drawn anew in every step")
+    keys.only("router_jitter_noise", 0, why="it is noise that differs in every step")
     experts = ExpertsConfig(
         number=keys.number("num_experts"),
         per_token=per_token(keys),
@@ -74,7 +74,7 @@ def _qwen2_moe(keys: ConfigReader) -> DecoderConfig:
         raise keys.fail("layer_types", "sliding_attention without use_sliding_window")
     return decoder_config(
         keys,
-        windows=[window if each else None for each in slides],
+        windows=[window if sliding else None for sliding in slides],
         qkv_bias=keys.flag("qkv_bias", True),
         experts=_experts(keys, keys.number("shared_expert_intermediate_size")),
     )
@@ -94,7 +94,7 @@ def _qwen3_moe(keys: ConfigReader) -> DecoderConfig:
 
 
 def _experts(keys: ConfigReader, shared_size: int | None) -> ExpertsConfig | None:
-    """Qwen's mixture; None where all layers have plain MLPs."""
+    """Qwen's mixture; None if all layers have plain MLPs."""
     layers, step = keys.number("num_hidden_layers"), keys.number("decoder_sparse_step")
     plain = keys.get("mlp_only_layers") or []
     if not isinstance(plain, list):
@@ -115,15 +115,17 @@ def _experts(keys: ConfigReader, shared_size: int | None) -> ExpertsConfig | Non
 
 
 def per_token(keys: ConfigReader) -> int:
-    """How many experts a token goes to."""
+    """The number of experts per token."""
     chosen = keys.number("num_experts_per_tok")
     if chosen > keys.number("num_experts"):
         raise keys.fail("num_experts_per_tok", f"{chosen} is more than {keys.name('num_experts')}")
     return chosen
 
 
-def _each(module: str, gate: str, up: str, down: str) -> dict[str, tuple[TensorPart, ...]]:
-    """How a file holds experts one by one, whose three matrices it calls so."""
+def _expert_tensors(
+    module: str, gate: str, up: str, down: str
+) -> dict[str, tuple[TensorPart, ...]]:
+    """Names of experts stored one by one, with these names of module and matrices."""
     return {
         "mlp.experts.gate_up_proj": (
             TensorPart(f"{module}.experts.{{}}.{gate}.weight", part=0, parts=2),
@@ -133,7 +135,7 @@ def _each(module: str, gate: str, up: str, down: str) -> dict[str, tuple[TensorP
     }
 
 
-_QWEN = _each("mlp", "gate_proj", "up_proj", "down_proj")
+_QWEN = _expert_tensors("mlp", "gate_proj", "up_proj", "down_proj")
 
 FAMILIES = {
     "mixtral": Family(
@@ -141,7 +143,7 @@ FAMILIES = {
         architecture="MixtralForCausalLM",
         stored={
             "mlp.gate.weight": (TensorPart("block_sparse_moe.gate.weight"),),
-            **_each("block_sparse_moe", "w1", "w3", "w2"),
+            **_expert_tensors("block_sparse_moe", "w1", "w3", "w2"),
         },
     ),
     "qwen2_moe": Family(read=_qwen2_moe, architecture="Qwen2MoeForCausalLM", stored=_QWEN),

@@ -1,4 +1,4 @@
-"""olmo2 (arXiv 2501.00656): norms after attention and MLP, and over all queries and keys."""
+"""olmo2 (arXiv 2501.00656): norms after attention and MLP, and of all queries and keys together."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """opt (arXiv 2205.01068): learned positions from row 2 on, LayerNorm, ReLU.
 
-The 350M model alone has its norms behind the sums, and embeddings narrower than its stream.
+Only the 350M model is post-norm and has embeddings narrower than its hidden size.
 """
 
 from __future__ import annotations

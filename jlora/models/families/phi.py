@@ -1,6 +1,6 @@
-"""phi (arXiv 2309.05463): attention and MLP side by side behind one LayerNorm, half-rotary heads.
+"""phi (arXiv 2309.05463): parallel attention and MLP after one LayerNorm, half-rotary heads.
 
-And phi3 (arXiv 2404.14219), which is Llama with fused projections.
+Also phi3 (arXiv 2404.14219), which is Llama with fused projections.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PHI3 = LLAMA | {
 
 def _phi(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names={"norm_eps": "layer_norm_eps"}, **PHI)
-    keys.only("tie_word_embeddings", False, why="the head has a bias of its own")
+    keys.only("tie_word_embeddings", False, why="the head has a bias")
     return decoder_config(
         keys,
         rope=functools.partial(parse_rope, partial=0.5),
@@ -59,7 +59,7 @@ def _phi3(keys: ConfigReader) -> DecoderConfig:
         settings = keys.get(section)
         kind = settings.get("rope_type", settings.get("type")) if type(settings) is dict else None
         if kind not in (None, "default", "longrope", "su"):
-            raise keys.fail(section, f"rope_type {kind!r} is not one that phi3 has")
+            raise keys.fail(section, f"rope_type {kind!r} is not supported for phi3")
     return decoder_config(
         keys,
         rope=functools.partial(parse_rope, partial=1.0),

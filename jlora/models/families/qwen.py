@@ -32,7 +32,7 @@ def _qwen3(keys: ConfigReader) -> DecoderConfig:
 
 
 def _windows(keys: ConfigReader) -> list[int | None]:
-    """What layers see: ``layer_types`` says it, else those from ``max_window_layers`` on slide."""
+    """Per layer: the window, by ``layer_types`` or from layer ``max_window_layers`` on."""
     window = keys.optional("sliding_window") if keys.flag("use_sliding_window") else None
     first = keys.get("max_window_layers")
     if type(first) is not int:
@@ -40,7 +40,7 @@ def _windows(keys: ConfigReader) -> list[int | None]:
     slides = is_sliding(keys, lambda i: window is not None and i >= first)
     if window is None and any(slides):
         raise keys.fail("layer_types", "sliding_attention without use_sliding_window")
-    return [window if each else None for each in slides]
+    return [window if sliding else None for sliding in slides]
 
 
 FAMILIES = {

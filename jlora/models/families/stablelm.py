@@ -1,4 +1,4 @@
-"""stablelm (arXiv 2402.17834): LayerNorm, quarter-rotary heads, perhaps parallel or q/k-normed."""
+"""stablelm (arXiv 2402.17834): LayerNorm, quarter-rotary heads, optional parallel branches."""
 
 from __future__ import annotations
 
