@@ -15,6 +15,7 @@ from jlora import lora
 from jlora.config import LoraConfig
 from jlora.errors import ConfigError, DataError
 from jlora.io import peft as adapter_io
+from jlora.tree import paths
 
 CONFIGS = [
     LoraConfig(r=4, target_modules="all-linear"),
@@ -151,7 +152,7 @@ def test_an_adapter_knows_its_base_again(tmp_path):
             first = path[-1] == kind and "layers" in path
             return leaf.at[1].add(0.5) if first else leaf
 
-        return jlora.paths.map_leaves(change, params)
+        return paths.map_leaves(change, params)
 
     for kind in ("kernel", "scale", "bias"):
         with pytest.raises(DataError, match=r"other weights(.|\n)*base_model.json"):

@@ -13,6 +13,7 @@ from jlora.config import LoraConfig
 from jlora.errors import ConfigError, DataError
 from jlora.lora.targets import find_targets, match_table, rank_of
 from jlora.ops.dot import dot
+from jlora.tree import paths
 from jlora.tree.paths import ModuleStack
 
 L, D, F, V = 3, 8, 16, 11
@@ -229,7 +230,7 @@ def test_quantized_base_merges_dense_and_equals_the_attached_product():
     params = jlora.quantize(make_params(), jlora.QuantConfig(block_size=32))
     adapter = trained(params, LoraConfig(r=4, target_modules="all-linear"))
     merged = lora.merge(params, adapter)
-    assert all(isinstance(leaf, jax.Array) for _, leaf in jlora.paths.walk(merged))
+    assert all(isinstance(leaf, jax.Array) for _, leaf in paths.walk(merged))
     attached = lora.attach(params, adapter)
     x = jax.random.normal(jax.random.key(1), (5, D))
     one, dense = jax.tree.map(lambda leaf: leaf[1], (node(attached, Q), node(merged, Q)))

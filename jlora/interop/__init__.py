@@ -1,4 +1,4 @@
-"""Flax models that are not ours: Linen and NNX modules run on adapted and packed weights.
+"""Other codebases' Flax models: Linen and NNX modules with adapted and quantized weights.
 
     model, params = jlora.from_linen(module, variables, x)      # as module.apply(variables, x)
     model, params = jlora.from_nnx(module)
@@ -6,8 +6,9 @@
     y = model(jlora.attach(params, adapter), x)                 # x @ W + s·(x @ A) @ B, factored
     module = model.native(jlora.merge(params, adapter))         # in the framework's own form
 
-``params`` are the module's parameters seen as jlora sees weights (``view``): a kernel of many axes
-is a matrix (in, out), by what its layer says of it. The products of Dense, DenseGeneral, Einsum and
-Embed (of Linear, LinearGeneral, Einsum and Embed in NNX), and so those of attention, are computed
-by ``jlora.dot``. Other layers get the merged weight, and a warning names them.
+``params`` are the module's parameters as a tree of jlora's weights (``view``): a kernel of many
+axes becomes a matrix (in, out), by the attributes of its layer. The products of Dense,
+DenseGeneral, Einsum and Embed (in NNX of Linear, LinearGeneral, Einsum and Embed), and thereby
+those of attention, are computed by ``jlora.dot``. Other layers get merged weights, and a warning
+names them.
 """

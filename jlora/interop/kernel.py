@@ -1,4 +1,4 @@
-"""Kernels of many axes as matrices (in, out), and their products."""
+"""Kernels of many axes as matrices (in, out), and their products by ``jlora.dot``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jlora.ops.weights import output_embedding
 
 
 class Layout(NamedTuple):
-    """How a layer's kernel is a matrix: ``axes_in`` are summed over, ``axes_out`` come out so.
+    """How a kernel is read as a matrix: ``axes_in`` are contracted, ``axes_out`` are the output's.
 
     A projection to heads (D, H, hd) is Layout((D, H, hd), (0,), (1, 2)), a matrix (D, H·hd); one
     from heads (H, hd, D) is Layout((H, hd, D), (0, 1), (2,)).
@@ -37,7 +37,7 @@ class Layout(NamedTuple):
         return tuple(self.shape[i] for i in self.axes_out)
 
     def to_matrix(self, kernel: Float[Array, "..."]) -> Float[Array, "*layers in out"]:
-        """The kernel, or those of stacked layers, as a matrix."""
+        """The kernel as a matrix; a stacked kernel has a leading layer axis."""
         lead = kernel.ndim - len(self.shape)
         axes = (*range(lead), *(lead + i for i in (*self.axes_in, *self.axes_out)))
         sizes = math.prod(self.sizes_in), math.prod(self.sizes_out)
@@ -51,13 +51,13 @@ class Layout(NamedTuple):
         return apart.transpose(*range(lead), *back)
 
 
-class Flat(NamedTuple):
-    """A bias of many axes, which is a vector (out,) in its layer's ``Layout``."""
+class BiasLayout(NamedTuple):
+    """How a bias of many axes is read as a vector (out,)."""
 
     shape: tuple[int, ...]
 
     def to_matrix(self, bias: Float[Array, "..."]) -> Float[Array, "*layers out"]:
-        """The bias, or those of stacked layers, as a vector."""
+        """The bias as a vector; a stacked bias has a leading layer axis."""
         return bias.reshape(*bias.shape[: bias.ndim - len(self.shape)], -1)
 
     def from_matrix(self, vector: Float[Array, "*layers out"]) -> Float[Array, "..."]:
@@ -68,10 +68,10 @@ class Flat(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A weight (in, out) in the place of its layer's kernel.
+    """A weight (in, out) in place of a layer's kernel array.
 
-    The weight may have a leading layer axis, which a scan over the layers takes off; ``layout`` and
-    ``shape`` are one layer's.
+    The weight may have a leading layer axis, which ``lax.scan`` slices off; ``layout`` and
+    ``shape`` are those of one layer.
     """
 
     weight: Any
@@ -79,7 +79,7 @@ class Kernel:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The kernel's own shape, of one layer."""
+        """The shape of the layer's kernel, without the layer axis."""
         return self.layout.shape
 
     @property
@@ -88,19 +88,19 @@ class Kernel:
         return self.weight.dtype
 
     def __getitem__(self, index: EllipsisType) -> Kernel:
-        """``kernel[...]``, which is how NNX's layers read their parameters."""
+        """``kernel[...]``, by which NNX's layers read their parameters."""
         if index is not Ellipsis:
-            raise TypeError("an adapted or packed kernel has no parts")
+            raise TypeError("an adapted or quantized kernel cannot be indexed")
         return self
 
 
-def contract(
+def contract_axes(
     x: Float[Array, "..."], kernel: Kernel, axes: tuple[int, ...], dtype: Any = None
 ) -> Float[Array, "..."]:
-    """Sums ``axes`` of ``x`` with the kernel's ``axes_in``, in this order.
+    """Contracts ``axes`` of ``x`` with the kernel's ``axes_in``, in this order.
 
     Returns:
-      The other axes of ``x``, then the kernel's ``axes_out``; in ``dtype``, by default ``x.dtype``.
+      The other axes of ``x``, then the kernel's ``axes_out``, in ``dtype`` (default: ``x.dtype``).
     """
     rest = [i for i in range(x.ndim) if i not in axes]
     rows = x.transpose(*rest, *axes).reshape(*(x.shape[i] for i in rest), -1)
@@ -113,8 +113,8 @@ def dot_general(
 ) -> Array:
     """``lax.dot_general`` whose second operand may be a ``Kernel``.
 
-    Of the settings, ``precision`` and ``out_sharding`` hold for arrays only: jlora.dot accumulates
-    in float32, and its result lies as XLA finds best.
+    The settings ``precision`` and ``out_sharding`` apply to arrays only: ``jlora.dot`` accumulates
+    in float32 and leaves the sharding of the result to XLA.
     """
     if not isinstance(kernel, Kernel):
         settings["preferred_element_type"] = preferred_element_type
@@ -122,7 +122,7 @@ def dot_general(
     (x_axes, kernel_axes), _ = dimension_numbers
     pairs = dict(zip(kernel_axes, x_axes, strict=True))
     axes = tuple(pairs[i] for i in kernel.layout.axes_in)
-    return contract(x, kernel, axes, preferred_element_type)
+    return contract_axes(x, kernel, axes, preferred_element_type)
 
 
 def einsum(
@@ -132,39 +132,41 @@ def einsum(
     if not isinstance(kernel, Kernel):
         settings["preferred_element_type"] = preferred_element_type
         return jnp.einsum(equation, x, kernel, **settings)
-    of_x, of_kernel, of_out = letters(equation, x.ndim)
-    axes = tuple(of_x.index(of_kernel[i]) for i in kernel.layout.axes_in)
-    out = contract(x, kernel, axes, preferred_element_type)
-    order = [c for i, c in enumerate(of_x) if i not in axes]
-    order += [of_kernel[i] for i in kernel.layout.axes_out]
-    return out.transpose([order.index(c) for c in of_out])
+    x_axes, kernel_axes, out_axes = axis_letters(equation, x.ndim)
+    axes = tuple(x_axes.index(kernel_axes[i]) for i in kernel.layout.axes_in)
+    out = contract_axes(x, kernel, axes, preferred_element_type)
+    order = [c for i, c in enumerate(x_axes) if i not in axes]
+    order += [kernel_axes[i] for i in kernel.layout.axes_out]
+    return out.transpose([order.index(c) for c in out_axes])
 
 
 def einsum_layout(equation: str, shape: tuple[int, ...]) -> Layout | None:
-    """The layout of an einsum's second operand; None where its product is not a matrix's.
+    """The layout of an einsum's second operand; None if the einsum is not a matrix product.
 
-    It is one if each of its axes is either summed over with the input or comes out anew.
+    It is one if every axis of the kernel is either contracted with the input or new in the output.
     """
-    of_x, of_kernel, of_out = letters(equation, None)
-    if len(set(of_x.replace(".", ""))) != len(of_x.replace(".", "")):
+    x_axes, kernel_axes, out_axes = axis_letters(equation, None)
+    if len(set(x_axes.replace(".", ""))) != len(x_axes.replace(".", "")):
         return None
-    if any((c in of_x) == (c in of_out) for c in of_kernel) or len(set(of_kernel)) != len(shape):
+    if any((c in x_axes) == (c in out_axes) for c in kernel_axes):
         return None
-    if any(c not in of_out and c not in of_kernel for c in of_x):
+    if len(set(kernel_axes)) != len(shape):
         return None
-    axes_in = tuple(i for i, c in enumerate(of_kernel) if c in of_x)
-    axes_out = tuple(of_kernel.index(c) for c in of_out if c in of_kernel)
+    if any(c not in out_axes and c not in kernel_axes for c in x_axes):
+        return None
+    axes_in = tuple(i for i, c in enumerate(kernel_axes) if c in x_axes)
+    axes_out = tuple(kernel_axes.index(c) for c in out_axes if c in kernel_axes)
     return Layout(tuple(shape), axes_in, axes_out)
 
 
 def einsum_bias_shape(equation: str, x_ndim: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in which an einsum layer's bias is added: the kernel's axes, 1 for the input's."""
-    _, of_kernel, of_out = letters(equation, x_ndim)
-    sizes = dict(zip(of_kernel, shape, strict=True))
-    return tuple(sizes.get(c, 1) for c in of_out)
+    """The shape of an einsum layer's bias for broadcasting: 1 for the axes of the input."""
+    _, kernel_axes, out_axes = axis_letters(equation, x_ndim)
+    sizes = dict(zip(kernel_axes, shape, strict=True))
+    return tuple(sizes.get(c, 1) for c in out_axes)
 
 
-def attend(x: Float[Array, "... dim"], embedding: Kernel) -> Float[Array, "... vocab"]:
+def embedding_logits(x: Float[Array, "... dim"], embedding: Kernel) -> Float[Array, "... vocab"]:
     """``x @ embedding.mT``, for logits from an embedding.
 
     LoRA on the embedding does not change these logits: see ``output_embedding``.
@@ -172,11 +174,15 @@ def attend(x: Float[Array, "... dim"], embedding: Kernel) -> Float[Array, "... v
     return dot(x, output_embedding(embedding.weight).mT)
 
 
-def letters(equation: str, x_ndim: int | None) -> tuple[str, str, str]:
-    """The axes of input, kernel and result; an ellipsis in capitals, for ``x_ndim`` axes."""
+def axis_letters(equation: str, x_ndim: int | None) -> tuple[str, str, str]:
+    """The axes of input, kernel and output; an ellipsis becomes capitals, given ``x_ndim``."""
     operands, out = equation.replace(" ", "").split("->")
-    of_x, of_kernel = operands.split(",")
-    hidden = 0 if x_ndim is None else x_ndim - len(of_x.replace("...", ""))
+    x_axes, kernel_axes = operands.split(",")
+    hidden = 0 if x_ndim is None else x_ndim - len(x_axes.replace("...", ""))
     taken = set(equation)
     fresh = "".join(c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in taken)[:hidden]
-    return of_x.replace("...", fresh), of_kernel.replace("...", ""), out.replace("...", fresh)
+    return (
+        x_axes.replace("...", fresh),
+        kernel_axes.replace("...", ""),
+        out.replace("...", fresh),
+    )

@@ -1,4 +1,4 @@
-"""Linen modules on adapted and packed weights, by ``flax.linen.intercept_methods``."""
+"""Linen modules with adapted and quantized weights, by ``flax.linen.intercept_methods``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from flax.core import meta
 from jlora.interop.kernel import (
     Kernel,
     Layout,
-    attend,
-    contract,
+    contract_axes,
     einsum,
     einsum_bias_shape,
     einsum_layout,
+    embedding_logits,
 )
 from jlora.interop.view import View, view
 from jlora.ops.dot import embed
@@ -32,9 +32,9 @@ METHODS = ("__call__", "attend")
 
 @dataclasses.dataclass(frozen=True)
 class LinenModel:
-    """A Linen module as a function of jlora's weights; see ``jlora.foreign``.
+    """A Linen module as a function of jlora's weights; see ``jlora.interop``.
 
-    ``collections`` are the variables besides ``params`` (batch statistics), as they were given.
+    ``collections`` are the variables other than ``params`` (batch statistics), unchanged.
     """
 
     module: nn.Module
@@ -42,13 +42,13 @@ class LinenModel:
     collections: dict[str, Any]
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-        """``module.apply`` on the same arguments, products with adapted weights factored."""
+        """``module.apply`` with the same arguments; adapted products are factored."""
         variables = self._variables(self.view.factored(params))
         with nn.intercept_methods(_factor):
             return self.module.apply(variables, *args, **kwargs)
 
     def native(self, params: Any) -> dict[str, Any]:
-        """The module's variables: every parameter dense, in its own place and shape."""
+        """The module's variables: every parameter dense, in its original place and shape."""
         return self._variables(self.view.dense(params))
 
     def _variables(self, leaves: dict) -> dict[str, Any]:
@@ -58,18 +58,17 @@ class LinenModel:
 def from_linen(
     module: nn.Module, variables: Any, *args: Any, as_matrices: Sequence[str] = (), **kwargs: Any
 ) -> tuple[LinenModel, dict]:
-    """A model to call on jlora's weights, and its weights.
+    """The module as a function of jlora's weights, and those weights.
 
-    The module is traced once, without computing anything, to learn which axes of its kernels are
-    inputs. Parameters that it does not use with these arguments stay as they are.
+    The module is traced once (``jax.eval_shape``) to find which axes of its kernels are inputs.
+    Parameters that it does not use with these arguments are not converted.
 
     Args:
       module: any Linen module.
-      variables: its variables, with ``params``; boxes (``nn.Partitioned``) are taken off.
-      args: what ``module.apply`` takes after the variables; shapes are enough.
-      as_matrices: names of further modules whose kernels are to be seen as matrices (all axes but
-        the last, last axis): convolutions. Their product is not factored: what adapts them is
-        merged in every step.
+      variables: its variables, with ``params``; boxes (``nn.Partitioned``) are removed.
+      args: arguments of ``module.apply`` after the variables; abstract arrays are enough.
+      as_matrices: modules with other kernels (convolutions) to read as matrices (all axes but the
+        last, last axis). Their product is not factored: adapters are merged in every step.
       kwargs: further arguments of ``module.apply``.
 
     Returns:
@@ -84,23 +83,24 @@ def from_linen(
     layouts: dict[tuple, Layout | None] = {}
 
     def record(next_fun: Callable, args: Any, kwargs: Any, context: Any) -> Any:
-        own, path = context.module, context.module.scope.path
-        for name, value in own.variables.get("params", {}).items():
+        layer, path = context.module, context.module.scope.path
+        for name, value in layer.variables.get("params", {}).items():
             if hasattr(value, "shape"):
                 shapes[(*path, name)] = value.shape
-        kind = _layer(own)
+        kind = _layer(layer)
         key = (*path, LEAF[kind]) if kind else ()
         if key in shapes and context.method_name in METHODS:
-            layout = _layout(own, shapes[key], args, kwargs)
+            layout = _layout(layer, shapes[key], args, kwargs)
             layouts[key] = layout if layouts.get(key, layout) == layout else None
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        every = {**variables, "params": traverse_util.unflatten_dict(leaves)}
-        jax.eval_shape(lambda v, a: module.apply(v, *a, **kwargs), every, args)
+        all_variables = {**variables, "params": traverse_util.unflatten_dict(leaves)}
+        jax.eval_shape(lambda v, a: module.apply(v, *a, **kwargs), all_variables, args)
     known = {key: layout for key, layout in layouts.items() if layout}
-    seen = view(leaves, shapes, known, as_matrices)
-    return LinenModel(module, seen, variables), seen.see(leaves)
+    correspondence = view(leaves, shapes, known, as_matrices)
+    model = LinenModel(module, correspondence, variables)
+    return model, correspondence.to_weights(leaves)
 
 
 def _plain(tree: Any) -> Any:
@@ -108,13 +108,13 @@ def _plain(tree: Any) -> Any:
 
 
 def _layer(module: nn.Module) -> type[nn.Module] | None:
-    """The layer that a module computes as, if it is one of ``LEAF``."""
+    """The class in ``LEAF`` whose methods the module uses unchanged, if any."""
     if getattr(module, "dot_general", None) or getattr(module, "dot_general_cls", None):
         return None
     of = type(module)
     for kind in LEAF:
-        own = (getattr(of, method, None) is getattr(kind, method, None) for method in METHODS)
-        if issubclass(of, kind) and all(own):
+        same = (getattr(of, method, None) is getattr(kind, method, None) for method in METHODS)
+        if issubclass(of, kind) and all(same):
             return kind
     return None
 
@@ -135,14 +135,14 @@ def _equation(module: nn.Einsum, args: Any, kwargs: Any) -> str:
 
 
 def _factor(next_fun: Callable, args: Any, kwargs: Any, context: Any) -> Any:
-    """Computes a layer whose weight is a ``Kernel``, as Flax does but for the product."""
+    """Computes a layer whose weight is a ``Kernel`` as Flax does, with the product by ``dot``."""
     module, method = context.module, context.method_name
     kind = _layer(module)
     weight = module.get_variable("params", LEAF[kind]) if kind else None
     if not isinstance(weight, Kernel):
         return next_fun(*args, **kwargs)
     if kind is nn.Embed and method == "setup":
-        return None  # it would compare the kernel with an array
+        return None  # Flax's setup would compare the kernel's shape with an array's
     if method not in METHODS:
         return next_fun(*args, **kwargs)
     (x, *more) = (*args, *kwargs.values())
@@ -158,13 +158,13 @@ def _factor(next_fun: Callable, args: Any, kwargs: Any, context: Any) -> Any:
         return y if bias is None else y + bias.reshape(shape)
     axes = getattr(module, "axis", -1)
     axes = sorted(i % x.ndim for i in ((axes,) if isinstance(axes, int) else axes))
-    y = contract(x, weight, tuple(axes))
+    y = contract_axes(x, weight, tuple(axes))
     return y if bias is None else y + bias
 
 
 def _embed(module: nn.Embed, weight: Kernel, ids: Any) -> Any:
     ids = jnp.asarray(ids)
-    if module.num_embeddings == 1:  # Flax gives the one row to every number
+    if module.num_embeddings == 1:  # Flax returns the only row for every id
         ids = jnp.zeros_like(ids)
     (rows,) = module.promote_dtype(embed(ids, weight.weight), dtype=module.dtype, inexact=False)
     return rows
@@ -173,4 +173,4 @@ def _embed(module: nn.Embed, weight: Kernel, ids: Any) -> Any:
 def _attend(module: nn.Embed, weight: Kernel, query: Any) -> Any:
     stand_in = jnp.zeros((), weight.dtype)
     query, _ = module.promote_dtype(query, stand_in, dtype=module.dtype)
-    return attend(query, weight)
+    return embedding_logits(query, weight)

@@ -1,7 +1,7 @@
-"""NNX modules on adapted and packed weights, by the functions that their layers multiply with.
+"""NNX modules with adapted and quantized weights, by the product functions of their layers.
 
-``Linear`` and ``LinearGeneral`` have a ``dot_general``, ``Einsum`` an ``einsum_op``, and all of
-them a ``promote_dtype``. ``Embed`` has none for its lookup: a subclass takes its place.
+``Linear`` and ``LinearGeneral`` have a ``dot_general`` attribute, ``Einsum`` an ``einsum_op``, and
+all a ``promote_dtype``. ``Embed`` has none for its lookup, so a subclass replaces it.
 """
 
 from __future__ import annotations
@@ -15,17 +15,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
-from jlora.interop.kernel import Kernel, Layout, attend, dot_general, einsum, einsum_layout
+from jlora.interop.kernel import (
+    Kernel,
+    Layout,
+    dot_general,
+    einsum,
+    einsum_layout,
+    embedding_logits,
+)
 from jlora.interop.view import View, view
 from jlora.ops.dot import embed
 
 
 @dataclasses.dataclass(frozen=True)
 class NNXModel:
-    """An NNX module as a function of jlora's weights; see ``jlora.foreign``.
+    """An NNX module as a function of jlora's weights; see ``jlora.interop``.
 
     ``graph`` and ``state`` are the module without its parameters. Every call starts from this
-    state; ``module`` gives a module whose state can be kept.
+    state; ``module`` returns a module with a state of its own.
     """
 
     graph: Any
@@ -33,15 +40,15 @@ class NNXModel:
     view: View
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-        """The module on the same arguments, products with adapted weights factored."""
+        """The module called with the same arguments; adapted products are factored."""
         return self.module(params)(*args, **kwargs)
 
     def module(self, params: Any) -> Any:
-        """The NNX module with these weights in it, adapted and packed ones as they are."""
+        """The NNX module with these weights; adapted and quantized ones are not merged."""
         return self._merge(self.view.factored(params))
 
     def native(self, params: Any) -> Any:
-        """The NNX module with every parameter dense, in its own shape."""
+        """The NNX module with every parameter dense, in its original shape."""
         return self._merge(self.view.dense(params))
 
     def _merge(self, leaves: dict) -> Any:
@@ -49,13 +56,12 @@ class NNXModel:
 
 
 def from_nnx(module: nnx.Module, *, as_matrices: Sequence[str] = ()) -> tuple[NNXModel, dict]:
-    """A model to call on jlora's weights, and its weights; ``module`` itself stays as it is.
+    """The module as a function of jlora's weights, and those weights; ``module`` is not changed.
 
     Args:
-      module: any NNX module; what is adapted are its ``nnx.Param``.
-      as_matrices: names of further modules whose kernels are to be seen as matrices (all axes but
-        the last, last axis): convolutions. Their product is not factored: what adapts them is
-        merged in every step.
+      module: any NNX module; its ``nnx.Param`` can be adapted.
+      as_matrices: modules with other kernels (convolutions) to read as matrices (all axes but the
+        last, last axis). Their product is not factored: adapters are merged in every step.
 
     Returns:
       ``(model, params)``: ``model(params, *args)`` is ``module(*args)``.
@@ -75,15 +81,15 @@ def from_nnx(module: nnx.Module, *, as_matrices: Sequence[str] = ()) -> tuple[NN
     leaves = traverse_util.flatten_dict(nnx.to_pure_dict(params))
     layouts = {key: layout for key, layout in layouts.items() if key in leaves}
     shapes = {key: layout.shape for key, layout in layouts.items()}
-    seen = view(leaves, shapes, layouts, as_matrices)
-    return NNXModel(graph, state, seen), seen.see(leaves)
+    correspondence = view(leaves, shapes, layouts, as_matrices)
+    return NNXModel(graph, state, correspondence), correspondence.to_weights(leaves)
 
 
 KINDS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Embed)
 
 
 def _layout(layer: Any) -> Layout | None:
-    """How a layer's kernel is a matrix; None for layers that cannot be factored."""
+    """The layout of a layer's kernel; None for layers whose product cannot be factored."""
     kind = next((k for k in KINDS if isinstance(layer, k)), None)
     if kind is None or type(layer).__call__ is not kind.__call__:
         return None
@@ -97,13 +103,13 @@ def _layout(layer: Any) -> Layout | None:
             return None if layer.batch_axis else Layout(inputs + outputs, *split)
         case nnx.Einsum() if layer.einsum_op is jnp.einsum and layer.einsum_str:
             return einsum_layout(layer.einsum_str, tuple(layer.kernel_shape))
-        case nnx.Embed() if type(layer) is nnx.Embed:  # its class is to be another
+        case nnx.Embed() if type(layer) is nnx.Embed:  # no subclass: its class is replaced
             return Layout((layer.num_embeddings, layer.features), (0,), (1,))
     return None
 
 
 def _hook(layer: Any) -> None:
-    """Makes a layer multiply with ``Kernel``s too; arrays go the way they went."""
+    """Makes a layer accept ``Kernel`` weights; arrays are computed as before."""
     if isinstance(layer, nnx.Embed):
         layer.__class__ = Embed  # the layer is a clone
         return
@@ -114,11 +120,11 @@ def _hook(layer: Any) -> None:
         layer.dot_general = dot_general
 
 
-def _promote(own: Callable, args: tuple, /, **settings: Any) -> tuple:
-    """The layer's own promotion, in which a ``Kernel`` counts with its dtype and stays itself."""
+def _promote(promote: Callable, args: tuple, /, **settings: Any) -> tuple:
+    """The layer's dtype promotion; a ``Kernel`` counts by its dtype and is returned unchanged."""
     kernels = [isinstance(a, Kernel) for a in args]
     stand_ins = (jnp.zeros((), a.dtype) if k else a for a, k in zip(args, kernels, strict=True))
-    promoted = own(tuple(stand_ins), **settings)
+    promoted = promote(tuple(stand_ins), **settings)
     return tuple(a if k else p for a, k, p in zip(args, kernels, promoted, strict=True))
 
 
@@ -131,7 +137,7 @@ class Embed(nnx.Embed):
         if not isinstance(weight, Kernel):
             return super().__call__(inputs, *args, **kwargs)
         inputs = jnp.asarray(inputs)
-        if self.num_embeddings == 1:  # Flax gives the one row to every number
+        if self.num_embeddings == 1:  # Flax returns the only row for every id
             inputs = jnp.zeros_like(inputs)
         rows = embed(inputs, weight.weight)
         return self.promote_dtype((rows,), dtype=self.dtype, inexact=False)[0]
@@ -142,4 +148,4 @@ class Embed(nnx.Embed):
         if not isinstance(weight, Kernel):
             return super().attend(query, *args, **kwargs)
         stand_in = jnp.zeros((), weight.dtype)
-        return attend(self.promote_dtype((query, stand_in), dtype=self.dtype)[0], weight)
+        return embedding_logits(self.promote_dtype((query, stand_in), dtype=self.dtype)[0], weight)

@@ -1,9 +1,9 @@
-"""A foreign tree of parameters as jlora sees weights, and the way back.
+"""Conversion between another framework's parameter tree and a tree of jlora's weights.
 
     LinenScan_0 / attn / query / kernel (L, D, H, hd)
     ⇄ LinenScan_0 / layers / attn / query / kernel (L, D, H·hd)
 
-Kernels are matrices (in, out), and what is stacked lies below a node that says so (``paths``).
+Kernels become matrices (in, out), and stacked layers get a ``layers`` node (see ``paths``).
 """
 
 from __future__ import annotations
@@ -14,94 +14,94 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jlora.errors import ConfigError, did_you_mean
-from jlora.interop.kernel import Flat, Kernel, Layout
+from jlora.interop.kernel import BiasLayout, Kernel, Layout
 from jlora.lora.weight import dense, is_weight_leaf
 from jlora.tree import matching, paths
 
-Key = tuple[Any, ...]
-"""A leaf's path in the foreign tree, its keys as they are there."""
+ForeignKey = tuple[Any, ...]
+"""A leaf's path in the foreign tree, with that tree's keys."""
 
 
 class MergedWarning(UserWarning):
-    """Layers whose product cannot be factored run on merged weights, dense."""
+    """Warns of layers that compute with merged, dense weights: their product cannot be factored."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a leaf is seen, and as what: with a layout it is a matrix, or a vector."""
+    """A foreign leaf's path in jlora's tree, and the layout that makes it a matrix or vector."""
 
     path: paths.Path
-    layout: Layout | Flat | None = None
+    layout: Layout | BiasLayout | None = None
     factored: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """The leaves of a foreign tree by their paths in it."""
+    """The correspondence of a foreign tree's leaves and jlora's."""
 
-    places: dict[Key, Place]
+    places: dict[ForeignKey, Place]
 
-    def see(self, leaves: Mapping[Key, Any]) -> dict:
-        """The foreign leaves as a tree of weights."""
-        seen = {}
+    def to_weights(self, leaves: Mapping[ForeignKey, Any]) -> dict:
+        """The foreign leaves as a tree of jlora's weights."""
+        weights = {}
         for key, leaf in leaves.items():
             place = self.places[key]
-            seen[place.path] = place.layout.to_matrix(leaf) if place.layout else leaf
-        return paths.nest(seen)
+            weights[place.path] = place.layout.to_matrix(leaf) if place.layout else leaf
+        return paths.nest(weights)
 
-    def dense(self, params: Any) -> dict[Key, Any]:
-        """The foreign leaves of a tree of weights, in their own shapes and dense."""
-        return self._leaves(params, lambda place, weight: _own(place, dense(weight)))
+    def dense(self, params: Any) -> dict[ForeignKey, Any]:
+        """The foreign leaves of a tree of weights, dense and in their original shapes."""
+        return self._leaves(params, lambda place, weight: _foreign_array(place, dense(weight)))
 
-    def factored(self, params: Any) -> dict[Key, Any]:
-        """The foreign leaves of a tree of weights; adapted and packed ones are a ``Kernel``.
+    def factored(self, params: Any) -> dict[ForeignKey, Any]:
+        """The foreign leaves of a tree of weights; adapted and quantized ones as ``Kernel``.
 
-        Where a layer's product cannot be factored, the merged leaf; a ``MergedWarning`` names it.
+        A leaf whose product cannot be factored is merged, with a ``MergedWarning``.
         """
         merged = []
 
         def leaf(place: Place, weight: Any) -> Any:
             if not is_weight_leaf(weight):
-                return _own(place, weight)
+                return _foreign_array(place, weight)
             if place.factored and isinstance(place.layout, Layout):
                 return Kernel(weight, place.layout)
             if getattr(weight, "bias", None) is not None:
                 raise ConfigError(
-                    "this layer's product cannot be factored, and its merged kernel has no place "
-                    "for what lora_bias adds",
+                    "this layer's product cannot be factored, and its merged kernel cannot include "
+                    "lora_bias",
                     where=".".join(place.path),
                     fix="leave the layer out of target_modules, or train without lora_bias",
                 )
             if not place.layout:
                 merged.append(".".join(place.path))
-            return _own(place, weight.dequantize())
+            return _foreign_array(place, weight.dequantize())
 
         leaves = self._leaves(params, leaf)
         if merged:
             names = ", ".join(merged)
-            message = f"jlora cannot factor the products of these, and merges them: {names}"
-            warnings.warn(message, MergedWarning, stacklevel=3)
+            message = "the products of these layers cannot be factored; their weights are merged"
+            warnings.warn(f"{message}: {names}", MergedWarning, stacklevel=3)
         return leaves
 
-    def _leaves(self, params: Any, f: Callable[[Place, Any], Any]) -> dict[Key, Any]:
+    def _leaves(self, params: Any, f: Callable[[Place, Any], Any]) -> dict[ForeignKey, Any]:
         weights = dict(paths.walk(params))
         return {key: f(place, weights[place.path]) for key, place in self.places.items()}
 
 
 def view(
-    leaves: Mapping[Key, Any],
-    shapes: Mapping[Key, tuple[int, ...]],
-    layouts: Mapping[Key, Layout],
+    leaves: Mapping[ForeignKey, Any],
+    shapes: Mapping[ForeignKey, tuple[int, ...]],
+    layouts: Mapping[ForeignKey, Layout],
     as_matrices: Sequence[str],
 ) -> View:
-    """How the leaves of a foreign tree are seen.
+    """The correspondence for the leaves of a foreign tree.
 
     Args:
-      leaves: all of them.
-      shapes: those of one layer, as far as they are known; a leaf with one axis more is stacked.
-      layouts: of the kernels whose products can be factored.
-      as_matrices: modules whose kernels are seen as (all axes but the last, last axis) though
-        theirs cannot: convolutions. They are merged in every step, as asked.
+      leaves: the tree's leaves.
+      shapes: shapes of one layer, as far as known; a leaf with one more axis is stacked.
+      layouts: layouts of the kernels whose products can be factored.
+      as_matrices: modules with other kernels (convolutions) to read as matrices (all axes but the
+        last, last axis). Their adapters are merged in every step.
 
     Raises:
       ConfigError: ``as_matrices`` names no module with such a kernel.
@@ -111,8 +111,8 @@ def view(
     places = {}
     for key in leaves:
         node = next((s for s in stacks if key[: len(s)] == s), ())
-        lost = node and not any(str(k) in paths.STACKED for k in node[-1:])
-        path = (*node, "layers", *key[len(node) :]) if lost else key
+        unmarked = node and str(node[-1]) not in paths.STACKED
+        path = (*node, "layers", *key[len(node) :]) if unmarked else key
         layout = layouts.get(key) or _bias(key, leaves, layouts)
         places[key] = Place(tuple(map(str, path)), layout, key in layouts)
     for key in _named(as_matrices, leaves, layouts):
@@ -122,30 +122,34 @@ def view(
     return View(places)
 
 
-def _own(place: Place, weight: Any) -> Any:
+def _foreign_array(place: Place, weight: Any) -> Any:
     return place.layout.from_matrix(weight) if place.layout else weight
 
 
-def _bias(key: Key, leaves: Mapping[Key, Any], layouts: Mapping[Key, Layout]) -> Flat | None:
-    """How a bias of many axes is seen, if it is the bias of a layer with a layout."""
+def _bias(
+    key: ForeignKey, leaves: Mapping[ForeignKey, Any], layouts: Mapping[ForeignKey, Layout]
+) -> BiasLayout | None:
+    """The layout of a bias of many axes, if its layer's kernel has a layout."""
     kernel = (*key[:-1], "kernel")
     if key[-1] != "bias" or kernel not in layouts:
         return None
     layers = len(leaves[kernel].shape) - len(layouts[kernel].shape)
     shape = tuple(leaves[key].shape[layers:])
     fits = [n for n in shape if n != 1] == [n for n in layouts[kernel].sizes_out if n != 1]
-    return Flat(shape) if fits and len(shape) > 1 else None
+    return BiasLayout(shape) if fits and len(shape) > 1 else None
 
 
 def _stacking(leaf: Any, shape: tuple[int, ...]) -> int:
-    """How many layer axes a leaf has in front of one layer's shape; 2 stands for what is odd."""
+    """The number of layer axes before one layer's shape: 0 or 1; 2 if the shapes do not match."""
     extra = len(leaf.shape) - len(shape)
     return extra if extra in (0, 1) and tuple(leaf.shape[extra:]) == tuple(shape) else 2
 
 
-def _stacks(leaves: Mapping[Key, Any], shapes: Mapping[Key, tuple[int, ...]]) -> list[Key]:
-    """The outermost nodes of which every leaf has a layer axis, of the same length."""
-    found: list[Key] = []
+def _stacks(
+    leaves: Mapping[ForeignKey, Any], shapes: Mapping[ForeignKey, tuple[int, ...]]
+) -> list[ForeignKey]:
+    """The outermost nodes whose leaves all have a layer axis of the same length."""
+    found: list[ForeignKey] = []
     for key, shape in shapes.items():
         if key not in leaves or _stacking(leaves[key], shape) != 1:
             continue
@@ -160,8 +164,8 @@ def _stacks(leaves: Mapping[Key, Any], shapes: Mapping[Key, tuple[int, ...]]) ->
 
 
 def _named(
-    names: Sequence[str], leaves: Iterable[Key], factored: Mapping[Key, Layout]
-) -> list[Key]:
+    names: Sequence[str], leaves: Iterable[ForeignKey], factored: Mapping[ForeignKey, Layout]
+) -> list[ForeignKey]:
     found = []
     kernels = {".".join(map(str, k[:-1])): k for k in leaves if k[-1] == "kernel"}
     kernels = {name: key for name, key in kernels.items() if key not in factored}
@@ -171,7 +175,7 @@ def _named(
             raise ConfigError(
                 f"no module {name!r} has a kernel whose product cannot be factored",
                 where="as_matrices",
-                fix=did_you_mean(name, kernels) or f"there is: {', '.join(kernels) or 'none'}",
+                fix=did_you_mean(name, kernels) or f"choose from: {', '.join(kernels) or 'none'}",
             )
         found += hits
     return found

@@ -1,11 +1,11 @@
 """Optimizers and learning-rate schedules from the settings, as optax transformations.
 
-schedules    the learning rate over the run
+schedules    learning-rate schedules
 eight_bit    moments in 8 bits
 paged        moments in host memory
 by_name      optimizers of optax by name
-groups       which leaf is updated how: weight decay, LoRA+, LoRA-FA
-lora_fa      A without a gradient, B's preconditioned
+groups       parameter groups: weight decay, LoRA+, LoRA-FA
+lora_fa      LoRA-FA: A is frozen, B's gradient is preconditioned
 chain        the optimizer of a run
 """
 

@@ -20,70 +20,70 @@ def from_optax(
 ) -> optax.GradientTransformation:
     """The optimizer that ``train.optim`` names, with ``train.optim_args``.
 
-    The learning rate and the weight decay are those of the other optimizers' settings.
+    Learning rate and weight decay come from the same settings as for other optimizers.
 
     Raises:
-      ConfigError: optax has no optimizer of this name, it has no such argument, or refuses its
-        value; or weight decay is asked for and it has none.
+      ConfigError: optax has no such optimizer, the optimizer has no such argument, refuses its
+        value, or has no weight decay although ``train.weight_decay`` is set.
     """
-    found = optimizers()
-    if config.optim not in found:
-        fix = did_you_mean(config.optim, list(found))
+    available = optimizers()
+    if config.optim not in available:
+        fix = did_you_mean(config.optim, list(available))
         raise ConfigError(
             f"{config.optim} is not an optimizer of optax",
             where="train.optim",
-            fix=fix or f"it has {', '.join(name.removeprefix(OPTAX) for name in found)}",
+            fix=fix or f"it has {', '.join(name.removeprefix(OPTAX) for name in available)}",
         )
-    takes = list(inspect.signature(found[config.optim]).parameters)
+    accepted = list(inspect.signature(available[config.optim]).parameters)
     arguments = dict(config.optim_args)
     for name in arguments:
         if name in ("learning_rate", "weight_decay"):
             fix = f"write train.{name}"
-            raise ConfigError(f"{name} is no argument here", where="train.optim_args", fix=fix)
-        if name not in takes:
+            raise ConfigError(f"{name} is set elsewhere", where="train.optim_args", fix=fix)
+        if name not in accepted:
             raise ConfigError(
                 f"{config.optim} has no argument {name!r}",
                 where="train.optim_args",
-                fix=did_you_mean(name, takes) or f"it takes {', '.join(takes[1:])}",
+                fix=did_you_mean(name, accepted) or f"it accepted {', '.join(accepted[1:])}",
             )
-    if "weight_decay" in takes:
+    if "weight_decay" in accepted:
         arguments["weight_decay"] = decay
     elif decay:
         raise ConfigError(
             f"{config.optim} has no weight decay", where="train.weight_decay", fix="set it to 0"
         )
     try:
-        return found[config.optim](rate, **arguments)
+        return available[config.optim](rate, **arguments)
     except Exception as error:
         raise refused(config, error) from error
 
 
 def refused(config: TrainConfig, error: Exception) -> ConfigError:
-    """What to say when optax raises: its words are about the arguments it was given."""
-    words = str(error).splitlines() or [type(error).__name__]
-    given = ", ".join(f"{k}={v!r}" for k, v in config.optim_args.items())
+    """What to say when optax raises: its lines are about the arguments it was arguments."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    arguments = ", ".join(f"{k}={v!r}" for k, v in config.optim_args.items())
     return ConfigError(
-        f"{config.optim}({given}) cannot train: {words[0]}",
+        f"{config.optim}({arguments}) cannot train: {lines[0]}",
         where="train.optim",
         fix="correct train.optim_args, or choose another optimizer",
     )
 
 
 def optimizers() -> dict[str, Optimizer]:
-    """``optax.NAME`` and ``optax.contrib.NAME`` of every public function of a learning rate.
+    """Name → every public function of ``optax`` and ``optax.contrib`` that takes a learning rate.
 
-    Those of schedule-free training are left out: they evaluate at other parameters than they train.
+    Schedule-free ones are excluded: they evaluate at other parameters than those they train.
     """
-    found = {}
+    available = {}
     for prefix, module in ((OPTAX, optax), (f"{OPTAX}contrib.", optax.contrib)):
         for name, value in sorted(vars(module).items()):
             if not name.startswith(("_", "scale_by_", "schedule_free")) and _takes_rate(value):
-                found[prefix + name] = value
-    return found
+                available[prefix + name] = value
+    return available
 
 
 def _takes_rate(value: Any) -> bool:
-    """Whether it is a function whose first argument is the learning rate."""
+    """Whether ``value`` is a function whose first argument is ``learning_rate``."""
     return (
         inspect.isfunction(value)
         and next(iter(inspect.signature(value).parameters), None) == "learning_rate"

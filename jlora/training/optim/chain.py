@@ -30,9 +30,9 @@ def make_optimizer(
 
     Args:
       config: the ``train`` section.
-      total_steps: optimizer steps of the whole run; the schedule ends there.
-      trainable: the tree to be trained (or its shapes), which decides the groups. LoRA+ and
-        LoRA-FA take an Adapter.
+      total_steps: optimizer steps of the whole run, at which the schedule ends.
+      trainable: the trainable tree, possibly abstract; it determines the groups. LoRA+ and
+        LoRA-FA need an Adapter.
 
     Raises:
       ConfigError: see ``from_optax``.
@@ -41,9 +41,9 @@ def make_optimizer(
     make = from_optax if config.optim.startswith(OPTAX) else OPTIMIZERS[config.optim]
     groups: dict[Hashable, optax.GradientTransformation] = {FROZEN: optax.set_to_zero()}
     for prefix, factor in lr_multipliers(config).items():
-        own = _times(factor, rate)
-        groups[f"{prefix}decay"] = make(config, own, config.weight_decay)
-        groups[f"{prefix}no_decay"] = make(config, own, 0.0)
+        group_rate = _times(factor, rate)
+        groups[f"{prefix}decay"] = make(config, group_rate, config.weight_decay)
+        groups[f"{prefix}no_decay"] = make(config, group_rate, 0.0)
     clip = (
         optax.clip_by_global_norm(config.max_grad_norm)
         if config.max_grad_norm
@@ -60,7 +60,7 @@ def _times(factor: float, rate: optax.Schedule) -> optax.Schedule:
 
 
 def check_optimizer(config: TrainConfig) -> None:
-    """Traces a step on two small leaves, so that wrong settings end before anything is loaded.
+    """Traces a step on two small leaves, to find wrong settings before a model is loaded.
 
     Raises ConfigError: see ``from_optax``.
     """
@@ -82,12 +82,12 @@ def _lion(config: TrainConfig) -> optax.GradientTransformation:
     return optax.scale_by_lion(config.adam_beta1, config.adam_beta2)
 
 
-def _decoupled(moments: Callable[[TrainConfig], optax.GradientTransformation], *keep: Callable):
-    """The moments' direction, plus the decayed weights, times the rate; ``keep`` stores moments."""
+def _decoupled(moments: Callable[[TrainConfig], optax.GradientTransformation], *storage: Callable):
+    """Decoupled weight decay (AdamW); ``storage`` wraps ``moments`` to store them another way."""
 
     def make(config: TrainConfig, rate: optax.Schedule, decay: float):
         scaled = moments(config)
-        for wrapper in keep:
+        for wrapper in storage:
             scaled = wrapper(scaled)
         return optax.chain(
             scaled, optax.add_decayed_weights(decay), optax.scale_by_learning_rate(rate)
@@ -101,7 +101,7 @@ def _sgd(config: TrainConfig, rate: optax.Schedule, decay: float):
 
 
 def _adafactor(config: TrainConfig, rate: optax.Schedule, decay: float):
-    # Without a rate of its own, so that the decay is scaled by it too, as transformers does.
+    # Without a rate in adafactor, so that the rate scales the decay too, as in transformers.
     scaled = optax.adafactor(None, multiply_by_parameter_scale=False, clipping_threshold=1.0)
     decayed = optax.chain(optax.scale(-1.0), optax.add_decayed_weights(decay))
     return optax.chain(scaled, decayed, optax.scale_by_learning_rate(rate))

@@ -1,7 +1,7 @@
-"""Moments in 8 bits, in blocks of 256 values, as bitsandbytes keeps them (arXiv 2110.02861).
+"""Optimizer moments in 8 bits, in blocks of 256 values, as in bitsandbytes (arXiv 2110.02861).
 
-A block's values are divided by its largest magnitude (``absmax``) and each becomes the nearest
-entry of the dynamic map: of the signed one for a first moment, of the unsigned one for a second::
+A block's values are divided by its largest magnitude (``absmax``) and rounded to the nearest entry
+of the dynamic map: the signed one for a first moment, the unsigned one for a second::
 
     float32 (32, 4096, 16)     8 MiB
     Blockwise                  codes uint8 (32, 4096, 16), absmax float32 (32, 256, 1)    2.03 MiB
@@ -25,18 +25,18 @@ from jlora.quant.nf4 import nearest_code
 BLOCK = 256
 
 MIN_SIZE = 4096
-"""Leaves with fewer values stay in float32, as ``min_8bit_size`` of bitsandbytes has it.
+"""Leaves with fewer values stay in float32, as ``min_8bit_size`` in bitsandbytes.
 
-A leaf is what counts: all layers of a stacked one together."""
+The layers of a stacked leaf are counted together."""
 
 MOMENTS = {"mu": True, "nu": False}
-"""The fields of optax's states that are moments, and whether they have a sign."""
+"""Fields of optax's states that are moments → whether they are signed."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Blockwise:
-    """A float32 array in 8 bits; a pytree of two arrays, each with the rank of what it stands for.
+    """A float32 array quantized to 8 bits: a pytree of two arrays of the same rank.
 
     Blocks run over the values in row-major order. ``codes`` has the array's shape, and ``absmax``,
     for an array (…, m, n), is::
@@ -45,9 +45,9 @@ class Blockwise:
         (…, m * n / 256, 1)     m * n is: lora_A (…, in, r); a block is 256 / r rows
         (blocks,)                otherwise, and for a vector; the last block may be short
 
-    So both split along the axes that split the parameter (``sharding.spec`` goes by name and
-    rank), and every shard holds whole blocks with their absmax where the blocks divide as the
-    dimension does. Where they do not, absmax lies on every device; the values are the same.
+    So both are sharded along the same axes as the parameter (``sharding.spec`` goes by name and
+    rank). Every shard holds whole blocks with their absmax if the mesh divides the blocks as it
+    does the dimension; otherwise absmax is replicated. The values are the same.
     """
 
     codes: Any
@@ -58,11 +58,11 @@ class Blockwise:
 
 
 def quantize_blockwise(values: Float[Array, "..."], signed: bool) -> Blockwise:
-    """To the nearest value of the map; a tie takes the lower code.
+    """Rounds to the nearest value of the map; ties get the lower code.
 
-    In the unsigned map the smallest value above 0 stands for everything between it and 0. A block
-    of zeros stays exactly zero, and one whose largest magnitude is below float32's normal numbers
-    becomes zero. One with a NaN or an infinity in it comes back without a finite value.
+    In the unsigned map, values between 0 and the smallest positive entry are rounded up to it. A
+    block of zeros stays exactly zero, and one whose absmax is subnormal becomes zero. A block that
+    contains a NaN or an infinity has no finite value once dequantized.
     """
     blocks = _blocks(values.astype(jnp.float32))
     absmax = jnp.max(jnp.abs(blocks), axis=-1)
@@ -74,14 +74,14 @@ def quantize_blockwise(values: Float[Array, "..."], signed: bool) -> Blockwise:
 
 
 def dequantize_blockwise(q: Blockwise) -> Float[Array, "..."]:
-    """The float32 array that ``q`` stands for."""
+    """The dequantized float32 array."""
     table = jnp.asarray(DYNAMIC_MAP if q.signed else UNSIGNED_MAP)
     values = table[_blocks(q.codes)] * q.absmax[..., None]
     return values.reshape(-1)[: q.codes.size].reshape(q.codes.shape)
 
 
 def _blocks(x: Array) -> Array:
-    """The array as (*shape of absmax, 256), with zeros after its end."""
+    """The array as (*shape of absmax, 256), padded with zeros."""
     *lead, m, n = (1, 1, *x.shape)[-max(x.ndim, 2) :]
     if x.ndim > 1 and n % BLOCK == 0:
         return x.reshape(*lead, m, n // BLOCK, BLOCK)
@@ -91,34 +91,37 @@ def _blocks(x: Array) -> Array:
 
 
 def eight_bit(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """``inner`` with its moments (``MOMENTS``) in 8 bits between the steps.
+    """``inner`` with its moments (``MOMENTS``) stored in 8 bits between steps.
 
-    A step dequantizes them, updates in float32, takes the parameters' update from the float32
-    moments, and only then rounds them again, as bitsandbytes does. The state is ``inner``'s with a
-    Blockwise in place of every moment of at least ``MIN_SIZE`` values.
+    A step dequantizes them, updates them in float32, computes the parameters' update from the
+    float32 moments, and only then quantizes them again, as bitsandbytes does. In the state of
+    ``inner``, a Blockwise replaces every moment of at least ``MIN_SIZE`` values.
     """
 
-    def pack(state: Any) -> Any:
+    def quantized(state: Any) -> Any:
         signs = {name: sign for name, sign in MOMENTS.items() if hasattr(state, name)}
         return state._replace(
-            **{name: _pack(getattr(state, name), signed) for name, signed in signs.items()}
+            **{
+                name: _quantize_moments(getattr(state, name), signed)
+                for name, signed in signs.items()
+            }
         )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = inner.update(updates, _unpack(state), params)
-        return updates, pack(state)
+        updates, state = inner.update(updates, _dequantize_moments(state), params)
+        return updates, quantized(state)
 
-    return optax.GradientTransformation(lambda params: pack(inner.init(params)), update)
+    return optax.GradientTransformation(lambda params: quantized(inner.init(params)), update)
 
 
-def _pack(moments: Any, signed: bool) -> Any:
+def _quantize_moments(moments: Any, signed: bool) -> Any:
     def one(leaf: Array) -> Any:
         return quantize_blockwise(leaf, signed) if leaf.size >= MIN_SIZE else leaf
 
     return jax.tree.map(one, moments)
 
 
-def _unpack(state: Any) -> Any:
+def _dequantize_moments(state: Any) -> Any:
     def one(leaf: Any) -> Any:
         return dequantize_blockwise(leaf) if isinstance(leaf, Blockwise) else leaf
 

@@ -1,6 +1,7 @@
-"""Which leaf is updated how: weight decay, the rates of LoRA+, and what LoRA-FA leaves as it is.
+"""Parameter groups: weight decay, LoRA+'s learning rates, and the leaves that LoRA-FA freezes.
 
-Rules of transformers (``get_decay_parameter_names``) and of peft (``create_loraplus_optimizer``).
+By the rules of transformers (``get_decay_parameter_names``) and peft
+(``create_loraplus_optimizer``).
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ FROZEN = "frozen"
 
 
 def lr_multipliers(config: TrainConfig) -> Mapping[str, float]:
-    """Prefix of a group's name → what the learning rate is multiplied by there.
+    """Prefix of a group's label → the factor of its learning rate.
 
-    With LoRA+ (arXiv 2402.12354) B, biases and other vectors learn faster than A and saved
-    modules, and the pairs of embeddings have a rate of their own.
+    With LoRA+ (arXiv 2402.12354) B, biases and other vectors have a higher rate than A and saved
+    modules, and A and B of embeddings have another.
     """
     if config.loraplus_lr_ratio is None:
         return {"": 1.0}
@@ -30,24 +31,24 @@ def lr_multipliers(config: TrainConfig) -> Mapping[str, float]:
 
 
 def frozen_kinds(config: TrainConfig) -> tuple[str, ...]:
-    """Names of a trainable tree's leaves that get no gradient and stay as they are."""
+    """Keys of leaves in a trainable tree that have no gradient and are not updated."""
     return ("lora_A",) if config.lorafa else ()
 
 
 def is_frozen(path: Any, kinds: Sequence[str]) -> bool:
-    """Whether the leaf at a JAX key path is of these kinds, or in an adapter's ``initial``."""
+    """Whether the leaf at a JAX key path has one of these keys, or is in ``Adapter.initial``."""
     names = _names(path)
     return names[-1] in kinds or names[0] == "initial"
 
 
 def trainable_leaves(config: TrainConfig, trainable: Any) -> list[Any]:
-    """The leaves that an optimizer with these settings changes."""
+    """The leaves that an optimizer with these settings updates."""
     flat = jax.tree_util.tree_leaves_with_path(trainable)
     return [leaf for path, leaf in flat if not is_frozen(path, frozen_kinds(config))]
 
 
 def group_labels(config: TrainConfig, trainable: Any) -> Any:
-    """The tree with the name of its group in place of every leaf.
+    """The tree with every leaf replaced by the label of its group.
 
     A label is a key of ``lr_multipliers`` before ``decay`` or ``no_decay``, or ``frozen``.
     With LoRA+::
@@ -55,7 +56,7 @@ def group_labels(config: TrainConfig, trainable: Any) -> Any:
         {"lora_A": …, "lora_B": …, "bias": …}
         {"lora_A": "decay", "lora_B": "B_decay", "bias": "B_no_decay"}
     """
-    inside = int(isinstance(trainable, Adapter))  # an adapter's own paths begin below its field
+    inside = int(isinstance(trainable, Adapter))  # skip the field name ``weights`` in its paths
     leaves = paths.leaves(trainable.weights if inside else trainable)
     vectors = {leaf.path for leaf in leaves if len(leaf.shape) == 1}
 

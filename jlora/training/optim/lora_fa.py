@@ -1,11 +1,11 @@
-"""LoRA-FA (arXiv 2308.03303): A stays as it was drawn, and B follows the full weight's gradient.
+"""LoRA-FA (arXiv 2308.03303): A is frozen at its initial values, and B's gradient preconditioned.
 
-A's gradient is what a backward pass needs the layer's input for; without it x·A is enough. B's
-gradient is multiplied by (AᵀA)⁻¹/s², so that the step s·A·dB comes as near to the gradient of the
-weight itself as it can within A's span.
+Only A's gradient needs the layer's input in the backward pass; B's needs x·A. B's gradient is
+multiplied by (AᵀA)⁻¹/s², so that the update s·A·dB is the projection of the weight's gradient onto
+the span of A.
 
-As peft's ``LoraFAOptimizer``, but for an embedding's pair: its A starts at zero, where B could
-learn nothing, so it trains as without LoRA-FA.
+As PEFT's ``LoraFAOptimizer``, except for embeddings: their A is initially zero, so that B could not
+learn, and they train as without LoRA-FA.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from jlora.lora import Adapter, scaling
 from jlora.tree import paths
 
 RIDGE = 1e-8
-"""Added to the diagonal of AᵀA, as peft does."""
+"""Added to the diagonal of AᵀA, as in PEFT."""
 
 
 class PreconditionState(NamedTuple):
-    """(AᵀA)⁻¹/s² of every module, (…, r, r), at B's place: A never changes, so neither does it."""
+    """(AᵀA)⁻¹/s² (…, r, r) of every module, at the path of B; constant, since A is."""
 
     inverses: Any
 
 
 def without_gradient_of_a(adapter: Adapter) -> Adapter:
-    """The same adapter, no gradient flowing to ``lora_A``."""
+    """The adapter with ``stop_gradient`` on every ``lora_A``."""
 
-    def keep(path: paths.Path, leaf: Any) -> Any:
+    def stop(path: paths.Path, leaf: Any) -> Any:
         return jax.lax.stop_gradient(leaf) if path[-1] == "lora_A" else leaf
 
-    return dataclasses.replace(adapter, weights=paths.map_leaves(keep, adapter.weights))
+    return dataclasses.replace(adapter, weights=paths.map_leaves(stop, adapter.weights))
 
 
 def precondition_b() -> optax.GradientTransformation:
     """Multiplies the gradient of every ``lora_B`` by its module's (AᵀA)⁻¹/s².
 
-    Both trees are Adapters, as ``init_adapter`` makes them. Columns that a layer of lower rank does
-    not use are zero in A; their rows in B have no gradient and get none.
+    Parameters and updates are Adapters. The columns of A that a layer of lower rank does not use
+    are zero, and the gradient of the corresponding rows of B stays zero.
     """
 
     def init(params: Any) -> PreconditionState:
@@ -58,12 +58,12 @@ def precondition_b() -> optax.GradientTransformation:
         del params
         inverses = dict(paths.walk(state.inverses))
 
-        def one(path: paths.Path, gradient: Any) -> Any:
+        def multiply(path: paths.Path, gradient: Any) -> Any:
             if path not in inverses:
                 return gradient
             return jnp.matmul(inverses[path], gradient, precision="highest")
 
-        weights = paths.map_leaves(one, updates.weights)
+        weights = paths.map_leaves(multiply, updates.weights)
         return dataclasses.replace(updates, weights=weights), state
 
     return optax.GradientTransformation(init, update)

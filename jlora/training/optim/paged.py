@@ -1,7 +1,7 @@
-"""Moments that live in the host's memory and visit the device for their update only.
+"""Optimizer moments in host memory, copied to the device for their update only.
 
-What a memory kind is: a device's arrays lie in its own memory (``device``) or in the host's, where
-the device can reach them (``pinned_host``). All backends have both, the CPU's included.
+JAX's memory kinds: an array is in the device's memory (``device``) or in host memory that the
+device can access (``pinned_host``). All backends have both, including the CPU.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
 
 def paged(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """``inner`` with the arrays of its state in host memory before and after every step.
+    """``inner`` with the arrays of its state in host memory between steps.
 
-    The state is ``inner``'s, leaf for leaf, and so are the numbers. Inside the jitted step each
-    array is copied to the device, updated and copied back; every copy is an operation of its own
-    that XLA schedules around the others. Scalars, such as the step's count, stay on the device.
+    The state and its values are those of ``inner``. Inside the jitted step each array is copied to
+    the device, updated and copied back; XLA schedules each copy separately. Scalars, such as the
+    step count, stay on the device.
 
-    Where the state begins is up to the caller: ``sharding.shardings`` reads from the types of the
-    state's leaves which of them belong to the host.
+    The caller places the initial state: ``sharding.shardings`` finds the leaves for host memory by
+    the memory space in their types.
     """
 
     def init(params: Any) -> Any:
         return _move(inner.init(params), HOST)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        # From the host, said again: without it XLA's TPU compiler mistakes the layout of uint8.
+        # The redundant move to the host: without it XLA for TPU assumes a wrong layout of uint8.
         state = _move(_move(state, HOST), DEVICE)
         updates, state = inner.update(updates, state, params)
         return updates, _move(state, HOST)

@@ -1,4 +1,4 @@
-"""The learning rate over the run, from the settings.
+"""Learning-rate schedules, from the settings.
 
 Names, defaults and formulas are transformers' (``TrainingArguments``, ``optimization.py``).
 """
@@ -16,12 +16,12 @@ from jlora.config import TrainConfig
 
 
 def warmup_steps(config: TrainConfig, total_steps: int) -> int:
-    """``warmup_steps`` when it is given, else ``warmup_ratio`` of the run, rounded up."""
+    """``warmup_steps`` if it is set, else ``warmup_ratio`` of the run, rounded up."""
     return config.warmup_steps or math.ceil(total_steps * config.warmup_ratio)
 
 
 def schedule(config: TrainConfig, total_steps: int) -> Callable[[Any], jax.Array]:
-    """The learning rate of step 0, 1, … as a function of the step: warm-up, then decay."""
+    """The learning rate as a function of the step, from 0: warm-up, then decay."""
     warm = warmup_steps(config, total_steps)
     decay = SCHEDULES[config.lr_scheduler_type]
     kwargs = dict(config.lr_scheduler_kwargs)
