@@ -110,11 +110,11 @@ def test_quantized_reading_is_quantize_params_of_plain_reading(tmp_path, name):
     skip = {"llama": "o_proj", "gpt2": "c_fc"}[name]
     config = QuantConfig(llm_int8_skip_modules=(skip,))
     _, plain = load_pretrained(tmp_path, dtype="bfloat16")
-    _, packed = load_pretrained(tmp_path, dtype="bfloat16", quantization=config)
+    _, quantized = load_pretrained(tmp_path, dtype="bfloat16", quantization=config)
     want = quantize_params(plain, config)
-    assert jax.tree.structure(packed) == jax.tree.structure(want)
-    same(packed, want)
-    assert sum(isinstance(leaf, nf4.NF4Array) for _, leaf in paths.walk(packed)) > 2
+    assert jax.tree.structure(quantized) == jax.tree.structure(want)
+    same(quantized, want)
+    assert sum(isinstance(leaf, nf4.NF4Array) for _, leaf in paths.walk(quantized)) > 2
 
 
 @pytest.mark.parametrize("quantization", [None, QuantConfig()])
@@ -156,7 +156,7 @@ def test_a_part_of_several_tensors_is_joined(tmp_path, transposed):
         group.append(CheckpointTensor(name, place, layer, transposed, stored[name].shape, within))
     save_file(stored, tmp_path / "model.safetensors")
     shape = jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
-    source = hf_read.Source({name: name for name in stored}, {})
+    source = hf_read.TensorMap({name: name for name in stored}, {})
     parts = hf_read._parts(group)
     with hf_folder.open_shards(tmp_path) as shards:
         read = lambda index: hf_read._read(shards, source, parts[index], shape, None)  # noqa: E731
@@ -167,10 +167,10 @@ def test_a_part_of_several_tensors_is_joined(tmp_path, transposed):
 
 def test_quantized_parameters_are_written_dense(tmp_path):
     model, params = build("llama")
-    packed = quantize_params(params, QuantConfig())
-    save_pretrained(tmp_path, model, packed)
+    quantized = quantize_params(params, QuantConfig())
+    save_pretrained(tmp_path, model, quantized)
     _, read = load_pretrained(tmp_path, dtype="float32")
-    same(read, paths.map_leaves(lambda _, x: getattr(x, "dequantize", lambda: x)(), packed))
+    same(read, paths.map_leaves(lambda _, x: getattr(x, "dequantize", lambda: x)(), quantized))
 
 
 def test_tied_weights_are_read_under_either_name(tmp_path, monkeypatch):
@@ -234,7 +234,7 @@ def test_all_faults_of_a_checkpoint_are_listed_at_once(folder):
     ):
         assert f"\n  {line}" in str(caught.value)
     twice = ["layers.0.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.weight"]
-    assert any(f"{a} is there as {b} too" in str(caught.value) for a, b in (twice, twice[::-1]))
+    assert any(f"{a} is also there as {b}" in str(caught.value) for a, b in (twice, twice[::-1]))
 
 
 def test_faults_of_shards_and_of_the_index_are_in_the_same_listing(sharded):

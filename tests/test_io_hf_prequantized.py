@@ -1,4 +1,4 @@
-"""Packed folders: what is read of them, what is refused, and what commands make of them."""
+"""Quantized folders: what is read of them, what is refused, and what commands make of them."""
 
 import importlib
 import json
@@ -13,7 +13,7 @@ import pytest
 import tiny_results
 from safetensors.numpy import load_file, save_file
 from tiny_models import build, tokens
-from tiny_quantized import as_bytes, pack_folder, parts
+from tiny_quantized import as_bytes, parts, quantize_folder
 from tiny_runs import Place
 
 from jlora.config import MeshConfig, QuantConfig
@@ -33,10 +33,10 @@ STATE = f"{UP}.quant_state.bitsandbytes__nf4"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A packed llama folder, not to be changed, and its parameters."""
+    """A quantized llama folder, not to be changed, and its parameters."""
     folder = tmp_path_factory.mktemp("made") / "m"
     save_pretrained(folder, *build("llama"))
-    return folder, pack_folder(folder, NF4)
+    return folder, quantize_folder(folder, NF4)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def fault(folder) -> str:
 )
 def test_a_packed_folder_is_read_as_it_was_packed(tmp_path, name, config):
     save_pretrained(tmp_path, *build(name))
-    want = pack_folder(tmp_path, config, dtype="bfloat16")
+    want = quantize_folder(tmp_path, config, dtype="bfloat16")
     read = load_pretrained(tmp_path, dtype="bfloat16")[1]
     same(read, want)
     same(load_pretrained(tmp_path, dtype="bfloat16", quantization=config)[1], want)
@@ -96,7 +96,7 @@ def test_parts_mean_nothing_where_the_configuration_says_nothing(folder):
     save_pretrained(plain, *build("llama"))
     hf["quantization_config"] = {"load_in_8bit": True}
     (plain / "config.json").write_text(json.dumps(hf))
-    assert "quantization_config is in config.json, but no tensor is packed" in fault(plain)
+    assert "quantization_config is in config.json, but no tensor is quantized" in fault(plain)
 
 
 def test_all_faults_are_listed_at_once(folder, monkeypatch):
@@ -149,7 +149,7 @@ def spy(see, original=hf_folder.Shards.read):
         ({"shape": [48, 64]}, r"says shape \[48, 64\], expected \[48, 32\]"),
         ({"shape": [10**30, 10**30]}, r"says shape \[1000.*expected \[48, 32\]"),
         ({"blocksize": 64}, "absmax has shape"),
-        ({"blocksize": 48}, "says blocksize 48, which cannot be"),
+        ({"blocksize": 48}, "says blocksize 48, which is not valid"),
         ({"blocksize": 32.0}, "says blocksize 32.0"),
         ({"blocksize": [32]}, r"says blocksize \[32\]"),
         ({"quant_type": "fp4"}, 'says quant_type "fp4"'),
@@ -175,8 +175,8 @@ def test_what_a_quant_state_says_is_checked(folder, changes, message):
         (as_bytes([1]), "does not hold a JSON object"),
         (np.full(4000, ord("["), np.uint8), "does not hold a JSON object"),
         (np.full(40, 255, np.uint8), "does not hold a JSON object"),
-        (np.zeros(5000, np.uint8), r"is U8 \[5000\], not a short text's bytes"),
-        (np.zeros(10, np.float32), r"is F32 \[10\], not a short text's bytes"),
+        (np.zeros(5000, np.uint8), r"is U8 \[5000\], expected the bytes of a short text"),
+        (np.zeros(10, np.float32), r"is F32 \[10\], expected the bytes of a short text"),
     ],
 )
 def test_a_quant_state_that_is_none_is_refused(folder, value, message):
@@ -202,7 +202,7 @@ def test_another_four_bit_code_is_refused(folder):
 )
 def test_faults_in_eight_bits(tmp_path, part, value, message):
     save_pretrained(tmp_path, *build("llama"))
-    pack_folder(tmp_path, QuantConfig(load_in_8bit=True))
+    quantize_folder(tmp_path, QuantConfig(load_in_8bit=True))
     name = UP.replace("weight", part)
     edit(tmp_path, lambda t: t.pop(name) if value is None else t.update({name: np.asarray(value)}))
     assert f"\n  {name} " in (text := fault(tmp_path))
@@ -240,19 +240,19 @@ def remove(t, weight):
         del t[name]
 
 
-@pytest.mark.parametrize("other", ["not packed", "fp4 with double quantization, blocks of 32"])
+@pytest.mark.parametrize("other", ["not quantized", "fp4 with double quantization, blocks of 32"])
 def test_layers_packed_in_different_ways_are_refused(folder, other):
     w = jnp.ones((48, 32))
-    packed = parts(UP, jax.tree.map(np.array, quantize(w, 32, quant_type="fp4")))
+    quantized = parts(UP, jax.tree.map(np.array, quantize(w, 32, quant_type="fp4")))
 
     def change(t):
         remove(t, UP)
-        t.update({UP: np.array(w)} if other == "not packed" else packed)
+        t.update({UP: np.array(w)} if other == "not quantized" else quantized)
 
     edit(folder, change)
     text = fault(folder)
     assert f"{UP} is {other}, but model.layers.0.mlp.up_proj.weight is nf4 with" in text
-    assert "all layers must be packed alike" in text
+    assert "all layers must be quantized alike" in text
 
 
 @pytest.mark.parametrize(
@@ -264,11 +264,11 @@ def test_layers_packed_in_different_ways_are_refused(folder, other):
         (QuantConfig(load_in_8bit=True), "int8, but .* it is nf4 with"),
         (
             QuantConfig(block_size=32, llm_int8_skip_modules=("up_proj",)),
-            "up_proj.weight not packed, but .* it is nf4",
+            "up_proj.weight not quantized, but .* it is nf4",
         ),
         (
             QuantConfig(block_size=32, include_modules=("lm_head",)),
-            "lm_head.weight nf4 .* it is not packed",
+            "lm_head.weight nf4 .* it is not quantized",
         ),
     ],
 )
@@ -299,7 +299,7 @@ def test_packed_parameters_are_placed_on_a_mesh(made):
 
 
 def test_one_dense_matrix_at_a_time_is_in_memory_while_quantizing(tmp_path, monkeypatch):
-    save_pretrained(tmp_path, *build("gpt2", "bfloat16"))  # no cast: what is read is packed
+    save_pretrained(tmp_path, *build("gpt2", "bfloat16"))  # no cast: what is read is quantized
     alive, most = [], []
 
     def see(value):
@@ -321,41 +321,41 @@ def test_saving_writes_dense_weights_and_no_quantization_config(made, tmp_path):
 
 
 @pytest.fixture
-def packed_base(place, tmp_path):
-    """A place whose base is packed as the other place's would be by settings."""
-    base = shutil.copytree(place.base, tmp_path / "packed")
-    pack_folder(base, QuantConfig())
+def quantized_base(place, tmp_path):
+    """A place whose base is quantized as the other place's would be by settings."""
+    base = shutil.copytree(place.base, tmp_path / "quantized")
+    quantize_folder(base, QuantConfig())
     other = Place(tmp_path / "other", base, place.cache)
     other.folder.mkdir()
     return other
 
 
-def test_training_on_a_packed_folder_is_training_on_a_quantized_one(place, packed_base, capsys):
+def test_training_on_a_packed_folder_is_training_on_a_quantized_one(place, quantized_base, capsys):
     train = {"max_steps": 2, "logging_steps": 1}
     settings = {"bnb_4bit_compute_dtype": "float32"}
-    for where, sections in ((place, {"quantization": settings}), (packed_base, {})):
+    for where, sections in ((place, {"quantization": settings}), (quantized_base, {})):
         where.settings_for_loss()
         where.run(train=train, **sections)
     shown = capsys.readouterr().out
-    assert shown.count("QLoRA") == 2 and shown.count("the base came packed") == 1
-    assert packed_base.losses() == place.losses() and len(place.losses()) == 2
-    assert packed_base.adapter() == place.adapter()
+    assert shown.count("QLoRA") == 2 and shown.count("the base is already quantized") == 1
+    assert quantized_base.losses() == place.losses() and len(place.losses()) == 2
+    assert quantized_base.adapter() == place.adapter()
 
 
-def test_a_packed_base_is_not_trained_in_full(packed_base):
+def test_a_packed_base_is_not_trained_in_full(quantized_base):
     with pytest.raises(ConfigError, match="cannot be trained in full"):
-        packed_base.run(lora=None)
+        quantized_base.run(lora=None)
 
 
-def test_a_packed_base_has_no_original_to_merge_into(packed_base, result):
-    packed_base.output = result.output
+def test_a_packed_base_has_no_original_to_merge_into(quantized_base, result):
+    quantized_base.output = result.output
     merge = importlib.import_module("jlora.merge")
-    out = {"output_dir": str(packed_base.folder / "merged")}
-    with pytest.raises(ConfigError, match=r"merge.base: the base model came packed"):
-        tiny_results.run(packed_base, merge, merge={"base": "original", **out})
-    tiny_results.run(packed_base, merge, merge=out, train={"bf16": False})
+    out = {"output_dir": str(quantized_base.folder / "merged")}
+    with pytest.raises(ConfigError, match=r"merge.base: the base model is already quantized"):
+        tiny_results.run(quantized_base, merge, merge={"base": "original", **out})
+    tiny_results.run(quantized_base, merge, merge=out, train={"bf16": False})
     model, params = load_pretrained(out["output_dir"], dtype="float32")
-    place = Place(packed_base.folder, result.base, result.cache)
+    place = Place(quantized_base.folder, result.base, result.cache)
     place.output = result.output
     want = tiny_results.logits(*tiny_results.trained(place, quantized=True))
     np.testing.assert_allclose(tiny_results.logits(model, params), want, atol=1e-4)

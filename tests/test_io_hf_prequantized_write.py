@@ -1,4 +1,4 @@
-"""The packed folder, key by key, against what the format says; transformers is not needed."""
+"""The quantized folder, key by key, against what the format says; transformers is not needed."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ from jlora.config import MeshConfig, QuantConfig
 from jlora.distributed import sharding
 from jlora.errors import ConfigError
 from jlora.io.hf import save_pretrained
-from jlora.io.hf.prequantized_write import entries, quantization_config
+from jlora.io.hf.prequantized_write import quantization_config, quantized_tensors
 from jlora.quant import int8, nf4
 from jlora.quant import params as quantization
 from jlora.quant.codebooks import DYNAMIC_MAP, FP4, NF4
@@ -25,8 +25,8 @@ Q = "model.layers.1.self_attn.q_proj"
 
 
 @functools.cache
-def packed(name="llama", **fields):
-    """A tiny model and its parameters, packed."""
+def quantized(name="llama", **fields):
+    """A tiny model and its parameters, quantized."""
     model, params = build(name)
     return model, quantization.quantize_params(params, QuantConfig(**fields))
 
@@ -71,7 +71,9 @@ def test_four_bits_have_codes_scales_tables_and_a_text():
         "m.weight.quant_map": NF4,
         "m.weight.quant_state.bitsandbytes__nf4": np.frombuffer(state, np.uint8),
     }
-    assert_tensors(entries("m", on_host(nf4.quantize(matrix(), double_quant=False))), want)
+    assert_tensors(
+        quantized_tensors("m", on_host(nf4.quantize(matrix(), double_quant=False))), want
+    )
 
 
 def test_double_quantization_has_a_second_level():
@@ -88,7 +90,7 @@ def test_double_quantization_has_a_second_level():
         "m.weight.quant_state.bitsandbytes__fp4": np.frombuffer(state, np.uint8),
     }
     leaf = nf4.quantize(matrix().astype(jnp.bfloat16), quant_type="fp4")
-    assert_tensors(entries("m", on_host(leaf)), want)
+    assert_tensors(quantized_tensors("m", on_host(leaf)), want)
 
 
 def test_eight_bits_have_codes_scales_and_the_rows_order():
@@ -97,7 +99,7 @@ def test_eight_bits_have_codes_scales_and_the_rows_order():
         "m.SCB": np.array([2, 0], np.float32),
         "m.weight_format": np.zeros((), np.uint8),
     }
-    assert_tensors(entries("m", on_host(int8.quantize(matrix()))), want)
+    assert_tensors(quantized_tensors("m", on_host(int8.quantize(matrix()))), want)
 
 
 @pytest.mark.parametrize(
@@ -109,22 +111,22 @@ def test_eight_bits_have_codes_scales_and_the_rows_order():
     ],
 )
 def test_each_layer_of_a_stack_is_a_matrix_of_its_own(tmp_path, name, module, shape):
-    model, params = packed(name)
+    model, params = quantized(name)
     tensors, _ = written(tmp_path, model, params)
     *nodes, last = module.replace(".{}", "").split(".")
     dense = build(name)[1]
     for node in (*nodes, last, "kernel"):
         dense = dense[node]
     for i in range(2):
-        want = entries(module.format(i), on_host(nf4.quantize(dense[i].T)))
+        want = quantized_tensors(module.format(i), on_host(nf4.quantize(dense[i].T)))
         assert_tensors({k: v for k, v in tensors.items() if k in want}, want)
         text = bytes(tensors[f"{module.format(i)}.weight.quant_state.bitsandbytes__nf4"])
         assert json.loads(text)["shape"] == list(shape)
 
 
 def test_the_rest_of_the_folder_is_as_without_packing(tmp_path):
-    model, params = packed()
-    tensors, config = written(tmp_path / "packed", model, params)
+    model, params = quantized()
+    tensors, config = written(tmp_path / "quantized", model, params)
     save_pretrained(tmp_path / "dense", model, params)
     dense = load_file(tmp_path / "dense" / "model.safetensors")
     kept = {name: value for name, value in dense.items() if "_proj" not in name}
@@ -189,7 +191,7 @@ def test_products_are_in_the_models_type():
 
 
 def test_shards_keep_a_matrix_together_and_their_size(tmp_path):
-    model, params = packed()
+    model, params = quantized()
     tensors, _ = written(tmp_path / "one", model, params)
     limit = 12_000
     files = save_pretrained(tmp_path, model, params, max_shard_size=limit, quantized=True)
@@ -206,7 +208,7 @@ def test_shards_keep_a_matrix_together_and_their_size(tmp_path):
 
 @pytest.mark.parametrize("fields", [{}, {"load_in_8bit": True}])
 def test_sharded_leaves_are_written_whole(tmp_path, fields):
-    model, params = packed(**fields)
+    model, params = quantized(**fields)
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     placed = sharding.place(params, sharding.shardings(params, mesh))
     got, _ = written(tmp_path / "placed", model, placed)
@@ -242,13 +244,13 @@ def adapted(params):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (along_the_inputs, r"self_attn\.q_proj: packed as \(in, out\)"),
+        (along_the_inputs, r"self_attn\.q_proj: quantized as \(in, out\)"),
         (in_two_formats, "one format"),
         (adapted, r"self_attn\.q_proj: layers with an adapter"),
-        (lambda _: build("llama")[1], "no parameter is packed"),
+        (lambda _: build("llama")[1], "no parameter is quantized"),
         (
             lambda _: shapes(include_modules=["embed_tokens"])[1],
-            r"model\.embed_tokens: transformers cannot load a packed embedding",
+            r"model\.embed_tokens: transformers cannot load a quantized embedding",
         ),
     ],
 )

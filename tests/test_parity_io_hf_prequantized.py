@@ -78,7 +78,7 @@ def saved(request, dense, tmp_path_factory):
     )
     if block != 64:
         reblock(theirs, block)
-    folder = tmp_path_factory.mktemp("packed")
+    folder = tmp_path_factory.mktemp("quantized")
     theirs.save_pretrained(folder)
     return theirs, folder, *jlora.load_pretrained(folder, dtype="float32")
 
@@ -96,7 +96,7 @@ def reblock(model, block):
 
 
 def module_weights(model):
-    """Weights [out, in] of all packed modules by name, dequantized by bitsandbytes."""
+    """Weights [out, in] of all quantized modules by name, dequantized by bitsandbytes."""
     found = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)

@@ -1,4 +1,4 @@
-"""Packed folders: transformers loads them with bitsandbytes, and would have written the same."""
+"""Quantized folders: transformers loads them with bitsandbytes, and would have written the same."""
 
 import json
 
@@ -28,8 +28,8 @@ FORMATS = {
 }
 MORE = {
     "blocks of 32": {"block_size": 32},
-    "packed head": {"include_modules": ["lm_head"]},
-    "packed head, int8": {"include_modules": ["lm_head"], "load_in_8bit": True},
+    "quantized head": {"include_modules": ["lm_head"]},
+    "quantized head, int8": {"include_modules": ["lm_head"], "load_in_8bit": True},
     "some layers left out": {"llm_int8_skip_modules": ["down_proj", "q_proj"]},
 }
 CASES = [(name, form) for name in SIZES for form in FORMATS] + [("llama", form) for form in MORE]
@@ -79,8 +79,8 @@ def test_transformers_loads_it_and_computes_the_same(dense, tmp_path, name, form
     assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
     kinds = {type(module).__name__ for module in theirs.modules()}
     assert ("Linear8bitLt" if config.load_in_8bit else "Linear4bit") in kinds
-    packed_head = "lm_head" in config.include_modules
-    assert (type(theirs.lm_head) is torch.nn.Linear) is not packed_head
+    quantized_head = "lm_head" in config.include_modules
+    assert (type(theirs.lm_head) is torch.nn.Linear) is not quantized_head
 
 
 @pytest.mark.parametrize("name", SIZES)

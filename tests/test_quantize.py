@@ -1,4 +1,4 @@
-"""The command writes the packed base, its tokenizer and nothing else, and says how much it is."""
+"""The command writes the quantized base, its tokenizer and nothing else, and reports its size."""
 
 import importlib
 import re
@@ -71,7 +71,7 @@ def test_it_says_what_it_does_and_how_large_that_is(place, capsys):
     # A layer's seven matrices have 9,216 values in 144 blocks: 4,608 bytes of codes, 144 of absmax
     # and 7 times two floats; the model has two embeddings of 336 by 32 and five norms besides.
     bits = 8 * (4608 + 144 + 7 * 8) / 9216
-    assert rows["packed"] == f"18,432 of 40,096 parameters, in {bits:.2f} bits each"
+    assert rows["quantized"] == f"18,432 of 40,096 parameters, {bits:.2f} bits each"
     for row, folder in (("weights before", place.base), ("weights after", out)):
         size = (folder / "model.safetensors").stat().st_size / 2**20
         assert rows[row] == f"{size:.1f} MiB"
@@ -84,7 +84,7 @@ def test_it_says_what_it_does_and_how_large_that_is(place, capsys):
         (["quantization=null"], r"quantization: nothing says how[\s\S]*fix: add the section"),
         (
             ["quantization.include_modules=[embed_tokens]"],
-            r"embed_tokens: transformers cannot load a packed embedding",
+            r"embed_tokens: transformers cannot load a quantized embedding",
         ),
         (["quantization.include_modules=[lm_haed]"], "no module is called 'lm_haed'"),
         (["quantize.output_dir={base}"], r"quantize\.output_dir: is the model's own folder"),

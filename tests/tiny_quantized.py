@@ -16,8 +16,8 @@ from jlora.quant.params import is_quantized
 from jlora.tree import paths
 
 
-def pack_folder(folder: Path, config: QuantConfig, dtype: str = "float32") -> dict:
-    """Packs a folder's weights where they are; returns the parameters as they are packed."""
+def quantize_folder(folder: Path, config: QuantConfig, dtype: str = "float32") -> dict:
+    """Quantizes a folder's weights in place; returns the quantized parameters."""
     model, params = load_pretrained(folder, dtype=dtype, quantization=config)
     file = load_file(folder / "model.safetensors")
     for tensor in checkpoint_tensors(model):
@@ -35,7 +35,7 @@ def pack_folder(folder: Path, config: QuantConfig, dtype: str = "float32") -> di
 
 
 def parts(weight: str, q) -> dict[str, np.ndarray]:
-    """The tensors of one packed matrix."""
+    """The tensors of one quantized matrix."""
     if isinstance(q, Int8Array):
         form = {f"{weight}_format": np.zeros((), np.uint8)}
         return {weight: q.codes, f"{weight.removesuffix('weight')}SCB": q.absmax} | form

@@ -1,1 +1,1 @@
-"""Files of models, adapters and checkpoints."""
+"""Reading and writing models, adapters and checkpoints."""

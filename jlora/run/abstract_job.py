@@ -20,7 +20,7 @@ from jlora.errors import ConfigError
 from jlora.io.hf import prequantized, read_model
 from jlora.io.hf.folder import CONFIG_FILES, find_folder, open_shards
 from jlora.io.hf.names import checkpoint_tensors
-from jlora.io.hf.read import check, with_score_head
+from jlora.io.hf.read import match_tensors, with_score_head
 from jlora.io.peft import abstract_adapter_from_folder
 from jlora.models import Model, as_classifier
 from jlora.quant.params import quantize_params
@@ -132,7 +132,7 @@ def _prequantized_base(config: Config, model: Model) -> Any:
     with open_shards(folder) as shards:
         if model.config.num_labels is not None:
             shards = with_score_head(shards, model, config.train.seed)
-        source = check(shards, model, folder)
+        source = match_tensors(shards, model, folder)
         return prequantized.prequantized_shapes(model.shapes, groups, source.prequantized)
 
 
@@ -145,7 +145,9 @@ def abstract_adapter(config: Config, base: Any) -> lora.Adapter:
     if config.lora.init_from:
         return with_base_name(config, abstract_adapter_from_folder(config.lora.init_from, base))
     asked = config.lora
-    if asked.init_needs_more_than_params:  # LoftQ computes with values; its shapes are those of any other start
+    if (
+        asked.init_needs_more_than_params
+    ):  # LoftQ computes with values; its shapes are those of any other start
         asked = dataclasses.replace(asked, init_lora_weights=True)
     init = functools.partial(lora.init_adapter, config=asked)
     return with_base_name(config, jax.eval_shape(init, jax.random.key(0), base))

@@ -1,8 +1,8 @@
-"""A transformers folder as untrusted input: what it holds, read without running any of it.
+"""Opening a transformers folder or hub repository; its contents are untrusted input.
 
-Weights come from safetensors only: pickles (``.bin``, ``.pt``) can run code and are refused, and
-code that a repository brings along is neither downloaded nor imported. Shards are plain file names
-inside the folder.
+Weights are read from safetensors only: pickles (``.bin``, ``.pt``) can run code and are refused.
+Code in a repository is neither downloaded nor imported. Shards must be plain file names inside the
+folder.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 """CheckpointTensor types that can be a model's weights, and NumPy's names for them."""
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
-"""What a value of the types that are read takes up."""
+"""Bytes per value of the types that are read."""
 
 CHUNK_BYTES = 2**24
-"""Bytes, about: what is compared or cast at a time."""
+"""Approximate number of bytes that are compared or cast at a time, to bound host memory."""
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 CONFIG_FILES = ["config.json", "generation_config.json"]
 IGNORED_FILES = ["*/*", "consolidated*"]
-"""Which files of a hub repository are downloaded: its top folder's weights and tokenizer, or what
-describes the model only."""
+"""Files that are downloaded from a hub repository: weights and tokenizer in its top folder
+(MODEL_FILES), or the configuration only (CONFIG_FILES); IGNORED_FILES never."""
 
 
 def find_folder(
@@ -43,7 +43,7 @@ def find_folder(
 ) -> Path:
     """The local folder ``name``, or the snapshot of the hub repository of that name.
 
-    Of a repository the files that match ``wanted`` are downloaded.
+    Files of a repository that match ``wanted`` are downloaded.
 
     Raises:
       ConfigError: neither exists. StorageError: the hub cannot be reached.
@@ -88,10 +88,10 @@ def _download(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; DataError when it is missing or is not one."""
+    """The object in a JSON file; DataError if it is missing or not an object."""
     if not path.is_file():
         raise DataError("this file is missing", where=str(path), fix="name a transformers folder")
-    if _leads_out(path):
+    if _is_outside(path):
         raise DataError("is a link that leads out of the folder", where=str(path))
     try:
         with storage_errors(path):
@@ -104,9 +104,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The safetensors files of a folder, and the index's tensor → file name map if it has one.
+    """The safetensors files of a folder, and the index's map tensor → file name, if any.
 
-    Raises DataError for pickled or missing weights and for names that lead out of the folder.
+    Raises DataError for pickled or missing weights and for names outside the folder.
     """
     if (folder / SINGLE).exists() and not (folder / INDEX).exists():
         names, weight_map = [SINGLE], None
@@ -141,30 +141,30 @@ def _no_weights(folder: Path) -> JloraError:
 
 
 def _fault(folder: Path, name: str) -> str | None:
-    """Why a shard of that name is not read; None if it is a file in the folder."""
+    """Why a shard of this name is refused; None if it is a file in the folder."""
     if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
         return "is not the plain name of a safetensors file"
     if not (folder / name).is_file():
         return "is missing"
-    return "is a link that leads out of the folder" if _leads_out(folder / name) else None
+    return "is a link that leads out of the folder" if _is_outside(folder / name) else None
 
 
-def _leads_out(file: Path) -> bool:
-    """Whether a file, links followed, lies outside its folder (or the hub cache's blobs)."""
+def _is_outside(file: Path) -> bool:
+    """Whether a file, with links resolved, is outside its folder (or the hub cache's blobs)."""
     folder = file.parent.resolve()
     allowed = [folder]
-    if folder.parent.name == "snapshots":  # the hub's cache keeps files as links to blobs
+    if folder.parent.name == "snapshots":  # in the hub's cache, files are links to blobs
         allowed.append(folder.parent.parent / "blobs")
     return not any(file.resolve().is_relative_to(root) for root in allowed)
 
 
 class Shards:
-    """Open safetensors files: names and shapes at once, values tensor by tensor."""
+    """Open safetensors files: names and shapes are known, values are read tensor by tensor."""
 
     def __init__(self, handles: dict[Path, Any], weight_map: dict[str, str] | None):
         self.files: dict[str, Path] = {}
         self.problems: list[tuple[str, str]] = []
-        """(tensor name, what is wrong): duplicates, and disagreements with the index."""
+        """(tensor name, problem): duplicates, and contradictions to the index."""
         self._handles = handles
         for file, handle in handles.items():
             for name in handle.keys():  # noqa: SIM118 (a safe_open handle is not a mapping)
@@ -197,18 +197,18 @@ class Shards:
         return math.prod(self.shape(name)) * BYTES[self.dtype(name)]
 
     def same(self, name: str, other: str) -> bool:
-        """Whether two tensors of one shape hold the same values; they are not read whole."""
+        """Whether two tensors of equal shape have equal values; they are read in chunks."""
         spans = self.spans(name)
         return all(np.array_equal(self.read(name, span), self.read(other, span)) for span in spans)
 
     def spans(self, name: str) -> Iterator[slice]:
-        """The tensor's rows (at least one dimension) in parts of about ``CHUNK_BYTES`` bytes."""
+        """Slices of the first axis of about ``CHUNK_BYTES`` bytes."""
         rows, *rest = self.shape(name)
         step = max(1, CHUNK_BYTES // (8 * math.prod(rest)))
         return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
 
     def read(self, name: str, span: slice | None = None) -> np.ndarray:
-        """The tensor's values, or those of some rows; BF16 comes as ml_dtypes' bfloat16."""
+        """The tensor's values, or those of a slice of rows; BF16 is ml_dtypes' bfloat16."""
         with safetensors_errors(self.files[name]):
             handle = self._handles[self.files[name]]
             return handle.get_tensor(name) if span is None else handle.get_slice(name)[span]
@@ -216,7 +216,7 @@ class Shards:
 
 @contextmanager
 def open_shards(folder: Path) -> Iterator[Shards]:
-    """The folder's weights, open for reading; DataError when a file is damaged."""
+    """The folder's weights, open for reading; DataError if a file is damaged."""
     files, weight_map = shard_files(folder)
     with ExitStack() as stack:
         handles = {}
@@ -228,7 +228,7 @@ def open_shards(folder: Path) -> Iterator[Shards]:
 
 @contextmanager
 def safetensors_errors(file: Path) -> Iterator[None]:
-    """Turns what safetensors raises inside the block into a DataError that names ``file``."""
+    """Turns errors of safetensors inside the block into a DataError that names ``file``."""
     try:
         yield
     except SafetensorError as error:

@@ -1,12 +1,12 @@
-"""Checkpoints in MXFP4, as gpt-oss has its experts' matrices; they are read dense.
+"""MXFP4, the format of gpt-oss's expert matrices; they are dequantized when they are read.
 
-32 values along a row share a scale, a power of two (OCP Microscaling Formats v1.0)::
+32 consecutive values of a row share a scale, a power of two (OCP Microscaling Formats v1.0)::
 
     model.layers.0.mlp.experts.gate_up_proj_blocks   (E, out, in / 32, 16)   uint8
     model.layers.0.mlp.experts.gate_up_proj_scales   (E, out, in / 32)       uint8
-    model.layers.0.mlp.experts.gate_up_proj          (E, in, out), what they stand for
+    model.layers.0.mlp.experts.gate_up_proj          (E, in, out), the dequantized tensor
 
-A byte holds two values, the first one in its low bits. A scale is 2 ** (byte - 127); 255 is none.
+A byte holds two values, the first in its low bits. A scale is 2 ** (byte - 127); 255 is NaN.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from jlora.quant.nf4 import look_up
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1 = np.array([*MAGNITUDES, *(-m for m in MAGNITUDES)], np.float32)
-"""The values of four bits: sign, two bits of exponent, one of mantissa."""
+"""Values of the 16 codes: one bit of sign, two of exponent, one of mantissa."""
 
 SCALES = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))
 BLOCKS, SCALED = "_blocks", "_scales"
 
 
 class DecodedShards(Shards):
-    """Shards in which a matrix in MXFP4 is one tensor, in bfloat16, which holds it exactly."""
+    """Shards in which each MXFP4 matrix appears as one bfloat16 tensor (exact)."""
 
     def __init__(self, shards: Shards):
         self._shards, self.problems = shards, list(shards.problems)
         self.files = dict(shards.files)
-        self._packed: set[str] = set()
+        self._mxfp4: set[str] = set()
         for name in shards.files:
             base = name.removesuffix(BLOCKS)
             if base == name or base + SCALED not in shards.files:
@@ -42,12 +42,12 @@ class DecodedShards(Shards):
             if problem := self._misshapen(base):
                 self.problems.append((name, problem))
                 continue
-            self._packed.add(base)
+            self._mxfp4.add(base)
             self.files[base] = self.files.pop(name)
             del self.files[base + SCALED]
 
     def _misshapen(self, base: str) -> str | None:
-        """What is wrong with the two parts of a matrix."""
+        """The problem with shape or type of a matrix's two tensors, if any."""
         blocks, scales = (self._shards.shape(base + part) for part in (BLOCKS, SCALED))
         if len(blocks) != 4 or blocks[-1] != 16 or blocks[:-1] != scales:
             return f"has shape {blocks} and its scales {scales}, which is not MXFP4"
@@ -55,26 +55,26 @@ class DecodedShards(Shards):
         return None if types == {"U8"} else "is of another type than uint8, or its scales are"
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The tensor's shape, that of what it stands for."""
-        if name not in self._packed:
+        """The tensor's shape; for MXFP4 the dequantized one."""
+        if name not in self._mxfp4:
             return self._shards.shape(name)
         experts, rows, groups = self._shards.shape(name + SCALED)
         return experts, 32 * groups, rows
 
     def dtype(self, name: str) -> str:
         """The type's name."""
-        return "BF16" if name in self._packed else self._shards.dtype(name)
+        return "BF16" if name in self._mxfp4 else self._shards.dtype(name)
 
     def read(self, name: str, span: slice | None = None) -> np.ndarray:
-        """The tensor's values, or those of some experts; what is in MXFP4 is decoded one by one."""
-        if name not in self._packed:
+        """The tensor's values, or a slice of them; MXFP4 is dequantized expert by expert."""
+        if name not in self._mxfp4:
             return self._shards.read(name, span)
         experts, *matrix = self.shape(name)
         numbers = range(experts)[span or slice(None)]
         out = np.empty((len(numbers), *matrix), ml_dtypes.bfloat16)
-        for place, expert in enumerate(numbers):
+        for i, expert in enumerate(numbers):
             one = slice(expert, expert + 1)
-            out[place] = decode(*(self._shards.read(name + p, one)[0] for p in (BLOCKS, SCALED)))
+            out[i] = decode(*(self._shards.read(name + p, one)[0] for p in (BLOCKS, SCALED)))
         return out
 
 
@@ -83,7 +83,7 @@ def decode(
     blocks: UInt8[Array | np.ndarray, "rows groups 16"],
     scales: UInt8[Array | np.ndarray, "rows groups"],
 ) -> Float[Array, "cols rows"]:
-    """The transpose of a matrix in MXFP4, in bfloat16."""
+    """The transpose of an MXFP4 matrix, dequantized to bfloat16."""
     blocks, scale = jnp.asarray(blocks), jnp.asarray(SCALES)[scales]
     pairs = jnp.stack([look_up(E2M1, blocks & 15), look_up(E2M1, blocks >> 4)], axis=-1)
     values = pairs.reshape(*scale.shape, 32) * scale[..., None]

@@ -1,11 +1,11 @@
-"""The tensors of a checkpoint, and which part of the parameter tree each of them is.
+"""The tensors of a transformers checkpoint, and the part of the parameter tree each one holds.
 
 ::
 
     tree    ("model", "layers", "mlp", "up_proj", "kernel")         (L, in, out)
     tensors model.layers.0.mlp.up_proj.weight … model.layers.{L-1}.mlp.up_proj.weight   [out, in]
 
-Only names and shapes here; no array is touched.
+Names and shapes only; no array is read.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from jlora.models.registry import family_of
 from jlora.tree import paths
 
 WEIGHT = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
-"""Our leaf keys → transformers' last name part, where that is another."""
+"""Kind of leaf → the last part of its tensor's name, where they differ."""
 
 HEADS = ("lm_head", "score")
 
 SCORE_HEAD = "score.weight"
-"""The tensor of a classifier's head, in every family."""
+"""Name of the tensor of a classifier's head, in every family."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointTensor:
-    """One tensor of a checkpoint and the slice of the tree that it holds."""
+    """One tensor of a checkpoint and the slice of the leaf that it holds."""
 
     name: str
     path: paths.Path
     layer: int | None
-    """Its index on the leaf's leading axis, where the leaf is stacked."""
+    """Its index on the layer axis, if the leaf is stacked."""
     transposed: bool
-    """Whether the file holds the transpose, in its last two axes, of what the tree holds."""
+    """Whether the last two axes are swapped in the file, compared with the tree."""
     shape: tuple[int, ...]
-    """As in the file."""
+    """Its shape in the file."""
     within: tuple[int | slice, ...] = ()
-    """Which part of the layer's array it is, where it is not the whole."""
+    """Its index within the layer's array, if it is only a part of it."""
 
     @property
     def index(self) -> tuple[int | slice, ...]:
-        """Which part of the leaf it is."""
+        """Its index within the leaf."""
         return self.within if self.layer is None else (self.layer, *self.within)
 
 
 def checkpoint_tensors(model: Model) -> list[CheckpointTensor]:
-    """The tensors of the model's checkpoint, in tree order; tied heads have none."""
+    """The tensors of the model's checkpoint, in the order of the tree; a tied head has none."""
     return [
         tensor
         for leaf in paths.leaves(model.shapes)
@@ -60,15 +60,18 @@ def checkpoint_tensors(model: Model) -> list[CheckpointTensor]:
 
 def _of_leaf(leaf: paths.Leaf, layer: int | None, model: Model) -> Iterator[CheckpointTensor]:
     """The tensors that hold one layer of a leaf."""
-    own = family_of(model.config)
+    conventions = family_of(model.config)
     dotted = ".".join(leaf.path)
-    pieces = next((own.stored[end] for end in own.stored if f".{dotted}".endswith(f".{end}")), None)
-    flip = leaf.kind in own.flipped or (
-        leaf.kind == "kernel" and (own.transposed or leaf.path[0] in HEADS)
+    pieces = next(
+        (conventions.stored[end] for end in conventions.stored if f".{dotted}".endswith(f".{end}")),
+        None,
+    )
+    flip = leaf.kind in conventions.flipped or (
+        leaf.kind == "kernel" and (conventions.transposed or leaf.path[0] in HEADS)
     )
     if pieces is None:
         name = f"{leaf.module(layer)}.{WEIGHT.get(leaf.kind, leaf.kind)}"
-        shape = _turned(leaf.shape) if flip else leaf.shape
+        shape = _swap_last_axes(leaf.shape) if flip else leaf.shape
         yield CheckpointTensor(name, leaf.path, layer, flip, shape)
         return
     front = "" if leaf.stack is None else ".".join((*leaf.stack, str(layer), ""))
@@ -76,18 +79,18 @@ def _of_leaf(leaf: paths.Leaf, layer: int | None, model: Model) -> Iterator[Chec
         for within, shape, number in _parts(piece, leaf.shape):
             name = f"{front}{piece.name.format(number)}"
             yield CheckpointTensor(
-                name, leaf.path, layer, flip, _turned(shape) if flip else shape, within
+                name, leaf.path, layer, flip, _swap_last_axes(shape) if flip else shape, within
             )
 
 
-def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _swap_last_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-2], shape[-1], shape[-2])
 
 
 def _parts(
     piece: TensorPart, shape: tuple[int, ...]
 ) -> Iterator[tuple[tuple[int | slice, ...], tuple[int, ...], int]]:
-    """(index, shape, number) of each tensor of a piece within a leaf's layer."""
+    """(index within the layer, shape, number) of each tensor of a TensorPart."""
     counted = "{}" in piece.name
     rest = shape[1:] if counted else shape
     part: tuple[slice, ...] = ()
@@ -99,12 +102,12 @@ def _parts(
 
 
 def embedding_name(model: Model) -> str:
-    """The tensor that a tied head shares."""
+    """Name of the embedding's tensor, which a tied head shares."""
     path = family_of(model.config).rename(("model", "embed_tokens"))
     return f"{'.'.join(path)}.weight"
 
 
 def head_name(model: Model) -> str:
-    """The tensor of a language model's head, where it is not tied."""
+    """Name of the tensor of a language model's untied head."""
     stored = family_of(model.config).stored.get("lm_head.kernel")
     return stored[0].name if stored else "lm_head.weight"

@@ -1,9 +1,11 @@
-"""Leaves of the parameter tree, put together on their devices: the host never holds a whole one.
+"""Assembling stacked leaves on their devices, so that the host never holds a whole leaf.
 
 ::
 
-    on the devices  (L, in, out), made once, in its sharding
-    on the host     one layer at a time, as in the file; every device receives its own part of it
+    devices  (L, in, out), allocated once with its sharding
+    host     one layer at a time, in the file's layout; each device receives its shard
+
+Collecting all layers of a leaf on the host took 3.7 GB for the gate projections of an 8B model.
 """
 
 from __future__ import annotations
@@ -27,16 +29,16 @@ def assemble_leaf(
     where: Any,
     indices: Iterable[Index],
     read: Callable[[Index], Any],
-    turned: bool = False,
+    transposed: bool = False,
 ) -> Any:
-    """A leaf of parts, each of which is read, put in its place and let go before the next one.
+    """A leaf assembled from parts; each is read, written and freed before the next is read.
 
     Args:
-      shape: an array or a packed one, with ``jax.ShapeDtypeStruct`` in the place of arrays.
-      where: the same with NamedShardings; None leaves that to JAX's default device.
-      indices: where parts begin on the leaf's leading axes; ``((),)`` for a leaf of one part.
-      read: the part at an index: an array, or a packed one's children, on the host or on a device.
-      turned: whether a part has its last two axes the other way round than the leaf.
+      shape: the abstract leaf: a ``jax.ShapeDtypeStruct`` or a quantized array of them.
+      where: the same with NamedShardings; None means JAX's default device.
+      indices: the parts' indices on the leaf's leading axes; ``((),)`` for a leaf of one part.
+      read: index → the part: an array or the children of a quantized one, on host or device.
+      transposed: whether the last two axes of parts are swapped, compared with the leaf.
     """
     children, kind = jax.tree.flatten(shape)
     places = [None] * len(children) if where is None else jax.tree.leaves(where)
@@ -45,19 +47,19 @@ def assemble_leaf(
     for index in indices:
         leaf = make() if index and leaf is None else leaf
         parts = zip(jax.tree.leaves(read(index)), places, strict=True)
-        leaf = write(leaf, [_place(*each, index, turned) for each in parts], index, turned)
+        leaf = write(leaf, [_place(*part, index, transposed) for part in parts], index, transposed)
         del parts
-        jax.block_until_ready(leaf)  # so that what was read is gone before the next is
+        jax.block_until_ready(leaf)  # frees this part before the next is read
     return jax.tree.unflatten(kind, leaf)
 
 
-def _place(part: Any, place: NamedSharding | None, index: Index, turned: bool) -> jax.Array:
-    """A part on the devices, split among them as the leaf is."""
+def _place(part: Any, place: NamedSharding | None, index: Index, transposed: bool) -> jax.Array:
+    """A part on the devices, sharded as the leaf is."""
     if place is None:
         return jnp.asarray(part)
     leaf = [*place.spec, *[None] * (len(index) + np.ndim(part) - len(place.spec))]
     axes = leaf[len(index) :]
-    axes = [*axes[:-2], *axes[:-3:-1]] if turned else axes
+    axes = [*axes[:-2], *axes[:-3:-1]] if transposed else axes
     return sharding.place(part, NamedSharding(place.mesh, PartitionSpec(*axes)))
 
 
@@ -65,9 +67,9 @@ def _place(part: Any, place: NamedSharding | None, index: Index, turned: bool) -
 def _programs(
     shapes: tuple[jax.ShapeDtypeStruct, ...], places: tuple[NamedSharding | None, ...]
 ) -> tuple[Callable[[], list[jax.Array]], Callable[..., list[jax.Array]]]:
-    """What makes an empty leaf, and (leaf, parts, index, turned) → the leaf with the parts in it.
+    """Jitted functions: one allocates a leaf, one writes parts at an index of it.
 
-    The second one works in the leaf's own memory, and no device sends another one anything.
+    The second donates the leaf, so it is updated in place, and no device communicates.
     """
 
     def make() -> list[jax.Array]:
@@ -78,13 +80,13 @@ def _programs(
         part = part.reshape((1,) * len(index) + part.shape)
         return jax.lax.dynamic_update_slice(whole, part, start)
 
-    def write(leaf: Any, parts: list[jax.Array], index: tuple, turned: bool) -> list[jax.Array]:
-        parts = [part.mT for part in parts] if turned else parts
+    def write(leaf: Any, parts: list[jax.Array], index: tuple, transposed: bool) -> list[jax.Array]:
+        parts = [part.mT for part in parts] if transposed else parts
         if leaf is None:
             return parts
         return [put(whole, part, index) for whole, part in zip(leaf, parts, strict=True)]
 
     where = list(places)
     return jax.jit(make, out_shardings=where), jax.jit(
-        write, donate_argnums=0, static_argnames="turned", out_shardings=where
+        write, donate_argnums=0, static_argnames="transposed", out_shardings=where
     )

@@ -1,6 +1,6 @@
-"""Weights that bitsandbytes has packed, as transformers saves them among the others.
+"""Prequantized folders: weights quantized by bitsandbytes, in the format of transformers.
 
-A module ``P`` whose weight is [out, in] in torch (GPT-2's Conv1D is turned so, too) is::
+A module ``P`` with the weight [out, in] (GPT-2's Conv1D is transposed to this, too) is stored as::
 
     4 bits   P.weight                                uint8 [ceil(out · in / 2), 1]
              P.weight.absmax                         float32 [blocks]
@@ -13,8 +13,8 @@ A module ``P`` whose weight is [out, in] in torch (GPT-2's Conv1D is turned so, 
              P.SCB                                   float32 [out]
              P.weight_format                         uint8 [], 0 (rows); may be absent
 
-The bytes of a 4-bit weight may be stored as another type (``bnb_4bit_quant_storage``). Sizes are
-the model's: what the file says of them is compared with these and never used.
+The bytes of a 4-bit weight may have another type (``bnb_4bit_quant_storage``). All sizes follow
+from the model; those in the file are untrusted, only compared with them.
 """
 
 from __future__ import annotations
@@ -43,37 +43,39 @@ PART = re.compile(
     rf"(.*)\.(?:weight\.((?:nested_)?(?:absmax|quant_map)|{STATE}\w+)|(SCB|weight_format))"
 )
 STORAGE = ("U8", "I8", "F16", "BF16", "F32", "F64")
-"""The types that 4-bit codes may be stored as."""
+"""Types that 4-bit codes may be stored as."""
 
 LONGEST_STATE = 4096
-"""Bytes; the JSON of a ``quant_state`` is about 170 long."""
+"""Limit in bytes; the JSON of a ``quant_state`` has about 170."""
 
 Problems = list[tuple[str, str]]
-"""(tensor name, what is wrong)."""
+"""(tensor name, problem)."""
+
+NOT_QUANTIZED = "not quantized"
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredMatrix:
-    """A packed tensor of a file: where its parts are and how it is packed."""
+    """The prequantization layout of one matrix: its tensors and settings."""
 
     names: Mapping[str, str]
-    """Part → the tensor's name in the file."""
+    """Part → the name of its tensor in the files."""
     config: QuantConfig
-    """The settings that pack so."""
+    """The settings that quantize in the same way."""
     nested_block: int = NESTED_BLOCK
     nested_offset: float = 0.0
-    own_map: bool = False
-    """Whether ``nested_quant_map`` is another one than ours."""
+    custom_map: bool = False
+    """Whether ``nested_quant_map`` differs from bitsandbytes' dynamic map."""
 
     @property
     def nested(self) -> bool:
-        """Whether ``absmax`` can stay in 8 bits: its blocks and its map are ours."""
+        """Whether ``absmax`` can stay in 8 bits: block size and map are those of NF4Array."""
         double = self.config.bnb_4bit_use_double_quant
-        return double and not self.own_map and self.nested_block == NESTED_BLOCK
+        return double and not self.custom_map and self.nested_block == NESTED_BLOCK
 
 
 def find_quantization_tensors(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """{name of a weight: {part: its name}} of all parts beside weights."""
+    """{weight: {part: its name}} of all tensors that belong to quantized weights."""
     found: dict[str, dict[str, str]] = {}
     for name in names:
         if match := PART.fullmatch(name):
@@ -82,27 +84,27 @@ def find_quantization_tensors(names: Iterable[str]) -> dict[str, dict[str, str]]
 
 
 def matrix_shape(tensor: CheckpointTensor) -> tuple[int, ...]:
-    """What is packed: torch's [out, in], or an embedding's rows."""
+    """Shape of the quantized matrix: torch's [out, in], or an embedding's rows."""
     return tensor.shape if is_out_in(tensor) else tensor.shape[::-1]
 
 
 def is_out_in(tensor: CheckpointTensor) -> bool:
-    """Whether the file holds the matrix as torch's Linear or Embedding has it: so it is packed."""
+    """Whether the file's dense matrix has the quantized orientation (torch Linear, Embedding)."""
     return tensor.transposed != stored_as_in_torch(tensor.path)
 
 
 def prequantized_shapes(
     shapes: Any,
     groups: Mapping[paths.Path, list[CheckpointTensor]],
-    packed: Mapping[str, StoredMatrix],
+    layouts: Mapping[str, StoredMatrix],
 ) -> Any:
-    """A tree of shapes with those of packed leaves in their places.
+    """The tree of shapes, with abstract quantized arrays for prequantized leaves.
 
-    Constants of double quantization that are not ours in one layer are undone in all of them.
+    If one layer's double quantization cannot be represented, ``absmax`` is float32 in all layers.
     """
 
     def leaf(path: paths.Path, dense: Any) -> Any:
-        layers = [packed[t.name] for t in groups[path] if t.name in packed]
+        layers = [layouts[t.name] for t in groups[path] if t.name in layouts]
         if not layers:
             return dense
         nested = all(layer.nested for layer in layers)
@@ -116,7 +118,7 @@ def prequantized_shapes(
 
 
 def _shape(tensor: CheckpointTensor, dtype: Any, config: QuantConfig) -> QuantizedArray:
-    """One layer's packed matrix with ``jax.ShapeDtypeStruct`` children."""
+    """One layer's quantized matrix with ``jax.ShapeDtypeStruct`` children."""
     matrix = jax.ShapeDtypeStruct(matrix_shape(tensor), dtype)
     return jax.eval_shape(functools.partial(quantize_matrix, config=config), matrix)
 
@@ -124,16 +126,16 @@ def _shape(tensor: CheckpointTensor, dtype: Any, config: QuantConfig) -> Quantiz
 def is_prequantized(
     shards: Shards, weight: str, parts: Mapping[str, str], tensor: CheckpointTensor
 ) -> bool:
-    """Whether the file means ``weight`` to be packed, be it whole or not."""
+    """Whether ``weight`` is meant to be quantized, even if parts are missing."""
     return len(tensor.shape) == 2 and (bool(parts) or shards.dtype(weight) in ("U8", "I8"))
 
 
-def inspect(
+def read_layout(
     shards: Shards, weight: str, parts: Mapping[str, str], tensor: CheckpointTensor
 ) -> tuple[StoredMatrix | None, Problems]:
-    """How the tensor ``weight`` of the file is packed, and all that does not fit the model.
+    """The layout of the quantized tensor ``weight``, and all that does not fit the model.
 
-    Only headers, the JSON and the tables are read.
+    Reads the safetensors headers, the JSON and the code tables, no weights.
     """
     if shards.dtype(weight) == "I8" and not any(part.startswith(STATE) for part in parts):
         return _inspect8(shards, weight, parts, tensor)
@@ -157,17 +159,17 @@ def _inspect8(
 def _inspect4(
     shards: Shards, weight: str, parts: Mapping[str, str], tensor: CheckpointTensor
 ) -> tuple[StoredMatrix | None, Problems]:
-    at = next((part for part in sorted(parts) if part.startswith(STATE)), None)
-    if at is None:
+    state_part = next((part for part in sorted(parts) if part.startswith(STATE)), None)
+    if state_part is None:
         return None, [(f"{weight}.{STATE}nf4", "is missing")]
-    kind, double = at.removeprefix(STATE), any(part.startswith("nested") for part in parts)
+    kind, double = state_part.removeprefix(STATE), any(part.startswith("nested") for part in parts)
     shape = matrix_shape(tensor)
-    state, problems = _read_state(shards, parts[at], kind, shape, double)
+    state, problems = _read_state(shards, parts[state_part], kind, shape, double)
     wanted = _wanted(math.prod(shape), state, double)
     problems += _fit_bytes(shards, weight, -(-math.prod(shape) // 2))
     for part, (dtype, size) in wanted.items():
         problems += _fit(shards, f"{weight}.{part}", dtype, size)
-    problems += _others(parts, (at, *wanted))
+    problems += _others(parts, (state_part, *wanted))
     if problems:
         return None, problems
     if not np.array_equal(shards.read(parts["quant_map"]), FOUR_BIT[kind]):
@@ -180,16 +182,16 @@ def _inspect4(
     names = {"weight": weight, **{part: parts[part] for part in wanted}}
     if not double:
         return StoredMatrix(names, config), []
-    own_map = not np.array_equal(shards.read(parts["nested_quant_map"]), DYNAMIC_MAP)
+    custom_map = not np.array_equal(shards.read(parts["nested_quant_map"]), DYNAMIC_MAP)
     return StoredMatrix(
-        names, config, state["nested_blocksize"], state["nested_offset"], own_map
+        names, config, state["nested_blocksize"], state["nested_offset"], custom_map
     ), []
 
 
 def _wanted(
     size: int, state: Mapping[str, Any], double: bool
 ) -> dict[str, tuple[str, tuple[int, ...] | None]]:
-    """Types and shapes of a 4-bit weight's parts; None where ``state`` does not say."""
+    """Types and shapes of a 4-bit weight's parts; None if ``state`` does not determine them."""
     blocks = -(-size // state["blocksize"]) if "blocksize" in state else None
     parts: dict[str, tuple[str, tuple[int, ...] | None]] = {
         "absmax": ("U8" if double else "F32", blocks and (blocks,)),
@@ -205,10 +207,12 @@ def _wanted(
 def _read_state(
     shards: Shards, name: str, kind: str, shape: tuple[int, ...], double: bool
 ) -> tuple[dict[str, Any], Problems]:
-    """What of a ``quant_state`` is as the format and the model want it, and what is not."""
+    """The valid values of a ``quant_state``, and problems with the others."""
     size = shards.shape(name)
     if shards.dtype(name) != "U8" or len(size) != 1 or size[0] > LONGEST_STATE:
-        return {}, [(name, f"is {shards.dtype(name)} {size_text(size)}, not a short text's bytes")]
+        return {}, [
+            (name, f"is {shards.dtype(name)} {list(size)}, expected the bytes of a short text")
+        ]
     try:
         state = json.loads(shards.read(name).tobytes())
     except (ValueError, RecursionError):
@@ -225,10 +229,10 @@ def _read_state(
         good["nested_blocksize"] = _is_count(state.get("nested_blocksize"))
         good["nested_offset"] = isinstance(offset, int | float) and -limit <= offset <= limit
         good["nested_dtype"] = state.get("nested_dtype") == "float32"
-    expected = {"quant_type": " or ".join(FOUR_BIT), "shape": size_text(shape)}
+    expected = {"quant_type": " or ".join(FOUR_BIT), "shape": list(shape)}
     problems = []
     for key in (key for key in good if not good[key]):
-        why = f"expected {expected[key]}" if key in expected else "which cannot be"
+        why = f"expected {expected[key]}" if key in expected else "which is not valid"
         problems.append((name, f"says {key} {json.dumps(state.get(key))[:80]}, {why}"))
     return {key: state[key] for key in good if good[key]}, problems
 
@@ -242,7 +246,7 @@ def _fit(shards: Shards, name: str, dtype: str, shape: tuple[int, ...] | None) -
         return [(name, "is missing")]
     problems = []
     if shape is not None and shards.shape(name) != shape:
-        cause = f"has shape {size_text(shards.shape(name))}, expected {size_text(shape)}"
+        cause = f"has shape {list(shards.shape(name))}, expected {list(shape)}"
         problems.append((name, cause))
     if shards.dtype(name) != dtype:
         problems.append((name, f"is of type {shards.dtype(name)}, expected {dtype}"))
@@ -262,32 +266,27 @@ def _others(parts: Mapping[str, str], wanted: Iterable[str]) -> Problems:
     ]
 
 
-def size_text(shape: tuple[int, ...]) -> str:
-    """A tensor's shape, for people."""
-    return f"[{', '.join(map(str, shape))}]"
-
-
-def differing(
+def mixed_layouts(
     groups: Iterable[list[CheckpointTensor]], stored: Mapping[str, StoredMatrix]
 ) -> Problems:
-    """Layers that are one array here and are packed in different ways."""
+    """Problems with layers of one stacked leaf that are quantized in different ways."""
     problems = []
     for first, *others in groups:
-        want = how(stored.get(first.name))
+        want = layout_text(stored.get(first.name))
         for tensor in others:
-            if (have := how(stored.get(tensor.name))) != want:
-                cause = f"is {have}, but {first.name} is {want}: all layers must be packed alike"
+            if (have := layout_text(stored.get(tensor.name))) != want:
+                cause = f"is {have}, but {first.name} is {want}: all layers must be quantized alike"
                 problems.append((tensor.name, cause))
     return problems
 
 
-def how(stored: StoredMatrix | None) -> str:
-    """How a tensor is packed, for people."""
-    return "not packed" if stored is None else scheme_text(stored.config)
+def layout_text(stored: StoredMatrix | None) -> str:
+    """How a tensor is quantized, as text for errors."""
+    return NOT_QUANTIZED if stored is None else scheme_text(stored.config)
 
 
-def read(shards: Shards, stored: StoredMatrix, like: QuantizedArray) -> list[Any]:
-    """The children of one matrix, in the shapes that they have in the leaf ``like``."""
+def read_children(shards: Shards, stored: StoredMatrix, like: QuantizedArray) -> list[Any]:
+    """The children of one quantized matrix, in the shapes that they have in the leaf ``like``."""
     children = _read(shards, stored, like)
     shapes = [child.shape[len(like.lead) :] for child in jax.tree.leaves(like)]
     return [np.reshape(child, shape) for child, shape in zip(children, shapes, strict=True)]
@@ -303,13 +302,13 @@ def _read(shards: Shards, stored: StoredMatrix, like: QuantizedArray) -> list[An
         nested = shards.read(names["nested_absmax"])
         return [codes, absmax, nested, np.float32(stored.nested_offset)]
     if stored.config.bnb_4bit_use_double_quant:
-        absmax = _undouble(shards, stored, absmax)
+        absmax = _dequantize_absmax(shards, stored, absmax)
     return [codes, absmax]
 
 
-def _undouble(shards: Shards, stored: StoredMatrix, codes: np.ndarray) -> np.ndarray:
-    """``absmax`` in float32 by the file's own map and blocks; both operations round."""
+def _dequantize_absmax(shards: Shards, stored: StoredMatrix, codes: np.ndarray) -> np.ndarray:
+    """``absmax`` in float32 by the file's map and block size; product and sum are rounded."""
     scale = shards.read(stored.names["nested_absmax"])
-    place = np.arange(codes.size) // stored.nested_block
-    product = shards.read(stored.names["nested_quant_map"])[codes] * scale[place]
+    group = np.arange(codes.size) // stored.nested_block
+    product = shards.read(stored.names["nested_quant_map"])[codes] * scale[group]
     return product + np.float32(stored.nested_offset)

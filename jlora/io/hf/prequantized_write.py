@@ -1,6 +1,6 @@
-"""Packed matrices written as bitsandbytes has them; ``hf_packed`` describes the format.
+"""Writing quantized matrices in bitsandbytes' format; see ``prequantized`` for the format.
 
-``config.json`` says how they are packed and which linear layers are not.
+``config.json`` gets the ``quantization_config``, which names the layers that are not quantized.
 """
 
 from __future__ import annotations
@@ -22,43 +22,44 @@ from jlora.quant.params import is_quantized
 from jlora.tree import paths
 
 BESIDE = 1536
-"""Bytes of tables and JSON that lie beside one matrix, at most."""
+"""Upper bound in bytes of the tables and the JSON stored with one matrix."""
 
 TIED_HEAD = "lm_head"
-"""The linear layer that transformers has where the head is the embedding."""
+"""transformers' name of the head of tied models."""
 
 
 def check_writable(params: Mapping[str, Any]) -> None:
-    """ConfigError if transformers could not load ``params`` packed; shapes are enough."""
+    """ConfigError if transformers could not load ``params`` quantized; they may be abstract."""
     leaves = paths.leaves(params)
-    packed = [leaf for leaf in leaves if is_quantized(leaf.value)]
+    quantized = [leaf for leaf in leaves if is_quantized(leaf.value)]
     adapted = [x for x in leaves if has_adapter(x.value)]
     _refuse(
         adapted,
-        "layers with an adapter cannot be written packed",
-        "write the base alone (jlora.detach), or leave packed out",
+        "layers with an adapter cannot be written quantized",
+        "write the base alone (jlora.detach), or leave quantized out",
     )
     _refuse(
-        [leaf for leaf in packed if leaf.kind in paths.EXPERTS],
-        "transformers cannot load packed experts",
+        [leaf for leaf in quantized if leaf.kind in paths.EXPERTS],
+        "transformers cannot load quantized experts",
         "name experts in quantization.llm_int8_skip_modules",
     )
     _refuse(
-        [leaf for leaf in packed if leaf.kind == "embedding"],
-        "transformers cannot load a packed embedding",
+        [leaf for leaf in quantized if leaf.kind == "embedding"],
+        "transformers cannot load a quantized embedding",
         "leave it out of quantization.include_modules",
     )
     _refuse(
-        [leaf for leaf in packed if not leaf.value.transposed],
-        "packed as (in, out), but bitsandbytes packs [out, in]",
-        "pack the parameters with jlora.quantize",
+        [leaf for leaf in quantized if not leaf.value.transposed],
+        "quantized as (in, out), but bitsandbytes quantizes [out, in]",
+        "quantize the parameters with jlora.quantize",
     )
-    if not packed:
-        fix = "load the model with quantization=jlora.QuantConfig(…), or leave packed out"
-        raise ConfigError("no parameter is packed", where="packed", fix=fix)
-    if len({_format(leaf.value) for leaf in packed}) > 1:
-        fix = "pack all of them alike"
-        raise ConfigError("a folder has one format, these have several", where="packed", fix=fix)
+    if not quantized:
+        fix = "load the model with quantization=jlora.QuantConfig(…), or leave quantized out"
+        raise ConfigError("no parameter is quantized", where="quantized", fix=fix)
+    if len({_format(leaf.value) for leaf in quantized}) > 1:
+        fix = "quantize all of them with the same settings"
+        cause = "a folder has one quantization format, these parameters have several"
+        raise ConfigError(cause, where="quantized", fix=fix)
 
 
 def _refuse(leaves: Sequence[paths.Leaf], cause: str, fix: str) -> None:
@@ -67,19 +68,19 @@ def _refuse(leaves: Sequence[paths.Leaf], cause: str, fix: str) -> None:
 
 
 def _format(leaf: Any) -> tuple[str, bool]:
-    """The code's name and whether there is a second level."""
+    """The name of the format, and whether it is double quantized."""
     if isinstance(leaf, Int8Array):
         return "int8", False
     return leaf.quant_type, leaf.nested_absmax is not None
 
 
-def nbytes(leaf: Any, matrices: int) -> int:
-    """What one of a leaf's matrices occupies in the file, at most."""
+def stored_bytes(leaf: Any, matrices: int) -> int:
+    """Upper bound of the bytes of one of a leaf's matrices in the file."""
     return leaf.nbytes // matrices + BESIDE
 
 
-def entries(module: str, leaf: NF4Array | Int8Array) -> dict[str, np.ndarray]:
-    """The tensors of one packed matrix, whose children are on the host, by their names."""
+def quantized_tensors(module: str, leaf: NF4Array | Int8Array) -> dict[str, np.ndarray]:
+    """{name: tensor} of one quantized matrix, whose children are on the host."""
     weight = f"{module}.weight"
     if isinstance(leaf, Int8Array):
         row_major = np.zeros((), np.uint8)
@@ -107,10 +108,10 @@ def entries(module: str, leaf: NF4Array | Int8Array) -> dict[str, np.ndarray]:
 
 
 def quantization_config(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers' ``BitsAndBytesConfig`` writes of these parameters.
+    """``quantization_config`` as transformers' ``BitsAndBytesConfig`` writes it.
 
-    ``llm_int8_skip_modules`` names every linear layer that is not packed: without the list
-    transformers would guess, and leave out the head.
+    ``llm_int8_skip_modules`` names every linear layer that is not quantized: without the list
+    transformers guesses, and skips only the head.
     """
     leaves = paths.leaves(params)
     code, double = _format(next(leaf.value for leaf in leaves if is_quantized(leaf.value)))

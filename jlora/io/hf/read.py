@@ -1,7 +1,8 @@
-"""Reads a transformers folder into a model and its parameter tree.
+"""Loading a transformers folder: the model and its parameter tree.
 
-Headers are checked against the tree that the configuration asks for before anything is allocated;
-then tensor after tensor is read, cast, placed and quantized: the host holds one at a time.
+The safetensors headers are checked against the tree that ``config.json`` implies before anything is
+allocated. Then tensor by tensor is read, cast, quantized and placed on the devices, so that the
+host holds one tensor at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from jlora.io.hf.names import (
     head_name,
 )
 from jlora.io.hf.placement import Index, assemble_leaf
-from jlora.io.hf.prequantized import Problems, StoredMatrix, size_text
+from jlora.io.hf.prequantized import Problems, StoredMatrix
 from jlora.io.hf.score_head import ScoreHeadShards
 from jlora.models.model import Model
 from jlora.models.registry import as_classifier, family_of, parse_config
@@ -58,25 +59,25 @@ def load_pretrained(
 
     Args:
       path_or_hub_id: a folder with ``config.json`` and safetensors, or a hub model's name.
-      dtype: ``float32``, ``bfloat16`` or ``float16``: what is computed in, and what weights that
-        are not quantized are kept in, whatever the file holds.
+      dtype: ``float32``, ``bfloat16`` or ``float16``: the compute dtype and that of all leaves
+        that are not quantized, whatever the file's dtype.
       quantization: packs linear layers as they are read (see ``quantize_params``). A folder that
         bitsandbytes packed is taken as it is, without it, or with one that packs in the same way.
-      mesh: places every leaf on it; None leaves that to JAX's default device.
+      mesh: the devices to place the leaves on; None means JAX's default device.
       revision: a hub repository's branch, tag or commit.
-      attention: see ``attention.BACKENDS``.
-      progress: called after every tensor with the bytes that are read and those there are in all.
-      num_labels: makes a classifier of so many classes of a language model: in place of its head
-        comes a fresh score head. A classifier's folder needs no number.
-      seed: of the fresh head.
+      attention: one of ``ops.attention.BACKENDS``.
+      progress: called after every tensor with the bytes read so far and in total.
+      num_labels: makes a language model a classifier with this number of classes: a new score
+        head replaces its head. Not needed for a classifier's folder.
+      seed: for the initialisation of the score head.
       cancel: asked before every tensor, such as the ``is_set`` of a ``threading.Event``; when it
         returns True, nothing more is read.
 
     Raises:
       ConfigError: the model is not there, its configuration is not supported, or the folder is
         packed otherwise than ``quantization`` says, or has another number of classes.
-      DataError: a file is missing or damaged, or its tensors are not those of the model: all
-        missing, unexpected, misshapen and doubled ones are named.
+      DataError: a file is missing or damaged, or its tensors do not fit the model: all missing,
+        unexpected, misshapen and duplicate ones are listed.
       LoadingCancelledError: ``cancel`` returned True.
     """
     folder = find_folder(path_or_hub_id, revision)
@@ -88,14 +89,14 @@ def load_pretrained(
         shards = mxfp4.DecodedShards(stored) if model.config.quant_method == "mxfp4" else stored
         if fresh:
             shards = with_score_head(shards, model, seed)
-        source = check(shards, model, folder)
+        source = match_tensors(shards, model, folder)
         if source.prequantized and quantization is not None:
-            _check_packing(source, model, quantization)
+            _check_same_quantization(source, model, quantization)
         return model, read_params(shards, source, model, quantization, mesh, progress, cancel)
 
 
 def with_score_head(shards: Shards, model: Model, seed: int) -> Shards:
-    """``shards`` of a classifier, with a fresh score head if they have none."""
+    """A classifier's ``shards``, with a new score head if they have none."""
     if SCORE_HEAD in shards.files:
         return shards
     return ScoreHeadShards(shards, model.config, head_name(model), seed)
@@ -104,7 +105,7 @@ def with_score_head(shards: Shards, model: Model, seed: int) -> Shards:
 def read_model(folder: Path, **options: Any) -> Model:
     """The model that a folder's ``config.json`` describes, without its parameters.
 
-    Ids that end a reply are those of ``config.json`` and ``generation_config.json`` together.
+    Its end-of-sequence ids are those of ``config.json`` and ``generation_config.json`` combined.
     """
     config = parse_config(read_json(folder / "config.json"), where=str(folder / "config.json"))
     if (folder / "generation_config.json").exists():
@@ -116,46 +117,51 @@ def read_model(folder: Path, **options: Any) -> Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """Where the tensors of a model are in its file."""
+class TensorMap:
+    """Where the tensors of a model are in its files."""
 
     names: Mapping[str, str]
     """CheckpointTensor of the model → the one in the file."""
     prequantized: Mapping[str, StoredMatrix]
-    """Those that are packed in the file."""
+    """The layout of each tensor that is quantized in the files."""
 
 
-def check(shards: Shards, model: Model, folder: Path) -> Source:
-    """Which tensor of the file each tensor of the model is.
+def match_tensors(shards: Shards, model: Model, folder: Path) -> TensorMap:
+    """Maps the tensors of the model to those of the files; DataError if they do not fit.
 
-    Names differ in checkpoints of the base model alone and in tied ones that store the head.
-    Whether a tensor is packed is for the file to say, if ``config.json`` says that any is.
+    Names differ in checkpoints without the head's prefix and in tied models that store the head.
+    If ``config.json`` has a ``quantization_config``, the prequantization layout (which tensors are
+    quantized, and how) is read from the safetensors headers.
     """
     expected = {t.name: t for t in checkpoint_tensors(model)}
     parts = (
         prequantized.find_quantization_tensors(shards.files) if model.config.prequantized else {}
     )
     names, problems = _find(shards, model, expected, parts)
-    packed, packs = {}, model.config.prequantized
+    layouts, prequantized_folder = {}, model.config.prequantized
     for name, tensor in expected.items():
-        own = parts.get(names.get(name, ""), {})
+        weight_parts = parts.get(names.get(name, ""), {})
         if name not in names:
             problems.append((name, "is missing"))
-        elif packs and prequantized.is_prequantized(shards, names[name], own, tensor):
-            packed[name], faults = prequantized.inspect(shards, names[name], own, tensor)
+        elif prequantized_folder and prequantized.is_prequantized(
+            shards, names[name], weight_parts, tensor
+        ):
+            layouts[name], faults = prequantized.read_layout(
+                shards, names[name], weight_parts, tensor
+            )
             problems += faults
             parts.pop(names[name], None)
         elif shards.shape(names[name]) != tensor.shape:
-            shape = size_text(shards.shape(names[name]))
-            problems.append((name, f"has shape {shape}, expected {size_text(tensor.shape)}"))
+            shape = list(shards.shape(names[name]))
+            problems.append((name, f"has shape {shape}, expected {list(tensor.shape)}"))
         elif shards.dtype(names[name]) not in FLOATS:
             problems.append((name, f"is of type {shards.dtype(names[name])}, not a float"))
     orphans = (name for group in parts.values() for name in group.values())
     problems += [(name, "is not part of this model") for name in orphans]
-    if packs and not packed:
-        problems.append(("quantization_config", "is in config.json, but no tensor is packed"))
-    if None not in packed.values():
-        problems += prequantized.differing(_groups(model).values(), packed)
+    if prequantized_folder and not layouts:
+        problems.append(("quantization_config", "is in config.json, but no tensor is quantized"))
+    if None not in layouts.values():
+        problems += prequantized.mixed_layouts(_groups(model).values(), layouts)
     problems += _check_tied_head(shards, model, names, bool(problems))
     if problems:
         raise DataError(
@@ -163,13 +169,13 @@ def check(shards: Shards, model: Model, folder: Path) -> Source:
             where=str(folder),
             fix="use the config.json and the weights of one model",
         )
-    return Source(names, packed)
+    return TensorMap(names, layouts)
 
 
 def _find(
     shards: Shards, model: Model, expected: Iterable[str], parts: Mapping[str, Mapping[str, str]]
 ) -> tuple[dict[str, str], Problems]:
-    """{tensor of the model: the file's}, and what the shards have otherwise or twice."""
+    """{tensor of the model: its name in the files}, and unexpected or duplicate tensors."""
     names, problems = {}, list(shards.problems)
     table, head = embedding_name(model), head_name(model)
     known = {name for group in parts.values() for name in group.values()}
@@ -178,7 +184,7 @@ def _find(
     for name in shards.files:
         full = name if name in expected else f"{table.split('.')[0]}.{name}"
         if full in names:
-            problems.append((name, f"is there as {names[full]} too"))
+            problems.append((name, f"is also there as {names[full]}"))
         elif full in expected:
             names[full] = name
         elif name not in known and not re.fullmatch(family_of(model.config).buffers, name):
@@ -189,57 +195,63 @@ def _find(
 
 
 def _check_tied_head(
-    shards: Shards, model: Model, names: Mapping[str, str], spoilt: bool
+    shards: Shards, model: Model, names: Mapping[str, str], has_problems: bool
 ) -> Problems:
-    """What is wrong with a head beside the embedding that it is tied to.
+    """Problems of a stored head that is tied to the embedding.
 
-    Their values are compared only where nothing else is wrong.
+    Their values are compared only if there is no other problem.
     """
     head, table = head_name(model), names.get(embedding_name(model))
     if not model.config.tie_word_embeddings or head not in shards.files or table in (None, head):
         return []
     if (shape := shards.shape(head)) != shards.shape(table):
-        expected = size_text(shards.shape(table))
-        return [(head, f"has shape {size_text(shape)}, expected {expected}")]
-    if spoilt or shards.same(table, head):
+        expected = list(shards.shape(table))
+        return [(head, f"has shape {list(shape)}, expected {expected}")]
+    if has_problems or shards.same(table, head):
         return []
-    return [(head, f"differs from {table}, but tie_word_embeddings says that they are one")]
+    return [(head, f"differs from {table}, but tie_word_embeddings says that they are the same")]
 
 
-def _check_packing(source: Source, model: Model, quantization: QuantConfig) -> None:
-    """ConfigError where ``quantization`` is not how the folder is packed.
+def _check_same_quantization(source: TensorMap, model: Model, quantization: QuantConfig) -> None:
+    """ConfigError if ``quantization`` differs from how the folder is quantized.
 
-    Which modules are packed is for the folder to say, unless ``quantization`` names some.
+    Which modules are quantized is compared only if ``quantization`` names modules.
     """
     wanted = jax.eval_shape(lambda p: quantize_params(p, quantization), model.shapes)
     named = quantization.llm_int8_skip_modules or quantization.include_modules
     for tensor in checkpoint_tensors(model):
         stored = source.prequantized.get(tensor.name)
-        packs = is_quantized(paths.get(wanted, tensor.path)) if named else stored is not None
-        have, want = prequantized.how(stored), scheme_text(quantization) if packs else "not packed"
+        if is_quantized(paths.get(wanted, tensor.path)) if named else stored is not None:
+            want = scheme_text(quantization)
+        else:
+            want = prequantized.NOT_QUANTIZED
+        have = prequantized.layout_text(stored)
         if have != want:
             raise ConfigError(
-                f"asks for {tensor.name} {want}, but the base model came packed: it is {have}",
+                f"asks for {tensor.name} {want}, but the base model is already quantized: "
+                f"it is {have}",
                 where="quantization",
                 fix="leave the section out, and the base is used as it is; "
-                "or name the model that it was packed from",
+                "or name the model that it was quantized from",
             )
 
 
 def _listing(problems: Iterable[tuple[str, str]]) -> str:
-    """One line a problem; the same one in many layers is one line with their number."""
+    """One line per problem; the same problem in several layers is one line with their number."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, cause in problems:
         groups.setdefault((re.sub(r"\.\d+\.", ".*.", name), cause), []).append(name)
     lines = []
     for (pattern, cause), names in groups.items():
-        many = len(names) > 1
-        lines.append(f"  {pattern if many else names[0]} {cause}{f' ({len(names)}×)' * many}")
+        if len(names) > 1:
+            lines.append(f"  {pattern} {cause} ({len(names)}×)")
+        else:
+            lines.append(f"  {names[0]} {cause}")
     return "\n".join(lines)
 
 
 def _groups(model: Model) -> dict[paths.Path, list[CheckpointTensor]]:
-    """The tensors of every leaf, in the order of its layers."""
+    """The tensors of each leaf, in the order of its layers."""
     groups: dict[paths.Path, list[CheckpointTensor]] = {}
     for tensor in checkpoint_tensors(model):
         groups.setdefault(tensor.path, []).append(tensor)
@@ -248,14 +260,14 @@ def _groups(model: Model) -> dict[paths.Path, list[CheckpointTensor]]:
 
 def read_params(
     shards: Shards,
-    source: Source,
+    source: TensorMap,
     model: Model,
     quantization: QuantConfig | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
-    """The parameter tree, read tensor by tensor; ``source`` as ``check`` returns it."""
+    """The parameter tree, read tensor by tensor; ``source`` is from ``match_tensors``."""
     groups, shapes = _groups(model), model.shapes
     if source.prequantized:
         shapes = prequantized.prequantized_shapes(shapes, groups, source.prequantized)
@@ -286,7 +298,7 @@ def read_params(
 
 
 def _parts(group: list[CheckpointTensor]) -> dict[Index, list[CheckpointTensor]]:
-    """A leaf's tensors by the place on its leading axes that they are in, or share."""
+    """A leaf's tensors by their index on its leading axes, which several may share."""
     parts: dict[Index, list[CheckpointTensor]] = {}
     for tensor in group:
         index = tuple(i for i in tensor.index if isinstance(i, int))
@@ -294,8 +306,8 @@ def _parts(group: list[CheckpointTensor]) -> dict[Index, list[CheckpointTensor]]
     return parts
 
 
-def _size(shards: Shards, source: Source, group: Iterable[CheckpointTensor]) -> int:
-    """Bytes of tensors in the file, all parts of packed ones included."""
+def _size(shards: Shards, source: TensorMap, group: Iterable[CheckpointTensor]) -> int:
+    """Bytes of tensors in the files, including all parts of quantized ones."""
     stored = [source.prequantized.get(tensor.name) for tensor in group]
     names = [
         [source.names[tensor.name]] if packed is None else packed.names.values()
@@ -306,15 +318,15 @@ def _size(shards: Shards, source: Source, group: Iterable[CheckpointTensor]) -> 
 
 def _read(
     shards: Shards,
-    source: Source,
+    source: TensorMap,
     group: list[CheckpointTensor],
     shape: Any,
     quantization: QuantConfig | None,
 ) -> Any:
-    """One part of a leaf: lying as in the file, or packed."""
+    """One part of a leaf: dense in the file's orientation, or the quantized matrix."""
     first = group[0]
     if first.name in source.prequantized:
-        return prequantized.read(shards, source.prequantized[first.name], shape)
+        return prequantized.read_children(shards, source.prequantized[first.name], shape)
     value = _dense(shards, source.names, group, shape)
     if quantization is None or not is_quantized(shape):
         return value
@@ -323,7 +335,7 @@ def _read(
 
 
 def _dense(shards: Shards, names: Mapping, group: list[CheckpointTensor], shape: Any) -> np.ndarray:
-    """The tensors of one part in ``shape.dtype``, joined where there are several."""
+    """The tensors of one part in ``shape.dtype``, joined if there are several."""
     dtype = np.dtype(shape.dtype)
 
     def value(tensor: CheckpointTensor) -> np.ndarray:
@@ -342,7 +354,7 @@ def _dense(shards: Shards, names: Mapping, group: list[CheckpointTensor], shape:
 
 
 def _value(shards: Shards, name: str, dtype: np.dtype) -> np.ndarray:
-    """A tensor of the file in ``dtype``; one to be cast is not held whole in both."""
+    """A tensor in ``dtype``; large ones are cast in chunks, never held whole in both dtypes."""
     if shards.nbytes(name) <= CHUNK_BYTES or FLOATS[shards.dtype(name)] == dtype.name:
         return _cast(shards.read(name), dtype, name)
     out = np.empty(shards.shape(name), dtype)

@@ -1,4 +1,4 @@
-"""A score head for the folder of a language model, which has none."""
+"""A new score head for training a classifier from a language model's folder."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from jlora.models.config import DecoderConfig
 
 
 class ScoreHeadShards(Shards):
-    """Shards in which a fresh score head takes the place of the language model's.
+    """Shards with a newly initialised score head in place of the language model's head.
 
-    It is drawn as transformers draws it: from a normal of the deviation ``initializer_range``.
+    It is initialised as in transformers: normal with standard deviation ``initializer_range``.
     """
 
     def __init__(self, shards: Shards, config: DecoderConfig, head: str, seed: int):
         self._shards, self.problems = shards, shards.problems
         self.files = {SCORE_HEAD: Path(SCORE_HEAD), **shards.files}
-        if not config.tie_word_embeddings:  # where it may stand for the embedding
+        if not config.tie_word_embeddings:  # a tied head's tensor may be the embedding
             module = head.removesuffix("weight")
             self.files = {k: v for k, v in self.files.items() if not k.startswith(module)}
         size = config.num_outputs, config.feature_size
@@ -37,7 +37,7 @@ class ScoreHeadShards(Shards):
         return "F32" if name == SCORE_HEAD else self._shards.dtype(name)
 
     def read(self, name: str, span: slice | None = None) -> np.ndarray:
-        """The tensor's values, or those of some rows."""
+        """The tensor's values, or those of a slice of rows."""
         if name != SCORE_HEAD:
             return self._shards.read(name, span)
         return self._score if span is None else self._score[span]

@@ -1,7 +1,7 @@
-"""Writes a model as a transformers folder: ``config.json`` and safetensors shards.
+"""Saving a model as a transformers folder: ``config.json`` and safetensors shards.
 
-Every file is written under another name, read back and then renamed; ``config.json`` comes last.
-transformers loads the folder with nothing missing and nothing unexpected.
+Every shard is written to a temporary name, read back and renamed; ``config.json`` is written last.
+transformers loads the folder without missing or unexpected tensors.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ def save_pretrained(
 ) -> list[Path]:
     """Writes ``model`` and ``params`` to ``directory``; returns the files, ``config.json`` last.
 
-    Quantized leaves are written dense, unless ``quantized``, and leaves with an adapter merged, in
-    their own dtype; shards of an earlier save there are removed. In a run of many processes all
-    must call it; the first one writes.
+    Quantized leaves are dequantized unless ``quantized``; adapters are merged; dtypes are those of
+    the leaves. Shards of an earlier save in the folder are removed. In a multi-process run all
+    processes must call it; the first one writes.
 
     Args:
-      directory: made if it is not there.
-      model: what the parameters belong to.
+      directory: created if it does not exist.
+      model: the parameters' model.
       params: its whole parameter tree.
-      max_shard_size: bytes, or a number with KB, MB, GB, KiB, MiB or GiB; a tensor that is larger
-        gets a shard of its own.
-      quantized: write quantized leaves as they are, in bitsandbytes' format (``hf_packed_write``).
+      max_shard_size: bytes, or a number with KB, MB, GB, KiB, MiB or GiB; a larger tensor
+        is the only one in its shard.
+      quantized: keep quantized leaves, in bitsandbytes' format (``prequantized_write``).
 
     Raises:
       DataError: ``params`` is not the model's tree. StorageError: the disk is full or damaged.
-      ConfigError: transformers could not load the quantized leaves, or the size is none.
+      ConfigError: transformers could not load the quantized leaves, or the size is not valid.
     """
     folder = Path(directory)
     names = _check(model, params)
@@ -121,7 +121,7 @@ def _bytes(size: int | str) -> int:
 def _plan(
     names: list[CheckpointTensor], params: Any, limit: int, quantized: bool
 ) -> list[list[CheckpointTensor]]:
-    """Tensors in order, cut into shards of at most ``limit`` bytes."""
+    """The tensors in order, split into shards of at most ``limit`` bytes."""
     shards: list[list[CheckpointTensor]] = [[]]
     used = 0
     for tensor in names:
@@ -137,19 +137,19 @@ def _plan(
 def _nbytes(tensor: CheckpointTensor, params: Any, quantized: bool) -> int:
     leaf = paths.get(params, tensor.path)
     if quantized and is_quantized(leaf):
-        return prequantized_write.nbytes(leaf, 1 if tensor.layer is None else leaf.shape[0])
+        return prequantized_write.stored_bytes(leaf, 1 if tensor.layer is None else leaf.shape[0])
     return int(np.prod(tensor.shape)) * np.dtype(leaf.dtype).itemsize
 
 
 def _arrays(params: Any, tensor: CheckpointTensor, quantized: bool) -> dict[str, np.ndarray]:
-    """What the files hold of one tensor, on the host: itself, or its quantized parts."""
+    """One tensor, or the tensors of a quantized matrix, by name, on the host."""
     leaf = paths.get(params, tensor.path)
     lead = tuple(i for i in tensor.index if isinstance(i, int))
     if lead:
         leaf = jax.tree.map(lambda x: x[lead], leaf)
     if quantized and is_quantized(leaf):
         module = tensor.name.removesuffix(".weight")
-        return prequantized_write.entries(module, jax.tree.map(sharding.gather, leaf))
+        return prequantized_write.quantized_tensors(module, jax.tree.map(sharding.gather, leaf))
     value = sharding.gather(dense(leaf))[tensor.index[len(lead) :]]
     return {
         tensor.name: np.ascontiguousarray(value.swapaxes(-1, -2) if tensor.transposed else value)
@@ -157,7 +157,7 @@ def _arrays(params: Any, tensor: CheckpointTensor, quantized: bool) -> dict[str,
 
 
 def _write_shard(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes one shard, reads it back and gives it its name."""
+    """Writes one shard, reads it back and renames it."""
     temporary = file.with_name(f".{file.name}.partial")
     try:
         with storage_errors(file):
@@ -179,7 +179,7 @@ def _write_shard(file: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _config(model: Model, params: Any, quantized: bool) -> str:
-    """The original ``config.json``; ``dtype`` is what the weights are written in."""
+    """The original ``config.json`` with the ``dtype`` of the weights as written."""
     hf = model.config.hf
     hf.pop("torch_dtype", None)
     hf.pop("quantization_config", None)
@@ -187,7 +187,7 @@ def _config(model: Model, params: Any, quantized: bool) -> str:
         hf["quantization_config"] = prequantized_write.quantization_config(model, params)
     hf.setdefault("architectures", [family_of(model.config).architecture])
     if sorted(model.config.eos_token_ids) != sorted(_ids(hf.get("eos_token_id"))):
-        hf["eos_token_id"] = list(model.config.eos_token_ids)  # generation_config.json's are in it
+        hf["eos_token_id"] = list(model.config.eos_token_ids)  # includes generation_config.json's
     embedding = next(leaf for path, leaf in paths.walk(params) if path[-1] == "embedding")
     hf["dtype"] = str(np.dtype(embedding.dtype))
     return json.dumps(hf, indent=2, sort_keys=True) + "\n"

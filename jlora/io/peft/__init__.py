@@ -1,7 +1,6 @@
-"""Adapter folders in PEFT's format."""
+"""Adapter folders in PEFT's format, read and written."""
 
-from jlora.io.peft.base_model import BASE_FILE, write_base_record
-from jlora.io.peft.base_model import record as base_record
+from jlora.io.peft.base_model import BASE_FILE, base_record, write_base_record
 from jlora.io.peft.config import CONFIG_FILE
 from jlora.io.peft.save_load import (
     abstract_adapter_from_folder,

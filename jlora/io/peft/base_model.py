@@ -1,8 +1,9 @@
-"""Which base model an adapter was trained on: ``base_model.json`` beside PEFT's two files.
+"""``base_model.json``: a fingerprint of the base model that an adapter was trained on.
 
-PEFT's config names the base; a name says nothing of what lies under it. The file holds how the
-weights were kept in memory and a fingerprint of them. A base that is kept otherwise, such as the
-original of a packed one, is compared by the leaves that packing leaves alone: norms and biases.
+PEFT's config has only the base's name, under which the weights may change. The file, beside PEFT's
+two, has the format of the weights (dtypes, quantization) and their fingerprint. A base in another
+format, such as the unquantized original, is compared by the leaves that are never quantized: norms
+and biases.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from jlora.tree import paths
 from jlora.tree.fingerprint import fingerprint
 
 BASE_FILE = "base_model.json"
-SMALL = ("scale", "bias")
+NEVER_QUANTIZED = ("scale", "bias")
 
 
-def record(params: Any, config: LoraConfig, base_fingerprint: str | None = None) -> dict[str, str]:
-    """``kept``, how the leaves are kept; ``weights`` and ``norms``, fingerprints of all and some.
+def base_record(
+    params: Any, config: LoraConfig, base_fingerprint: str | None = None
+) -> dict[str, str]:
+    """``kept``: the formats of the leaves; ``weights`` and ``norms``: fingerprints.
 
-    Leaves that the adapter replaces as a whole are left out: they are the adapter's. All processes
-    of a run must call it. ``base_fingerprint`` is ``fingerprint(params)`` where that is known.
+    Leaves that the adapter replaces (``modules_to_save``, trained biases) are not included. All
+    processes of a run must call it. ``base_fingerprint`` is ``fingerprint(params)``, if known.
     """
     leaves = {
         leaf.path: leaf.value
@@ -39,9 +42,13 @@ def record(params: Any, config: LoraConfig, base_fingerprint: str | None = None)
     }
     if base_fingerprint is None or len(leaves) < len(paths.leaves(params)):
         base_fingerprint = fingerprint(paths.nest(leaves))
-    small = {p: jnp.asarray(x).astype(jnp.bfloat16) for p, x in leaves.items() if p[-1] in SMALL}
+    small = {
+        p: jnp.asarray(x).astype(jnp.bfloat16)
+        for p, x in leaves.items()
+        if p[-1] in NEVER_QUANTIZED
+    }
     return {
-        "kept": "; ".join(sorted({_kept(leaf) for leaf in leaves.values()})),
+        "kept": "; ".join(sorted({_format_text(leaf) for leaf in leaves.values()})),
         "norms": fingerprint(paths.nest(small)),
         "weights": base_fingerprint,
     }
@@ -52,26 +59,27 @@ def write_base_record(directory: str | Path, base: dict[str, str]) -> None:
     write_atomic(Path(directory) / BASE_FILE, json.dumps(base, indent=2, sort_keys=True) + "\n")
 
 
-def differences(directory: str | Path, params: Any, config: LoraConfig) -> Iterator[str]:
-    """A message if ``params`` are not those that the folder's adapter was trained on.
+def base_mismatch(directory: str | Path, params: Any, config: LoraConfig) -> Iterator[str]:
+    """A message if ``params`` are not the base that the folder's adapter was trained on.
 
-    Nothing where the folder does not say, or where ``params`` are shapes.
+    None if the folder has no record, or if ``params`` are abstract.
     """
     file = Path(directory) / BASE_FILE
     if not file.is_file() or not all(isinstance(x, jax.Array) for x in jax.tree.leaves(params)):
         return
     with storage_errors(file):
         wanted = json.loads(file.read_text(encoding="utf-8"))
-    base = record(params, config)
-    alike = base["kept"] == wanted["kept"]
-    if base["weights" if alike else "norms"] != wanted["weights" if alike else "norms"]:
+    base = base_record(params, config)
+    same_format = base["kept"] == wanted["kept"]
+    key = "weights" if same_format else "norms"
+    if base[key] != wanted[key]:
         yield (
             f"the base model has other weights than the one that the adapter was trained on "
-            f"({file.name}; delete it to use the adapter all the same)"
+            f"({file.name}; delete it to use the adapter anyway)"
         )
 
 
-def _kept(leaf: Any) -> str:
+def _format_text(leaf: Any) -> str:
     if is_quantized(leaf):
         return scheme_text(quant_config_of(leaf))
     return str(jnp.asarray(leaf).dtype)

@@ -1,4 +1,4 @@
-"""``adapter_config.json`` of PEFT: a LoraConfig and what the file holds besides."""
+"""PEFT's ``adapter_config.json``: reading it into a LoraConfig and writing it."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ OTHER_KEYS: dict[str, Any] = {
     "use_qalora": False,
     "velora_config": None,
 }
-"""PEFT's keys that jlora has no setting for, with the value that means "not used"."""
+"""PEFT's keys for features that jlora does not have → the value that means "not used"."""
 
 IGNORED = {"auto_mapping", "inference_mode", "megatron_core", "peft_version", "runtime_config"}
 IGNORED |= {"qalora_group_size"}
-"""Keys that change nothing for a loaded LoRA adapter, whatever their value."""
+"""Keys without effect on a loaded LoRA adapter, whatever their value."""
 
 
 def read_config(directory: str | Path) -> LoraConfig:
@@ -68,13 +68,13 @@ def read_config(directory: str | Path) -> LoraConfig:
 
 
 def write_config(directory: str | Path, config: LoraConfig) -> None:
-    """Writes ``adapter_config.json`` as PEFT does; ``config`` is one that PEFT can hold."""
-    ours = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    del ours["init_from"]
+    """Writes ``adapter_config.json`` as PEFT does; ``config`` must be in PEFT's form."""
+    fields = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    del fields["init_from"]
     for kind, unused in (("loftq", {}), ("eva", None)):
         if config.init_lora_weights != kind:
-            ours[f"{kind}_config"] = unused
-    text = json.dumps({**OTHER_KEYS, **ours}, indent=2, sort_keys=True)
+            fields[f"{kind}_config"] = unused
+    text = json.dumps({**OTHER_KEYS, **fields}, indent=2, sort_keys=True)
     write_atomic(Path(directory) / CONFIG_FILE, text)
 
 

@@ -22,7 +22,7 @@ from jlora.tree import matching, paths
 
 
 def to_peft_form(adapter: Adapter) -> Adapter:
-    """The same adapter, with LoRA on whole projections and its targets in a list.
+    """The equivalent adapter that PEFT can store: whole projections, targets in a list.
 
     The ranks of a projection's parts add up; their scales go into B, and alpha is set so that the
     scale is one. What PiSSA and OLoRA started from is subtracted likewise, by as many ranks again.
@@ -40,20 +40,20 @@ def to_peft_form(adapter: Adapter) -> Adapter:
         if path[-1] not in ADDED or path[-1] == TOKENS
     }
     settings: dict[str, tuple[int, float]] = {}
-    for leaf, own in _weights(leaves):
+    for leaf, added in _weights(leaves):
         module, names = terms.adapter_node(leaf), terms.factor_names(leaf)
-        begun = {path: first[path] for path in own if path in first}
-        if (*module, names[0]) in own and not begun:
-            weights |= own
-            settings |= _own_settings(leaf, adapter.config)
+        initial = {path: first[path] for path in added if path in first}
+        if (*module, names[0]) in added and not initial:
+            weights |= added
+            settings |= _whole_settings(leaf, adapter.config)
             continue
-        a, b, scale = terms.composed_factors(leaf, own, adapter.config, adapter.parts)
-        if begun:
-            first_terms = terms.composed_factors(leaf, begun, adapter.config, adapter.parts)
+        a, b, scale = terms.composed_factors(leaf, added, adapter.config, adapter.parts)
+        if initial:
+            first_terms = terms.composed_factors(leaf, initial, adapter.config, adapter.parts)
             a, b, scale = terms.subtract_factors((a, b, scale), first_terms)
         weights |= {(*module, names[0]): a, (*module, names[1]): b}
-        weights |= _in_columns(leaf, own, adapter)
-        settings |= _joint_settings(leaf, own, a.shape[-1], adapter)
+        weights |= _in_columns(leaf, added, adapter)
+        settings |= _joint_settings(leaf, added, a.shape[-1], adapter)
     experts = {name for name in settings if is_target_parameter(adapter.config, name)}
     ranks = {name: r for name, (r, _) in settings.items()}
     alphas = {name: alpha for name, (_, alpha) in settings.items()}
@@ -76,29 +76,29 @@ def _weights(leaves: Mapping[paths.Path, paths.Leaf]) -> Iterator[tuple[paths.Le
     for path, leaf in leaves.items():
         if path[-1] in ADDED and path[-1] != TOKENS:
             groups.setdefault(paths.whole_projection(path[:-1]), {})[path] = leaf
-    for module, own in groups.items():
-        some = next(leaf for path, leaf in own.items() if path[-1] in (*DELTA, *EMBEDDING_DELTA))
-        where = (*module, "embedding" if some.kind in EMBEDDING_DELTA else "kernel")
-        bare = len(some.shape) == 3  # experts: the node is the leaf's own
-        base = paths.Leaf(module if bare else where, None, some.stack, some.layers)
-        yield base, {path: leaf.value for path, leaf in own.items()}
+    for module, added in groups.items():
+        delta = next(leaf for path, leaf in added.items() if path[-1] in (*DELTA, *EMBEDDING_DELTA))
+        where = (*module, "embedding" if delta.kind in EMBEDDING_DELTA else "kernel")
+        bare = len(delta.shape) == 3  # experts: the node is the leaf itself
+        base = paths.Leaf(module if bare else where, None, delta.stack, delta.layers)
+        yield base, {path: leaf.value for path, leaf in added.items()}
 
 
-def _in_columns(leaf: paths.Leaf, own: Leaves, adapter: Adapter) -> Leaves:
-    """The biases and magnitudes of a projection's parts, as those of the whole."""
+def _in_columns(leaf: paths.Leaf, added: Leaves, adapter: Adapter) -> Leaves:
+    """Biases and magnitudes of a projection's parts, placed in those of the whole projection."""
     found: Leaves = {}
-    for c in terms.module_columns(leaf, own, adapter.parts):
+    for c in terms.module_columns(leaf, added, adapter.parts):
         scale = bias_scaling(adapter.config, leaf.modules_at(c.module))
         for kind, factor in ((LORA_BIAS, np.asarray(scale)[..., None]), (MAGNITUDE, 1.0)):
-            if (*c.module, kind) in own:
+            if (*c.module, kind) in added:
                 where = (*terms.adapter_node(leaf), kind)
-                placed = c.place(jnp.asarray(factor * own[(*c.module, kind)]))
+                placed = c.place(jnp.asarray(factor * added[(*c.module, kind)]))
                 found[where] = found.get(where, 0.0) + placed
     return found
 
 
-def _own_settings(leaf: paths.Leaf, config: LoraConfig) -> dict[str, tuple[int, float]]:
-    """Name → (rank, alpha) of each layer that is adapted as a whole."""
+def _whole_settings(leaf: paths.Leaf, config: LoraConfig) -> dict[str, tuple[int, float]]:
+    """Name → (rank, alpha) of each layer whose whole projection is adapted."""
     return {
         name: (r, matching.pattern_value(config.alpha_pattern, name, config.lora_alpha))
         for name, r in _ranks(leaf, terms.adapter_node(leaf), config).items()
@@ -113,12 +113,12 @@ def _ranks(leaf: paths.Leaf, module: paths.Path, config: LoraConfig) -> dict[str
 
 
 def _joint_settings(
-    leaf: paths.Leaf, own: Leaves, total: int, adapter: Adapter
+    leaf: paths.Leaf, added: Leaves, total: int, adapter: Adapter
 ) -> dict[str, tuple[int, float]]:
-    """Name of the whole → (rank, alpha) of each layer where it or a part of it is adapted."""
+    """Name of the projection → (rank, alpha), per layer where it or a part of it is adapted."""
     alpha, found = math.sqrt(total) if adapter.config.use_rslora else total, {}
     wholes = leaf.modules_at(terms.adapter_node(leaf)).names()
-    for c in terms.module_columns(leaf, own, adapter.parts):
+    for c in terms.module_columns(leaf, added, adapter.parts):
         ranks = _ranks(leaf, c.module, adapter.config).values()
         found |= {whole: (total, alpha) for whole, r in zip(wholes, ranks, strict=True) if r}
     return found

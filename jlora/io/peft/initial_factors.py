@@ -1,7 +1,8 @@
-"""Adapters whose base PEFT changes when it loads them: PiSSA's, OLoRA's and LoftQ's.
+"""Loading PiSSA, OLoRA and LoftQ adapters, for which PEFT modifies the base.
 
-PEFT repeats the initialization and then overwrites A and B. What that leaves of the base is what
-the adapter is for.
+PEFT repeats the initialisation, which subtracts the initial A @ B from the base, and overwrites A
+and B. jlora keeps the base and stores the initial factors in the adapter (``Adapter.initial``),
+so that several adapters can share one base.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ CONVERT = "convert it in PEFT: save_pretrained(…, path_initial_model_for_weigh
 
 
 def with_initial_factors(adapter: Adapter, params: Any, config: LoraConfig, file: Path) -> Adapter:
-    """``adapter`` as ``config``, the file's, says that it began.
+    """``adapter`` with the initial factors that ``config``, the file's, implies.
 
     Raises:
-      ConfigError: its base cannot be computed from ``params``.
+      ConfigError: they cannot be computed from ``params``.
     """
     kind = config.init_lora_weights
     if kind == "loftq":
@@ -50,7 +51,7 @@ def with_initial_factors(adapter: Adapter, params: Any, config: LoraConfig, file
 
 
 def abstract_initial_factors(adapter: Adapter, params: Any, config: LoraConfig) -> Adapter:
-    """``with_initial_factors`` of an adapter that is described, without its refusals."""
+    """``with_initial_factors`` for an abstract adapter, without its checks."""
     kind = config.init_lora_weights
     if kind == "loftq":
         return adapter
@@ -63,7 +64,7 @@ def abstract_initial_factors(adapter: Adapter, params: Any, config: LoraConfig) 
 
 
 def _check_loftq(adapter: Adapter, params: Any, config: LoraConfig, file: Path) -> None:
-    """ConfigError unless the base is what LoftQ trained on: packed as it was read."""
+    """ConfigError unless the base is quantized as LoftQ's first round leaves it."""
     iterations = config.loftq_config.loftq_iter
     if iterations > 1:
         raise _refusal(f"loftq changed its base {iterations} times, and did not keep it", file)

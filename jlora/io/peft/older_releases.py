@@ -1,11 +1,11 @@
-"""What earlier releases of PEFT wrote otherwise than the newest.
+"""Adapter files written by earlier releases of PEFT.
 
 ====================  ======================================================================
 0.5 and before        biases of adapted layers are ``q_proj.bias``, later ``q_proj.base_layer.bias``
 0.6 to 0.17, at least  with ``bias="lora_only"`` the trained biases are not in the file at all
 ====================  ======================================================================
 
-``adapter_config.json`` has gained keys and lost none; a key that is not there has its default.
+``adapter_config.json`` has only gained keys; an absent key has its default.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ BASE_BIAS = ".base_layer.bias"
 
 
 def rename_old_tensors(
-    tensors: dict[str, np.ndarray], slots: Collection[str], config: LoraConfig, file: Path
+    tensors: dict[str, np.ndarray], expected: Collection[str], config: LoraConfig, file: Path
 ) -> dict[str, np.ndarray]:
-    """The tensors under the names that PEFT gives them today; ``slots`` are those expected.
+    """The tensors with the names of the newest release; ``expected`` are the adapter's names.
 
     Raises:
       DataError: the release that wrote the file lost the biases it had trained.
     """
-    biases = [name for name in slots if name.endswith(BASE_BIAS)]
+    biases = [name for name in expected if name.endswith(BASE_BIAS)]
     old = {name.replace(BASE_BIAS, ".bias"): name for name in biases}
     named = {old.get(name, name): value for name, value in tensors.items()}
-    others = set(slots) - set(biases)
+    others = set(expected) - set(biases)
     if config.bias == "lora_only" and biases and named.keys() == others:
         raise DataError(
             f"the biases that were trained are not in the file ({len(biases)} tensors, such as "

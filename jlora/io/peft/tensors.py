@@ -1,4 +1,4 @@
-"""Tensors of PEFT's file and the parts of an adapter's leaves that they are."""
+"""The tensors of PEFT's file as views of an adapter's leaves."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from jlora.tree import paths
 TENSOR_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 WEIGHT = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
-"""Our leaf keys → torch's, where that is another."""
+"""Kind of leaf → the last part of its tensor's name, where they differ."""
 
 
 class TensorView(NamedTuple):
-    """A tensor of the file as a view of the leaf that it is a part of."""
+    """A tensor of the file as a view of the leaf that contains it."""
 
     view: np.ndarray
     shape: tuple[int, ...]
@@ -34,14 +34,14 @@ class TensorView(NamedTuple):
         return np.ascontiguousarray(self.view).reshape(self.shape)
 
     def write(self, tensor: np.ndarray) -> None:
-        """Sets the part of the leaf; ``tensor`` has the slot's shape."""
+        """Writes ``tensor``, which has the shape ``shape``, into the leaf."""
         self.view[...] = tensor.reshape(self.view.shape)
 
 
 def tensor_views(
     arrays: Mapping[paths.Path, np.ndarray], config: LoraConfig
 ) -> dict[str, TensorView]:
-    """Every tensor of the file by name: one layer, cut to its rank, in torch's orientation.
+    """The tensors of the file by name: one layer each, cut to its rank, in torch's orientation.
 
     ::
 
@@ -55,22 +55,24 @@ def tensor_views(
     for leaf in paths.leaves(paths.nest(arrays)):
         for i, module in enumerate(leaf.modules()):
             layer = leaf.value[i] if leaf.stack else leaf.value
-            slot = _added(leaf, layer, module, config) if leaf.kind in ADDED else None
-            if slot is None and leaf.kind not in ADDED and is_replaced(config, module, leaf.kind):
-                slot = _replaced(leaf, layer, module, config, _flips(leaf, config, arrays))
-            if slot is not None:
-                found[PREFIX + slot[0]] = slot[1]
+            view = _added_leaf_view(leaf, layer, module, config) if leaf.kind in ADDED else None
+            if view is None and leaf.kind not in ADDED and is_replaced(config, module, leaf.kind):
+                view = _replaced_leaf_view(
+                    leaf, layer, module, config, _is_transposed(leaf, config, arrays)
+                )
+            if view is not None:
+                found[PREFIX + view[0]] = view[1]
     return found
 
 
-def _added(
+def _added_leaf_view(
     leaf: paths.Leaf, layer: np.ndarray, module: str, config: LoraConfig
 ) -> tuple[str, TensorView] | None:
-    """Name and slot of what is added to one module; None if this layer is not adapted."""
+    """Name and view of a leaf added to one module; None if this layer is not adapted."""
     if leaf.kind == TOKENS:
         return f"{module}.token_adapter.{leaf.kind}", TensorView(layer, layer.shape)
     if layer.ndim == 3:
-        return _of_experts(leaf, layer, module, config)
+        return _experts_view(leaf, layer, module, config)
     if not (r := rank_of(config, module)):
         return None
     if leaf.kind in (LORA_BIAS, MAGNITUDE):
@@ -81,13 +83,13 @@ def _added(
     return f"{module}.{leaf.kind}{suffix}", TensorView(cut, cut.shape)
 
 
-def _of_experts(
+def _experts_view(
     leaf: paths.Leaf, layer: np.ndarray, name: str, config: LoraConfig
 ) -> tuple[str, TensorView] | None:
-    """Name and slot of the As (E, in, r) or Bs (E, r, out) of all experts' matrices in one layer.
+    """Name and view of A (E, in, r) or B (E, r, out) of all experts in one layer.
 
-    peft's A is [E·r, in], expert after expert; its B is [out, r·E], rank after rank. It wraps one
-    parameter after the other: the first one of two is within the second one's wrapper.
+    In peft A is [E·r, in], expert-major, and B is [out, r·E], rank-major. peft wraps a module once
+    per adapted parameter: of two, the first is inside the second's ``base_layer``.
     """
     if not (r := parameter_rank_of(config, name)):
         return None
@@ -103,44 +105,44 @@ def _of_experts(
     return f"{module}.{'base_layer.' * inner}{leaf.kind}.weight", TensorView(view, shape)
 
 
-def _replaced(
-    leaf: paths.Leaf, layer: np.ndarray, module: str, config: LoraConfig, flips: bool
+def _replaced_leaf_view(
+    leaf: paths.Leaf, layer: np.ndarray, module: str, config: LoraConfig, transposed: bool
 ) -> tuple[str, TensorView]:
-    """Name and slot of a leaf that is trained as a whole; torch has the transpose if it flips."""
+    """Name and view of a leaf trained as a whole; transposed in torch if ``transposed``."""
     on_lora = "base_layer." if leaf.kind == "bias" and rank_of(config, module) else ""
-    value = layer.swapaxes(-1, -2) if flips else layer
+    value = layer.swapaxes(-1, -2) if transposed else layer
     return f"{module}.{on_lora}{WEIGHT.get(leaf.kind, leaf.kind)}", TensorView(value, value.shape)
 
 
-def _flips(leaf: paths.Leaf, config: LoraConfig, there: Any) -> bool:
+def _is_transposed(leaf: paths.Leaf, config: LoraConfig, arrays: Any) -> bool:
     """Whether torch has the transpose.
 
-    That is so for kernels, but for GPT-2's ``Conv1D``, and for gpt-oss's experts, which alone have
-    biases ``there`` beside them.
+    That is the case for kernels, except GPT-2's ``Conv1D``, and for gpt-oss's experts, which are
+    recognised by their biases in ``arrays``.
     """
     if leaf.kind in paths.EXPERTS:
-        return (*leaf.path[:-1], f"{leaf.kind}_bias") in there
+        return (*leaf.path[:-1], f"{leaf.kind}_bias") in arrays
     conv1d = config.fan_in_fan_out and leaf.path[-2] not in paths.OUTPUT_HEADS
     return leaf.kind == "kernel" and not conv1d
 
 
-def mismatches(tensors: Mapping[str, np.ndarray], slots: Mapping[str, TensorView]) -> list[str]:
-    """What is missing, unknown or misshapen in ``tensors``."""
-    faults = [f"missing {name}" for name in slots if name not in tensors]
-    faults += [f"unknown {name}" for name in tensors if name not in slots]
-    for name, slot in slots.items():
-        if name in tensors and tensors[name].shape != slot.shape:
-            faults.append(f"{name} has shape {tensors[name].shape}, expected {slot.shape}")
+def mismatches(tensors: Mapping[str, np.ndarray], views: Mapping[str, TensorView]) -> list[str]:
+    """Messages about missing, unknown and misshapen ``tensors``."""
+    faults = [f"missing {name}" for name in views if name not in tensors]
+    faults += [f"unknown {name}" for name in tensors if name not in views]
+    for name, view in views.items():
+        if name in tensors and tensors[name].shape != view.shape:
+            faults.append(f"{name} has shape {tensors[name].shape}, expected {view.shape}")
     return faults
 
 
 def drop_base_weights(
     tensors: dict[str, np.ndarray], params: Any, config: LoraConfig, file: Path
 ) -> None:
-    """Takes out the base weights that PEFT adds for an adapted output head or embedding.
+    """Removes the base weights that PEFT saves with an adapted output head or embedding.
 
     Raises:
-      DataError: one differs from the model's own: the adapter is for other values.
+      DataError: one differs from the model's weight: the adapter is for another base.
     """
     for leaf in paths.leaves(params):
         name = f"{PREFIX}{leaf.module()}.base_layer.weight"
@@ -149,13 +151,16 @@ def drop_base_weights(
         if not rank_of(config, leaf.module()):
             continue
         value = tensors.pop(name)
-        if not getattr(leaf.value, "is_fully_addressable", False):  # a shape; other hosts' shards
+        if not getattr(
+            leaf.value, "is_fully_addressable", False
+        ):  # abstract, or shards on other hosts
             continue
-        own = np.asarray(leaf.value)
-        own = own if leaf.kind == "embedding" else own.T
-        if own.shape != value.shape or not np.array_equal(value.astype(own.dtype), own):
+        weight = np.asarray(leaf.value)
+        weight = weight if leaf.kind == "embedding" else weight.T
+        same_shape = weight.shape == value.shape
+        if not same_shape or not np.array_equal(value.astype(weight.dtype), weight):
             raise DataError(
-                f"{name} is not the model's own weight",
+                f"{name} is not the model's weight",
                 where=str(file),
                 fix="use the base model that it was trained on",
             )
