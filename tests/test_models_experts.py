@@ -132,7 +132,7 @@ def test_switches_that_are_not_supported_are_named(name, change, message):
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_packed_experts_compute_what_they_stand_for(name, tmp_path):
+def test_quantized_experts_compute_what_dequantized_ones_do(name, tmp_path):
     """Read from a folder, on one device and on a mesh, with gradients, and written dense."""
     model, params = build(name)
     save_pretrained(tmp_path, model, params)
@@ -165,7 +165,7 @@ def test_packed_experts_compute_what_they_stand_for(name, tmp_path):
     for got in [run(table, packed, ids), *results]:
         for a, b in zip(got, expected, strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
-    with pytest.raises(ConfigError, match=r"packed experts[\s\S]*llm_int8_skip_modules"):
+    with pytest.raises(ConfigError, match=r"quantized experts[\s\S]*llm_int8_skip_modules"):
         save_pretrained(tmp_path, model, packed, quantized=True)
     save_pretrained(tmp_path, model, packed)
     jax.tree.map(np.testing.assert_array_equal, load_pretrained(tmp_path, "float32")[1], dense)
