@@ -225,7 +225,7 @@ def test_what_cannot_be_factored_is_merged_and_named():
     adapter = jlora.init_adapter(
         KEY, params, dataclasses.replace(CONFIG, target_modules=["dense", "head"])
     )
-    with pytest.warns(MergedWarning, match="merges them: head.kernel$"):
+    with pytest.warns(MergedWarning, match="weights are merged: head.kernel$"):
         got = model(jlora.attach(params, adapter), x)
     close(got, model.native(jlora.merge(params, adapter))(x))
     with pytest.raises(ConfigError, match="as_matrices"):
