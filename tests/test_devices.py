@@ -156,11 +156,12 @@ def alone(architecture: str, quantized: bool):
     return train(architecture, quantized, mesh)
 
 
+SHORT = [("llama", False, MESHES[1]), ("llama", True, MESHES[2])]
 CASES = [("llama", quantized, sizes) for quantized in (False, True) for sizes in MESHES]
 CASES += [(name, True, MESHES[2]) for name in list(ARCHITECTURES)[1:]]
+CASES = [c if c in SHORT else pytest.param(*c, marks=pytest.mark.slow) for c in CASES]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "quantized", "sizes"), CASES)
 def test_training_on_a_mesh_is_training_on_one_device(architecture, quantized, sizes):
     expected, adapter = alone(architecture, quantized)

@@ -1,7 +1,11 @@
-"""The direction of imports, and the sizes of files: DESIGN's layout, read from the syntax trees."""
+"""The direction of imports, and the sizes of files: docs/architecture.md held against the code.
+
+The two tables of layers are read from that page, the imports from the syntax trees.
+"""
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -10,32 +14,42 @@ import jlora
 
 PACKAGE = Path(jlora.__file__).parent
 ROOT = PACKAGE.parent
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
-LAYERS = [
-    {"errors", "files", "paths", "config", "codebooks"},
-    {"targets", "nf4", "int8", "fingerprint", "kept"},
-    {"quantization"},
-    {"lora", "sharding", "nf4_kernel"},
-    {"bases", "combine", "dot", "models"},
-    {"optim", "state", "step", "foreign"},
-    {"adapter_io", "checkpoint", "data", "metrics", "console", "report", "runtime", "decoding"},
-    {"batches", "classes", "described", "evaluation", "header", "job", "loop", "outputs"}
-    | {"cli", "plan", "program", "progress"},
-    {"train", "inspect_config", "evaluate", "generate", "merge", "export", "quantize"},
-]
-"""Lowest first: a module imports from lower layers, or from its own where that is not closed."""
+COMMAND_ROOMS = ("cli", "errors", "files")
+"""Files at the top of the package that are no commands."""
 
-CLOSED = [{"nf4", "int8", "targets"}, {"lora", "sharding", "nf4_kernel"}, LAYERS[6], LAYERS[8]]
-"""Layers whose members do not know each other."""
+NEVER = {"training": {"models"}, "lora": {"quant"}, "quant": {"lora"}, "interop": {"models"}}
 
-NEVER = {
-    "optim": {"models"},
-    "state": {"models"},
-    "step": {"models"},
-    "lora": {"nf4", "int8", "quantization"},
+WITHOUT_JAX = {"errors", "files", "config", "cli", "ui", "data"}
+
+
+def table(heading: str) -> dict[str, str]:
+    """First cell → second cell of the table under a heading of the page."""
+    _, _, section = PAGE.partition(f"\n{heading}\n")
+    assert section, f"docs/architecture.md has no heading {heading!r}"
+    rows: dict[str, str] = {}
+    for line in section.splitlines():
+        if line.startswith("|"):
+            cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+            rows[cells[0].strip("`")] = cells[1]
+        elif rows:
+            break
+    return dict(list(rows.items())[2:])  # without the heads and the rule below them
+
+
+def names(cell: str) -> set[str]:
+    return set(re.findall(r"`([a-z0-9_]+)`", cell))
+
+
+LAYERS = [names(cell) for cell in table("## Layers").values()]
+"""Lowest first: a room imports from lower layers only."""
+
+INSIDE = {
+    folder: [names(group) for group in cell.split("←")]
+    for folder, cell in table("### Inside the folders").items()
 }
-
-WITHOUT_JAX = {"errors", "files", "paths", "config", "cli", "metrics", "console"}
+"""Folder → its files and sub-folders, lowest first, in the same way."""
 
 
 @functools.cache
@@ -43,9 +57,10 @@ def files() -> list[Path]:
     return sorted(p for p in PACKAGE.rglob("*.py") if "assets" not in p.parts)
 
 
-def module_of(path: Path) -> str:
-    """The file's or folder's name below the package."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def parts_of(path: Path) -> tuple[str, ...]:
+    """A file's module below the package: ``("io", "hf", "read")``."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
 
 
 @functools.cache
@@ -62,33 +77,88 @@ def imports(path: Path, outermost_only: bool = False) -> frozenset[str]:
     return frozenset(found)
 
 
-def ours(path: Path) -> set[str]:
-    """Our modules that a file imports, its own aside."""
-    names = {name.split(".")[1] for name in imports(path) if name.startswith("jlora.")}
-    return (names & set().union(*LAYERS)) - {module_of(path)}
+def imported(path: Path) -> list[tuple[str, ...]]:
+    """The modules of the package that a file imports, as parts; names in them come last."""
+    dotted = [name.split(".")[1:] for name in imports(path) if name.startswith("jlora.")]
+    return [tuple(parts) for parts in dotted]
 
 
-def level(module: str) -> int:
-    return next(i for i, layer in enumerate(LAYERS) if module in layer)
+def level(name: str, layers: list[set[str]], where: str) -> int:
+    found = [i for i, layer in enumerate(layers) if name in layer]
+    assert len(found) == 1, f"{where}: {name} is in {len(found)} layers of docs/architecture.md"
+    return found[0]
 
 
-def test_every_module_has_a_layer():
-    present = {module_of(path) for path in files()} - {"__init__", "__main__"}
+def test_every_room_has_a_layer():
+    present = {parts_of(path)[0] for path in files() if parts_of(path)} - {"__main__"}
     assert present == set().union(*LAYERS)
+
+
+def test_the_top_holds_commands_and_folders_only():
+    from jlora.cli import COMMANDS
+
+    commands = {command.module.split(".")[1] for command in COMMANDS.values()}
+    top = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert top - set(COMMAND_ROOMS) == commands - {"plan"}
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_go_down(path):
-    module = module_of(path)
-    if module in ("__init__", "__main__"):
+    room = parts_of(path)[:1]
+    if room in ((), ("__main__",)):
         return
-    for other in ours(path):
-        if module in LAYERS[-1] and other == "cli":
+    for other in imported(path):
+        if other[0] == room[0] or other[0] == "__version__":
             continue
-        assert level(other) <= level(module), f"{module} imports {other} from a higher layer"
-        closed = any({module, other} <= group for group in CLOSED)
-        assert not closed, f"{module} imports its sibling {other}"
-        assert other not in NEVER.get(module, set()), f"{module} imports {other}"
+        own, below = (level(name, LAYERS, str(path)) for name in (room[0], other[0]))
+        assert below < own, f"{path.name}: {room[0]} imports {'.'.join(other)}"
+        assert other[0] not in NEVER.get(room[0], set()), f"{room[0]} imports {other[0]}"
+
+
+def test_every_file_of_a_folder_has_a_place_in_it():
+    for folder, layers in INSIDE.items():
+        found = PACKAGE.joinpath(folder).iterdir()
+        present = {p.stem for p in found if p.suffix == ".py" or (p / "__init__.py").exists()}
+        assert present - {"__init__", "__main__"} == set().union(*layers), folder
+
+
+def test_folders_with_an_order_of_their_own_are_in_the_table():
+    sizes: dict[str, int] = {}
+    for path in files():
+        folder = "/".join(path.relative_to(PACKAGE).parts[:-1])
+        sizes[folder] = sizes.get(folder, 0) + (path.stem not in ("__init__", "__main__"))
+    large = {folder for folder, n in sizes.items() if folder and n > 2}
+    assert large - {"models/families", "config"} <= set(INSIDE)
+
+
+@pytest.mark.parametrize("folder", INSIDE)
+def test_imports_go_down_within_a_folder(folder):
+    prefix = tuple(folder.split("/"))
+    for path in PACKAGE.joinpath(folder).rglob("*.py"):
+        parts = parts_of(path)
+        if len(parts) <= len(prefix) or parts[-1] == "__main__":  # the folder's own __init__
+            continue
+        name = parts[len(prefix)]
+        for other in imported(path):
+            if other[: len(prefix)] != prefix or len(other) <= len(prefix):
+                continue
+            sibling = other[len(prefix)]
+            if sibling == name or not any(sibling in layer for layer in INSIDE[folder]):
+                continue  # itself, or a name that the folder's __init__ re-exports
+            own, below = (level(n, INSIDE[folder], folder) for n in (name, sibling))
+            assert below < own, f"{path.relative_to(PACKAGE)} imports {'.'.join(other)}"
+
+
+def test_init_files_hold_no_logic():
+    for path in files():
+        if path.name != "__init__.py" or path.parent == PACKAGE:
+            continue
+        for node in ast.parse(path.read_text()).body:
+            literal = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            listing = (
+                isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+            )
+            assert literal or listing or isinstance(node, ast.Import | ast.ImportFrom), path
 
 
 def test_the_package_imports_nothing_of_its_own_at_once():
@@ -98,7 +168,7 @@ def test_the_package_imports_nothing_of_its_own_at_once():
 def test_settings_and_errors_import_nothing_heavy():
     heavy = {"jax", "flax", "optax", "orbax", "transformers", "datasets", "torch"}
     for path in files():
-        if module_of(path) in WITHOUT_JAX:
+        if parts_of(path)[:1] and parts_of(path)[0] in WITHOUT_JAX:
             roots = {name.split(".")[0] for name in imports(path, outermost_only=True)}
             assert not roots & heavy, path
 
@@ -117,31 +187,16 @@ def test_files_are_short():
 
 
 def test_no_drawers():
-    names = {path.stem for path in files()} | {path.parent.name for path in files()}
-    assert not names & {"utils", "util", "helpers", "misc", "common", "_src"}
+    stems = {path.stem for path in files()} | {path.parent.name for path in files()}
+    assert not stems & {"utils", "util", "helpers", "misc", "common", "_src"}
 
 
-def test_tests_mirror_files():
+def test_tests_are_named_for_rooms():
     """A test file is named for a module, or for what several do together."""
-    wholes = {"layout", "public_names", "commands", "configs", "configuration_page", "quickstart"}
-    wholes |= {
-        "hf",
-        "main_job",
-        "resume",
-        "devices",
-        "foreign",
-        "peers",
-        "packaging",
-        "launchers",
-        "aot",
-        "readme",
-        "benchmarks",
-        "foreign_trees",
-    }
-    paths = (p.relative_to(PACKAGE).with_suffix("") for p in files())
-    names = {(p.parent if p.name == "__init__" else p).parts for p in paths} - {()}
-    known = {"_".join(part) for part in names} | {part[-1] for part in names} | wholes
-    known |= {part[0] for part in names}
+    together = {"layout", "public_names", "configs", "configuration_page", "quickstart", "devices"}
+    together |= {"launchers", "aot", "readme", "benchmarks", "classification"}
+    rooms = {"_".join(parts_of(path)) for path in files()} - {""}
+    rooms |= {"_".join(parts_of(path)[:n]) for path in files() for n in (1, 2)} - {""}
     for path in (ROOT / "tests").glob("test_*.py"):
         name = path.stem.removeprefix("test_").removeprefix("parity_")
-        assert any(f"{name}_".startswith(f"{k}_") for k in known), path.name
+        assert any(f"{name}_".startswith(f"{known}_") for known in rooms | together), path.name

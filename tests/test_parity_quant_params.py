@@ -23,6 +23,7 @@ def script():
     sys.path.remove(str(FOLDER))
 
 
+@pytest.mark.slow
 def test_codes_cost_what_the_paper_found_them_to(script, assets):
     """QLoRA, table 2: NF4, then FP4, then int4; double quantization costs nothing."""
     rows = script.perplexities(assets / "models/stories260k", script.stories)

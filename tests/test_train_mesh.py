@@ -125,7 +125,7 @@ def test_a_signal_to_one_process_stops_both_and_the_same_command_goes_on(place):
     while all(p.poll() is None for p in processes):
         if path.exists() and metrics_log.read_metrics(path):
             break
-        time.sleep(0.001)
+        time.sleep(0.02)
     processes[1].send_signal(signal.SIGTERM)
     codes, said = finish(processes)
     assert codes == [143, 143], said

@@ -43,7 +43,7 @@ def test_weights_that_overflow_are_not_saved(place):
     [
         ({"optim": "adamw_8bits"}, "did you mean 'adamw_8bit'"),
         ({"optim": "adabelief"}, "or optax.NAME"),
-        ({"optim": "adamw", "optim_args": {"b1": 0.8}}, "adamw takes none"),
+        ({"optim": "adamw", "optim_args": {"b1": 0.8}}, "adamw accepts none"),
         ({"optim": "optax.adabeleif"}, "did you mean 'optax.adabelief'?"),
         ({"optim": "optax.adam", "optim_args": {"beta1": 0.8}}, "has no argument 'beta1'"),
     ],
@@ -56,7 +56,7 @@ def test_an_unknown_optimizer_exits_2_before_anything_is_read(place, capsys, tra
 WITHOUT_WAITING = """
 import sys, threading, time
 from jlora import cli, errors, train
-from jlora.run import compiled_step
+from jlora.run import train_step
 begun = threading.Event()
 
 def compile(self):
@@ -67,7 +67,7 @@ def read(*_, **__):
     assert begun.wait(60)
     raise errors.DataError("damaged")
 
-compiled_step.Program.compile, train.open_job = compile, read
+train_step.TrainStep.compile, train.open_job = compile, read
 cli.leave(cli.main("train", sys.argv[1:]))
 """
 
@@ -89,6 +89,7 @@ cli.leave(cli.main("train", sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_refuse_what_does_not_fit(place, two_processes):
     """Both end by themselves; the first one says why."""
     runs = two_processes(TOO_LARGE, place.write(), XDG_CACHE_HOME=str(place.cache))

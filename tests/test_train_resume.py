@@ -54,7 +54,7 @@ def saving(place, after):
 def wait(process, condition):
     """Returns as soon as the condition holds or the process has ended."""
     while process.poll() is None and not condition():
-        time.sleep(0.001)
+        time.sleep(0.02)
 
 
 @pytest.mark.slow
