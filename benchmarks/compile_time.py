@@ -43,17 +43,18 @@ def compiling(model: str, layers: int, target: str) -> Any:
     name = start(target)
     import jax
 
-    from jlora.plan.target import chosen_for, devices, parse
+    from jlora.plan.jax_cudnn_shim import jax_checks_capability
+    from jlora.plan.target import devices, parse
 
     aim = parse(name)
     found = (devices(aim) or ())[:1]
     hf = MODELS[model]
     key = "n_layer" if hf["model_type"] == "gpt2" else "num_hidden_layers"
-    program = program_of({**hf, key: layers}, Row(16), batch=1, length=512, devices=found)
+    program = program_of({**hf, key: layers}, Row(16), batch=1, length=512, devices=found, aim=aim)
 
     def unit() -> None:
         jax.clear_caches()
-        with chosen_for(aim):
+        with jax_checks_capability(aim.gpu_capability):
             program.compile()
 
     return unit

@@ -67,8 +67,10 @@ class Row:
         return f"{'QLoRA' if self.quantized else 'LoRA'} r {self.r}, {self.optim}{more}"
 
 
-def program_of(hf: dict, row: Row, batch: int, length: int, devices: Any, **mesh: int) -> Any:
-    """The run's step (``jlora.program.Program``) on rows of ``length`` tokens, made of shapes."""
+def program_of(
+    hf: dict, row: Row, batch: int, length: int, devices: Any, aim: Any, **mesh: int
+) -> Any:
+    """The run's step (``TrainStep``) on rows of ``length`` tokens, made of shapes."""
     from jlora.config import (
         Config,
         DataConfig,
@@ -80,9 +82,9 @@ def program_of(hf: dict, row: Row, batch: int, length: int, devices: Any, **mesh
         TrainConfig,
     )
     from jlora.distributed import sharding
-    from jlora.run.abstract_job import describe_job, describe_model
-    from jlora.run.compiled_step import Program
-    from jlora.run.progress import Plan
+    from jlora.run.abstract_job import abstract_job
+    from jlora.run.step_counts import StepCounts
+    from jlora.run.train_step import TrainStep
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(hf))
@@ -102,8 +104,9 @@ def program_of(hf: dict, row: Row, batch: int, length: int, devices: Any, **mesh
             mesh=MeshConfig(**mesh),
         )
         mesh_of = sharding.make_mesh(config.mesh, devices)
-        job = describe_job(config, describe_model(config, None), None, mesh_of)
-    return Program.of(job, Plan.of(config, job.mesh, lambda rows: 1), length)
+        capability = aim.gpu_capability
+        job = abstract_job(config=config, tokenizer=None, mesh=mesh_of, gpu_capability=capability)
+    return TrainStep.of(job, StepCounts.of(config, job.mesh, lambda rows: 1), length)
 
 
 def measure(
@@ -119,17 +122,19 @@ def measure(
 
     What already exceeds ``limit`` by its weights, adapter and moments is not compiled.
     """
+    from jlora.plan.jax_cudnn_shim import jax_checks_capability
     from jlora.plan.memory import arguments, measured
-    from jlora.plan.target import chosen_for, devices, parse
+    from jlora.plan.target import devices, parse
 
     aim, start = parse(target), time.perf_counter()
     found = devices(aim)
     assert found is not None, f"JAX's plugin for {target} is not installed"
-    program = program_of(hf, row, batch, length, found if aim.hardware else found[:1], **mesh)
+    used = found if aim.hardware else found[:1]
+    program = program_of(hf, row, batch, length, used, aim, **mesh)
     if (given := sum(arguments(program).values())) > limit:
         return {"refused": f"weights, adapter and moments take {given:,} bytes"}
     try:
-        with chosen_for(aim):
+        with jax_checks_capability(aim.gpu_capability):
             memory = measured(program, program.compile())
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -38,7 +38,7 @@ def steps(method: str, length: int) -> Any:
 
         from jlora.plan import target
         from jlora.plan.forecast import Rows, forecast
-        from jlora.run.compiled_step import Program
+        from jlora.run.train_step import TrainStep
 
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(llama.shape()))
@@ -46,7 +46,7 @@ def steps(method: str, length: int) -> Any:
             devices = jax.devices()[:1]
             plan = forecast(config, None, Rows(length), target.Target(), devices, whole=False)
         assert plan.memory is not None
-        program = Program.of(plan.job, plan.plan, length)
+        program = TrainStep.of(plan.job, plan.plan, length)
         step = program.compile()
         described = program.state, program.job.frozen, program.batch
 

@@ -52,9 +52,9 @@ def jlora_step(
 
     from jlora import init_adapter
     from jlora.distributed import sharding
-    from jlora.run.compiled_step import Program
-    from jlora.run.job import Job, binding
-    from jlora.run.progress import Plan
+    from jlora.run.job import Job, make_bind
+    from jlora.run.step_counts import StepCounts
+    from jlora.run.train_step import TrainStep
 
     config = run_config(method, sizes, settings, adapters)
     mesh = sharding.make_mesh(config.mesh)
@@ -71,9 +71,9 @@ def jlora_step(
         trainable = init_adapter(jax.random.key(1), base, config.lora)
         if adapters > 1:
             trainable = jax.tree.map(lambda leaf: jnp.stack([leaf] * adapters), trainable)
-    job = Job(config, mesh, model, None, base, trainable, binding(config))
-    program = Program.of(job, Plan.of(config, mesh, lambda rows: 1), sizes["length"])
-    state = program.start(trainable)
+    job = Job(config, mesh, model, None, base, trainable, make_bind(config))
+    program = TrainStep.of(job, StepCounts.of(config, mesh, lambda rows: 1), sizes["length"])
+    state = program.init_state(trainable)
 
     like = program.batch["input_ids"]
     ids = np.random.default_rng(0).integers(0, llama.VOCAB, like.shape, dtype=np.int32)

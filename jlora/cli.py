@@ -1,7 +1,7 @@
 """What every command shares: arguments, settings, one readable error, and the exit code.
 
-A command is a module with ``run(config, options)``. It is imported only after its settings were
-found to be right, so that a mistake in them is reported at once.
+A command is a module with ``run(config, options)``. It is imported only after its settings have
+been checked: importing JAX takes seconds, and a mistake in a settings file is reported at once.
 """
 
 from __future__ import annotations
@@ -32,29 +32,39 @@ class Command(NamedTuple):
     flags: dict[str, dict[str, Any]] = {}  # noqa: RUF012 (never changed)
 
 
-TARGET = "compile for devices that are not here: h200x8, h100x8, a100-80x4, rtx4090x1, v5e-16 …"
-SHOW_BATCH = "print the first batch with its targets marked, and stop"
+TARGET_HELP = (
+    "plan for devices that this machine does not have: h200x8, h100x8, a100-80x4, rtx4090x1, v5e-16"
+)
+SHOW_BATCH_HELP = "print the first batch with its target tokens marked, and stop"
 
 COMMANDS = {
     "train": Command(
         "jlora.train",
-        "fine-tune a model: LoRA, QLoRA or in full",
-        {"--show-batch": {"action": "store_true", "help": SHOW_BATCH}},
+        "fine-tune a model with LoRA or QLoRA, or in full",
+        {"--show-batch": {"action": "store_true", "help": SHOW_BATCH_HELP}},
     ),
     "plan": Command(
         "jlora.plan",
-        "memory, time and disk of a run from its compiled step, before a weight is read",
+        "predict memory, time and disk of a training run without loading weights",
         {
-            "--target": {"metavar": "DEVICES", "help": TARGET},
+            "--target": {"metavar": "DEVICES", "help": TARGET_HELP},
             "--json": {"action": "store_true", "help": "print everything as JSON"},
         },
     ),
-    "inspect": Command("jlora.inspect_config", "what a run would train, without loading weights"),
-    "evaluate": Command("jlora.evaluate", "loss, perplexity and exact match on held-out rows"),
-    "generate": Command("jlora.generate", "generate replies with a base model and its adapter"),
-    "merge": Command("jlora.merge", "fold an adapter into its base: a transformers folder"),
-    "export": Command("jlora.export", "a checkpoint's weights as a PEFT or transformers folder"),
-    "quantize": Command("jlora.quantize", "pack a base model's weights: a transformers folder"),
+    "inspect": Command(
+        "jlora.inspect_config", "show what a run would train, without loading weights"
+    ),
+    "evaluate": Command(
+        "jlora.evaluate", "measure loss, perplexity and exact match on held-out rows"
+    ),
+    "generate": Command("jlora.generate", "generate replies to prompts with a trained model"),
+    "merge": Command(
+        "jlora.merge", "merge an adapter into its base model, as a transformers folder"
+    ),
+    "export": Command(
+        "jlora.export", "write a checkpoint's weights as a PEFT or transformers folder"
+    ),
+    "quantize": Command("jlora.quantize", "quantize a base model, as a transformers folder"),
 }
 
 
@@ -94,7 +104,7 @@ def main(command: str, argv: Sequence[str] | None = None, prog: str | None = Non
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process; with several, one that failed alone does not wait for the others."""
+    """Ends the process with this exit code, see ``processes.exit_process``."""
     stopped = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
     processes.exit_process(code, all_exit=code in stopped)
 
@@ -105,7 +115,7 @@ def _run(command: Command, options: argparse.Namespace) -> None:
 
 
 def guard(work: Callable[[], None], debug: bool = False) -> int:
-    """Calls ``work``; 0, or the exit code of what it raised after printing it."""
+    """Calls ``work``, prints the error that it raises, and returns the exit code (0: none)."""
     try:
         work()
     except Exception as error:
@@ -119,18 +129,18 @@ def guard(work: Callable[[], None], debug: bool = False) -> int:
 
 
 def report(error: Exception) -> int:
-    """Prints one readable message on standard error; the exit code that goes with it."""
-    if isinstance(error, BrokenPipeError):  # such as `| head`; Python must not write there again
+    """Prints an error as one readable message on standard error, and returns its exit code."""
+    if isinstance(error, BrokenPipeError):  # such as `| head`: Python must not flush to it again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     known = readable(error)
-    stopped = isinstance(known, errors.StoppedError)  # as the user asked, after saving
+    stopped = isinstance(known, errors.StoppedError)  # not an error: the user asked for it
     print(known if stopped else f"error: {known}", file=sys.stderr)
     return known.exit_code
 
 
 def readable(error: Exception) -> errors.JloraError:
-    """Any exception as one with cause and remedy."""
+    """The exception itself if it is a JloraError; else one that gives its cause and a remedy."""
     if isinstance(error, errors.JloraError):
         return error
     text = f"{type(error).__name__}: {error}".strip()
@@ -164,7 +174,7 @@ def overview() -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Lists the settings below the arguments, when help is asked for."""
+    """Lists the settings below the arguments; only when help is asked for, since it takes time."""
 
     def format_help(self) -> str:
         return f"{super().format_help()}\n{settings()}"
@@ -177,7 +187,7 @@ def _parse(command: str, argv: Sequence[str] | None, prog: str) -> argparse.Name
         "settings",
         metavar="CONFIG.yaml section.key=value",
         nargs="*",
-        help="a settings file, or a run's output folder; then settings that win over the file's, "
+        help="a settings file or a run's output folder, then settings that override the file's, "
         "such as lora.r=32 or data.train.0.path=rows.jsonl",
     )
     for flag, arguments in COMMANDS[command].flags.items():
@@ -186,21 +196,29 @@ def _parse(command: str, argv: Sequence[str] | None, prog: str) -> argparse.Name
     # Intermixed: an override may follow a flag.
     options = parser.parse_intermixed_args(argv)
     if not options.settings:
-        parser.error("CONFIG.yaml is missing: name a settings file or a run's output folder")
+        parser.error("CONFIG.yaml is missing: give a settings file or a run's output folder")
     options.config, *options.overrides = options.settings
     return options
 
 
 def settings() -> str:
-    """Every setting with type, default and meaning, by section."""
+    """Every setting with its default, meaning and type, by section."""
     lines = ["settings (section.key = default):"]
     section = None
     for option in config.options():
         if option.section != section:
             section = option.section
-            lines += ["", f"{section}:"]
+            lines += ["", *_wrapped(f"{section}: {option.section_help}", 0)]
         default = "required" if option.default is None else option.default
         lines.append(f"  {option.field} = {default}")
         meaning = f"{option.help} ({option.type})"
-        lines += textwrap.wrap(meaning, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += _wrapped(meaning, 6)
     return "\n".join(lines) + "\n"
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    space = " " * indent
+    # Names such as all-linear are not broken.
+    return textwrap.wrap(
+        text, 92, initial_indent=space, subsequent_indent=space, break_on_hyphens=False
+    )

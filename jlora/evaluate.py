@@ -18,11 +18,13 @@ from jlora.distributed.mesh import compiler_options
 from jlora.errors import ConfigError
 from jlora.files import write_atomic
 from jlora.inference import scoring
-from jlora.run import environment, outputs
-from jlora.run.batches import check_fit, eval_batches, prepare
-from jlora.run.job import open_job, open_tokenizer
-from jlora.run.label_names import with_classes
-from jlora.run.progress import eval_rows
+from jlora.run import environment
+from jlora.run.batches import check_rows_fit, eval_device_batches, prepare_rows
+from jlora.run.job import open_tokenizer
+from jlora.run.label_names import with_label_names
+from jlora.run.open_job import open_job
+from jlora.run.replies import greedy_replies, reply_prompts
+from jlora.run.step_counts import eval_batch_rows
 from jlora.training.step import make_eval_step
 from jlora.ui.console import Console
 
@@ -32,7 +34,7 @@ main = functools.partial(cli.main, "evaluate")
 def run(config: Config, options: argparse.Namespace) -> None:
     """Evaluates the result in ``train.output_dir`` on ``data.eval``.
 
-    Prints the figures and writes them to ``evaluation.json`` beside it, with the replies where
+    Prints the figures and writes them to ``held_out.json`` in that folder, with the replies if
     ``evaluate.exact_match`` asks for them.
     """
     del options
@@ -44,26 +46,26 @@ def run(config: Config, options: argparse.Namespace) -> None:
     if config.train.compilation_cache:
         environment.enable_compilation_cache()
     console = Console(enabled=jax.process_index() == 0)
-    config, _ = with_classes(config)
+    config, _ = with_label_names(config)
     tokenizer = open_tokenizer(config)
-    rows = prepare(config, tokenizer, "eval")
+    rows = prepare_rows(config, tokenizer, "eval")
     with console.loading() as progress:
         job = open_job(config, tokenizer, trained=True, progress=progress)
-    check_fit(job, rows)
+    check_rows_fit(job, rows)
     with jax.set_mesh(job.mesh):
         step = make_eval_step(job.model, job.bind, compiler_options(job.mesh))
-        batches = eval_batches(job.mesh, rows, eval_rows(config, job.mesh))
+        batches = eval_device_batches(job.mesh, rows, eval_batch_rows(config, job.mesh))
         held_out = scoring.held_out(step, job.trainable, job.frozen, batches)
-        counted = "eval_samples" if config.classifies else "eval_tokens"
-        result = {**held_out.figures, counted: held_out.tokens}
-        samples = outputs.replies(job, job.trainable, outputs.prompts(job))
+        count_name = "eval_samples" if config.is_classification else "eval_tokens"
+        result = {**held_out.figures, count_name: held_out.tokens}
+        samples = greedy_replies(job, job.trainable, reply_prompts(job))
     if config.evaluate.exact_match:
         result["eval_exact_match"] = scoring.exact_match(samples)
         result["eval_replies"] = len(samples)
-    file = Path(config.train.output_dir) / "evaluation.json"
+    file = Path(config.train.output_dir) / "held_out.json"
     if jax.process_index() == 0:
-        lines = [{**s._asdict(), "exact": s.exact} for s in samples]
-        text = json.dumps({**result, "replies": lines}, indent=2, ensure_ascii=False)
+        replies = [{**s._asdict(), "exact": s.exact} for s in samples]
+        text = json.dumps({**result, "replies": replies}, indent=2, ensure_ascii=False)
         write_atomic(file, text + "\n")
     shown = samples[: config.evaluate.samples]
     console.samples([{"prompt": s.prompt, "after": s.reply, "expected": s.expected} for s in shown])

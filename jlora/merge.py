@@ -1,4 +1,4 @@
-"""``python -m jlora.merge RUN``: the adapter folded into its base, as a transformers folder."""
+"""``python -m jlora.merge RUN``: merges an adapter into its base, as a transformers folder."""
 
 from jlora import cli
 
@@ -22,8 +22,9 @@ from jlora.errors import ConfigError
 from jlora.files import storage_errors
 from jlora.io.hf import save_pretrained
 from jlora.models import untie
-from jlora.run.job import Job, open_job, open_tokenizer
-from jlora.run.label_names import with_classes
+from jlora.run.job import Job, open_tokenizer
+from jlora.run.label_names import with_label_names
+from jlora.run.open_job import open_job
 from jlora.tree import paths
 from jlora.ui.console import Console
 
@@ -31,52 +32,53 @@ main = functools.partial(cli.main, "merge")
 
 
 def run(config: Config, options: argparse.Namespace) -> None:
-    """Writes base + adapter to ``merge.output_dir``; says how far its logits are from training's.
+    """Writes base + adapter to ``merge.output_dir``, and shows how far the logits moved.
 
-    A quantized base is merged dense, never requantized: the dequantized weights that the adapter
-    was trained on, or the original ones (``merge.base``); the logit difference of both is printed.
-    A base that came packed has no original ones.
+    The merged weights are dense and never quantized again, which would lose what was learned. Of a
+    quantized base either the dequantized weights are used, those that the adapter was trained on,
+    or the original ones (``merge.base``); the logit difference of both is shown. A prequantized
+    base has no original.
     """
     del options
     if config.lora is None:
         raise ConfigError(
             "full fine-tuning has no adapter to merge",
             where="lora",
-            fix=f"the model is in {config.train.output_dir} already",
+            fix=f"the trained model is in {config.train.output_dir} already",
         )
     processes.initialize()
     console = Console(enabled=jax.process_index() == 0)
-    config, _ = with_classes(config)
+    config, _ = with_label_names(config)
     tokenizer = open_tokenizer(config)
     with console.loading() as progress:
         job = open_job(config, tokenizer, trained=True, progress=progress)
-    packed = job.model.config.prequantized
-    if packed and config.merge.base == "original":
+    prequantized = job.model.config.prequantized
+    if prequantized and config.merge.base == "original":
         raise ConfigError(
-            "the base model came packed: there are no original weights to merge into",
+            "the base model is already quantized: there are no original weights to merge into",
             where="merge.base",
-            fix="use dequantized, or name the model that it was packed from",
+            fix="use dequantized, or name the model that it was quantized from",
         )
     out = Path(config.merge.output_dir or Path(config.train.output_dir) / "merged")
     with jax.set_mesh(job.mesh):
-        trained = _logits(job, job.params)
-        base = "dequantized (it came packed, without the original)" if packed else "as it is"
+        expected = _logits(job, job.params)
+        base = "dequantized (the base model has no original weights)" if prequantized else "dense"
         rows = {"merged model": out, "base": base}
-        if untied := _needs_own_head(job):
-            job = _with_own_head(job)
+        if untied := _needs_untied_head(job):
+            job = _untie_head(job)
             rows["output head"] = "no longer tied: the adapter changes the embedding only"
         merged = lora.merge(job.base, job.trainable)
-        if config.quantization and not packed:
+        if config.quantization and not prequantized:
             with console.loading() as progress:
-                original = open_job(config, tokenizer, trained=True, dense=True, progress=progress)
-            original = _with_own_head(original) if untied else original
-            other = lora.merge(original.base, job.trainable)
+                dense = open_job(config, tokenizer, trained=True, dense=True, progress=progress)
+            dense = _untie_head(dense) if untied else dense
+            merged_original = lora.merge(dense.base, job.trainable)
             rows["base"] = config.merge.base
-            rows["logit difference, dequantized base"] = _difference(job, trained, merged)
-            rows["logit difference, original base"] = _difference(job, trained, other)
-            merged = other if config.merge.base == "original" else merged
+            rows["logit difference, dequantized base"] = _difference(job, expected, merged)
+            rows["logit difference, original base"] = _difference(job, expected, merged_original)
+            merged = merged_original if config.merge.base == "original" else merged
         else:
-            rows["logit difference"] = _difference(job, trained, merged)
+            rows["logit difference"] = _difference(job, expected, merged)
         save_pretrained(out, job.model, merged)
     if jax.process_index() == 0:
         with storage_errors(out):
@@ -84,26 +86,29 @@ def run(config: Config, options: argparse.Namespace) -> None:
     console.card("merged", rows)
 
 
-def _needs_own_head(job: Job) -> bool:
-    """Whether the adapter is on an embedding that the output head is tied to."""
-    added = {path[-1] for path, _ in paths.walk(job.trainable.weights)}
-    return job.model.config.tie_word_embeddings and not added.isdisjoint(lora.EMBEDDING_DELTA)
+def _needs_untied_head(job: Job) -> bool:
+    """Whether the adapter is on an embedding that the output head is tied to.
+
+    Merged into a tied embedding its delta would change the head, too, and with it the logits.
+    """
+    kinds = {path[-1] for path, _ in paths.walk(job.trainable.weights)}
+    return job.model.config.tie_word_embeddings and not kinds.isdisjoint(lora.EMBEDDING_DELTA)
 
 
-def _with_own_head(job: Job) -> Job:
+def _untie_head(job: Job) -> Job:
     model, base = untie(job.model, job.base)
     return dataclasses.replace(job, model=model, base=base)
 
 
 def _logits(job: Job, params: Any) -> np.ndarray:
-    """Logits of a fixed batch of random tokens, (4, 64, V), or as long as the model can be."""
+    """Logits of a fixed batch of random tokens: (4, 64, V), or as long as the positions allow."""
     shape = 4, min(64, job.model.config.position_limit or 64)
     size = job.model.config.vocab_size
     ids = np.random.default_rng(0).integers(0, size, shape, dtype=np.int32)
     return np.asarray(jax.jit(job.model)(params, jnp.asarray(ids)))
 
 
-def _difference(job: Job, trained: np.ndarray, merged: Any) -> str:
-    """How far the merged model's logits are from the adapted model's, for people."""
-    gap = np.abs(_logits(job, merged) - trained)
+def _difference(job: Job, expected: np.ndarray, merged: Any) -> str:
+    """How far the merged model's logits are from the adapted model's, as text."""
+    gap = np.abs(_logits(job, merged) - expected)
     return f"{gap.mean():.2g} on average, {gap.max():.2g} at most"

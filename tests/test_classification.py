@@ -143,7 +143,7 @@ def test_what_does_not_go_with_a_classifier_is_refused(here, merged, place, resu
     with pytest.raises(ConfigError, match=r"no score head \(task_type: CAUSAL_LM\)") as caught:
         place.run(**causal)
     assert caught.value.where == str(result.output)
-    with pytest.raises(ConfigError, match="holds a classifier, but the rows have no classes"):
+    with pytest.raises(ConfigError, match="is a classifier, but the rows have no classes"):
         place.run(model={"name_or_path": str(merged)})
 
 

@@ -1,4 +1,4 @@
-"""Every file in configs/ loads, says what it is for, and holds what its name promises."""
+"""Every file in configs/ loads, explains itself, and trains by the method that its name says."""
 
 import argparse
 import functools
@@ -16,7 +16,7 @@ from jlora.distributed import sharding
 from jlora.lora import init_adapter
 from jlora.models import Model, init_params
 from jlora.quant.params import is_quantized, quantize_params
-from jlora.run.job import attach
+from jlora.run.job import bind_adapter
 from jlora.training.optim import make_optimizer
 from jlora.training.state import init_state
 from jlora.training.step import make_train_step
@@ -31,7 +31,7 @@ def load(name: str) -> config.Config:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_loads_and_is_explained(file, tmp_path, monkeypatch):
+def test_a_config_loads_and_is_explained(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # from anywhere
     settings = config.load(file)
     assert settings.train.output_dir == f"outputs/{file.stem}"
@@ -41,15 +41,15 @@ def test_loads_and_is_explained(file, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_name_says_how_it_trains(file):
+def test_the_name_says_the_method(file):
     settings = config.load(file)
     quantized, adapter = settings.quantization is not None, settings.lora is not None
-    way = file.stem.rpartition("-")[2]
-    expected = {"lora": (False, True), "full": (False, False)}.get(way, (True, True))
+    method = file.stem.rpartition("-")[2]
+    expected = {"lora": (False, True), "full": (False, False)}.get(method, (True, True))
     assert (quantized, adapter) == expected
 
 
-def test_the_needed_ones_are_there():
+def test_the_documented_configs_exist():
     names = {f.stem for f in FILES}
     assert names >= {"quickstart", "quickstart-lora", "quickstart-full", "qwen3-8b-qlora"}
     assert names >= {"llama-3.1-8b-lora", "llama-3.1-8b-qlora", "dialogpt-medium-lora"}
@@ -63,7 +63,7 @@ def test_quickstart_is_qlora_on_every_linear_layer():
     assert c.evaluate.exact_match
 
 
-def test_dialogpt_is_the_articles():
+def test_dialogpt_has_the_settings_of_the_article():
     c = load("dialogpt-medium-lora")
     assert c.model.name_or_path == "microsoft/DialoGPT-medium"
     assert (c.lora.r, c.lora.lora_alpha, c.lora.lora_dropout) == (16, 32, 0.1)
@@ -74,8 +74,8 @@ def test_dialogpt_is_the_articles():
     assert (t.fp16, t.bf16, t.save_steps, t.logging_steps) == (True, False, 500, 100)
 
 
-def test_base_of_the_quickstart_loads(tmp_path, monkeypatch):
-    """base.yaml names what make_model writes before it trains."""
+def test_the_config_of_the_quickstart_base_loads(tmp_path, monkeypatch):
+    """base.yaml names files that make_model writes before training."""
     assets = Path(config.__file__).parent.parent / "assets" / "quickstart"
     (tmp_path / "init").mkdir()
     (tmp_path / "corpus").mkdir()
@@ -107,12 +107,12 @@ QWEN3_8B = LLAMA_3_1_8B | {
     "rope_theta": 1_000_000.0,
 }
 SHAPES = {"llama-3.1-8b-qlora": LLAMA_3_1_8B, "qwen3-8b-qlora": QWEN3_8B}
-"""What the models that the files name have in their config.json, but for the depth."""
+"""Config file → the shapes in its model's config.json, without the number of layers."""
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_qlora_compiles_as_written_on_the_shapes_it_names(name):
-    """The whole step of two layers, from shapes: what it computes, and what it needs."""
+def test_the_qlora_step_compiles_at_full_width(name):
+    """The step of a two-layer model, from abstract arrays: quantized leaves and memory."""
     settings = load(name)
     hf = SHAPES[name] | {"num_hidden_layers": 2, "tie_word_embeddings": False}
     remat, dtype = settings.train.gradient_checkpointing, settings.compute_dtype
@@ -144,12 +144,14 @@ def test_qlora_compiles_as_written_on_the_shapes_it_names(name):
     rows = dict.fromkeys(("input_ids", "labels", "positions", "segment_ids"), tokens)
     with jax.numpy_dtype_promotion("standard"):  # as optax needs it
         compiled = (
-            make_train_step(model, attach, optimizer).lower(state, (frozen, None), rows).compile()
+            make_train_step(model, bind_adapter, optimizer)
+            .lower(state, (frozen, None), rows)
+            .compile()
         )
     memory = compiled.memory_analysis()
     tables = 2 * 2 * hf["vocab_size"] * hf["hidden_size"]  # embedding and head, in bfloat16
-    packed, trained = sum(q.nbytes for q in kernels), 4 * 3 * _size(adapter)
-    assert memory.argument_size_in_bytes < 1.01 * (tables + packed + trained)
+    quantized, trained = sum(q.nbytes for q in kernels), 4 * 3 * _size(adapter)
+    assert memory.argument_size_in_bytes < 1.01 * (tables + quantized + trained)
 
 
 def _size(tree):
@@ -157,8 +159,8 @@ def _size(tree):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_qlora_trains_as_written(name, place, monkeypatch):
-    """The file itself, on a tiny base: one step of 16 micro-batches."""
+def test_a_qlora_config_trains_a_tiny_base(name, place, monkeypatch):
+    """The file's own settings: one step of 16 micro-batches."""
     monkeypatch.chdir(place.folder)
     settings = config.load(
         FOLDER / f"{name}.yaml",

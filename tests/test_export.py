@@ -8,11 +8,15 @@ import pytest
 from tiny_runs import Place
 
 from jlora import cli, config
-from jlora.run import outputs
-from jlora.run.job import open_job, open_tokenizer
-from jlora.run.progress import Plan, Progress
+from jlora.run.artifacts import write_trained
+from jlora.run.checkpoints import Checkpoints, identity
+from jlora.run.job import open_tokenizer
+from jlora.run.open_job import open_job
+from jlora.run.progress import Progress
+from jlora.run.step_counts import StepCounts
 from jlora.training.optim import make_optimizer
 from jlora.training.state import init_state
+from jlora.tree.fingerprint import fingerprint
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -64,7 +68,7 @@ def test_an_export_trains_on_as_a_start(ran, tmp_path, tiny_base):
     job = open_job(settings, open_tokenizer(settings), trained=False)
     assert job.trainable.config.lora_dropout == 0.3
     out = tmp_path / "again"
-    outputs.write_model(out, "float32", job.model, job.tokenizer, job.trainable)
+    write_trained(out, "float32", job.model, job.tokenizer, job.trainable)
     weights = "adapter_model.safetensors"
     assert (out / weights).read_bytes() == (tmp_path / "one" / weights).read_bytes()
 
@@ -75,11 +79,11 @@ def test_what_cannot_be_exported_is_refused(ran, capsys, tmp_path):
         return code, capsys.readouterr().err
 
     code, said = refused("export.checkpoint=7")
-    assert code == 2 and "export.checkpoint" in said and "whole here: 1, 2" in said
+    assert code == 2 and "export.checkpoint" in said and "complete here: 1, 2" in said
     code, said = refused("lora.lora_alpha=16", "lora.r=2")
     assert code == 2 and "lora.lora_alpha: 8 there, 16 here" in said and "lora.r: 4" in said
     code, said = refused(f"train.output_dir={tmp_path}")
-    assert code == 2 and "holds no whole checkpoint" in said
+    assert code == 2 and "holds no complete checkpoint" in said
     assert not (tmp_path / "none").exists()
 
 
@@ -105,19 +109,24 @@ def test_a_damaged_leaf_is_named_and_the_optimizer_is_not_read(ran, capsys, tmp_
 
 
 def test_a_fully_trained_model_becomes_a_transformers_folder(place):
-    """As ``write_model`` writes the state that was saved; masters are float32, files bfloat16."""
+    """As ``write_trained`` writes the state that was saved; masters are float32, files bfloat16."""
     place.settings_for_loss()
     file = place.write(lora=None, model={"dtype": "bfloat16"})
     settings = config.load(file)
     job = open_job(settings, open_tokenizer(settings), trained=False)
     keys = iter(jax.random.split(jax.random.key(3), 99))
     trained = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), job.trainable)
-    plan = Plan.of(settings, job.mesh, lambda rows: 4)
+    counts = StepCounts.of(settings, job.mesh, lambda rows: 4)
     state = init_state(trained, make_optimizer(settings.train, 4, trained))
-    checkpoints = outputs.Checkpoints(place.output / "checkpoints", job, plan, "rows")
+    checkpoints = Checkpoints(
+        place.output / "checkpoints",
+        settings.train,
+        identity=identity(settings, counts, "rows"),
+        base_fingerprint=fingerprint(job.base),
+    )
     checkpoints.save(state, Progress(step=5))
     wanted = place.folder / "wanted"
-    outputs.write_model(wanted, "bfloat16", job.model, job.tokenizer, trained)
+    write_trained(wanted, "bfloat16", job.model, job.tokenizer, trained)
     assert cli.main("export", [str(file)]) == 0
     got = content(place.output / "exported" / "5")
     assert got == content(wanted) and "config.json" in got

@@ -94,13 +94,13 @@ def test_sampling_follows_its_seed(here, capsys):
 @pytest.mark.parametrize(
     ("line", "cause"),
     [
-        (b"{", "is no prompt"),
+        (b"{", "is not a prompt"),
         (b'"text"', "neither messages nor a prompt"),
         (b'{"text": "a"}', "neither messages nor a prompt"),
         (b'{"prompt": 5}', "neither messages nor a prompt"),
         (b'{"messages": []}', "'messages' is empty"),
         (b'{"messages": [{"role": "usr", "content": "a"}]}', "role 'usr'"),
-        (b'{"prompt": "\xff"}', "is no prompt"),
+        (b'{"prompt": "\xff"}', "is not a prompt"),
     ],
 )
 def test_a_bad_prompt_is_named_by_its_line(here, line, cause):
@@ -114,7 +114,7 @@ def test_a_bad_prompt_is_named_by_its_line(here, line, cause):
 @pytest.mark.parametrize("given", [(), ("prompt", "file")])
 def test_one_source_of_prompts_is_needed(here, given):
     given = {name: str(here.rows) for name in given}
-    with pytest.raises(ConfigError, match="give one of prompt and file"):
+    with pytest.raises(ConfigError, match="give either prompt or file"):
         command(here, **given)
 
 

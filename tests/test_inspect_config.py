@@ -34,13 +34,13 @@ def fresh(params, **fields):
 
 
 def test_it_counts_what_a_run_has(place, capsys, tmp_path):
-    """A packed base, an adapter with saved modules: by hand, from the loaded tree, and written."""
+    """A quantized base, an adapter with saved modules: by hand, from the tree, and as written."""
     fields = {"r": 3, "target_modules": ["q_proj", "up_proj"], "modules_to_save": ["model.norm"]}
     quantization = {"llm_int8_skip_modules": ["o_proj"]}
     code, out, _ = inspect(place, capsys, lora=fields, quantization=quantization)
     assert code == 0
-    packed = jlora.QuantConfig(**quantization)
-    _, params = jlora.load_pretrained(place.base, "float32", quantization=packed)
+    settings = jlora.QuantConfig(**quantization)
+    _, params = jlora.load_pretrained(place.base, "float32", quantization=settings)
     adapter, size = fresh(params, lora_alpha=8, **fields)
     assert size == 2 * 3 * (32 + 32) + 2 * 3 * (32 + 64) + 32
     every = sum(x.size for x in jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "dequantize")))
@@ -50,8 +50,8 @@ def test_it_counts_what_a_run_has(place, capsys, tmp_path):
     jlora.save_adapter(tmp_path, adapter)
     written = sum(x.nbytes for x in load_file(tmp_path / "adapter_model.safetensors").values())
     assert adapter_io.file_bytes(adapter) == written
-    assert f"file adapter of {header.size_text(written)}" in out
-    assert f"adamw: {header.size_text(8 * size + 8)} of state" in out
+    assert f"adapter file {header.size_text(written)}" in out
+    assert f"adamw, {header.size_text(8 * size + 8)} of state" in out
     assert "model.layers.*.mlp.up_proj 2 32 × 64 3 2.66667 576" in out
     assert "model.norm.scale 1 32 32" in out
     assert "model.layers.*.self_attn.o_proj 2 32 × 32 float32 8.0 KiB" in out
@@ -106,9 +106,9 @@ def test_full_fine_tuning(place, capsys):
     params = Model.from_config(LLAMA).shapes
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert code == 0 and f"trainable {size:,} of {size:,} parameters (100.00%)" in out
-    assert f"{header.size_text(4 * size)} trainable" in out and "all of it, in float32" in out
+    assert f"{header.size_text(4 * size)} trainable" in out and "all parameters, in float32" in out
     lines = out.splitlines()
-    assert "adapter" not in lines and "in full" not in lines
+    assert "adapter" not in lines and "trained in full" not in lines
 
 
 def test_the_file_of_fused_parts_holds_whole_projections(tmp_path):
@@ -120,14 +120,14 @@ def test_the_file_of_fused_parts_holds_whole_projections(tmp_path):
     assert adapter_io.file_bytes(adapter) == sum(x.nbytes for x in written) > 4 * size
 
 
-def test_what_came_packed_is_not_trained_in_full(place, capsys):
-    folder = place.folder / "packed"
+def test_a_prequantized_base_is_not_trained_in_full(place, capsys):
+    folder = place.folder / "quantized"
     shutil.copytree(place.base, folder)
     config = json.loads((folder / "config.json").read_text())
     packing = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": packing}))
     here = {"name_or_path": str(folder)}
     code, _, err = inspect(place, capsys, lora=None, model=here)
-    assert code == 2 and "packed weights cannot be trained in full" in err
+    assert code == 2 and "quantized weights cannot be trained in full" in err
     code, out, _ = inspect(place, capsys, model=here)
-    assert code == 0 and "the base comes packed" in out
+    assert code == 0 and "the base is already quantized" in out

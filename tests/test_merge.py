@@ -27,10 +27,10 @@ def here(result, tmp_path):
 
 @pytest.fixture(scope="module")
 def logits(result):
-    """Logits with the adapter on the base, and on the packed base."""
+    """Logits with the adapter on the base, and on the quantized base."""
     model, plain = tiny_results.trained(result)
-    _, packed = tiny_results.trained(result, quantized=True)
-    return [tiny_results.logits(model, params) for params in (plain, packed)]
+    _, quantized = tiny_results.trained(result, quantized=True)
+    return [tiny_results.logits(model, params) for params in (plain, quantized)]
 
 
 def merged(place, **sections):
@@ -69,11 +69,11 @@ def test_a_quantized_base_is_merged_as_trained_on_or_as_it_was(here, logits, bas
     assert close(got, logits[like]) and not close(got, logits[1 - like])
     shown = differences(capsys.readouterr().out)
     assert shown["dequantized base"][1] < 1e-4
-    # Training computed with the packed base: what the other one changes, on the tokens of merge.
+    # Training computed with the quantized base: what the other one changes, on the tokens of merge.
     model, plain = tiny_results.trained(here)
-    _, packed = tiny_results.trained(here, quantized=True)
+    _, quantized = tiny_results.trained(here, quantized=True)
     ids = np.random.default_rng(0).integers(0, 336, (4, 64), dtype=np.int32)
-    gap = np.abs(np.asarray(model(plain, ids)) - np.asarray(model(packed, ids)))
+    gap = np.abs(np.asarray(model(plain, ids)) - np.asarray(model(quantized, ids)))
     np.testing.assert_allclose(shown["original base"], (gap.mean(), gap.max()), rtol=0.06)
 
 

@@ -16,7 +16,7 @@ from jlora.distributed import sharding
 from jlora.distributed.mesh import compiler_options
 from jlora.inference import decoding
 from jlora.models import Model, init_params
-from jlora.run.job import attach
+from jlora.run.job import bind_adapter
 from jlora.training.state import init_state
 from jlora.training.step import make_train_step
 
@@ -57,7 +57,7 @@ def kept_arrays(length, remat, key, adapter=ADAPTER):
     ids = jax.ShapeDtypeStruct((ROWS, length), jnp.int32)
 
     def total(adapter, base, ids, key):
-        return jnp.sum(model.features(attach((base, None), adapter, key), ids))
+        return jnp.sum(model.features(bind_adapter((base, None), adapter, key), ids))
 
     jaxpr = jax.make_jaxpr(jax.grad(total))(adapter, BASE, ids, key)
     scans = [e for e in equations(jaxpr) if e.primitive.name == "scan"]
@@ -124,7 +124,7 @@ def test_no_stack_of_layers_is_widened_on_a_cpu():
     rows = dict.fromkeys(("input_ids", "labels", "positions", "segment_ids"), tokens)
 
     def widened(options):
-        step = make_train_step(MODEL, attach, optimizer, compiler_options=options)
+        step = make_train_step(MODEL, bind_adapter, optimizer, compiler_options=options)
         return widened_in(step.lower(state, (BASE, None), rows).compile().as_text())
 
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])

@@ -31,14 +31,14 @@ def test_layout_says_what_lies_on_each_device():
         (1, "kernel", "fsdp × tensor", "16.0 KiB", "4.0 KiB"),
         (1, "lora_A", "fsdp", "2.0 KiB", "1.0 KiB"),
         (1, "lora_B", "tensor", "2.0 KiB", "1.0 KiB"),
-        (1, "bias", "nothing", "1.0 KiB", "1.0 KiB"),
+        (1, "bias", "replicated", "1.0 KiB", "1.0 KiB"),
     ]
     assert len(rows.rows[0]) == len(rows.columns)
 
 
 def test_attention_is_named_with_its_reason():
     model = Model.from_config(LLAMA | {"head_dim": 64})
-    said = [header.attention(model, platform, 1024) for platform in ("cpu", "gpu", "tpu")]
+    said = [header.attention_text(model, platform, 1024) for platform in ("cpu", "gpu", "tpu")]
     assert said == [
         "chunked: 1024 tokens are more than a chunk of 64",
         "cudnn: made for cuda",
@@ -47,9 +47,9 @@ def test_attention_is_named_with_its_reason():
     for change in ({"attention_softcap": 5.0}, {"sinks": True}, {"head_dim": 100}):
         config = dataclasses.replace(model.config, **change)
         other = dataclasses.replace(model, config=config)
-        assert header.attention(other, "gpu", 1024).startswith("chunked: cuDNN ")
+        assert header.attention_text(other, "gpu", 1024).startswith("chunked: cuDNN ")
     asked = dataclasses.replace(model, dtype="float32", attention="reference")
-    assert header.attention(asked, "gpu", 1024) == "reference: asked for"
+    assert header.attention_text(asked, "gpu", 1024) == "reference: asked for"
 
 
 def test_every_setting_is_shown_as_it_was_resolved(tmp_path):

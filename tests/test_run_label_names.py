@@ -9,7 +9,7 @@ from tiny_runs import write_rows
 
 from jlora import config
 from jlora.errors import ConfigError
-from jlora.run.label_names import with_classes
+from jlora.run.label_names import with_label_names
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def settings(tmp_path):
     """Settings over a folder with a config.json only, and rows of the classes ``a`` and ``b``."""
     rows = [{"text": "x", "label": "b"}, {"text": "y", "label": "a"}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    source = config.tables.SourceConfig(path=str(path), format="classification")
+    source = config.SourceConfig(path=str(path), format="classification")
 
     def make(hf, **model):
         (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **hf}))
@@ -47,14 +47,14 @@ OWN = {**CLASSIFIER, "id2label": {"1": "y", "0": "x", "2": "z"}}
     ],
 )
 def test_who_names_the_classes(settings, hf, model, names, origin):
-    found, said = with_classes(settings(hf, **model))
+    found, said = with_label_names(settings(hf, **model))
     assert (found.model.id2label, found.model.num_labels, said) == (names, len(names), origin)
-    assert with_classes(found)[0] == found
+    assert with_label_names(found)[0] == found
 
 
 def test_another_number_than_the_models_is_refused(settings):
     with pytest.raises(ConfigError, match="is 2, but the model has 3 classes: x, y, z") as caught:
-        with_classes(settings(OWN, num_labels=2))
+        with_label_names(settings(OWN, num_labels=2))
     assert caught.value.where == "model.num_labels"
 
 
@@ -62,4 +62,4 @@ def test_a_language_models_settings_stay_as_they_are(settings):
     given = settings({})
     texts = dataclasses.replace(given.data.train[0], format="text")
     given = dataclasses.replace(given, data=dataclasses.replace(given.data, train=(texts,)))
-    assert with_classes(given) == (given, "")
+    assert with_label_names(given) == (given, "")

@@ -1,1 +1,1 @@
-"""Using a model: decoding, and what it does on held-out rows."""
+"""Decoding, and evaluation on held-out rows; the model is an argument."""

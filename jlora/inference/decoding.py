@@ -1,8 +1,10 @@
 """Generating tokens with a KV cache: greedy or sampled, many rows at once. Pure.
 
-The model is an argument: anything with ``init_cache(batch, length)``,
-``decode(params, ids, positions, cache, last_only)`` giving (B, V) float32 logits and the cache, and
-``config.position_limit``, None or how many positions there are.
+The model is an argument, any object with
+
+- ``init_cache(batch, length)``: an empty cache;
+- ``decode(params, ids, positions, cache, last_only)``: float32 logits (B, V) and the new cache;
+- ``config.position_limit``: the number of positions, or None if there is no limit.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from jlora.distributed.mesh import COMPILER_OPTIONS
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; the meanings are those of transformers' GenerationConfig."""
+    """How a token is chosen, with the names and meanings of transformers' GenerationConfig."""
 
     do_sample: bool = False
     temperature: float = 1.0
@@ -32,7 +34,7 @@ class Sampling:
 
     @classmethod
     def of(cls, config: GenerateConfig) -> Sampling:
-        """The sampling of the ``generate`` section."""
+        """As the ``generate`` section says."""
         return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(cls)})
 
 
@@ -47,24 +49,24 @@ def generate(
     seed: int = 0,
     batch_size: int = 32,
 ) -> list[list[int]]:
-    """The tokens that follow each prompt, up to and without the first end-of-sequence token.
+    """The reply to each prompt, up to and without the first end-of-sequence token.
 
-    A reply also ends where the model has no more positions; after a prompt that is longer than they
-    are there is none.
+    A reply also ends where the model has no more positions; it is empty after a prompt that is
+    longer than the model's positions.
 
-    All batches have one shape, so that one program is compiled: prompts are padded to the longest
-    (rounded up to 16), and the last batch is filled up. A row's tokens depend on its prompt and, if
-    sampled, on ``seed`` and its number only.
+    All batches have one shape, so that only one program is compiled: prompts are padded to the
+    longest (rounded up to a multiple of 16), and the last batch is filled up. A reply depends on
+    its prompt only; if sampled, also on ``seed`` and the prompt's index.
 
     Args:
-      model: see the module's header.
-      params: its parameters, with an adapter on them or not.
-      prompts: token ids, each at least one.
-      max_new_tokens: the most tokens of a reply.
-      eos_ids: any of these ends a reply.
+      model: see the module's docstring.
+      params: its parameters, with an adapter attached or not.
+      prompts: token ids of each prompt, at least one.
+      max_new_tokens: the maximum length of a reply.
+      eos_ids: the tokens that end a reply.
       sampling: how a token is chosen.
       seed: of the sampling.
-      batch_size: rows generated together.
+      batch_size: rows that are generated together.
     """
     if not prompts:
         return []
@@ -73,18 +75,18 @@ def generate(
     run = _compiled(model, rows, width, max_new_tokens, tuple(eos_ids), sampling)
     replies: list[list[int]] = []
     for start in range(0, len(prompts), rows):
-        part = prompts[start : start + rows]
+        batch = prompts[start : start + rows]
         ids = np.zeros((rows, width), np.int32)
         positions = np.full((rows, width), -1, np.int32)
-        for row, prompt in enumerate([*part, *[part[0]] * (rows - len(part))]):
+        for row, prompt in enumerate([*batch, *[batch[0]] * (rows - len(batch))]):
             ids[row, : len(prompt)] = prompt
             positions[row, : len(prompt)] = np.arange(len(prompt))
-        numbers = np.arange(start, start + rows, dtype=np.int32)
-        tokens = np.asarray(run(params, ids, positions, jax.random.key(seed), numbers))
-        replies += [_until(row, eos_ids) for row in tokens[: len(part)].tolist()]
+        indices = np.arange(start, start + rows, dtype=np.int32)
+        tokens = np.asarray(run(params, ids, positions, jax.random.key(seed), indices))
+        replies += [_cut_at_eos(row, eos_ids) for row in tokens[: len(batch)].tolist()]
     if (limit := model.config.position_limit) is None:
         return replies
-    # The last token needs no position of its own: nothing is computed from it.
+    # The last token needs no position: nothing is computed from it.
     room = [max(0, limit - len(prompt) + 1) for prompt in prompts]
     return [reply[:most] for reply, most in zip(replies, room, strict=True)]
 
@@ -103,7 +105,7 @@ def next_token(
     if sampling.top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
-        # A token stays if the more likely ones have not yet reached top_p; the first always stays.
+        # A token is kept if the more likely ones have not reached top_p; the first always is.
         before = mass - jax.nn.softmax(ordered, axis=-1)
         least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), -1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
@@ -114,36 +116,36 @@ def next_token(
 def _compiled(
     model: Any, rows: int, width: int, new: int, eos_ids: tuple[int, ...], sampling: Sampling
 ):
-    """The jitted ``(params, ids, positions, key, row numbers) -> (rows, new)`` tokens."""
+    """The jitted ``(params, ids, positions, key, prompt indices) -> (rows, new)`` tokens."""
     eos = jnp.asarray(eos_ids or (-1,), jnp.int32)
 
-    def pick(logits, key, numbers, step):
-        keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(key, n), step))(numbers)
+    def pick(logits, key, indices, step):
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, i), step))(indices)
         return next_token(logits, keys, sampling)
 
-    def run(params, ids, positions, key, numbers):
+    def run(params, ids, positions, key, indices):
         cache = model.init_cache(rows, width + new)
         logits, cache = model.decode(params, ids, positions, cache, last_only=True)
-        first = pick(logits, key, numbers, 0)
+        first = pick(logits, key, indices, 0)
         tokens = jnp.full((rows, new), eos[0], jnp.int32).at[:, 0].set(first)
 
-        def going_on(carry):
+        def unfinished(carry):
             step, done, *_ = carry
             return (step < new) & ~jnp.all(done)
 
-        def one(carry):
+        def decode_one(carry):
             step, done, last, cache, tokens = carry
             logits, cache = model.decode(params, last[:, None], None, cache, last_only=True)
-            token = jnp.where(done, eos[0], pick(logits, key, numbers, step))
+            token = jnp.where(done, eos[0], pick(logits, key, indices, step))
             tokens = tokens.at[:, step].set(token)
             return step + 1, jnp.isin(token, eos), token, cache, tokens
 
         start = (jnp.int32(1), jnp.isin(first, eos), first, cache, tokens)
-        return jax.lax.while_loop(going_on, one, start)[-1]
+        return jax.lax.while_loop(unfinished, decode_one, start)[-1]
 
     return jax.jit(run, compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
 
 
-def _until(tokens: list[int], eos_ids: Sequence[int]) -> list[int]:
+def _cut_at_eos(tokens: list[int], eos_ids: Sequence[int]) -> list[int]:
     ends = [i for i, token in enumerate(tokens) if token in eos_ids]
     return tokens[: ends[0]] if ends else tokens

@@ -1,6 +1,6 @@
-"""Held-out loss, accuracy and F1 of classes, and replies compared with the data.
+"""The figures that ``train`` and ``evaluate`` report of held-out rows.
 
-What ``train`` and ``evaluate`` report.
+Loss and perplexity, accuracy and F1 of classifiers, and exact match of generated replies.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from jlora.inference.decoding import generate
 
 @runtime_checkable
 class Prompt(Protocol):
-    """A prompt's tokens and text, and the reply that the data has for it."""
+    """A held-out row to generate a reply for: a prompt, and the reply in the data."""
 
     @property
     def prompt_ids(self) -> Sequence[int]:
-        """The tokens up to where the reply begins."""
+        """The prompt's tokens, up to where the reply begins."""
         ...
 
     @property
     def prompt(self) -> str:
-        """Their text."""
+        """The prompt's text."""
         ...
 
     @property
@@ -41,7 +41,7 @@ class HeldOut(NamedTuple):
     loss: float
     tokens: int
     accuracy: float | None = None
-    """The share of labels that a classifier finds; None of a language model."""
+    """The share of rows that a classifier labels correctly; None for a language model."""
     f1: float | None = None
     """See ``f1_score``."""
 
@@ -52,14 +52,14 @@ class HeldOut(NamedTuple):
 
     @property
     def figures(self) -> dict[str, float]:
-        """What a line of metrics.jsonl holds of it."""
+        """Names and values for a line of metrics.jsonl."""
         if self.accuracy is None or self.f1 is None:
             return {"eval_loss": self.loss, "eval_perplexity": self.perplexity}
         return {"eval_loss": self.loss, "eval_accuracy": self.accuracy, "eval_f1": self.f1}
 
 
 class Sample(NamedTuple):
-    """A prompt, the reply in the data, and the model's."""
+    """A prompt, the reply in the data, and the model's reply."""
 
     prompt: str
     expected: str
@@ -67,7 +67,7 @@ class Sample(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Whether the two replies are the same, apart from white space around them."""
+        """Whether the two replies are equal, apart from white space around them."""
         return self.reply.strip() == self.expected.strip()
 
 
@@ -77,11 +77,11 @@ def held_out(
     frozen: Any,
     batches: Iterable[Any],
 ) -> HeldOut:
-    """The mean loss of all labelled tokens of ``batches``, each token counted once.
+    """The mean loss over all labelled tokens of ``batches``, and a classifier's accuracy and F1.
 
-    ``eval_step(trainable, frozen, batch)`` gives the summed loss, the number of tokens and, of a
-    classifier, the counts that ``f1_score`` takes, else None. Sums are streamed, so that memory
-    does not grow with the data.
+    ``eval_step(trainable, frozen, batch)`` returns the summed loss, the number of labelled tokens
+    and, for a classifier, the counts that ``f1_score`` takes, else None. Only sums are kept, so
+    that memory does not grow with the data.
     """
     total, count, classes = 0.0, 0, None
     for batch in batches:
@@ -102,10 +102,10 @@ def mean_loss(results: Sequence[HeldOut]) -> float:
 
 
 def figures(results: Sequence[HeldOut], adapters: Sequence[str]) -> dict[str, float]:
-    """What a line of metrics.jsonl holds of one result, or of one for each of several adapters.
+    """Names and values for a line of metrics.jsonl, from the results of all adapters.
 
-    Those are ``eval_loss/NAME`` and so on, besides the ``eval_loss`` over all tokens; adapters
-    without held-out rows are left out.
+    In a multi-adapter run (``adapters`` are the names) they are ``eval_loss/NAME`` and so on,
+    besides the ``eval_loss`` over all tokens; adapters without held-out rows are left out.
     """
     if not adapters:
         return results[0].figures
@@ -118,16 +118,16 @@ def figures(results: Sequence[HeldOut], adapters: Sequence[str]) -> dict[str, fl
 def f1_score(counts: Int[np.ndarray, "3 classes"]) -> float:
     """F1, the harmonic mean of precision and recall, as scikit-learn's function of this name.
 
-    Of two classes it is that of class 1 (``average="binary"``), of more the mean over the classes
+    For two classes it is that of class 1 (``average="binary"``), for more the mean over the classes
     that occur as a label or a prediction (``average="macro"``).
 
     Args:
-      counts: for each class how often it was predicted rightly, predicted, and the label.
+      counts: for each class its correct predictions, all its predictions, and its labels.
     """
-    right, predicted, labelled = counts
-    occurs = predicted + labelled
-    each = 2 * right / np.maximum(occurs, 1)
-    return float(each[1] if len(each) == 2 else each[occurs > 0].mean())
+    correct, predicted, labelled = counts
+    occurrences = predicted + labelled
+    f1 = 2 * correct / np.maximum(occurrences, 1)
+    return float(f1[1] if len(f1) == 2 else f1[occurrences > 0].mean())
 
 
 def replies(
@@ -140,7 +140,7 @@ def replies(
     batch_size: int,
     eos_ids: Sequence[int],
 ) -> list[Sample]:
-    """The model's greedy reply to each prompt, beside the data's."""
+    """The model's greedy reply to each prompt, with the data's."""
     tokens = generate(
         model,
         params,
@@ -154,5 +154,5 @@ def replies(
 
 
 def exact_match(samples: Sequence[Sample]) -> float:
-    """The share of samples whose reply is exactly the data's."""
+    """The share of samples whose reply equals the data's."""
     return sum(s.exact for s in samples) / max(len(samples), 1)

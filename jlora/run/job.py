@@ -1,70 +1,57 @@
-"""What a command works on: mesh, model, parameters, adapter and tokenizer, put together once."""
+"""A job: mesh, model, parameters, adapter and tokenizer of a run, put together in one place.
+
+Where the arrays come from is an argument: ``run/open_job.py`` loads them, ``run/abstract_job.py``
+has shapes in their place. Both give the same Job, so a step compiled for the one is the other's.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from jlora import lora
-from jlora.config import Config, QuantConfig
+from jlora.config import Config
 from jlora.data import load_tokenizer
-from jlora.distributed import sharding
 from jlora.errors import ConfigError
-from jlora.io.hf import load_pretrained
-from jlora.io.peft import CONFIG_FILE, load_adapter
 from jlora.lora.targets import Target, find_targets
 from jlora.models import Model, as_classifier
 from jlora.models.layer_scan import OFFLOAD
-from jlora.training import quantized_init
 from jlora.training.optim import without_gradient_of_a
 
-Load = Callable[[str, str], tuple[Model, Any]]
-"""(name, dtype) → a model and its parameters."""
+Bind = Callable[[Any, Any, Any], Any]
+"""(frozen, trainable, dropout key or None) → the parameters of one forward pass."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """A model with its frozen parameters, what is trained, and how the two go together.
-
-    With an adapter ``base`` is the model's parameters, ``initial`` what the adapter started from
-    (see ``Adapter``), and ``trainable`` the Adapter without it; in full fine-tuning ``base`` is
-    empty and ``trainable`` the parameters in float32. Several adapters that are trained together
-    are one Adapter whose leaves have a leading axis.
-    """
+    """A model with its frozen parameters, what is trained, and how the two are combined."""
 
     config: Config
     mesh: jax.sharding.Mesh
     model: Model
     tokenizer: Any
     base: Any
+    """With an adapter, the model's parameters; empty in full fine-tuning."""
     trainable: Any
-    bind: Callable[[Any, Any, Any], Any]
+    """The Adapter, without its ``initial``, or in full fine-tuning the parameters in float32. In a
+    multi-adapter run the leaves of the one Adapter have a leading axis of adapters."""
+    bind: Bind
     targets: tuple[Target, ...] = ()
     initial: Any = None
+    """What the adapter started from (PiSSA, OLoRA), see ``Adapter``; it is frozen."""
 
     @property
     def frozen(self) -> Any:
-        """What ``bind`` takes besides what is trained."""
+        """The first argument of ``bind``."""
         return self.base, self.initial
-
-    def each(self, trainable: Any) -> list[tuple[Job, Any]]:
-        """The job of every adapter, with its share of ``trainable``: of several trained together,
-        as if they were trained apart.
-        """
-        return [
-            (dataclasses.replace(self, config=config), own)
-            for config, own in each_adapter(self.config, trainable)
-        ]
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The names of adapters that are trained together."""
+        """The adapters' names in a multi-adapter run; else empty."""
         return self.config.adapters
 
     @property
@@ -75,16 +62,86 @@ class Job:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The tokens that end a reply: the model's and the tokenizer's."""
-        own = self.tokenizer.eos_token_id
-        return tuple({*self.model.config.eos_token_ids, *([] if own is None else [own])})
+        eos = self.tokenizer.eos_token_id
+        return tuple({*self.model.config.eos_token_ids, *([] if eos is None else [eos])})
+
+    def per_adapter(self, trainable: Any) -> list[tuple[Job, Any]]:
+        """For each adapter the job of a run that trains it alone, and its part of ``trainable``."""
+        return [
+            (dataclasses.replace(self, config=config), part)
+            for config, part in split_adapters(self.config, trainable)
+        ]
 
 
-def each_adapter(config: Config, trainable: Any) -> list[tuple[Config, Any]]:
-    """The settings and the share of ``trainable`` of every adapter; all, where there is one."""
+@runtime_checkable
+class ArraySource(Protocol):
+    """Where a job's arrays come from, and how new ones are made."""
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The devices."""
+        ...
+
+    def model_and_params(self) -> tuple[Model, Any]:
+        """The model as the settings configure it, and its parameters."""
+        ...
+
+    def adapter(self, params: Any) -> tuple[Any, lora.Adapter]:
+        """The base that the adapter belongs to (LoftQ quantizes it), and the adapter."""
+        ...
+
+    def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """``function(*arguments)``, or the shapes of its result."""
+        ...
+
+    def place(self, tree: Any) -> Any:
+        """The tree with every array, or shape, where it belongs on the mesh."""
+        ...
+
+
+def build_job(*, config: Config, tokenizer: Any, source: ArraySource) -> Job:
+    """The job of these settings; the only place where one is put together.
+
+    Raises:
+      ConfigError: a pattern matches nothing, or the model and the settings do not fit together.
+    """
+    model, base = source.model_and_params()
+    check_trainable(config, model)
+    trainable, initial, targets = base, None, []
+    if config.lora is None:
+        base = {}
+    else:
+        base, adapter = source.adapter(base)
+        adapter = with_base_name(config, adapter)
+        _, targets = find_targets(base, adapter.config)
+        trainable, initial = dataclasses.replace(adapter, initial=None), adapter.initial
+        if count := len(config.adapters):
+            trainable = source.compute(lambda tree: _repeat(tree, count), trainable)
+    base, trainable, initial = source.place((base, trainable, initial))
+    return Job(
+        config=config,
+        mesh=source.mesh,
+        model=model,
+        tokenizer=tokenizer,
+        base=base,
+        trainable=trainable,
+        bind=make_bind(config),
+        targets=tuple(targets),
+        initial=initial,
+    )
+
+
+def _repeat(tree: Any, count: int) -> Any:
+    """The tree with a new leading axis: all adapters of a run start from the same values."""
+    return jax.tree.map(lambda leaf: jnp.stack([leaf] * count), tree)
+
+
+def split_adapters(config: Config, trainable: Any) -> list[tuple[Config, Any]]:
+    """Each adapter's settings and its part of ``trainable``; all of it if there is only one."""
     if not config.adapters:
         return [(config, trainable)]
     return [
-        (config.alone(name), jax.tree.map(lambda leaf, i=i: leaf[i], trainable))
+        (config.for_adapter(name), jax.tree.map(lambda leaf, i=i: leaf[i], trainable))
         for i, name in enumerate(config.adapters)
     ]
 
@@ -92,192 +149,81 @@ def each_adapter(config: Config, trainable: Any) -> list[tuple[Config, Any]]:
 def open_tokenizer(config: Config) -> Any:
     """The base model's tokenizer, with ``data.chat_template`` if that is given.
 
-    A classifier's always has a padding token, which tells transformers where a text ends.
+    A classifier's always has a padding token: transformers finds the end of a text by it.
     """
     name, revision = config.model.name_or_path, config.model.revision
     tokenizer = load_tokenizer(name, config.data.chat_template, revision)
-    if config.classifies and tokenizer.pad_token is None:
+    if config.is_classification and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def open_job(
-    config: Config,
-    tokenizer: Any,
-    *,
-    trained: bool,
-    dense: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> Job:
-    """Loads the model that the settings name, and what is trained of it.
-
-    Args:
-      config: the settings.
-      tokenizer: see ``open_tokenizer``.
-      trained: take the result of the run in ``train.output_dir``; else a fresh adapter (or
-        ``lora.init_from``), or the base model to be trained in full.
-      dense: leave the base as it is where the settings would quantize it.
-      progress: see ``load_pretrained``.
-    """
-    if trained and config.adapters:
-        raise ConfigError(
-            f"there are {len(config.adapters)} adapters: {', '.join(config.adapters)}",
-            where=config.train.output_dir,
-            fix=f"name one's folder, such as {config.train.output_dir}/{config.adapters[0]}",
-        )
-    mesh = sharding.make_mesh(config.mesh)
-    open_ = _open_adapter if config.lora else _open_full
-    loftq = config.lora and config.lora.begins_with == "loftq" and not trained
-    quantization = None if dense or loftq else config.quantization  # LoftQ packs the base itself
-    load = functools.partial(_load, config, quantization, mesh, progress, tokenizer)
-    with jax.set_mesh(mesh):
-        return open_(config, mesh, load, tokenizer, trained)
-
-
-def _open_adapter(
-    config: Config, mesh: jax.sharding.Mesh, load: Load, tokenizer: Any, trained: bool
-) -> Job:
-    assert config.lora is not None
-    model, params = load(config.model.name_or_path, config.model.dtype)
-    source = _result(config, "adapter", CONFIG_FILE) if trained else config.lora.init_from
-    if source:
-        adapter = load_adapter(source, params)
-        if config.classifies and "score" not in adapter.weights:
-            raise ConfigError(
-                f"the adapter has no score head (task_type: {adapter.config.task_type})",
-                where=str(source),
-                fix="name one that was trained with SEQ_CLS, or leave it out",
-            )
-    else:
-        params, adapter = _fresh_adapter(config, mesh, params)
-    adapter = named(config, adapter)
-    trainable, initial = dataclasses.replace(adapter, initial=None), adapter.initial
-    if names := config.adapters:
-        trainable = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(names)), trainable)
-    both = trainable, initial
-    trainable, initial = sharding.place(both, sharding.shardings(both, mesh))
-    _, targets = find_targets(params, adapter.config)
-    bind = binding(config)
-    return Job(config, mesh, model, tokenizer, params, trainable, bind, tuple(targets), initial)
-
-
-def _fresh_adapter(
-    config: Config, mesh: jax.sharding.Mesh, params: Any
-) -> tuple[Any, lora.Adapter]:
-    """The base and the first adapter; LoftQ packs the base, which was read dense for it."""
-    assert config.lora is not None
-    key = jax.random.key(config.train.seed)
-    if config.lora.begins_with != "loftq":
-        return params, lora.init_adapter(key, params, config.lora)
-    assert config.quantization is not None
-    params, adapter = quantized_init.loftq(key, params, config.lora, config.quantization)
-    return sharding.place(params, sharding.shardings(params, mesh)), adapter
-
-
-def named(config: Config, adapter: lora.Adapter) -> lora.Adapter:
-    """The adapter with the base's name in its config, and the dropout of the settings."""
-    own = config.lora
-    assert own is not None
-    named = dataclasses.replace(
-        adapter.config,
-        lora_dropout=own.lora_dropout,
-        base_model_name_or_path=own.base_model_name_or_path or config.model.name_or_path,
-        revision=own.revision or config.model.revision,
-    )
-    return dataclasses.replace(adapter, config=named)
-
-
-def _open_full(
-    config: Config, mesh: jax.sharding.Mesh, load: Load, tokenizer: Any, trained: bool
-) -> Job:
-    name = _result(config, "model", "config.json") if trained else config.model.name_or_path
-    model, params = load(name, "float32")
-    check_trainable(config, model)
-    return Job(config, mesh, model, tokenizer, {}, params, binding(config))
-
-
-def check_trainable(config: Config, model: Model) -> None:
-    """ConfigError when a model that came packed is to be trained in full."""
-    if model.config.prequantized and config.lora is None:
-        raise ConfigError(
-            "the base model came packed, and packed weights cannot be trained in full",
-            where=f"model.name_or_path: {config.model.name_or_path}",
-            fix="add a lora section, or name the model that it was packed from",
-        )
-
-
-def _result(config: Config, kind: str, file: str) -> str:
-    """The run's folder; ConfigError while it does not hold ``file``."""
-    folder = config.train.output_dir
-    if not (Path(folder) / file).exists():
-        raise ConfigError(f"holds no trained {kind} yet", where=folder, fix="train it first")
-    return folder
-
-
-def binding(config: Config) -> Callable[[Any, Any, Any], Any]:
-    """How what is frozen and what is trained go together: see ``Job.bind``."""
-    if config.lora is None:
-        return _Cast(config.compute_dtype)
-    return attach_fa if config.train.lorafa else attach
-
-
-def attach(frozen: Any, adapter: lora.Adapter, key: Any) -> Any:
-    """The base with the adapter on it; ``key`` draws its dropout, None means none."""
-    base, initial = frozen
-    return lora.attach(base, dataclasses.replace(adapter, initial=initial), dropout_key=key)
-
-
-def attach_fa(frozen: Any, adapter: lora.Adapter, key: Any) -> Any:
-    """``attach`` for LoRA-FA: no gradient flows to A."""
-    return attach(frozen, without_gradient_of_a(adapter), key)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Cast:
-    """Full fine-tuning's parameters in the type that is computed in; the masters stay float32."""
-
-    dtype: str
-
-    def __call__(self, frozen: Any, params: Any, key: Any) -> Any:
-        del frozen, key
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(self.dtype)), params)
-
-
-def _load(
-    config: Config,
-    quantization: QuantConfig | None,
-    mesh: jax.sharding.Mesh,
-    progress: Callable[[int, int], None] | None,
-    tokenizer: Any,
-    name: str,
-    dtype: str,
-) -> tuple[Model, Any]:
-    revision = config.model.revision if name == config.model.name_or_path else None
-    model, params = load_pretrained(
-        name,
-        dtype=dtype,
-        quantization=quantization,
-        mesh=mesh,
-        revision=revision,
-        attention=config.model.attention,
-        progress=progress,
-        num_labels=config.model.num_labels,
-        seed=config.train.seed,
-    )
-    return settled(config, model, tokenizer), params
-
-
-def settled(config: Config, model: Model, tokenizer: Any) -> Model:
-    """The model with its classes' names, and computing as the settings say."""
-    if config.classifies:
+def configure_model(config: Config, model: Model, tokenizer: Any) -> Model:
+    """The model with its classes' names, and with the compute dtype and remat of the settings."""
+    if config.is_classification:
         names = config.model.id2label or ()
-        named = as_classifier(model.config, len(names), names, tokenizer.pad_token_id)
-        model = dataclasses.replace(model, config=named)
+        model_config = as_classifier(model.config, len(names), names, tokenizer.pad_token_id)
+        model = dataclasses.replace(model, config=model_config)
     elif model.config.num_labels:
         raise ConfigError(
-            "holds a classifier, but the rows have no classes",
+            "is a classifier, but the rows have no classes",
             where=f"model.name_or_path: {config.model.name_or_path}",
-            fix="name a language model, or rows of format: classification",
+            fix="name a language model, or use rows of format: classification",
         )
     remat = OFFLOAD if config.train.activation_offloading else config.train.gradient_checkpointing
     return dataclasses.replace(model, dtype=config.compute_dtype, gradient_checkpointing=remat)
+
+
+def with_base_name(config: Config, adapter: lora.Adapter) -> lora.Adapter:
+    """The adapter with the base's name in its config, and with the dropout of the settings."""
+    asked = config.lora
+    assert asked is not None
+    adapter_config = dataclasses.replace(
+        adapter.config,
+        lora_dropout=asked.lora_dropout,
+        base_model_name_or_path=asked.base_model_name_or_path or config.model.name_or_path,
+        revision=asked.revision or config.model.revision,
+    )
+    return dataclasses.replace(adapter, config=adapter_config)
+
+
+def check_trainable(config: Config, model: Model) -> None:
+    """ConfigError when a prequantized model is to be trained in full."""
+    if model.config.prequantized and config.lora is None:
+        raise ConfigError(
+            "the base model is already quantized, and quantized weights cannot be trained in full",
+            where=f"model.name_or_path: {config.model.name_or_path}",
+            fix="add a lora section, or name the model that it was quantized from",
+        )
+
+
+def make_bind(config: Config) -> Bind:
+    """How frozen and trainable parameters are combined: see ``Job.bind``."""
+    if config.lora is None:
+        return _CastToCompute(config.compute_dtype)
+    return bind_adapter_with_frozen_a if config.train.lorafa else bind_adapter
+
+
+def bind_adapter(frozen: Any, adapter: lora.Adapter, dropout_key: Any) -> Any:
+    """The base with the adapter attached; without a key there is no dropout."""
+    base, initial = frozen
+    return lora.attach(base, dataclasses.replace(adapter, initial=initial), dropout_key=dropout_key)
+
+
+def bind_adapter_with_frozen_a(frozen: Any, adapter: lora.Adapter, dropout_key: Any) -> Any:
+    """``bind_adapter`` for LoRA-FA: no gradient flows to A."""
+    return bind_adapter(frozen, without_gradient_of_a(adapter), dropout_key)
+
+
+@dataclasses.dataclass(frozen=True)
+class _CastToCompute:
+    """Full fine-tuning: the float32 master weights, cast to the compute dtype.
+
+    A class, because two functions made by a closure are never equal and would be compiled twice.
+    """
+
+    dtype: str
+
+    def __call__(self, frozen: Any, params: Any, dropout_key: Any) -> Any:
+        del frozen, dropout_key
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(self.dtype)), params)

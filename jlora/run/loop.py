@@ -1,4 +1,4 @@
-"""The training loop: steps, and what comes between them, from where a run is to its end."""
+"""The training loop: one function, from the first step or the last checkpoint to the result."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from jlora import data
 from jlora.distributed.mesh import compiler_options
 from jlora.distributed.signals import StopSignals
 from jlora.inference import scoring
-from jlora.run import outputs
-from jlora.run.batches import batch_at, batches_at, eval_batches, parts
-from jlora.run.job import Job
-from jlora.run.progress import (
-    Meter,
-    Plan,
-    Progress,
-    check_evaluation,
-    check_finite,
-    check_learning,
-    together,
+from jlora.io.peft import base_record
+from jlora.run.artifacts import write_results, write_settings
+from jlora.run.batches import (
+    eval_device_batches,
+    make_batch_at,
+    make_multi_adapter_batch_at,
+    rows_per_adapter,
 )
+from jlora.run.checkpoints import Checkpoints, identity, stopped_error
+from jlora.run.divergence import check_evaluation, check_finite, check_learning
+from jlora.run.job import Job
+from jlora.run.progress import Progress, ThroughputMeter, total_metrics
+from jlora.run.replies import greedy_replies, reply_prompts
+from jlora.run.step_counts import StepCounts
 from jlora.training.optim import schedule
 from jlora.training.state import TrainState
 from jlora.training.step import make_eval_step
@@ -33,146 +35,216 @@ from jlora.ui.metrics_log import MetricsLog
 
 
 @dataclasses.dataclass
-class Loop:
-    """A run: what it works on, whom it tells, and how far it is.
+class RunState:
+    """What the loop works with: fixed parts, and the state and the progress that it replaces.
 
-    What is trained is in ``state`` only: a second copy of it, ``job``'s first values or a state
-    that somebody holds on to, would be memory that ``jlora plan`` does not count.
+    Nothing but ``state`` holds what is trained. A second copy (the job's first values, a state that
+    someone still refers to) would be memory that ``jlora plan`` does not count.
     """
 
     job: Job
-    plan: Plan
-    state: TrainState
+    counts: StepCounts
     rows: data.Prepared
-    held_out: data.Prepared | None
+    held_out: list[data.Prepared]
+    """Held-out rows of each adapter; empty if there are none."""
+    prompts: list[list[data.ReplyRow]]
+    """Prompts of each adapter that replies are generated for."""
+    eval_step: Callable[[Any, Any, Any], Any]
+    checkpoints: Checkpoints
+    base_record: dict[str, str] | None
+    """What base_model.json says of the base, for an adapter."""
     console: Console
     log: MetricsLog
+    state: TrainState
+    progress: Progress = dataclasses.field(default_factory=Progress)
+    meter: ThroughputMeter = dataclasses.field(default_factory=ThroughputMeter)
 
-    def __post_init__(self) -> None:
-        job, plan, settings = self.job, self.plan, self.job.config.train
-        self.settings = settings
-        self.progress, self.meter = Progress(), Meter()
-        self.learning_rate = schedule(settings, plan.total_steps)
-        self.eval_step = make_eval_step(job.model, job.bind, compiler_options(job.mesh))
-        folder = Path(settings.output_dir) / "checkpoints"
-        self.checkpoints = outputs.Checkpoints(folder, job, plan, self.rows.fingerprint)
-        self.held_out_parts = parts(self.held_out, job.adapters) if self.held_out else []
-        self.prompts = [outputs.prompts(one) for one, _ in job.each(None)]
 
-    def run(self, train_step: Callable[[Any, Any, Any], Any], signals: StopSignals) -> None:
-        """Takes the run from its first step, or its last checkpoint, to what it leaves behind."""
-        resume = self.checkpoints.resume
-        self.state, self.progress = resume(self.state, self.progress, self.console)
-        outputs.write_settings(self.job)
-        self.log.truncate_to(self.progress.lines)
-        if self.progress.step == 0:
-            self._look_before()
-        self._steps(train_step, signals)
-        self._finish()
+def start_run(
+    *,
+    job: Job,
+    counts: StepCounts,
+    state: TrainState,
+    rows: data.Prepared,
+    held_out: data.Prepared | None,
+    base_fingerprint: str,
+    console: Console,
+    log: MetricsLog,
+) -> RunState:
+    """A run before its first step; ``train_loop`` resumes it if there is a checkpoint.
 
-    def _look_before(self) -> None:
-        """What the model says before it is trained."""
-        before, wanted = self._replies(self.state.trainable), self.job.config.evaluate
-        self.progress.before = [s.reply for s in before[: wanted.samples * len(self.prompts)]]
-        if wanted.exact_match:
-            exact = scoring.exact_match(before)
-            self._record(self._evaluate() | {"eval_exact_match": exact})
+    Args:
+      job: what is trained, and on what; its ``trainable`` may be deleted (donated to ``state``).
+      counts: rows and steps.
+      state: the state before the first step.
+      rows: the training rows.
+      held_out: the rows of ``data.eval``.
+      base_fingerprint: of ``job.base``, which checkpoints must have in common.
+      console: what the user sees.
+      log: metrics.jsonl.
+    """
+    settings = job.config.train
+    checkpoints = Checkpoints(
+        Path(settings.output_dir) / "checkpoints",
+        settings,
+        identity=identity(job.config, counts, rows.fingerprint),
+        base_fingerprint=base_fingerprint,
+    )
+    record = None
+    if job.config.lora:
+        record = base_record(job.base, job.trainable.config, base_fingerprint)
+    return RunState(
+        job=job,
+        counts=counts,
+        rows=rows,
+        held_out=rows_per_adapter(held_out, job.adapters) if held_out else [],
+        prompts=[reply_prompts(adapter_job) for adapter_job, _ in job.per_adapter(None)],
+        eval_step=make_eval_step(job.model, job.bind, compiler_options(job.mesh)),
+        checkpoints=checkpoints,
+        base_record=record,
+        console=console,
+        log=log,
+        state=state,
+    )
 
-    def _steps(self, train_step: Callable[[Any, Any, Any], Any], signals: StopSignals) -> None:
-        """All steps that are left; metrics are fetched while the next step is under way."""
-        progress, settings, total = self.progress, self.settings, self.plan.total_steps
-        pending = None
-        with self.console.progress(total, progress.step):
-            for step, batch in enumerate(self._batches(), progress.step + 1):
-                self.state, metrics = train_step(self.state, self.job.frozen, batch)
-                if pending:
-                    self._finish_step(pending)
-                pending = metrics
-                stop, last = signals.stop(step), step == total
-                evaluating = bool(settings.eval_steps) and step % settings.eval_steps == 0
-                saving = bool(settings.save_steps) and step % settings.save_steps == 0
-                if not (evaluating or saving or stop or last):
-                    continue
-                self._finish_step(pending)
-                pending = None
-                with self.meter.paused():
-                    if evaluating and not last and self.held_out:
-                        self._record(self._evaluate())
-                    if saving or stop or progress.stopped_early:
-                        self._save()
-                if stop:
-                    raise outputs.stopped(step, stop, settings)
-                if progress.stopped_early:
-                    self.console.note(f"stopped early at step {step}: eval_loss no longer improves")
-                    break
 
-    def _batches(self) -> Iterator[Any]:
-        """The batches of the steps that are left, made ahead."""
-        job, plan, settings = self.job, self.plan, self.job.config
-        steps = range(self.progress.step, 0 if self.progress.stopped_early else plan.total_steps)
-        own = [
-            (p, p.order(plan.rows_per_step, settings.train.seed, settings.data.shuffle))
-            for p in parts(self.rows, job.adapters)
-        ]
-        if job.adapters:
-            return data.prefetch(batches_at(job.mesh, own, plan.accumulation), steps)
-        return data.prefetch(batch_at(job.mesh, *own[0], plan.accumulation), steps)
+def train_loop(
+    run: RunState, train_step: Callable[[Any, Any, Any], Any], signals: StopSignals
+) -> None:
+    """Trains from the last checkpoint, or the first step, to the end, and writes the result.
 
-    def _finish_step(self, metrics: dict[str, Any]) -> None:
-        """Fetches a step's metrics, checks, counts and logs them."""
-        job, plan, progress = self.job, self.plan, self.progress
-        values = jax.device_get(metrics)
-        values = together(values, job.adapters) if job.adapters else values
-        check_finite(values, progress, plan)
-        progress.add(values)
-        check_learning(progress, self.state.trainable, plan, job.adapters)
-        self.meter.add(int(values["tokens"]))
-        self.console.advance(progress.step)
-        if progress.step % self.settings.logging_steps == 0 or progress.step == plan.total_steps:
-            rate = float(self.learning_rate(max(progress.updates - 1, 0)))
-            self._record(progress.line(rate, plan) | self.meter.rate())
+    Raises:
+      StoppedError: a signal asked for it; the state was saved.
+      DivergedError: see ``run/divergence.py``.
+    """
+    settings, total = run.job.config.train, run.counts.total_steps
+    run.state, run.progress = run.checkpoints.resume(run.state, run.progress, run.console)
+    write_settings(run.job, run.base_record)
+    run.log.truncate_to(run.progress.log_lines)
+    if run.progress.step == 0:
+        evaluate_untrained(run)
+    unfetched = None  # metrics of a step that may still be running
+    with run.console.progress(total, run.progress.step):
+        for step, batch in enumerate(remaining_batches(run), run.progress.step + 1):
+            run.state, metrics = train_step(run.state, run.job.frozen, batch)
+            # Only now, with the next step dispatched, are the last one's metrics waited for: the
+            # devices never idle while the host fetches and logs.
+            if unfetched:
+                finish_step(run, unfetched)
+            unfetched = metrics
+            stop, last = signals.stop(step), step == total
+            evaluating = bool(settings.eval_steps) and step % settings.eval_steps == 0
+            saving = bool(settings.save_steps) and step % settings.save_steps == 0
+            if not (evaluating or saving or stop or last):
+                continue
+            finish_step(run, unfetched)
+            unfetched = None
+            with run.meter.paused():
+                if evaluating and not last and run.held_out:
+                    record_line(run, evaluate(run))
+                if saving or stop or run.progress.stopped_early:
+                    save(run)
+            if stop:
+                raise stopped_error(step, stop, settings)
+            if run.progress.stopped_early:
+                run.console.note(f"stopped early at step {step}: eval_loss no longer improves")
+                break
+    finish_run(run)
 
-    def _finish(self) -> None:
-        """The last evaluation and checkpoint of a run that has not had them, and its result."""
-        ending = not self.progress.finished
-        line = self._evaluate() if ending and not self.progress.stopped_early else {}
-        best = self.checkpoints.best
-        trained = self.state.trainable if best is None else best
-        after = self._replies(trained)
-        if ending:
-            if self.job.config.evaluate.exact_match:
-                line["eval_exact_match"] = scoring.exact_match(after)
-            if line:
-                self._record(line)
-            self.progress.finished = True
-            self._save()
-        outputs.finish(self.job, self.plan, trained, self.progress.before, after, self.console)
 
-    def _evaluate(self) -> dict[str, float]:
-        """The held-out loss as part of a line, noted for early stopping."""
-        if self.held_out is None:
-            return {}
-        job, results = self.job, []
-        for (_, own), part in zip(job.each(self.state.trainable), self.held_out_parts, strict=True):
-            batches = eval_batches(job.mesh, part, self.plan.eval_rows)
-            results.append(scoring.held_out(self.eval_step, own, job.frozen, batches))
-        loss = scoring.mean_loss(results)
-        check_evaluation(loss, self.progress)
-        if self.progress.note_evaluation(loss, self.settings):
-            self.checkpoints.keep_best(self.state.trainable)
-        return scoring.figures(results, job.adapters)
+def evaluate_untrained(run: RunState) -> None:
+    """Replies, and with exact match an evaluation, of the model before it is trained."""
+    samples, wanted = generate_replies(run, run.state.trainable), run.job.config.evaluate
+    run.progress.replies_before = [s.reply for s in samples[: wanted.samples * len(run.prompts)]]
+    if wanted.exact_match:
+        record_line(run, evaluate(run) | {"eval_exact_match": scoring.exact_match(samples)})
 
-    def _replies(self, trainable: Any) -> list[scoring.Sample]:
-        asked = zip(self.job.each(trainable), self.prompts, strict=True)
-        return [s for (one, own), p in asked for s in outputs.replies(one, own, p)]
 
-    def _record(self, line: dict[str, float]) -> None:
-        """Logs a line, and counts it: a run that resumes keeps as many as its checkpoint counts."""
-        self.progress.lines += 1
-        self.log.write(self.progress.step, **line)
-        self.console.log(self.progress.step, line)
+def remaining_batches(run: RunState) -> Iterator[Any]:
+    """The batches of the steps that are left, prefetched by a thread."""
+    job, counts, config = run.job, run.counts, run.job.config
+    steps = range(run.progress.step, 0 if run.progress.stopped_early else counts.total_steps)
+    parts = [
+        (rows, rows.order(counts.rows_per_step, config.train.seed, config.data.shuffle))
+        for rows in rows_per_adapter(run.rows, job.adapters)
+    ]
+    if job.adapters:
+        batch_at = make_multi_adapter_batch_at(job.mesh, parts, counts.accumulation)
+    else:
+        batch_at = make_batch_at(job.mesh, *parts[0], counts.accumulation)
+    return data.prefetch(batch_at, steps)
 
-    def _save(self) -> None:
-        """A checkpoint; the log's lines that it counts are on the disk before it is."""
-        self.log.sync()
-        self.checkpoints.save(self.state, self.progress)
+
+def finish_step(run: RunState, metrics: dict[str, Any]) -> None:
+    """Waits for a step's metrics; counts, checks and logs them."""
+    job, counts, progress = run.job, run.counts, run.progress
+    values = jax.device_get(metrics)
+    values = total_metrics(values, job.adapters) if job.adapters else values
+    progress.count_step(values)
+    check_finite(values, progress, counts)
+    check_learning(progress, run.state.trainable, counts, job.adapters)
+    run.meter.add(int(values["tokens"]))
+    run.console.advance(progress.step)
+    logging = progress.step % job.config.train.logging_steps == 0
+    if logging or progress.step == counts.total_steps:
+        learning_rate = schedule(job.config.train, counts.total_steps)
+        rate = float(learning_rate(max(progress.updates - 1, 0)))
+        line = progress.training_line(rate, counts)
+        progress.start_interval()
+        record_line(run, line | run.meter.measure_and_restart())
+
+
+def evaluate(run: RunState) -> dict[str, float]:
+    """The held-out loss as figures of a log line, counted for early stopping; {} without rows."""
+    if not run.held_out:
+        return {}
+    job, settings, results = run.job, run.job.config.train, []
+    for (_, part), rows in zip(job.per_adapter(run.state.trainable), run.held_out, strict=True):
+        batches = eval_device_batches(job.mesh, rows, run.counts.eval_rows)
+        results.append(scoring.held_out(run.eval_step, part, job.frozen, batches))
+    loss = scoring.mean_loss(results)
+    check_evaluation(loss, run.progress)
+    if run.progress.is_best(loss, settings):
+        run.checkpoints.set_best(run.state.trainable)
+    run.progress.count_evaluation(loss, settings)
+    return scoring.figures(results, job.adapters)
+
+
+def generate_replies(run: RunState, trainable: Any) -> list[scoring.Sample]:
+    """The replies of every adapter to its prompts."""
+    pairs = zip(run.job.per_adapter(trainable), run.prompts, strict=True)
+    return [s for (job, part), prompts in pairs for s in greedy_replies(job, part, prompts)]
+
+
+def finish_run(run: RunState) -> None:
+    """The last evaluation and checkpoint, unless a run that is resumed had them, and the result."""
+    progress, unfinished = run.progress, not run.progress.finished
+    line = evaluate(run) if unfinished and not progress.stopped_early else {}
+    best = run.checkpoints.best
+    trained = run.state.trainable if best is None else best
+    samples = generate_replies(run, trained)
+    if unfinished:
+        if run.job.config.evaluate.exact_match:
+            line["eval_exact_match"] = scoring.exact_match(samples)
+        if line:
+            record_line(run, line)
+        progress.finished = True
+        save(run)
+    shown = [
+        {"prompt": s.prompt, "before": before, "after": s.reply, "expected": s.expected}
+        for before, s in zip(progress.replies_before, samples, strict=False)
+    ]
+    write_results(run.job, run.counts, trained, run.base_record, shown, run.console)
+
+
+def record_line(run: RunState, line: dict[str, float]) -> None:
+    """Writes a line to the log and the console, and counts it."""
+    run.progress.count_log_line()
+    run.log.write(run.progress.step, **line)
+    run.console.log(run.progress.step, line)
+
+
+def save(run: RunState) -> None:
+    """Saves a checkpoint; first the log lines that it counts are on the disk."""
+    run.log.sync()
+    run.checkpoints.save(run.state, run.progress)

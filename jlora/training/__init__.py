@@ -1,1 +1,1 @@
-"""Training without models: the step, its state and optimizers."""
+"""The training step, its state and the optimizers; the model is an argument."""

@@ -1,4 +1,4 @@
-"""Bases that change along with an adapter's first values: residuals, and LoftQ's."""
+"""Initializations that change the base, too: the residual of PiSSA and OLoRA, and LoftQ."""
 
 from __future__ import annotations
 
@@ -18,57 +18,61 @@ from jlora.tree import paths
 def residual(
     params: Any, adapter: Adapter, *, requantize: QuantConfig | None = None
 ) -> tuple[dict, Adapter]:
-    """The base without what PiSSA or OLoRA took out of it, and the adapter for that base.
+    """A base from which PiSSA's or OLoRA's initial factors are subtracted, and its adapter.
 
-    This is how PEFT holds such a pair: ``save_pretrained`` writes the one and ``save_adapter`` the
-    other, A and B as they are. Together they mean what ``params`` and ``adapter`` mean, up to
-    rounding to the base's dtype.
+    PEFT stores such a pair: ``save_pretrained`` writes the residual base and ``save_adapter`` the
+    adapter with A and B as they are. Together they compute what ``params`` and ``adapter`` compute,
+    up to rounding to the base's dtype.
 
     Args:
       params: the base as it was loaded.
-      adapter: one with ``initial``; any other comes back with ``params`` as they are.
-      requantize: how to pack the residual of a packed base, which is dense; leaves that ``params``
-        has dense and this would pack are packed too.
+      adapter: one with ``initial``; any other is returned unchanged, with ``params``.
+      requantize: how to quantize the residual of a quantized base. Dense leaves of ``params`` that
+        these settings quantize are quantized, too.
 
     Raises:
-      ConfigError: the base is packed, and ``requantize`` does not say how to pack it again.
+      ConfigError: the base is quantized, and ``requantize`` is not given.
     """
     if adapter.initial is None:
         return dict(params), adapter
     if requantize is None and _is_quantized_tree(params):
         raise ConfigError(
-            "the base is packed, and its residual is other values",
+            "the base is quantized, and its residual has to be quantized again",
             where="jlora.residual",
-            fix="name how to pack it, residual(…, requantize=QuantConfig(…)), or load it dense",
+            fix="pass residual(…, requantize=QuantConfig(…)), or load the base dense",
         )
-    taken = dataclasses.replace(adapter, weights=adapter.initial, initial=None)
-    left: Any = unmerge(params, taken)
+    initial = dataclasses.replace(adapter, weights=adapter.initial, initial=None)
+    remainder: Any = unmerge(params, initial)
     config = dataclasses.replace(adapter.config, init_lora_weights=True)
     plain = dataclasses.replace(adapter, config=config, initial=None)
-    return quantize_params(left, requantize) if requantize else left, plain
+    return quantize_params(remainder, requantize) if requantize else remainder, plain
 
 
 def loftq(
     key: Array, params: Any, config: LoraConfig, quantization: QuantConfig
 ) -> tuple[dict, Adapter]:
-    """The base packed, and an adapter that makes up for what was lost (LoftQ, arXiv 2310.08659).
+    """A quantized base, and an adapter that compensates its error (LoftQ, arXiv 2310.08659).
 
-    In each of ``loftq_config.loftq_iter`` rounds the base less ``s·A@B`` is packed, and A and B are
-    the best approximation of ``params`` less the packed base. With one round the base is
-    ``quantize(params, quantization)``; after more it is another, to be kept with the adapter
-    (``save_pretrained(…, quantized=True)``). Targets that stay dense start as with True.
+    Each of ``loftq_config.loftq_iter`` rounds quantizes the base minus ``s·A@B``, and sets A and B
+    to the best rank-r approximation of ``params`` minus the quantized base. After one round the
+    base is ``quantize(params, quantization)``; after more it is another one, which must be saved
+    with the adapter (``save_pretrained(…, quantized=True)``). Targets that are not quantized start
+    as with ``init_lora_weights=True``.
 
-    PEFT's A and B do not take the adapter's scale into account: they are these where
-    ``lora_alpha`` is r.
+    PEFT ignores the adapter's scale here: its A and B equal these where ``lora_alpha`` is r.
 
     Args:
       key: a JAX random key.
       params: the dense parameters.
-      config: the adapter's, with ``init_lora_weights="loftq"``.
-      quantization: how to pack; 4 bits, nf4.
+      config: the adapter's config; ``init_lora_weights`` need not be ``"loftq"``.
+      quantization: 4-bit nf4 settings.
+
+    Returns:
+      The quantized parameters and the adapter.
 
     Raises:
-      ConfigError: see ``init_adapter``; or ``quantization`` is not nf4.
+      ConfigError: see ``init_adapter``; or ``quantization`` is not 4-bit nf4, or ``params`` are
+        quantized already or have an adapter attached.
     """
     if not quantization.load_in_4bit or quantization.bnb_4bit_quant_type != "nf4":
         raise ConfigError(
@@ -82,24 +86,25 @@ def loftq(
         )
     if _is_quantized_tree(params):
         raise ConfigError(
-            "the base is packed: what that lost is not known any more",
+            "the base is already quantized: the error that LoftQ compensates is not known",
             where="lora.init_lora_weights",
-            fix="load it dense; loftq packs it",
+            fix="load it dense; loftq quantizes it",
         )
     config = dataclasses.replace(config, init_lora_weights="loftq")
-    packed = quantize_params(params, quantization)
-    adapter = init_adapter(key, packed, config, original=params)
+    quantized = quantize_params(params, quantization)
+    adapter = init_adapter(key, quantized, config, original=params)
     for _ in range(config.loftq_config.loftq_iter - 1):
-        packed = quantize_params(unmerge(params, _factors(adapter)), quantization)
-        adapter = init_adapter(key, packed, config, original=params)
-    return packed, adapter
+        quantized = quantize_params(unmerge(params, _kernel_deltas(adapter)), quantization)
+        adapter = init_adapter(key, quantized, config, original=params)
+    return quantized, adapter
 
 
 def _is_quantized_tree(params: Any) -> bool:
+    """Whether any leaf is quantized, with an adapter attached or not."""
     return any(has_quantized_base(leaf) for _, leaf in paths.walk(params))
 
 
-def _factors(adapter: Adapter) -> Adapter:
-    """The adapter's A and B of kernels alone."""
+def _kernel_deltas(adapter: Adapter) -> Adapter:
+    """The adapter with A and B of kernels only."""
     leaves = {path: leaf for path, leaf in paths.walk(adapter.weights) if path[-1] in DELTA}
     return dataclasses.replace(adapter, weights=paths.nest(leaves))

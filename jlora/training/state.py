@@ -1,4 +1,4 @@
-"""What a run carries from step to step: nothing of the frozen base is in it."""
+"""What a training step updates. Nothing of the frozen base is part of it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool
 
+INITIAL_SCALE = 2.0**16
 MAX_SCALE = 2.0**24
 GROWTH_INTERVAL = 2000
+"""Steps without overflow after which the scale doubles."""
 
 
 @jax.tree_util.register_dataclass
@@ -19,14 +21,14 @@ GROWTH_INTERVAL = 2000
 class LossScale:
     """Dynamic loss scaling for float16, by the rules of torch's GradScaler.
 
-    The scale doubles after 2000 good steps in a row and halves on one that overflows, which is
-    skipped. Unlike torch's it stays between 1 and 2**24.
+    The scale doubles after 2000 steps in a row without overflow, and halves after one that
+    overflows, whose update is skipped. Unlike torch's it stays between 1 and 2**24.
     """
 
     scale: Any
-    """float32 ()"""
+    """float32 ()."""
     good_steps: Any
-    """int32 ()"""
+    """int32 (): steps since the last overflow or doubling."""
 
     def updated(self, finite: Bool[Array, ""]) -> LossScale:
         """The scale after a step whose gradients were finite, or not."""
@@ -40,22 +42,24 @@ class LossScale:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Optimizer steps taken, the trainable tree (an Adapter, or all parameters), optax's state.
+    """The step, the trainable tree and the optimizer's state, a pytree.
 
-    Fields are not typed as arrays: transforms put shapes or shardings in their places.
+    Fields are not typed as arrays, because transforms put shapes or shardings in their places.
     """
 
     step: Any
-    """int32 ()"""
+    """int32 (): steps taken."""
     trainable: Any
+    """An Adapter; or all parameters, in full fine-tuning."""
     opt_state: Any
+    """The state of the optax optimizer."""
     loss_scale: Any = None
-    """LossScale, or None when nothing is computed in float16."""
+    """A LossScale; None unless the compute dtype is float16."""
 
 
 def init_state(
     trainable: Any, optimizer: optax.GradientTransformation, *, fp16: bool = False
 ) -> TrainState:
     """The state before the first step."""
-    loss_scale = LossScale(jnp.float32(2.0**16), jnp.int32(0)) if fp16 else None
+    loss_scale = LossScale(jnp.float32(INITIAL_SCALE), jnp.int32(0)) if fp16 else None
     return TrainState(jnp.int32(0), trainable, optimizer.init(trainable), loss_scale)

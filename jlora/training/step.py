@@ -87,7 +87,7 @@ def cross_entropy(
     logits: Float[Array, "batch length vocab"], labels: Int[Array, "batch length"]
 ) -> Float[Array, ""]:
     """The summed negative log-likelihood of the labels that are not -100; 0 if there are none."""
-    # Without the barrier these constants, broadcast to the logits' shape, are hoisted out of a loop.
+    # The barrier keeps these constants, broadcast to the logits' shape, inside a loop over chunks.
     tokens, zero = barrier_after((jnp.arange(logits.shape[-1]), jnp.float32(0.0)), logits)
     picked = jnp.sum(jnp.where(labels[..., None] == tokens, logits, zero), axis=-1)
     losses = jax.nn.logsumexp(logits, axis=-1) - picked

@@ -1,0 +1,158 @@
+"""The checkpoints of a run: what is in them, whose they are, and how a run resumes from one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+from jax.experimental import multihost_utils
+
+from jlora.config import Config, TrainConfig, to_yaml
+from jlora.errors import ConfigError, StoppedError
+from jlora.io import checkpoint
+from jlora.run.progress import Progress
+from jlora.run.step_counts import StepCounts
+from jlora.training.state import TrainState
+from jlora.ui.console import Console
+
+FREE_TO_CHANGE = {
+    "model": ("attention",),
+    "train": (
+        "output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume",
+        "compilation_cache", "check_memory",
+        "per_device_train_batch_size", "per_device_eval_batch_size",
+        "gradient_accumulation_steps", "gradient_checkpointing", "activation_offloading",
+        "early_stopping_patience", "early_stopping_threshold", "num_train_epochs", "max_steps",
+    ),
+}  # fmt: skip
+"""Settings that may differ between a checkpoint and the run that resumes from it."""
+
+
+def identity(config: Config, counts: StepCounts, data_fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint and the run that resumes from it must have in common.
+
+    The batch may be split in another way over devices and micro-batches, and the epochs counted in
+    steps: what counts is the number of rows in a step and the number of steps.
+    """
+    common = fixed_settings(config, "model", "quantization", "lora", "train")
+    common["train"]["early_stopping"] = bool(config.train.early_stopping_patience)
+    plan = {"rows_per_step": counts.rows_per_step, "total_steps": counts.total_steps}
+    rows = {"fingerprint": data_fingerprint, "shuffle": config.data.shuffle}
+    return {**common, "data": rows, "plan": plan}
+
+
+def fixed_settings(config: Config, *sections: str) -> dict[str, Any]:
+    """The settings in these sections that a resumed run may not change."""
+    settings, fixed = yaml.safe_load(to_yaml(config)), {}
+    for section in sections:
+        fixed[section] = settings.get(section)
+        for name in FREE_TO_CHANGE.get(section, ()):
+            fixed[section].pop(name)
+    return fixed
+
+
+class Checkpoints:
+    """A run's checkpoints: state, progress and, with early stopping, the best tree so far.
+
+    Args:
+      folder: holds a sub-folder for each step.
+      settings: the ``train`` section.
+      identity: see ``identity``.
+      base_fingerprint: of the frozen base (``tree.fingerprint``), which is not saved.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: TrainConfig,
+        *,
+        identity: dict[str, Any],
+        base_fingerprint: str,
+    ):
+        self._folder = folder
+        self._settings = settings
+        self._run = {"identity": identity, "base_fingerprint": base_fingerprint}
+        self.best: Any = None
+        """The trainable tree of the best evaluation; None without early stopping."""
+
+    def resume(
+        self, state: TrainState, progress: Progress, console: Console
+    ) -> tuple[TrainState, Progress]:
+        """The checkpoint that ``train.resume`` asks for; what was given if there is none."""
+        folder, step = self._folder, None
+        if self._settings.resume == "never":
+            self._discard(checkpoint.discard_incomplete, "unfinished", console)
+            self._discard(functools.partial(checkpoint.discard_later, step=-1), "earlier", console)
+        elif self._settings.resume == "auto":
+            self._discard(checkpoint.discard_incomplete, "unfinished", console)
+            step = checkpoint.latest(folder)
+        else:
+            folder, step = find_checkpoint(self._settings.resume, "train.resume")
+        if step is None:
+            return state, progress
+        tree, extra = checkpoint.restore(folder, step, self._tree(state), **self._run)
+        progress = Progress.from_checkpoint(extra)
+        self.best = tree.get("best")
+        console.note(f"resuming from step {step} ({folder / str(step)})")
+        # The log is cut back to this checkpoint, so later ones no longer match it.
+        later = functools.partial(checkpoint.discard_later, step=step)
+        self._discard(later, "later", console)
+        return tree["state"], progress
+
+    def save(self, state: TrainState, progress: Progress) -> None:
+        """Saves the state as ``<step>``; existing checkpoints stay intact if this fails."""
+        checkpoint.save(
+            self._folder,
+            progress.step,
+            self._tree(state),
+            dataclasses.asdict(progress),
+            keep=self._settings.save_total_limit,
+            **self._run,
+        )
+
+    def set_best(self, trainable: Any) -> None:
+        """Copies this tree as the best so far, if early stopping may return to it."""
+        if self._settings.early_stopping_patience:
+            # A copy, because the next step donates the state's buffers.
+            self.best = jax.tree.map(lambda leaf: leaf.copy(), trainable)
+
+    def _tree(self, state: TrainState) -> dict[str, Any]:
+        if not self._settings.early_stopping_patience:
+            return {"state": state}
+        return {"state": state, "best": state.trainable if self.best is None else self.best}
+
+    def _discard(self, discard: Callable[[Path], list[Path]], kind: str, console: Console) -> None:
+        """Process 0 removes checkpoints; the others wait, so that they do not see them any more."""
+        if jax.process_index() == 0 and (removed := discard(self._folder)):
+            console.note(f"removed {kind} checkpoints: {', '.join(map(str, removed))}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"jlora {kind} checkpoints removed")
+
+
+def find_checkpoint(folder: str, key: str) -> tuple[Path, int]:
+    """The parent folder and the step of ``…/checkpoints/<step>``, which the setting ``key`` names.
+
+    Raises ConfigError if it is not a complete checkpoint.
+    """
+    path = Path(folder)
+    if not path.name.isdigit() or int(path.name) not in checkpoint.steps(path.parent):
+        complete = ", ".join(map(str, checkpoint.steps(path.parent))) or "none"
+        raise ConfigError(
+            "is not a complete checkpoint",
+            where=f"{key}: {path}",
+            fix=f"name a folder such as outputs/run1/checkpoints/500; complete here: {complete}",
+        )
+    return path.parent, int(path.name)
+
+
+def stopped_error(step: int, signum: int, settings: TrainConfig) -> StoppedError:
+    """What to raise after a signal, once the state is saved."""
+    command = "the same command" if settings.resume == "auto" else "train.resume=auto"
+    return StoppedError(
+        f"stopped and saved at step {step}", signum=signum, fix=f"{command} resumes from here"
+    )
