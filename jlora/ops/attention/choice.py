@@ -1,4 +1,4 @@
-"""Which backend computes an attention, and why."""
+"""The choice of the attention backend: by platform, properties of the call, and measurements."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ BACKENDS = ("auto", "reference", "chunked", "cudnn", "splash")
 """Values of ``model.attention``; ``auto`` picks one of the others."""
 
 KERNELS = {"cuda": ("cudnn", cudnn), "tpu": ("splash", splash)}
-"""Platform, as JAX lowers for it → the backend that is made for it, and its module."""
+"""Lowering platform of JAX → the name and the module of its attention kernel."""
 
 
 class Choice(NamedTuple):
-    """A backend, and why it was picked."""
+    """A backend and the reason for it."""
 
     backend: str
     why: str
 
 
 SHORT = chunked.CPU_CHUNKS[-1]
-"""Rows of so many tokens are attended to at once, where no kernel does it."""
+"""Rows of at most this many tokens take the reference: one chunk has nothing to skip."""
 
 
 def check_backend(name: str) -> str:
-    """``name`` itself; ConfigError when there is no such backend."""
+    """``name`` itself; ConfigError if there is no such backend."""
     if name not in BACKENDS:
         raise ConfigError(
             f"there is no attention {name!r}",
@@ -38,11 +38,11 @@ def check_backend(name: str) -> str:
 
 
 def choose(platform: str, case: Case, backend: str = "auto") -> Choice:
-    """What ``backend`` means for a call on a platform ("cpu", "cuda", "tpu").
+    """The backend that ``backend`` resolves to on a platform ("cpu", "cuda", "tpu").
 
-    The platform's own kernel where that can do it. Else chunks: they were measured on CPU to be as
-    fast as the reference from 128 tokens on and four times faster at 1024 (docs/log.md), and take
-    memory linear in length. A row of one chunk has nothing to skip, and takes the reference.
+    ``auto`` is the platform's kernel if that supports the call, else ``chunked``, whose memory is
+    linear in length and which on a CPU is as fast as the reference from 128 tokens on and four
+    times as fast at 1024 (docs/log.md); for short rows it is ``reference``.
     """
     if backend != "auto":
         return Choice(backend, "asked for")
@@ -62,15 +62,15 @@ def choose(platform: str, case: Case, backend: str = "auto") -> Choice:
 
 
 def fallback(length: int) -> str:
-    """The backend for all that no kernel does."""
+    """The backend for calls that no kernel supports."""
     return "chunked" if length > SHORT else "reference"
 
 
 def needs_static_window(backend: str) -> bool:
-    """Whether ``backend`` may be, for a program made here, one that takes no traced window.
+    """Whether ``backend`` may resolve to a kernel, which needs the window as a Python integer.
 
-    Layers of different windows then need a branch each (``jax.lax.switch``) where they would share
-    one program that is given its window; otherwise ``auto`` does without the kernel.
+    Scanned layers with different windows then need one branch per window (``jax.lax.switch``); the
+    other backends take a traced window and need no branches.
     """
     if backend == "auto":
         return any(kernel.available() for _, kernel in KERNELS.values())
@@ -78,7 +78,7 @@ def needs_static_window(backend: str) -> bool:
 
 
 def check_possible(backend: str, case: Case) -> None:
-    """Raises ConfigError when a backend that was asked for cannot do this, or not here."""
+    """Raises ConfigError if the named backend does not support the call or is not installed."""
     for platform, (name, kernel) in KERNELS.items():
         if name != backend:
             continue

@@ -1,11 +1,11 @@
 """Attention in chunks of queries and keys, with memory linear in length (arXiv 2112.05682).
 
-The softmax is summed up on the way over the keys (arXiv 2205.14135), and the backward pass computes
-the scores again from the queries, the keys and each softmax's denominator. A chunk of queries
-meets only the chunks of keys that it can see: none after it, none beyond the window, none before
-the first token of its documents. Packed rows and sliding windows cost accordingly less.
+The softmax is accumulated over chunks of keys (online softmax, arXiv 2205.14135); the backward pass
+recomputes the scores from queries, keys and the saved log-sum-exp. Chunks of keys that no query of
+a chunk can see are skipped: those after it, beyond the window, or before the first token of its
+documents. Packed rows and sliding windows therefore cost less than full causal attention.
 
-Reverse mode only, once: neither forward mode nor second derivatives.
+First-order reverse-mode differentiation only.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from jlora.ops.attention.reference import MASKED, seen, softcapped
 from jlora.ops.remat import saveable
 
 CHUNK = 256
-"""Tokens that are computed at once, on an accelerator."""
+"""Tokens per chunk on an accelerator."""
 
 CPU_CHUNKS = (256, 128, 64)
-"""And on a CPU: the first of them that computes no more than ``CPU_SCORES`` scores at once."""
+"""Tokens per chunk on a CPU: the first with at most ``CPU_SCORES`` scores per pair of chunks."""
 
 CPU_SCORES = 2**20
-"""4 MiB of float32, which stay in a CPU's caches (docs/log.md)."""
+"""4 MiB of float32: larger intermediates leave the CPU's caches (measured, docs/log.md)."""
 
 
-class _Given(NamedTuple):
-    """What attention is asked for, see ``attend``."""
+class _Inputs(NamedTuple):
+    """The differentiable and masking inputs of ``attend``."""
 
     q: Float[Array, "B T heads dim"]
     k: Float[Array, "B T kv_heads dim"]
@@ -43,12 +43,12 @@ class _Given(NamedTuple):
 
 
 class _Masks(NamedTuple):
-    """What a chunk of queries sees."""
+    """What determines which keys a chunk of queries sees."""
 
     segment_ids: Int[Array, "chunks B C"] | None
     window: int | Int[Array, ""] | None
     first: Int[Array, " chunks"]
-    """The first chunk of keys that any query of each chunk sees."""
+    """For each chunk of queries, the first chunk of keys that any of them sees."""
 
 
 def attend(
@@ -61,29 +61,31 @@ def attend(
     softcap: float | None = None,
     chunk: int | None = None,
 ) -> tuple[Float[Array, "B T heads dim"], Float[Array, "B T heads"]]:
-    """Results, and the logarithm of each softmax's denominator; both are differentiable.
+    """Outputs and log-sum-exps of the scores; both are differentiable.
 
-    ``chunk`` is how many tokens are computed at once; None is what suits the device.
+    ``chunk`` is the number of tokens per chunk; None chooses it by device.
     """
-    return _attend(_Given(q, k, v, segment_ids, window, scale), softcap, chunk)
+    return _attend(_Inputs(q, k, v, segment_ids, window, scale), softcap, chunk)
 
 
-def _by_device(compute: Callable[..., Any], chunk: int | None, given: _Given, *others: Any) -> Any:
-    """``compute(chunk, given, *others)`` with the chunk that is asked for, or suits the device."""
-    B, T, heads, _ = given.q.shape
+def _by_device(
+    compute: Callable[..., Any], chunk: int | None, inputs: _Inputs, *others: Any
+) -> Any:
+    """``compute(chunk, inputs, *others)``; the device decides the chunk size if it is None."""
+    B, T, heads, _ = inputs.q.shape
     fits = (c for c in CPU_CHUNKS if B * heads * c * c <= CPU_SCORES)
-    on_cpu = min(chunk or next(fits, CPU_CHUNKS[-1]), T)
-    elsewhere = min(chunk or CHUNK, T)
-    if on_cpu == elsewhere:
-        return compute(on_cpu, given, *others)
-    cpu, default = (functools.partial(compute, c) for c in (on_cpu, elsewhere))
-    return jax.lax.platform_dependent(given, *others, cpu=cpu, default=default)
+    cpu_chunk = min(chunk or next(fits, CPU_CHUNKS[-1]), T)
+    other_chunk = min(chunk or CHUNK, T)
+    if cpu_chunk == other_chunk:
+        return compute(cpu_chunk, inputs, *others)
+    cpu, default = (functools.partial(compute, c) for c in (cpu_chunk, other_chunk))
+    return jax.lax.platform_dependent(inputs, *others, cpu=cpu, default=default)
 
 
-def _masks(given: _Given, chunk: int) -> _Masks:
-    starts, window = jnp.arange(0, given.q.shape[1], chunk), given.window
+def _masks(inputs: _Inputs, chunk: int) -> _Masks:
+    starts, window = jnp.arange(0, inputs.q.shape[1], chunk), inputs.window
     first = jnp.zeros_like(starts) if window is None else jnp.maximum(starts - window + 1, 0)
-    segment_ids = given.segment_ids
+    segment_ids = inputs.segment_ids
     if segment_ids is not None:
         segment_ids = _padded(segment_ids, chunk)
         documents = _chunks(_document_start(segment_ids), chunk).min(axis=(1, 2))
@@ -93,14 +95,14 @@ def _masks(given: _Given, chunk: int) -> _Masks:
 
 
 def _document_start(ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The index of the first token with the same id, wherever the others are."""
+    """For each token, the index of the first token with its id; ids need not be contiguous."""
     order = jnp.argsort(ids, axis=1, stable=True)
     place = jax.vmap(jnp.searchsorted)(jnp.take_along_axis(ids, order, axis=1), ids)
     return jnp.take_along_axis(order, place, axis=1)
 
 
 def _padded(x: Array, chunk: int) -> Array:
-    """Zeros at the end of axis 1: causality hides them, as segment 0 they are padding."""
+    """Pads axis 1 with zeros; causality hides these keys, and segment id 0 marks padding."""
     widths = [(0, 0)] * x.ndim
     widths[1] = (0, -x.shape[1] % chunk)
     return jnp.pad(x, widths)
@@ -118,16 +120,16 @@ def _key_chunks(x: Array, chunk: int) -> Array:
 
 
 def _query_chunks(x: Array, kv_heads: int, chunk: int) -> Array:
-    """(B, T, heads, …) to (chunks, B, kv_heads, rows, …): a key head's queries are its rows.
+    """(B, T, heads, …) to (chunks, B, kv_heads, rows, …) with rows = group * C.
 
-    There are group * C of them, for a chunk of C tokens.
+    The query heads of one key head become rows of one matrix product (C: tokens per chunk).
     """
     x = _key_chunks(x, chunk)
     return x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[4:])
 
 
 def _rows(x: Array, chunk: int, length: int) -> Array:
-    """The inverse of both: (chunks, B, kv_heads, rows, …) to (B, T, heads, …), T the length."""
+    """Inverse of ``_query_chunks`` and ``_key_chunks``: back to (B, length, heads, …)."""
     x = x.reshape(*x.shape[:2], -1, chunk, *x.shape[4:])
     x = jnp.moveaxis(x, (0, 2), (1, 3))
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
@@ -140,7 +142,7 @@ def _product(equation: str, x: Array, y: Array) -> Array:
 def _scores(
     q: Array, k: Array, masks: _Masks, scale: float | Array, softcap: float | None, pair: tuple
 ) -> tuple[Array, Array | float]:
-    """Masked scores (B, kv_heads, rows, C) of a pair of chunks, and their slope: d/d(q @ k)."""
+    """Masked scores (B, kv_heads, rows, C) of a pair of chunks, and their derivative by q @ k."""
     chunk = k.shape[2]
     scores = softcapped(_product("bhqd,bhkd->bhqk", q, k) * scale, softcap)
     slope = scale if softcap is None else scale * (1 - (scores / softcap) ** 2)
@@ -149,15 +151,16 @@ def _scores(
     if masks.segment_ids is not None:
         ids, key_ids = (masks.segment_ids[i] for i in pair)
         mask = mask & (ids[:, :, None] == key_ids[:, None, :])
-    # A reshape between two elementwise operations would cost CPUs their vector instructions.
+    # The mask is tiled, not the scores reshaped: a reshape between elementwise operations keeps
+    # XLA's CPU backend from vectorising them (four times slower, docs/log.md).
     mask = jnp.tile(mask, (1, scores.shape[2] // chunk, 1))
     return jnp.where(mask[:, None], scores, MASKED), slope
 
 
-def _forward(softcap: float | None, chunk: int, given: _Given) -> tuple[Array, Array]:
-    q, k, v, *_, scale = given
+def _forward(softcap: float | None, chunk: int, inputs: _Inputs) -> tuple[Array, Array]:
+    q, k, v, *_, scale = inputs
     length, kv_heads = k.shape[1:3]
-    masks = _masks(given, chunk)
+    masks = _masks(inputs, chunk)
     queries = _query_chunks(q, kv_heads, chunk)
     keys, values = (_key_chunks(x, chunk) for x in (k, v))
 
@@ -181,31 +184,31 @@ def _forward(softcap: float | None, chunk: int, given: _Given) -> tuple[Array, A
     return _rows(out, chunk, length), _rows(logsumexp, chunk, length)
 
 
-def _forward_saving(given, softcap, chunk):
-    out, logsumexp = map(saveable, _attend(given, softcap, chunk))
-    return (out, logsumexp), (given, out, logsumexp)
+def _forward_saving(inputs, softcap, chunk):
+    out, logsumexp = map(saveable, _attend(inputs, softcap, chunk))
+    return (out, logsumexp), (inputs, out, logsumexp)
 
 
 def _backward(softcap, chunk, saved, gradients):
-    given, out, logsumexp = saved
+    inputs, out, logsumexp = saved
     d_out, d_logsumexp = gradients
     mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_logsumexp
     compute = functools.partial(_gradients, softcap)
-    dq, dk, dv = _by_device(compute, chunk, given, logsumexp, mean, d_out)
-    return (given._replace(q=dq, k=dk, v=dv, segment_ids=None, window=None, scale=None),)
+    dq, dk, dv = _by_device(compute, chunk, inputs, logsumexp, mean, d_out)
+    return (inputs._replace(q=dq, k=dk, v=dv, segment_ids=None, window=None, scale=None),)
 
 
 def _gradients(
-    softcap: float | None, chunk: int, given: _Given, logsumexp: Array, mean: Array, d_out: Array
+    softcap: float | None, chunk: int, inputs: _Inputs, logsumexp: Array, mean: Array, d_out: Array
 ) -> tuple[Array, Array, Array]:
-    q, k, v, *_, scale = given
+    q, k, v, *_, scale = inputs
     length, kv_heads = k.shape[1:3]
-    masks = _masks(given, chunk)
+    masks = _masks(inputs, chunk)
     queries, d_outs, means, logs = (
         _query_chunks(x, kv_heads, chunk) for x in (q, d_out, mean, logsumexp)
     )
     keys, values = (_key_chunks(x, chunk) for x in (k, v))
-    # CPUs have no fast product that sums over rows: these two are turned once instead.
+    # XLA's CPU backend has no fast product that contracts rows: transpose once, before the loops.
     queries_T, d_outs_T = jax.lax.optimization_barrier((queries.mT, d_outs.mT))
 
     def of_queries(so_far, i):
@@ -230,8 +233,8 @@ def _gradients(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _attend(given, softcap, chunk):
-    return _by_device(functools.partial(_forward, softcap), chunk, given)
+def _attend(inputs, softcap, chunk):
+    return _by_device(functools.partial(_forward, softcap), chunk, inputs)
 
 
 _attend.defvjp(_forward_saving, _backward)

@@ -1,9 +1,9 @@
-"""Attention behind one door: ``attend`` for whole sequences, ``attend_cached`` for decoding.
+"""The attention operations: ``attend`` for whole sequences, ``attend_cached`` for decoding.
 
-What a token sees, in both: tokens of its own document (equal ``segment_ids``), not after it, and
-at most ``window`` back, itself included. Order and distance are by index in the row, so a packed
-document computes what it computes alone. Padding is segment 0: it sees other padding only and is
-seen by no document, and its results are finite.
+In both a token attends to tokens of its document (equal ``segment_ids``) that are not after it and
+among the last ``window``, itself included. Order and distance are by index in the row, so a
+document in a packed row has the same outputs as alone. Padding is segment 0: it attends to padding
+only, no document attends to it, and its outputs are finite.
 
 Queries are (B, T, heads, dim), keys and values (B, S, kv_heads, dim) with heads a multiple of
 kv_heads: query head ``h`` reads key head ``h // (heads // kv_heads)``.
@@ -100,9 +100,9 @@ def attend_cached(
     softcap: float | None = None,
     sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "B T heads dim"]:
-    """Attention of tokens in cache slots ``slots`` over a cache that holds them and what precedes.
+    """Attention of new tokens over a KV cache that already holds them, at indices ``slots``.
 
-    Slots of a row are filled in order, so that a slot after the query's own is not yet filled.
+    The slots of a row are filled in order, so the causal mask also hides slots that are empty.
     """
     mask = reference.seen(slots, jnp.arange(k.shape[1])[None], window)
     return _with_sinks(*reference.attend(q, k, v, mask, scale, softcap), sinks)
@@ -143,7 +143,7 @@ def _with_sinks(
     logsumexp: Float[Array, "B T heads"],
     sinks: Float[Array, " heads"] | None,
 ) -> Float[Array, "B T heads dim"]:
-    """The results of a softmax whose denominator has ``exp(sink)`` in it besides."""
+    """Rescales outputs as if ``exp(sink)`` were added to the softmax denominator."""
     if sinks is None:
         return out
     share = jax.nn.sigmoid(logsumexp - sinks.astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""Attention as two products and a masked softmax: what the other backends are tested against."""
+"""Attention as two products and a masked softmax: the oracle of the other backends' tests."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -1e30
-"""Stands for minus infinity: a row that sees nothing becomes uniform instead of NaN."""
+"""In place of minus infinity: a query that sees no key gets uniform weights instead of NaN."""
 
 
 def seen(
     query: Int[Array, "b T"], key: Int[Array, "c S"], window: int | Int[Array, ""] | None
 ) -> Bool[Array, "d T S"]:
-    """Whether the token at index ``query`` is at or after ``key``, and less than ``window`` off."""
+    """The causal mask, with a sliding window: 0 <= query - key < window, by index in the row."""
     distance = query[:, :, None] - key[:, None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
@@ -21,7 +21,7 @@ def seen(
 def seen_in_rows(
     length: int, segment_ids: Int[Array, "B T"] | None, window: int | Int[Array, ""] | None
 ) -> Bool[Array, "d T T"]:
-    """Which tokens of whole rows see which: those of their document, if there are several."""
+    """The mask of whole rows: causal, within the window, and within each document."""
     index = jnp.arange(length)[None]
     mask = seen(index, index, window)
     if segment_ids is None:
@@ -42,14 +42,14 @@ def attend(
     scale: float | Float[Array, ""],
     softcap: float | None = None,
 ) -> tuple[Float[Array, "B T heads dim"], Float[Array, "B T heads"]]:
-    """Results, and the logarithm of each softmax's denominator; memory grows with T * S.
+    """Outputs and log-sum-exps of the scores; memory grows with T * S.
 
-    ``jax.nn.dot_product_attention`` computes the same, four times slower on CPU.
+    ``jax.nn.dot_product_attention`` computes the same and was four times slower on CPU.
     """
     B, T, heads, dim = q.shape
     grouped = q.reshape(B, T, k.shape[2], heads // k.shape[2], dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    # Of the shape (B, T, S) before it meets the heads: all layers share it, and keep no more.
+    # A bias of shape (B, T, S), without heads: it is all that the scanned layers save of the mask.
     bias = jnp.where(mask, 0.0, MASKED)
     scores = softcapped(scores * scale, softcap) + bias[:, None, None]
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

@@ -1,6 +1,6 @@
-"""Splash attention for TPUs: JAX's Pallas kernel, which skips blocks that the mask hides.
+"""Splash attention for TPUs: JAX's Pallas kernel, which skips fully masked blocks.
 
-Pallas takes a third of a second to import and is not needed before the kernel is.
+Pallas takes a third of a second to import, so ``attend`` imports it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from jlora.ops.attention.case import Case
 from jlora.ops.remat import SAVED
 
 BLOCKS = (512, 256, 128)
-"""Tokens that the kernel computes at once, the first that divides a row; 128 is its least."""
+"""Block sizes in tokens: the first that divides the row; the kernel's minimum is 128."""
 
 
 def declines(case: Case) -> str | None:
-    """Why splash attention cannot do this; None if it can."""
+    """Why splash attention cannot compute this call; None if it can."""
     if case.dtype not in ("bfloat16", "float32"):
         return f"splash attention computes in bfloat16 or float32, not in {case.dtype}"
     if case.traced_window:
@@ -31,7 +31,7 @@ def declines(case: Case) -> str | None:
 
 @functools.cache
 def available() -> bool:
-    """Whether a program can be compiled for a TPU here."""
+    """Whether programs can be compiled for TPUs: libtpu is installed."""
     return importlib.util.find_spec("libtpu") is not None
 
 
@@ -46,14 +46,14 @@ def attend(
     sinks: Float[Array, " heads"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T heads dim"]:
-    """Results; ``interpret`` runs the kernel on any device, step by step."""
+    """Attention outputs; ``interpret`` interprets the kernel on any device, for tests."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     # The kernel has no scale, and takes sinks of the queries' type only (jax 0.10.2).
     q = q * jnp.asarray(scale, q.dtype)
     sinks = None if sinks is None else sinks.astype(q.dtype)
     length = q.shape[1]
-    # Causality hides what is added at the end; as segment 0 it is padding.
+    # Causality hides the padding at the end, and segment id 0 marks it.
     q, k, v = (_padded(x) for x in (q, k, v))
     T, heads = q.shape[1:3]
     mask = splash.CausalMask((T, T))
@@ -88,7 +88,7 @@ def attend(
 
 
 def _padded(x: Array) -> Array:
-    """Zeros at the end of axis 1, up to a multiple of the smallest block."""
+    """Pads axis 1 with zeros to a multiple of the smallest block."""
     widths = [(0, 0)] * x.ndim
     widths[1] = (0, -x.shape[1] % BLOCKS[-1])
     return jnp.pad(x, widths)

@@ -1,4 +1,4 @@
-"""Kernels over a mesh: XLA cannot split them, so each device is given its part."""
+"""Attention kernels on a mesh: XLA cannot partition them, so they run in a ``shard_map``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from jlora.distributed.mesh import BATCH_AXES
 
 
 def on_each_device(compute: Callable[..., Array]) -> Callable[..., Array]:
-    """``compute(q, k, v, segment_ids, sinks, …)`` for each device's rows and heads.
+    """``compute(q, k, v, segment_ids, sinks, …)``, run per device on its rows and heads.
 
-    Rows are split over ``data`` and ``fsdp``, heads over ``tensor``, as the projections make them;
-    what an axis does not divide is computed whole.
+    Rows are sharded over ``data`` and ``fsdp`` and heads over ``tensor``, as the projections'
+    outputs are; a dimension that its axes do not divide is replicated. Without the ``shard_map``
+    XLA gathers the operands of cuDNN within ``lax.cond``, or fails to partition it (docs/log.md).
     """
 
     @functools.wraps(compute)
