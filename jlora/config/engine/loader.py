@@ -196,12 +196,11 @@ class _SectionBuilder:
         self, section: type[ConfigSection], given: dict[str, YamlNode], prefix: str
     ) -> None:
         known = field_types(section)
-        name = prefix.partition(".")[0] if prefix.count(".") == 0 else prefix
         for key, node in given.items():
-            if key in known or has_no_effect(name, key, node.plain()):
+            if key in known or has_no_effect(prefix, key, node.plain()):
                 continue
-            keys_of = _keys_of_sections(self.root) | {name: list(known)}
-            cause, fix = unknown_key_advice(name, key, keys_of)
+            keys_of = _keys_of_sections(self.root) | {prefix: list(known)}
+            cause, fix = unknown_key_advice(prefix, key, keys_of)
             self.add_fault(node, f"{prefix}.{key}".lstrip("."), cause, fix)
 
     def _missing(self, section: type[ConfigSection], name: str, node: YamlNode, key: str) -> Any:
