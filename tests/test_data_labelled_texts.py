@@ -1,4 +1,4 @@
-"""LabelledText texts into tokens, against the tokenizer's own; and which classes some rows have."""
+"""Examples of labelled texts against the tokenizer's own output, and label names of rows."""
 
 import json
 
@@ -58,7 +58,8 @@ def test_labels_are_names_or_numbers():
 
 
 @pytest.mark.parametrize(
-    ("label", "fix"), [("god", "did you mean 'good'?"), (2, "model.id2label"), (-1, "mend the row")]
+    ("label", "fix"),
+    [("god", "did you mean 'good'?"), (2, "model.id2label"), (-1, "correct")],
 )
 def test_a_label_that_is_no_class_is_named_with_its_place(label, fix):
     classes, (error,) = encode(["good", label], NAMES)
@@ -138,7 +139,7 @@ def test_prepared_rows_and_their_warnings(tmp_path):
     assert (report.rows, report.skipped, report.truncated) == (5, 1, 1)
     assert prepared.target_tokens == 5
     skipped, cut = prepared.warnings  # and none of an end-of-sequence token never learned
-    assert "1 bad rows left out" in skipped
+    assert "1 bad rows skipped" in skipped
     assert "1 of 5 rows are longer than data.max_length=20 and cut" in cut
     at = prepared.packed.labels != IGNORE
     ends = np.diff(prepared.packed.segment_ids, append=0, axis=1) != 0

@@ -74,7 +74,7 @@ def test_next_fit_opens_a_row_only_when_the_last_is_full():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="9 tokens does not fit 8"):
+    with pytest.raises(ValueError, match="9 tokens does not fit into 8"):
         pack(make([2, 9]), 8)
 
 

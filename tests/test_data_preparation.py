@@ -91,7 +91,7 @@ def test_resuming_gives_the_same_batches(tmp_path):
 
 def test_rows_that_do_not_divide_are_refused(tmp_path):
     prepared = made(config(tmp_path, chats(40), max_length=48))
-    with pytest.raises(ValueError, match="do not divide"):
+    with pytest.raises(ValueError, match="are not divisible"):
         batch_at(prepared, prepared.order(8, seed=7), 0, accum=3)
 
 
@@ -156,7 +156,7 @@ def test_rows_that_the_template_refuses_are_bad_rows(tmp_path):
     (report,) = prepared.sources
     assert (report.rows, report.skipped) == (4, 1)
     assert "train.jsonl:4" in report.skipped_notes[0]
-    assert any("1 bad rows left out" in w for w in prepared.warnings)
+    assert any("1 bad rows skipped" in w for w in prepared.warnings)
 
 
 def test_warnings(tmp_path):

@@ -1,16 +1,16 @@
-r"""Chats through the tokenizer's own template, and where in the text the replies lie.
+r"""Renders chats with the tokenizer's chat template, and locates the replies in the text.
 
-Stock templates carry no ``{% generation %}`` tags, so the spans come from rendering prefixes. For
-the assistant's message i::
+Stock templates have no ``{% generation %}`` tags, from which transformers computes its mask. The
+spans are therefore found by rendering prefixes. For the assistant's message i::
 
     prompt = render(messages[:i], add_generation_prompt=True)   <|im_start|>user … assistant\n
     text   = render(messages[:i + 1])                           … assistant\nHello<|im_end|>\n
     reply  = text[len(prompt):]                                 Hello<|im_end|>
 
-What follows the end-of-turn token is not learned. Templates that show a message differently once
-the conversation has gone on (Qwen3 and DeepSeek drop earlier thinking) are found out: an *empty*
-thinking block may go; if anything else goes, the chat becomes one text per reply, each as the model
-will see it when it has to write that reply.
+Text after the end-of-turn token is no target. Some templates render a message differently once
+the conversation continues (Qwen3 and DeepSeek drop earlier thinking). An *empty* thinking block may
+be dropped; if anything else changes, the chat becomes one text per reply, each as the model will
+see it when it generates that reply.
 """
 
 from __future__ import annotations
@@ -32,19 +32,22 @@ TODAY = {
     "%y": "24",
     "%A": "Friday",
 }
-"""The date that some templates print: fixed, so that a resumed run sees the same tokens."""
+"""The date that some templates insert: fixed, so that a resumed run has the same tokens."""
 
 FIXED_DATE = (
     "{%- macro strftime_now(format) -%}{{ format"
     + "".join(f" | replace({k!r}, {v!r})" for k, v in TODAY.items())
     + " }}{%- endmacro %}"
 )
-"""Goes before a template that asks for the date."""
+"""Prepended to a template that inserts the date."""
 
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A text and the character spans [start, end) to learn; ``lossy`` when a reply lost words."""
+    """A text and the character spans [start, end) of its targets.
+
+    ``lossy``: the text lacks part of a reply.
+    """
 
     text: str
     spans: tuple[tuple[int, int], ...]
@@ -54,7 +57,7 @@ class RenderedChat:
 class ChatRenderer:
     """Renders chats with the template of one tokenizer.
 
-    A template that knows no tools gets tool calls and results as plain JSON text.
+    If the template does not support tools, calls and results are rendered as JSON text.
     """
 
     def __init__(self, tokenizer: Any):
@@ -63,7 +66,7 @@ class ChatRenderer:
         self.special = tuple(special | set(tokenizer.all_special_tokens))
 
     def render(self, messages: list[dict], tools: list | None, prompt: bool = False) -> str:
-        """The template's text; ``prompt`` adds the opening of the assistant's next reply."""
+        """The text by the template; ``prompt`` adds the header of the assistant's next reply."""
         template = self.tokenizer.get_chat_template(None, tools)
         return self.tokenizer.apply_chat_template(
             messages,
@@ -84,7 +87,7 @@ class ChatRenderer:
         except DataError:
             raise
         except Exception as e:  # whatever a template raises: jinja's errors, TypeError, …
-            fix = "mend the row, or set data.chat_template to a template that takes it"
+            fix = "correct the row, or set data.chat_template to a template that takes it"
             raise DataError(f"the chat template refuses it: {e}", where=chat.where, fix=fix) from e
 
     def _texts(self, chat: Chat) -> list[RenderedChat]:
@@ -100,21 +103,21 @@ class ChatRenderer:
         return [RenderedChat(t, (self._trim(t, (s, len(t))),), lossy) for t, s in alone]
 
     def adapt(self, chat: Chat) -> Chat:
-        """The chat as the template can take it."""
+        """The chat without tool calls if the template does not support them, else unchanged."""
         if "tool" in str(self.tokenizer.chat_template) or not uses_tools(chat):
             return chat
         return tools_as_text(chat)
 
     def prompt(self, chat: Chat, reply: int) -> str:
-        """The text from which a model writes message ``reply`` of an adapted chat."""
+        """The prompt for message ``reply`` of an adapted chat."""
         return self.render(chat.messages[:reply], chat.tools, prompt=True)
 
     def _last_reply(
         self, messages: list[dict], tools: Any, where: str, known: dict[int, str]
     ) -> tuple[str, int]:
-        """The rendering of a chat that ends in a reply, and where that reply starts.
+        """The text of a chat that ends in a reply, and the index where that reply starts.
 
-        ``known`` has the texts rendered already, by how many messages they have.
+        ``known`` has texts that are already rendered, by their number of messages.
         """
         text = known.get(len(messages)) or self.render(messages, tools)
         try:
@@ -123,14 +126,14 @@ class ChatRenderer:
             prompt = None
         start = len(prompt) if prompt is not None and text.startswith(prompt) else None
         if start is None:
-            start = self._where_it_varies(messages, tools, text)
+            start = self._first_difference(messages, tools, text)
         if not _shown(messages[-1], text[start:]):
             fix = "set data.chat_template to a template that shows assistant messages"
             raise DataError("the chat template does not show the reply", where=where, fix=fix)
         return text, start
 
-    def _where_it_varies(self, messages: list[dict], tools: Any, text: str) -> int:
-        """Where the text begins to change when the reply's first character does."""
+    def _first_difference(self, messages: list[dict], tools: Any, text: str) -> int:
+        """The first index at which the text changes if the reply's content is replaced."""
         reply = messages[-1]["content"].strip()
         other = "§" if not reply.startswith("§") else "¶"
         varied = self.render([*messages[:-1], {**messages[-1], "content": other}], tools)
@@ -138,7 +141,7 @@ class ChatRenderer:
         return next((i for i, (a, b) in pairs if a != b), min(len(text), len(varied)))
 
     def _span(self, full: str, text: str, start: int) -> tuple[int, int] | None:
-        """The span in ``full`` of the reply ``text[start:]``; None when it is not all there."""
+        """The span in ``full`` of the reply ``text[start:]``; None if ``full`` lacks part of it."""
         if full.startswith(text):
             return start, len(text)
         if full[:start] != text[:start]:
@@ -146,13 +149,13 @@ class ChatRenderer:
         reply, rest = text[start:], full[start:]
         for end in self._ends(reply):
             for cut in range(_empty_blocks(reply) + 1):
-                kept = reply[cut:end]
-                if kept.strip() and rest.startswith(kept):
-                    return start, start + len(kept)
+                part = reply[cut:end]
+                if part.strip() and rest.startswith(part):
+                    return start, start + len(part)
         return None
 
     def _ends(self, reply: str) -> list[int]:
-        """Where a reply may end: some templates (Phi) put an eos after the last message only."""
+        """Possible ends of a reply: some templates (Phi) add an eos after the last message only."""
         eos, stripped = self.tokenizer.eos_token, reply.rstrip()
         if eos and stripped.endswith(eos):
             shorter = stripped[: -len(eos)]
@@ -161,14 +164,14 @@ class ChatRenderer:
         return [len(reply)]
 
     def _trim(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
-        """The span up to its end-of-turn token: generation stops there."""
+        """The span up to its end-of-turn token, where generation stops."""
         start, end = span
-        kept = text[start:end].rstrip()
-        return (start, start + len(kept)) if kept.endswith(self.special) else span
+        reply = text[start:end].rstrip()
+        return (start, start + len(reply)) if reply.endswith(self.special) else span
 
 
 def _empty_blocks(reply: str) -> int:
-    """How many leading characters are empty tags, such as ``<think></think>``."""
+    """The number of leading characters in empty tags such as ``<think></think>``."""
     return len(reply) - len(re.sub(r"^(?:<[^<>|]*>|\s)*", "", reply))
 
 
@@ -179,15 +182,15 @@ def _said(message: dict) -> list[str]:
 
 
 def _shown(message: dict, reply: str) -> bool:
-    """Whether a rendered reply has text at all, and a word of the message if that has any."""
+    """Whether a rendered reply has text, and some word of the message if that has any."""
     words = re.findall(r"\w+", " ".join(_said(message)))
     return bool(reply.strip()) and (not words or any(w in reply for w in words))
 
 
 def _lost(message: dict, reply: str) -> bool:
-    """Whether the rendered reply lacks part of the message: its thinking, its tool calls.
+    """Whether the rendered reply lacks part of the message, such as its thinking or tool calls.
 
-    White space and tags do not count: templates trim, and some prompts open the thinking.
+    White space and tags are ignored: templates trim, and some prompts open the thinking block.
     """
     shown = _words(reply)
     return any(_words(said) not in shown for said in _said(message))
@@ -198,14 +201,14 @@ def _words(text: str) -> str:
 
 
 def uses_tools(chat: Chat) -> bool:
-    """Whether the chat has tools, tool calls or their results."""
+    """Whether a chat has tools, tool calls or tool results."""
     return chat.tools is not None or any(
         "tool_calls" in m or m["role"] in ("tool", "function", "ipython") for m in chat.messages
     )
 
 
 def tools_as_text(chat: Chat) -> Chat:
-    """Tools in the system message, calls as JSON text, results from the user."""
+    """The chat with tools in the system message, calls as JSON text, results as user messages."""
     messages = []
     for message in chat.messages:
         plain = {k: v for k, v in message.items() if k != "tool_calls"}

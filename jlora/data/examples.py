@@ -1,9 +1,9 @@
-"""Rows into token ids and labels.
+"""Rows to examples: token ids and labels.
 
-A row becomes one stream of tokens and a mark on each that is to be learned; an example is the
-stream up to its last learned token, with labels shifted already::
+A row is tokenized to one sequence with a mask of its training targets; the example is the sequence
+up to its last target, with labels already shifted::
 
-    stream   <s> 5 6 | 7 8 </s>      (learned: 7 8 </s>)
+    tokens   <s> 5 6 | 7 8 </s>      (targets: 7 8 </s>)
     ids      <s> 5 6 7 8
     labels   -100 -100 7 8 </s>      labels[t] is the token that follows ids[t]
 """
@@ -23,17 +23,17 @@ from jlora.data.tokenizer import bos_prefix, eos_suffix, token_ids
 from jlora.errors import DataError
 
 IGNORE = -100
-"""The label of a token that is not learned (torch's ``ignore_index``)."""
+"""The label of a token that is no training target (PyTorch's ``ignore_index``)."""
 
 ROWS_PER_CALL = 512
-"""Rows that are tokenized in one call."""
+"""Rows per call of the tokenizer, which tokenizes the texts of a call in parallel."""
 
 
 class Piece(NamedTuple):
     """A text to tokenize.
 
-    ``spans`` None: learn all of it; ``add_bos_eos`` in the tokenizer's bos and eos; ``cut`` into
-    windows instead of truncated.
+    ``spans`` are the character ranges of the targets, None for the whole text. ``add_bos_eos`` adds
+    the tokenizer's bos and eos; ``cut`` cuts a long text into windows instead of truncating it.
     """
 
     where: str
@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 
 @dataclass
 class Examples:
-    """Examples one after another in flat arrays: example i is ``[starts[i]:starts[i + 1]]``."""
+    """Concatenated examples: example i is ``[starts[i]:starts[i + 1]]`` of both arrays."""
 
     ids: Int32[np.ndarray, " tokens"]
     labels: Int32[np.ndarray, " tokens"]
@@ -56,7 +56,7 @@ class Examples:
 
     @property
     def lengths(self) -> Int64[np.ndarray, " examples"]:
-        """Tokens in each example."""
+        """The number of tokens of each example."""
         return np.diff(self.starts)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -66,16 +66,16 @@ class Examples:
 
 @dataclass
 class Counts:
-    """What became of the rows of a source."""
+    """How many rows of a source were changed or dropped."""
 
     truncated: int = 0
-    """Rows other than texts that are longer than ``max_length``, cut at the right."""
+    """Rows longer than ``max_length``, truncated at the right; texts are cut into windows."""
     dropped: int = 0
-    """Examples left out because no token of theirs is learned."""
+    """Examples dropped because none of their tokens is a target."""
     split: int = 0
     """Chats that became one example per reply (see ``chat``)."""
     lossy: int = 0
-    """Chats of whose replies the template shows only a part."""
+    """Chats whose replies the template renders only in part."""
     bad: list[DataError] = field(default_factory=list)
     """Rows that the chat template refuses, or whose label is none of the classes."""
 
@@ -89,8 +89,8 @@ def encode(
 ) -> tuple[Examples, Counts]:
     """Tokenizes rows into examples of at most ``max_length`` tokens, in row order.
 
-    Chats and completions are truncated at the right; texts are cut into consecutive windows, which
-    lose no target. ``progress(done, total)`` is called now and then.
+    Chats and completions are truncated at the right; texts are cut into consecutive windows
+    without losing a target. ``progress(done, total)`` is called after each chunk of rows.
     """
     counts, streams = Counts(), []
     for at in range(0, len(rows), ROWS_PER_CALL):
@@ -104,7 +104,7 @@ def encode(
 
 
 def concatenate_examples(streams: list[tuple[np.ndarray, np.ndarray]]) -> Examples:
-    """(ids, labels) of each example, one after another."""
+    """Concatenates the (ids, labels) of examples."""
     starts = np.zeros(len(streams) + 1, np.int64)
     np.cumsum([len(ids) for ids, _ in streams], out=starts[1:])
     none = np.zeros(0, np.int32)
@@ -152,7 +152,7 @@ Stream = tuple[Int32[np.ndarray, " n"], Bool[np.ndarray, " n"]]
 
 
 def tokenize(found: Sequence[Piece], tokenizer: Any) -> Iterator[Stream]:
-    """(ids, learned) of each piece.
+    """(ids, target mask) of each piece.
 
     Special tokens are added by ``add_bos_eos`` alone, never by the tokenizer: a rendered template
     has its own. A token is a target if any of its characters is in a span.
@@ -180,10 +180,10 @@ def tokenize(found: Sequence[Piece], tokenizer: Any) -> Iterator[Stream]:
 
 
 def target_mask(offsets: Int64[np.ndarray, "n 2"], piece: Piece) -> Bool[np.ndarray, " n"] | None:
-    """Which tokens to learn by their character ranges; None when the ranges miss a span's ends.
+    """Mask of targets by the tokens' character ranges; None if these do not match a span's ends.
 
-    Byte-level tokenizers may trim a leading space from a token's range, so that a token counts
-    from where the one before it ended.
+    Byte-level tokenizers may exclude a leading space from a token's range, hence a token is taken
+    to start where the one before it ended.
     """
     if piece.spans is None:
         return np.ones(len(offsets), bool)
@@ -199,9 +199,9 @@ def target_mask(offsets: Int64[np.ndarray, "n 2"], piece: Piece) -> Bool[np.ndar
 
 
 def encode_by_spans(piece: Piece, tokenizer: Any) -> tuple[list[int], np.ndarray]:
-    """(ids, learned) by encoding spans and what lies between them one by one.
+    """(ids, target mask) by tokenizing spans and the text between them separately.
 
-    For tokenizers that do not tell the character ranges of their tokens.
+    For tokenizers that do not report the character ranges of their tokens.
     """
     cuts = piece.spans if piece.spans is not None else ((0, len(piece.text)),)
     ids, mask, at = [], [], 0
@@ -217,7 +217,7 @@ def encode_by_spans(piece: Piece, tokenizer: Any) -> tuple[list[int], np.ndarray
 def _windows(
     ids: np.ndarray, mask: np.ndarray, piece: Piece, length: int, counts: Counts
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Examples (ids, labels) of a stream, which end in a target; others are dropped and counted."""
+    """Examples (ids, labels) of a token sequence, cut after its last target; none without one."""
     learned = np.flatnonzero(mask[1:])
     if not piece.cut and len(learned) and learned[-1] >= length:
         counts.truncated += 1

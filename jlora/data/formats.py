@@ -1,4 +1,4 @@
-"""Rows of any format, brought into one of four shapes: a chat, a completion, a text, a class.
+"""Converts rows of every format to one of the four kinds of ``rows``.
 
 ====================  ===========================================================================
 format                a row
@@ -9,11 +9,10 @@ format                a row
 ``prompt_completion`` ``{"prompt", "completion"}``: strings or lists of messages (TRL);
                       also ``{"question", "answer"}``, joined by a line break
 ``text``              ``{"text"}``, or a whole ``.txt`` file
-``classification``    ``{"text", "label"}``: the class as a number or a name
+``classification``    ``{"text", "label"}``: the class as its index or name
 ====================  ===========================================================================
 
-A message of role ``assistant`` is learned, unless it has ``"weight": 0`` (OpenAI's fine-tuning
-format). A malformed row is named ``file:line`` with its cause and a remedy.
+A converter raises BadRow, with a cause and a remedy, if a row is malformed.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def detect_format(value: Any, format: str) -> str | None:
 
 
 def _object(value: Any) -> dict:
-    """The row's own keys; the nulls that tabular files put for missing ones are left out."""
+    """The keys of a row that have values: tabular files have null for missing ones."""
     if not isinstance(value, Mapping):
         raise BadRow(f"a row must be an object, not {_kind(value)}")
     return {k: v for k, v in value.items() if v is not None}
@@ -134,7 +133,7 @@ def _content(message: dict, at: str) -> str:
 
 
 def _tool_call(call: Any, at: str) -> dict:
-    """A call in OpenAI's shape with its arguments as an object, as chat templates want them."""
+    """A call in OpenAI's format, but with its arguments as an object, as chat templates expect."""
     inner = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
         raise BadRow(f"{at} has a tool call without a function name")
@@ -193,7 +192,7 @@ def _turn(turn: Any, at: str) -> dict:
 
 
 def from_alpaca(where: str, value: Any) -> Chat:
-    """``alpaca`` → Chat: instruction and input are one user turn, a blank line between them."""
+    """``alpaca`` → Chat: instruction and input form one user message, separated by a blank line."""
     row = _object(value)
     task, given = _field(row, "instruction"), _field(row, "input", str, "")
     output, system = _field(row, "output"), _field(row, "system", str, "")
@@ -217,7 +216,7 @@ def _history(row: Mapping) -> list[tuple[str, str]]:
 def alpaca_prompt(task: str, given: str = "", system: str = "", history: Any = ()) -> str:
     """Stanford Alpaca's prompt (github.com/tatsu-lab/stanford_alpaca), up to the reply.
 
-    ``system`` takes the place of its opening sentence; earlier rounds come as blocks of the same
+    ``system`` replaces its opening sentence; earlier rounds precede as blocks with the same
     headings.
     """
     paired = ", paired with an input that provides further context" if given else ""

@@ -1,11 +1,11 @@
-"""LabelledText texts into token ids, and what their labels mean.
+"""Labelled texts to examples, and the label names found in rows.
 
-A text becomes the tokens that its tokenizer makes of it, with the tokenizer's own special tokens,
-cut at ``max_length``. Its class is the label of its last token, which is what transformers'
-``…ForSequenceClassification`` reads, and no other token has a label::
+A text is tokenized with the special tokens that its tokenizer adds, and truncated at
+``max_length``. Its label id is the label of its last token, where transformers'
+``…ForSequenceClassification`` reads the logits; no other token has a label::
 
     ids      <s> 5 6 7
-    labels   -100 -100 -100 1        labels[t] is the class of the text that ends at ids[t]
+    labels   -100 -100 -100 1        1 is the label id of the text
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def encode_labelled(
 ) -> tuple[Examples, Counts]:
     """Tokenizes rows into examples of at most ``max_length`` tokens, in row order.
 
-    Rows whose label is none of ``id2label`` go to the counts' ``bad``. Padding tokens at the end,
-    which some tokenizers add, are left out: transformers does not look at them.
+    Rows whose label is not in ``id2label`` are reported in the counts' ``bad``. Padding at the end,
+    which some tokenizers add, is removed: transformers classifies by the last other token.
     """
     counts, streams = Counts(), []
     for at in range(0, len(rows), ROWS_PER_CALL):
         chunk = rows[at : at + ROWS_PER_CALL]
         texts = [row.text for row in chunk]
         cut = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-        # Last, as a tokenizer is saved with the truncation that it was last used with.
+        # Without truncation last: a tokenizer is saved with its last truncation setting.
         whole = tokenizer(texts, verbose=False)["input_ids"]
         for row, ids, uncut in zip(chunk, cut, whole, strict=True):
             try:
@@ -61,7 +61,7 @@ def encode_labelled(
 
 
 def label_id(row: LabelledText, id2label: Sequence[str]) -> int:
-    """The number of a row's class; DataError when its label is none of ``id2label``."""
+    """The label id of a row; DataError if its label is not in ``id2label``."""
     if row.label in id2label:
         return id2label.index(str(row.label))
     number = _number(row.label)
@@ -70,17 +70,17 @@ def label_id(row: LabelledText, id2label: Sequence[str]) -> int:
     raise DataError(
         f"its label {row.label!r} is none of the {len(id2label)} classes: {first_ten(id2label)}",
         where=row.where,
-        fix=did_you_mean(str(row.label), id2label) or "mend the row, or set model.id2label",
+        fix=did_you_mean(str(row.label), id2label) or "correct the row, or set model.id2label",
     )
 
 
 def infer_label_names(
     rows: Iterable[LabelledText], num_labels: int | None = None
 ) -> tuple[str, ...]:
-    """The names of the classes in some rows: sorted, or ``LABEL_0`` … where labels are numbers.
+    """The label names of rows, sorted; ``LABEL_0`` … if the labels are numbers.
 
     Raises:
-      DataError: labels are numbers in some rows and names in others, numbers with gaps, or all one.
+      DataError: labels are numbers in some rows and names in others, with gaps, or all equal.
       ConfigError: there are not ``num_labels`` names.
     """
     first: dict[int | str, LabelledText] = {}
@@ -100,16 +100,16 @@ def infer_label_names(
             where="model.num_labels",
             fix="leave it out, or list the names of all classes in model.id2label",
         )
-    _check_several(names, first)
+    _check_more_than_one(names, first)
     return names
 
 
 def _numbered(
     numbers: Sequence[int], first: Mapping[int | str, LabelledText], num_labels: int | None
 ) -> tuple[str, ...]:
-    """Names for numbers: as many as ``num_labels``, or as there are, which must have no gaps."""
+    """``LABEL_0`` … up to ``num_labels``, or for the numbers found, which must have no gaps."""
     if num_labels is None:
-        _check_several(numbers, first)
+        _check_more_than_one(numbers, first)
         if list(numbers) != list(range(len(numbers))):
             raise DataError(
                 f"the labels are {first_ten(numbers)}: not numbers from 0 on, without gaps",
@@ -119,19 +119,19 @@ def _numbered(
     return tuple(f"LABEL_{i}" for i in range(num_labels or len(numbers)))
 
 
-def _check_several(labels: Sequence[Any], first: Mapping[int | str, LabelledText]) -> None:
+def _check_more_than_one(labels: Sequence[Any], first: Mapping[int | str, LabelledText]) -> None:
     if len(labels) == 1:
         cause, where = f"every row has the label {labels[0]!r}", next(iter(first.values())).where
         raise DataError(cause, where=where, fix="give rows of two classes or more")
 
 
 def _number(label: int | str) -> int | None:
-    """The number that a label is, also as text, as all values of a CSV file are; or None."""
+    """A label as a number, or None; values of CSV files are strings, hence digits count."""
     if isinstance(label, int):
         return int(label)
     return int(label) if label.isdecimal() else None
 
 
 def first_ten(labels: Sequence[Any]) -> str:
-    """The first ten, for people."""
+    """The first ten labels as text, for messages."""
     return ", ".join(map(str, labels[:10])) + (", …" if labels[10:] else "")

@@ -1,9 +1,9 @@
-"""The order of rows: a function of the seed and the step, never an iterator's state.
+"""The order of rows: a function of the seed and the step, without iterator state.
 
-Each source of n rows and weight w gives ``round(w · n)`` rows to an epoch. It deals them from an
-endless sequence of passes over its rows, each pass a permutation, so that w = 2 shows each row
-twice an epoch and w = 0.5 another half each epoch. What the sources give is then mixed by the
-epoch's own permutation. Resuming at step s is asking for step s.
+A source of n rows and weight w contributes ``round(w · n)`` rows to each epoch. They are taken
+from an endless sequence of passes over its rows, each pass a permutation: with w = 2 an epoch has
+each row twice; with w = 0.5 consecutive epochs have different halves. The rows of all sources are
+then shuffled by a permutation of the epoch. To resume at step s is to ask for the rows of step s.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import numpy as np
 from jaxtyping import Int64
 
 PADDING_ROW = -1
-"""Stands for a row of padding, which fills up the last batch of an epoch."""
+"""Index of a row of padding, which fills up the last batch of an epoch."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """Which rows make up each step.
+    """Maps a step to the rows of its batch.
 
     Args:
-      sources: (rows, weight) of each source; rows are numbered through, source after source.
-      batch: rows a step, over all devices and accumulated micro-batches.
-      seed: of every permutation.
-      shuffle: False keeps the order of the files, and of the sources.
+      sources: (number of rows, weight) of each source; rows are numbered across sources.
+      batch: rows per step, over all devices and micro-batches.
+      seed: seed of all permutations.
+      shuffle: False keeps the order of files and sources.
     """
 
     sources: tuple[tuple[int, float], ...]
@@ -36,23 +36,23 @@ class Order:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows that all sources give to an epoch; a source gives at least one."""
-        return sum(_given(n, w) for n, w in self.sources)
+        """Rows of all sources in an epoch; at least one of each source."""
+        return sum(_rows_in_epoch(n, w) for n, w in self.sources)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps to an epoch; the last may be partial."""
+        """Steps in an epoch; the last one may be partly padding."""
         return -(-self.rows_per_epoch // self.batch)
 
     def rows_at(self, step: int) -> Int64[np.ndarray, " batch"]:
-        """The rows of a step (0 is the first); PADDING_ROW where an epoch has run out."""
+        """The rows of a step (from 0); PADDING_ROW after the last row of an epoch."""
         epoch, k = divmod(step, self.steps_per_epoch)
         rows = epoch_rows(self.sources, self.seed, self.shuffle, epoch)
         rows = rows[k * self.batch : (k + 1) * self.batch]
         return np.pad(rows, (0, self.batch - len(rows)), constant_values=PADDING_ROW)
 
 
-def _given(rows: int, weight: float) -> int:
+def _rows_in_epoch(rows: int, weight: float) -> int:
     return max(1, round(rows * weight)) if rows else 0
 
 
@@ -60,14 +60,14 @@ def _given(rows: int, weight: float) -> int:
 def epoch_rows(
     sources: tuple[tuple[int, float], ...], seed: int, shuffle: bool, epoch: int
 ) -> Int64[np.ndarray, " rows"]:
-    """All rows of an epoch in their order (read-only)."""
+    """All rows of an epoch, in order; the array is cached and read-only."""
     parts, first = [], 0
     for number, (n, weight) in enumerate(sources):
-        given = _given(n, weight)
-        dealt = _deal(
-            n, epoch * given, (epoch + 1) * given, (seed, number + 1) if shuffle else None
+        count = _rows_in_epoch(n, weight)
+        rows = _from_passes(
+            n, epoch * count, (epoch + 1) * count, (seed, number + 1) if shuffle else None
         )
-        parts.append(first + dealt)
+        parts.append(first + rows)
         first += n
     rows = np.concatenate(parts)
     if shuffle:
@@ -76,7 +76,7 @@ def epoch_rows(
     return rows
 
 
-def _deal(n: int, start: int, stop: int, seed: tuple[int, int] | None) -> np.ndarray:
+def _from_passes(n: int, start: int, stop: int, seed: tuple[int, int] | None) -> np.ndarray:
     """Items [start, stop) of the endless sequence of passes over ``range(n)``."""
     if not n:
         return np.zeros(0, np.int64)

@@ -1,8 +1,8 @@
-"""Examples into rows of one length, several to a row, without mixing them.
+"""Sequence packing: several examples share one row of fixed length.
 
-Each row has its documents one after another, numbered 1, 2, … in ``segment_ids``; what is left at
-the end is padding with segment 0. Attention stays within equal segments, and positions restart, so
-that a packed document is computed as if it were alone.
+The documents of a row are numbered 1, 2, … in ``segment_ids``; padding at the end has segment 0.
+Tokens attend only within their segment and positions restart in each, so that a packed document is
+computed as if it were alone in its row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jlora.data.examples import IGNORE, Examples
 
 @dataclass
 class PackedRows:
-    """Rows of one length; padding has id 0, label -100 and segment 0."""
+    """Rows of equal length; padding has id 0, label -100 and segment 0."""
 
     input_ids: Int32[np.ndarray, "rows length"]
     labels: Int32[np.ndarray, "rows length"]
@@ -32,15 +32,16 @@ def pack(
 ) -> PackedRows:
     """Rows of ``length`` tokens that hold every example exactly once.
 
-    With ``shuffle`` the fullest row that still has room takes the next longest example (best-fit
-    decreasing); without it, rows are filled in order (next-fit). ``packing`` off: one to a row.
+    With ``shuffle``, examples are placed from the longest on, each into the fullest row with enough
+    room (best-fit decreasing); without it, rows are filled in order (next-fit). With
+    ``packing=False`` each row has one example.
 
     Raises:
       ValueError: an example is longer than ``length``.
     """
     lengths = examples.lengths
     if len(lengths) and lengths.max() > length:
-        raise ValueError(f"an example of {lengths.max()} tokens does not fit {length}")
+        raise ValueError(f"an example of {lengths.max()} tokens does not fit into {length}")
     if not packing:
         rows = np.arange(len(lengths))
     else:
@@ -51,29 +52,30 @@ def pack(
 def best_fit(lengths: Int64[np.ndarray, " n"], length: int) -> Int64[np.ndarray, " n"]:
     """The row of each example by best-fit decreasing.
 
-    Bit s of ``open_`` says that some row has s tokens left, so the tightest fit is one bit scan.
+    Bit s of the integer ``free`` is set if a row has s tokens left, so that the tightest fit is
+    found by one bit scan instead of a search.
     """
     rows = np.zeros(len(lengths), np.int64)
     spaces: dict[int, list[int]] = {}
-    open_, used = 0, 0
+    free, used = 0, 0
     for i in np.argsort(-lengths, kind="stable").tolist():
         need = int(lengths[i])
-        fitting = open_ >> need
+        fitting = free >> need
         if fitting:
             space = need + (fitting & -fitting).bit_length() - 1
             row = spaces[space].pop()
             if not spaces[space]:
-                open_ ^= 1 << space
+                free ^= 1 << space
         else:
             space, row, used = length, used, used + 1
         rows[i] = row
         spaces.setdefault(space - need, []).append(row)
-        open_ |= 1 << (space - need)
+        free |= 1 << (space - need)
     return rows
 
 
 def next_fit(lengths: Int64[np.ndarray, " n"], length: int) -> Int64[np.ndarray, " n"]:
-    """The row of each example when rows are filled in order."""
+    """The row of each example if rows are filled in order."""
     rows = np.zeros(len(lengths), np.int64)
     row, left = 0, length
     for i, need in enumerate(lengths.tolist()):
@@ -84,7 +86,7 @@ def next_fit(lengths: Int64[np.ndarray, " n"], length: int) -> Int64[np.ndarray,
 
 
 def _fill(examples: Examples, rows: Int64[np.ndarray, " n"], length: int) -> PackedRows:
-    """Writes each example into its row, after those with a smaller number."""
+    """Writes each example into its row, after the examples of smaller index."""
     shape = (int(rows.max()) + 1 if len(rows) else 0, length)
     packed = PackedRows(
         np.zeros(shape, np.int32), np.full(shape, IGNORE, np.int32), np.zeros(shape, np.int32)
@@ -100,7 +102,7 @@ def _fill(examples: Examples, rows: Int64[np.ndarray, " n"], length: int) -> Pac
 
 
 def positions(segment_ids: Int32[np.ndarray, "*rows length"]) -> Int32[np.ndarray, "*rows length"]:
-    """The place of each token in its document: 0, 1, … from where the segment changes."""
+    """The position of each token in its document: 0, 1, …, restarting where the segment changes."""
     at = np.arange(segment_ids.shape[-1], dtype=np.int32)
     begins = np.ones(segment_ids.shape, bool)
     begins[..., 1:] = segment_ids[..., 1:] != segment_ids[..., :-1]

@@ -25,7 +25,7 @@ ProgressCallback = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What became of one source."""
+    """Statistics of one source."""
 
     path: str
     format: str
@@ -35,7 +35,7 @@ class SourceReport:
     skipped: int
     """Bad rows left out (``on_bad_row: skip``)."""
     skipped_notes: tuple[str, ...]
-    """The first few of them, each with its place and cause."""
+    """The first of them, each with its place and cause."""
     truncated: int
     dropped: int
     split: int
@@ -45,32 +45,32 @@ class SourceReport:
     tokens: int
     target_tokens: int
     adapter: str | None = None
-    """Whose rows they are, where several adapters are trained together."""
+    """The adapter that learns the rows, in a multi-adapter run."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """PackedRows rows of all sources, source after source, and what there is to say about them."""
+    """The packed rows of all sources, in order, with statistics and warnings."""
 
     packed: PackedRows
     sources: tuple[SourceReport, ...]
     warnings: tuple[str, ...]
     fingerprint: str
-    """Digest of the rows and weights: equal digests train alike."""
+    """Digest of rows and weights: data with equal digests are the same training data."""
 
     @property
     def length(self) -> int:
-        """T, the tokens in a row."""
+        """T, the number of tokens in a row."""
         return self.packed.input_ids.shape[1]
 
     @property
     def tokens(self) -> int:
-        """Tokens in all rows, padding not counted."""
+        """Number of tokens in all rows, without padding."""
         return sum(s.tokens for s in self.sources)
 
     @property
     def target_tokens(self) -> int:
-        """Tokens that are learned."""
+        """Number of tokens that are training targets."""
         return sum(s.target_tokens for s in self.sources)
 
     @property
@@ -79,16 +79,16 @@ class Prepared:
         return self.tokens / self.packed.input_ids.size
 
     def for_adapter(self, adapter: str) -> Prepared:
-        """The rows of one of several adapters, numbered and ordered as if there were no others."""
+        """The rows of one adapter of a multi-adapter run, as if the others did not exist."""
         sizes = [s.packed_rows for s in self.sources]
-        own = np.repeat([s.adapter == adapter for s in self.sources], sizes)
-        packed = PackedRows(*(array[own] for array in _arrays(self.packed)))
+        selected = np.repeat([s.adapter == adapter for s in self.sources], sizes)
+        packed = PackedRows(*(array[selected] for array in _arrays(self.packed)))
         return replace(
             self, packed=packed, sources=tuple(s for s in self.sources if s.adapter == adapter)
         )
 
     def order(self, batch: int, seed: int, shuffle: bool = True) -> Order:
-        """The order of training with ``batch`` rows a step."""
+        """The training order with ``batch`` rows per step."""
         parts = tuple((s.packed_rows, s.weight) for s in self.sources)
         return Order(parts, batch, seed, shuffle)
 
@@ -103,13 +103,13 @@ def prepare(
 ) -> Prepared:
     """Reads, renders, tokenizes and packs sources.
 
-    A tokenizer without a chat template is given a plain one when a source has chats.
+    If a source has chats and the tokenizer no chat template, the tokenizer is given a plain one.
 
-    ``role`` is ``train`` or ``eval``, whose rows may be packed otherwise (``data.eval_packing``).
-    ``id2label`` names the classes of labelled rows.
+    ``role`` is ``train`` or ``eval``; evaluation may be packed differently (``data.eval_packing``).
+    ``id2label`` has the names of the classes of labelled texts.
 
     Raises:
-      DataError: bad rows (see ``rows``), or a source in which nothing is to be learned.
+      DataError: malformed rows (see ``loading``), or a source without any training target.
       ConfigError: nothing lies at a source's path.
     """
     loaded = [load_rows(source, config.on_bad_row) for source in sources]
@@ -137,7 +137,7 @@ def prepare(
 def _encode(
     rows: LoadedRows, tokenizer: Any, config: DataConfig, id2label: Sequence[str], progress: Any
 ) -> tuple[Examples, Counts]:
-    """The examples of a source, whose rows are all labelled or all not."""
+    """The examples of a source; either all of its rows are labelled texts or none is."""
     texts = [row for row in rows.rows if not isinstance(row, LabelledText)]
     if texts:
         return encode(texts, tokenizer, config.max_length, config.assistant_only_loss, progress)
@@ -169,7 +169,7 @@ def _templates(loaded: Sequence[LoadedRows], tokenizer: Any) -> list[str]:
 def _check(
     source: SourceConfig, rows: LoadedRows, examples: Examples, counts: Counts, config: DataConfig
 ) -> None:
-    """Bad rows that only the template shows, and sources that teach nothing."""
+    """Raises for rows that the chat template refuses, and for sources without targets."""
     good = len(rows.rows) - len(counts.bad)
     if counts.bad and (config.on_bad_row == "error" or not good):
         raise bad_rows_error(counts.bad, good)
@@ -212,7 +212,7 @@ def _warnings(
     said = []
     for r in reports:
         if r.skipped:
-            said.append(f"{r.path}: {r.skipped} bad rows left out, first {r.skipped_notes[0]}")
+            said.append(f"{r.path}: {r.skipped} bad rows skipped, first {r.skipped_notes[0]}")
         if r.truncated:
             long = f"longer than data.max_length={config.max_length} and cut"
             said.append(f"{r.path}: {r.truncated} of {r.rows} rows are {long}")

@@ -1,4 +1,4 @@
-"""Prompts with the replies that should follow: for evaluation by generation."""
+"""Prompts with their reference replies, for evaluation by generation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jlora.data.tokenizer import bos_prefix, ensure_template, token_ids
 
 @dataclass(frozen=True)
 class ReplyRow:
-    """A prompt, opened for the assistant's reply, and the reply in the data."""
+    """A prompt, up to where the assistant's reply begins, and the reply in the data."""
 
     where: str
     prompt_ids: tuple[int, ...]
@@ -29,10 +29,9 @@ def reply_rows(
     config: DataConfig,
     max_rows: int | None = None,
 ) -> list[ReplyRow]:
-    """The last reply of each chat, and each completion, with what comes before it.
+    """The last reply of each chat, and each completion, with its prompt; the first ``max_rows``.
 
-    Texts, and chats without a reply, have none and are left out. At most ``max_rows`` rows are
-    returned, the first ones.
+    Texts, and chats without a reply, are left out.
     """
     found: list[ReplyRow] = []
     for source in sources:
@@ -45,7 +44,7 @@ def reply_rows(
 
 
 def reply_row(row: Row, tokenizer: Any) -> ReplyRow | None:
-    """The prompt and reply of one row, as training saw them; None when it has no reply."""
+    """The prompt and reply of one row, rendered as for training; None if it has no reply."""
     if isinstance(row, Completion):
         return _plain(row.where, row.prompt, row.completion, tokenizer)
     if not isinstance(row, Chat):

@@ -1,4 +1,4 @@
-"""A batch as text with its targets coloured, for ``--show-batch``."""
+"""Renders a batch as text with its targets highlighted, for ``--show-batch``."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def show_batch(
     max_rows: int = 8,
     id2label: Sequence[str] = (),
 ) -> Text:
-    """The documents of a batch's first rows; tokens that are learned in green, the rest dim.
+    """The documents of the first rows of a batch, targets in green, other tokens dim.
 
-    With ``id2label`` the documents have classes, which stand above them.
+    With ``id2label`` (classification), the heading of each document has its class.
     """
     length = batch["input_ids"].shape[-1]
     ids, labels, segments = (
@@ -47,7 +47,7 @@ def show_batch(
 
 
 def target_runs(ids: np.ndarray, labels: np.ndarray) -> list[tuple[bool, list[int]]]:
-    """Runs of (learned, token ids) of a document, its last target included."""
+    """A document as runs of (is target, token ids), including the target of its last token."""
     tokens, learned = ids.tolist(), [False, *(labels != IGNORE).tolist()]
     tokens.append(int(labels[-1]))
     if not learned[-1]:

@@ -1,8 +1,8 @@
-"""Reads data files into raw rows, each with its place, so that a fault can be named.
+"""Reads data files to raw rows, each with its place (``file:line``).
 
-``path`` is a file, a folder, a glob or a data set on the hub. Local files are read here, because a
-place (``file:line``) is what a user needs to mend a row; hub names go through ``datasets``. No
-format that can hold code (pickle, loading scripts) is ever opened.
+``path`` is a file, a folder, a glob or a data set on the hub. Local files are parsed here and not
+by ``datasets``, which does not report the line that a user needs to fix a row. Formats that can
+contain code (pickle, loading scripts) are never opened.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 from jlora.errors import ConfigError, DataError, StorageError, nearest
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
-"""What a data file's name may end with."""
+"""The suffixes of data files."""
 
 
 class RawRow(NamedTuple):
-    """One row as it stands in its file; ``fault`` says why it could not be read at all."""
+    """One row of a file, not yet converted; ``fault`` is the reason if it cannot be parsed."""
 
     where: str
     value: Any
@@ -40,7 +40,7 @@ def read_raw_rows(path: str, split: str | None = None, name: str | None = None) 
       name: the configuration ("subset") of a hub data set.
 
     Raises:
-      ConfigError: nothing lies at ``path`` or the hub does not know it.
+      ConfigError: there is nothing at ``path``, or no such data set on the hub.
       DataError: a file is empty or damaged.
     """
     files = find_files(path)
@@ -51,7 +51,7 @@ def read_raw_rows(path: str, split: str | None = None, name: str | None = None) 
 
 
 def find_files(path: str) -> list[Path] | None:
-    """The local files that ``path`` stands for; None when it can only be a hub name."""
+    """The local files that ``path`` names; None if it can only be a name on the hub."""
     place = Path(path).expanduser()
     if place.is_file():
         return [place]
@@ -174,7 +174,7 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _one_object(file: Path, text: str) -> Iterator[RawRow]:
-    """JSON lines under the name ``.json``, or one object that is not a list of rows."""
+    """A ``.json`` file that starts with an object: JSON lines, or a single row."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
@@ -187,7 +187,7 @@ def _one_object(file: Path, text: str) -> Iterator[RawRow]:
 
 
 def _damaged(where: str, cause: str) -> DataError:
-    return DataError(cause, where=where, fix="mend the file, or write one row a line (.jsonl)")
+    return DataError(cause, where=where, fix="repair the file, or write one row a line (.jsonl)")
 
 
 def _csv(file: Path) -> Iterator[RawRow]:
@@ -220,7 +220,7 @@ def _parquet(file: Path) -> Iterator[RawRow]:
                     yield RawRow(f"{file}:{number + 1}", value)
                     number += 1
     except pyarrow.ArrowException as e:
-        fix = "write the file anew"
+        fix = "write the file again"
         raise DataError(f"damaged parquet file: {e}", where=str(file), fix=fix) from e
 
 
@@ -251,7 +251,7 @@ def _first_line(error: Exception) -> str:
 
 
 def slice_rows(rows: Iterable[RawRow], split: str) -> Iterator[RawRow]:
-    """The slice of local rows that ``name[from:to]`` names; bounds are rows or percent."""
+    """The rows that ``name[from:to]`` selects; bounds are rows or percentages."""
     match = re.fullmatch(r"\w*\[(-?\d+%?)?:(-?\d+%?)?\]", split)
     if match is None:
         fix = "a local file has no splits; write a slice such as train[:90%], or leave it out"
@@ -259,8 +259,8 @@ def slice_rows(rows: Iterable[RawRow], split: str) -> Iterator[RawRow]:
     low, high = match.groups()
     if not any(b and (b.endswith("%") or b.startswith("-")) for b in (low, high)):
         return islice(rows, int(low or 0), int(high) if high else None)
-    listed = list(rows)
-    return iter(listed[_bound(low, len(listed)) : _bound(high, len(listed))])
+    all_rows = list(rows)
+    return iter(all_rows[_bound(low, len(all_rows)) : _bound(high, len(all_rows))])
 
 
 def _bound(text: str | None, total: int) -> int | None:

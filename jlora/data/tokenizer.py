@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates, through transformers; code in a model folder never runs."""
+"""Tokenizers and chat templates, by transformers; code in a model folder is never executed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLAIN_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif -%}
 """
-"""Chats as ``### User:``, ``### Assistant:`` …, each reply closed by eos; no tools."""
+"""Chats as ``### User:``, ``### Assistant:`` …, each reply followed by eos; without tools."""
 
 
 def load_tokenizer(
@@ -32,7 +32,7 @@ def load_tokenizer(
       ConfigError: there is no tokenizer, or no template file.
       DataError: the tokenizer's files are damaged.
     """
-    # It would say at its import that there is no PyTorch, which is as it should be.
+    # At its import transformers warns that PyTorch is missing, which jlora does not need.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer
 
@@ -57,7 +57,7 @@ def _no_tokenizer(path: str, error: Exception) -> Exception:
 
 
 def read_template(path: str) -> str:
-    """The text of a chat template file; ConfigError when it is not there."""
+    """The text of a chat template file; ConfigError if it cannot be read."""
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -66,19 +66,19 @@ def read_template(path: str) -> str:
 
 
 def bos_prefix(tokenizer: Any) -> list[int]:
-    """What the tokenizer itself puts before a text: ``[bos]`` for Llama, ``[]`` for GPT-2."""
+    """The tokens that the tokenizer adds before a text: ``[bos]`` for Llama, ``[]`` for GPT-2."""
     bos = tokenizer.bos_token_id
     ids = tokenizer("a")["input_ids"]
     return [bos] if bos is not None and ids[:1] == [bos] and len(ids) > 1 else []
 
 
 def eos_suffix(tokenizer: Any) -> list[int]:
-    """``[eos]``, or ``[]`` where the tokenizer has none."""
+    """``[eos]``, or ``[]`` if the tokenizer has no end-of-sequence token."""
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def ensure_template(tokenizer: Any) -> bool:
-    """Gives a tokenizer without a chat template the plain one, which is then saved with it.
+    """Gives a tokenizer without a chat template PLAIN_TEMPLATE, which is then saved with it.
 
     Returns:
       Whether it had none.
@@ -91,5 +91,5 @@ def ensure_template(tokenizer: Any) -> bool:
 
 
 def token_ids(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a text, with none added: rendered templates bring their own bos."""
+    """The tokens of a text without special ones: rendered chat templates contain their bos."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
