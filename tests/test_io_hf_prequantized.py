@@ -73,7 +73,7 @@ def fault(folder) -> str:
         ("gpt2", QuantConfig(block_size=32)),
     ],
 )
-def test_a_packed_folder_is_read_as_it_was_packed(tmp_path, name, config):
+def test_a_prequantized_folder_is_read_without_loss(tmp_path, name, config):
     save_pretrained(tmp_path, *build(name))
     want = quantize_folder(tmp_path, config, dtype="bfloat16")
     read = load_pretrained(tmp_path, dtype="bfloat16")[1]
@@ -241,7 +241,7 @@ def remove(t, weight):
 
 
 @pytest.mark.parametrize("other", ["not quantized", "fp4 with double quantization, blocks of 32"])
-def test_layers_packed_in_different_ways_are_refused(folder, other):
+def test_layers_quantized_in_different_ways_are_refused(folder, other):
     w = jnp.ones((48, 32))
     quantized = parts(UP, jax.tree.map(np.array, quantize(w, 32, quant_type="fp4")))
 
@@ -286,7 +286,7 @@ def test_other_ways_to_quantize_are_refused(folder):
         load_pretrained(folder)
 
 
-def test_packed_parameters_are_placed_on_a_mesh(made):
+def test_quantized_parameters_are_placed_on_a_mesh(made):
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     model, placed = load_pretrained(made[0], "float32", mesh=mesh)
     same(placed, made[1])
@@ -330,24 +330,24 @@ def quantized_base(place, tmp_path):
     return other
 
 
-def test_training_on_a_packed_folder_is_training_on_a_quantized_one(place, quantized_base, capsys):
+def test_training_on_a_prequantized_folder_equals_quantizing_at_load(place, quantized_base, capsys):
     train = {"max_steps": 2, "logging_steps": 1}
     settings = {"bnb_4bit_compute_dtype": "float32"}
     for where, sections in ((place, {"quantization": settings}), (quantized_base, {})):
         where.settings_for_loss()
         where.run(train=train, **sections)
     shown = capsys.readouterr().out
-    assert shown.count("QLoRA") == 2 and shown.count("the base is already quantized") == 1
+    assert shown.count("QLoRA") == 2 and shown.count("the base model is already quantized") == 1
     assert quantized_base.losses() == place.losses() and len(place.losses()) == 2
     assert quantized_base.adapter() == place.adapter()
 
 
-def test_a_packed_base_is_not_trained_in_full(quantized_base):
+def test_a_prequantized_base_is_not_trained_in_full(quantized_base):
     with pytest.raises(ConfigError, match="cannot be trained in full"):
         quantized_base.run(lora=None)
 
 
-def test_a_packed_base_has_no_original_to_merge_into(quantized_base, result):
+def test_a_prequantized_base_has_no_original_to_merge_into(quantized_base, result):
     quantized_base.output = result.output
     merge = importlib.import_module("jlora.merge")
     out = {"output_dir": str(quantized_base.folder / "merged")}

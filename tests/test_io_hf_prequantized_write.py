@@ -179,7 +179,7 @@ DOWN = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
         ("gpt2", {}, {}),
     ],
 )
-def test_config_json_says_what_is_packed_and_how(name, fields, want):
+def test_config_json_says_what_is_quantized_and_how(name, fields, want):
     got = quantization_config(*shapes(name, **fields))
     got["llm_int8_skip_modules"].sort(key=lambda module: (module == "lm_head", module))
     assert got == BITSANDBYTES | want
@@ -245,7 +245,7 @@ def adapted(params):
     ("change", "message"),
     [
         (along_the_inputs, r"self_attn\.q_proj: quantized as \(in, out\)"),
-        (in_two_formats, "one format"),
+        (in_two_formats, "one quantization format"),
         (adapted, r"self_attn\.q_proj: layers with an adapter"),
         (lambda _: build("llama")[1], "no parameter is quantized"),
         (
