@@ -66,7 +66,7 @@ def test_library_is_read_in_order_and_without_tests():
 
 def test_tokenizer_is_reproducible_and_splits_digits(tmp_path):
     texts = [SOURCE] * 3
-    made = [tokenizer.train(texts, 300) for _ in range(2)]
+    made = [tokenizer.train_tokenizer(texts, 300) for _ in range(2)]
     assert made[0].to_str() == made[1].to_str()
     assert made[0].encode("at 1024").tokens[-4:] == ["1", "0", "2", "4"]
     assert [made[0].token_to_id(t) for t in tokenizer.SPECIAL] == [0, 1, 2, 3, 4]
@@ -76,7 +76,7 @@ def test_tokenizer_is_reproducible_and_splits_digits(tmp_path):
 def test_chat_template(tmp_path):
     from transformers import AutoTokenizer
 
-    tokenizer.save(tmp_path, tokenizer.train([SOURCE], 280), 512)
+    tokenizer.save_tokenizer(tmp_path, tokenizer.train_tokenizer([SOURCE], 280), 512)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
     whole = loaded.apply_chat_template(chat, tokenize=False)

@@ -1,4 +1,4 @@
-"""The report: every value lies where its scale says, and the page needs nothing but itself."""
+"""The report: values are drawn where their scale puts them, and the page loads nothing."""
 
 import math
 import re
@@ -9,6 +9,7 @@ import pytest
 from jlora.ui import report
 from jlora.ui.report import chart
 from jlora.ui.report.chart import Frame, Series
+from jlora.ui.report.page import metric_points, report_html
 
 METRICS = [
     {"step": 10, "loss": 4.0, "learning_rate": 1e-4, "grad_norm": 1.5, "tokens_per_second": 900.0},
@@ -23,7 +24,7 @@ SAMPLES = [
 
 
 def html(metrics=METRICS, samples=SAMPLES, summary=None, config="train:\n  seed: 1\n"):
-    return report.page("A <run>", config, metrics, samples, summary or {})
+    return report_html("A <run>", config, metrics, samples, summary or {})
 
 
 def parse(text):
@@ -119,7 +120,7 @@ def test_means_are_means():
 
 def test_a_step_that_was_logged_again_counts_once():
     metrics = [{"step": 2, "loss": 5.0}, {"step": 1, "loss": 1.0}, {"step": 2, "loss": 3.0}]
-    assert report.points(metrics, "loss") == [(1, 1.0), (2, 3.0)]
+    assert metric_points(metrics, "loss") == [(1, 1.0), (2, 3.0)]
 
 
 def test_the_page_is_self_contained():

@@ -1,4 +1,4 @@
-"""Text that any machine with Python has: the standard library's own documentation.
+"""A corpus that every machine with Python has: the documentation in the standard library.
 
 The sources are parsed, never imported. Two kinds of rows come out:
 
@@ -149,7 +149,7 @@ def _messages(question: str, answer: str) -> dict:
     return {"messages": [{"role": r, "content": c} for r, c in turns]}
 
 
-def write(path: Path, part: list[dict]) -> None:
+def write_jsonl(path: Path, part: list[dict]) -> None:
     """One JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(r) + "\n" for r in part), encoding="utf-8")

@@ -26,7 +26,7 @@ ROOMS = (
     "office", "hallway", "garage", "attic", "basement", "nursery",
 )  # fmt: skip
 
-NAMES = {
+DEVICE_NAMES = {
     "lamp": ("lamp", "light", "lights"),
     "heater": ("heater", "heating", "radiator"),
     "fan": ("fan", "ventilator"),
@@ -117,7 +117,7 @@ def request(rng: random.Random, device: str, room: str, action: str) -> dict:
     values = DEGREES if (device, action) == ("heater", "set") else VALUES.get(action)
     value = rng.choice(values) if values else None
     saying = rng.choice(SAYINGS[device, action])
-    text = saying.format(room=room, name=rng.choice(NAMES[device]), value=value)
+    text = saying.format(room=room, name=rng.choice(DEVICE_NAMES[device]), value=value)
     if text[0].islower():
         text = rng.choice(MANNERS).format(text)
     text = text[0].upper() + text[1:]

@@ -69,7 +69,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 def make_corpus(folder: Path) -> None:
     """Writes text.jsonl and chat.jsonl."""
     for name, rows in zip(("text", "chat"), corpus.rows(), strict=True):
-        corpus.write(folder / f"{name}.jsonl", rows)
+        corpus.write_jsonl(folder / f"{name}.jsonl", rows)
 
 
 def strings(folder: Path) -> Iterator[str]:
@@ -87,13 +87,13 @@ def make_init(folder: Path, corpus_folder: Path) -> None:
     from jlora import models
     from jlora.io import hf
 
-    tokens = tokenizer.train(strings(corpus_folder), CONFIG["vocab_size"])
-    tokenizer.save(folder, tokens, CONFIG["max_position_embeddings"])
+    tokens = tokenizer.train_tokenizer(strings(corpus_folder), CONFIG["vocab_size"])
+    tokenizer.save_tokenizer(folder, tokens, CONFIG["max_position_embeddings"])
     model = models.Model.from_config(CONFIG, dtype="float32")
     hf.save_pretrained(folder, model, models.init_params(jax.random.key(0), model))
 
 
-def train(work: Path, overrides: list[str]) -> None:
+def train_base(work: Path, overrides: list[str]) -> None:
     """Full fine-tuning in a process of its own, with relative paths seen from ``work``."""
     command = [sys.executable, "-m", "jlora.train", str(HERE / "base.yaml"), *overrides]
     subprocess.run(command, cwd=work, check=True, env={**os.environ, "PYTHONPATH": _package_root()})
@@ -128,9 +128,9 @@ def main() -> None:
     work = args.work.resolve()
     make_corpus(work / "corpus")
     make_init(work / "init", work / "corpus")
-    train(work, args.overrides)
+    train_base(work, args.overrides)
     make_model(work / "model", work / "run", work / "init")
-    print(f"the model lies in {args.work / 'model'}")
+    print(f"the model is in {args.work / 'model'}")
 
 
 if __name__ == "__main__":

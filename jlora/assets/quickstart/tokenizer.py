@@ -19,7 +19,7 @@ TEMPLATE = """\
 """
 
 
-def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """BPE over ``texts``; ids 0–4 are the special tokens, in SPECIAL's order."""
     tokenizer = Tokenizer(models.BPE())
     # Numbers are copied digit by digit, so the task's values need not be in the vocabulary.
@@ -37,7 +37,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def save(folder: Path, tokenizer: Tokenizer, max_length: int) -> None:
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None:
     """The three files that ``transformers.AutoTokenizer`` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {

@@ -49,11 +49,11 @@ def write_report(
       summary: names and values for the tiles at the top.
     """
     path = Path(output_dir) / "report.html"
-    write_atomic(path, page(title, config_yaml, metrics, samples, summary))
+    write_atomic(path, report_html(title, config_yaml, metrics, samples, summary))
     return path
 
 
-def page(
+def report_html(
     title: str,
     config_yaml: str,
     metrics: Sequence[Mapping[str, Any]],
