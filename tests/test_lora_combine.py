@@ -428,7 +428,7 @@ def test_parts_of_unequal_widths():
     )
     np.testing.assert_allclose(merged, now, atol=1e-5)
     np.testing.assert_allclose(summed, was + 0.75 * (now - was), atol=1e-5)
-    with pytest.raises(ConfigError, match=r"reach: model.layers.\*.self_attn.v_proj.kernel\n"):
+    with pytest.raises(ConfigError, match=r"cover: model.layers.\*.self_attn.v_proj.kernel\n"):
         some = LoraConfig(target_modules=["q_proj", "k_proj"])
         jlora.extract_adapter(base, tuned, some)
     other = dataclasses.replace(found, parts=FrozenMap({"qkv_proj": (4, 4, 4)}))
@@ -461,7 +461,7 @@ def test_extraction_names_what_would_be_lost():
 def test_a_bias_is_not_held_by_its_kernel():
     tuned = tuned_on("q_proj.bias", "lm_head")
     config = LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights="gaussian")
-    with pytest.raises(ConfigError, match=r"reach: model.layers.\*.self_attn.q_proj.bias\n"):
+    with pytest.raises(ConfigError, match=r"cover: model.layers.\*.self_attn.q_proj.bias\n"):
         jlora.extract_adapter(PARAMS, tuned, config)
     found = jlora.extract_adapter(PARAMS, tuned, dataclasses.replace(config, bias="lora_only"))
     assert found.config.init_lora_weights is True, "there are no first values to speak of"

@@ -197,7 +197,7 @@ def test_rows_that_are_taken_are_the_dequantized_ones(shape, double_quant):
     got, expected = jax.jit(nf4.take)(q, ids), np.asarray(q.dequantize())[np.asarray(ids)]
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(got), expected)
-    with pytest.raises(ValueError, match="untransposed"):
+    with pytest.raises(ValueError, match="not transposed"):
         q.mT.take(ids)
 
 
