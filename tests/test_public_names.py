@@ -1,6 +1,8 @@
 """The names of the Python contract, however the package's modules were imported before."""
 
+import importlib
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,3 +76,21 @@ print("fine")
 )
 def test_a_submodule_of_the_same_name_does_not_hide_a_function(imports):
     assert python(MERGE.format(imports=imports)) == "fine"
+
+
+BY_CONTRACT = {"jlora.merge", "jlora.quantize"}
+"""Commands whose names are functions of the package."""
+
+
+def test_no_module_is_hidden_by_a_function_of_its_name():
+    """``import a.b.c as m`` reads attributes, which a package may have given to something else."""
+    found = {module.name for module in pkgutil.walk_packages(jlora.__path__, "jlora.")}
+    names = {n for n in found if ".assets" not in n and not n.endswith("__main__")}
+    hidden = set()
+    for name in sorted(names):
+        module, attribute = importlib.import_module(name), jlora
+        for part in name.split(".")[1:]:
+            attribute = getattr(attribute, part)
+        if attribute is not module:
+            hidden.add(name)
+    assert hidden == BY_CONTRACT
