@@ -60,6 +60,13 @@ def assets() -> Path:
 
 
 @pytest.fixture
+def standard_promotion():
+    """optax does not promote strictly."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
 def two_processes():
     """Starts Python code in two processes of one run, on CPUs; gives both, their output piped."""
 
