@@ -34,7 +34,7 @@ main = functools.partial(cli.main, "evaluate")
 def run(config: Config, options: argparse.Namespace) -> None:
     """Evaluates the result in ``train.output_dir`` on ``data.eval``.
 
-    Prints the figures and writes them to ``held_out.json`` in that folder, with the replies if
+    Prints the figures and writes them to ``evaluation.json`` in that folder, with the replies if
     ``evaluate.exact_match`` asks for them.
     """
     del options
@@ -62,7 +62,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
     if config.evaluate.exact_match:
         result["eval_exact_match"] = scoring.exact_match(samples)
         result["eval_replies"] = len(samples)
-    file = Path(config.train.output_dir) / "held_out.json"
+    file = Path(config.train.output_dir) / "evaluation.json"
     if jax.process_index() == 0:
         replies = [{**s._asdict(), "exact": s.exact} for s in samples]
         text = json.dumps({**result, "replies": replies}, indent=2, ensure_ascii=False)

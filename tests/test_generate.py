@@ -120,11 +120,11 @@ def test_one_source_of_prompts_is_needed(here, given):
 
 def test_what_the_model_cannot_embed_is_refused():
     model, _ = tiny_models.build("gpt2")  # 64 positions, 61 embeddings
-    prompt = generate.Prompt("prompts.jsonl:3", "text", {})
-    generate._check([prompt], [[60] * 64], model)
+    prompt = generate.PromptRow("prompts.jsonl:3", "text", {})
+    generate._check_prompts_fit([prompt], [[60] * 64], model)
     for ids, cause in [([1] * 65, "has 65 tokens"), ([3, 61], "holds token 61")]:
         with pytest.raises(DataError, match=cause) as caught:
-            generate._check([prompt], [ids], model)
+            generate._check_prompts_fit([prompt], [ids], model)
         assert caught.value.where == prompt.where
 
 
@@ -146,8 +146,8 @@ def test_a_prompt_opens_as_the_rows_that_were_learned_do(place, format, template
     source = SourceConfig(path=str(file), format=format)
     (learned,) = data.reply_rows([source], tokenizer, DataConfig(train=[source]))
     settings = config.load(place.write(data={"train": [{"path": str(file), "format": format}]}))
-    prompt = generate.Prompt("generate.prompt", "say one", {})
-    assert generate._ids(prompt, settings, tokenizer) == list(learned.prompt_ids)
+    prompt = generate.PromptRow("generate.prompt", "say one", {})
+    assert generate._prompt_ids(prompt, settings, tokenizer) == list(learned.prompt_ids)
     if format == "messages":
         prompt = prompt._replace(text=Chat("", user("say one")))
-        assert generate._ids(prompt, settings, tokenizer) == list(learned.prompt_ids)
+        assert generate._prompt_ids(prompt, settings, tokenizer) == list(learned.prompt_ids)

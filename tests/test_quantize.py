@@ -81,14 +81,17 @@ def test_it_says_what_it_does_and_how_large_that_is(place, capsys):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["quantization=null"], r"quantization: nothing says how[\s\S]*fix: add the section"),
+        (
+            ["quantization=null"],
+            r"quantization: the settings do not say[\s\S]*fix: add the section",
+        ),
         (
             ["quantization.include_modules=[embed_tokens]"],
             r"embed_tokens: transformers cannot load a quantized embedding",
         ),
         (["quantization.include_modules=[lm_haed]"], "no module is called 'lm_haed'"),
-        (["quantize.output_dir={base}"], r"quantize\.output_dir: is the model's own folder"),
-        (["quantize.output_dir={link}/."], r"quantize\.output_dir: is the model's own folder"),
+        (["quantize.output_dir={base}"], r"quantize\.output_dir: is the folder of the base"),
+        (["quantize.output_dir={link}/."], r"quantize\.output_dir: is the folder of the base"),
         (["quantize.output=x"], "unknown key"),
     ],
 )

@@ -14,7 +14,7 @@ from safetensors.numpy import load
 from tiny_runs import Place
 
 import jlora
-from jlora import config, data
+from jlora import config, data, train
 from jlora.io.peft import to_peft_tensors
 from jlora.run import train_step
 from jlora.run.job import open_tokenizer
@@ -222,7 +222,7 @@ def test_lorafa_and_loraplus_train_b_alone(place, capsys):
     own = {"lorafa": True, "loraplus_lr_ratio": 4.0, "optim": "adamw_8bit", "max_steps": 4}
     place.run(train={**own, "save_steps": None}, lora={"lora_dropout": 0.0})
     said = capsys.readouterr().out
-    assert "adamw_8bit with LoRA+ (B learns 4 times as fast) with LoRA-FA" in said
+    assert "adamw_8bit with LoRA+ (B's learning rate is 4 times A's) with LoRA-FA" in said
     _, params = jlora.load_pretrained(place.base, "float32")
     settings = config.load(place.output)
     fresh = jlora.init_adapter(jax.random.key(settings.train.seed), params, settings.lora)
@@ -242,3 +242,28 @@ def test_lorafa_and_loraplus_train_b_alone(place, capsys):
     gradient = jax.grad(total)(job.trainable).weights
     for path, value in paths.walk(gradient):
         assert np.any(value) == (path[-1] == "lora_B"), path
+
+
+def test_the_base_is_fingerprinted_once(place):
+    """For the checkpoints and for base_model.json; the small leaves have a record of their own."""
+    from jlora.io.peft import base_model
+    from jlora.tree import fingerprint
+
+    whole = []
+
+    def counted(params, compute=fingerprint.fingerprint):
+        if "kernel" in str(jax.tree.structure(params)):
+            whole.append(params)
+        return compute(params)
+
+    place.settings_for_loss()
+    with (
+        mock.patch.object(train, "fingerprint", counted),
+        mock.patch.object(base_model, "fingerprint", counted),
+    ):
+        place.run(train={"max_steps": 1, "save_steps": 1, "logging_steps": 1})
+    assert len(whole) == 1
+    record = json.loads((place.output / "base_model.json").read_text())
+    manifest = json.loads((place.output / "checkpoints/1/manifest.json").read_text())
+    assert record["weights"] == manifest["base_fingerprint"]
+    assert record["weights"] == fingerprint.fingerprint(whole[0])

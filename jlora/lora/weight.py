@@ -129,7 +129,7 @@ def base_of(leaf: Any) -> Any:
     return base_of(leaf.base) if isinstance(leaf, WeightWrapper) else leaf
 
 
-def dense(leaf: Any) -> Array:
+def dense(leaf: Any) -> Any:
     """The leaf as one array in its dtype: dequantized, adapters included."""
     return leaf.dequantize() if is_weight_leaf(leaf) else leaf
 
