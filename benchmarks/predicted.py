@@ -44,7 +44,9 @@ def steps(method: str, length: int) -> Any:
             (Path(folder) / "config.json").write_text(json.dumps(llama.shape()))
             config = run_config(method, {**HEADLINE, "length": length}, base=folder)
             devices = jax.devices()[:1]
-            plan = forecast(config, None, Rows(length), target.Target(), devices, whole=False)
+            plan = forecast(
+                config, None, Rows(length), target.CompileTarget(), devices, whole=False
+            )
         assert plan.memory is not None
         program = TrainStep.of(plan.job, plan.plan, length)
         step = program.compile()

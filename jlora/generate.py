@@ -37,7 +37,7 @@ PLACEHOLDER = "…"
 """The reply in rows that need one, where it is still to be generated."""
 
 
-class Prompt(NamedTuple):
+class PromptRow(NamedTuple):
     """What to reply to: a text or a chat, with its place and the JSON object it was read from."""
 
     where: str
@@ -85,7 +85,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
         print(text)
 
 
-def _check_prompts_fit(prompts: list[Prompt], ids: list[list[int]], model: Model) -> None:
+def _check_prompts_fit(prompts: list[PromptRow], ids: list[list[int]], model: Model) -> None:
     """Raises DataError for a prompt that the model has no embeddings or no positions for."""
     limit, size = model.config.position_limit, model.config.vocab_size
     for prompt, row in zip(prompts, ids, strict=True):
@@ -98,7 +98,7 @@ def _check_prompts_fit(prompts: list[Prompt], ids: list[list[int]], model: Model
             raise DataError(cause, where=prompt.where, fix=fix)
 
 
-def _prompts(config: Config) -> Iterator[Prompt]:
+def _prompts(config: Config) -> Iterator[PromptRow]:
     """``generate.prompt``, or the prompts in the lines of ``generate.file``."""
     settings = config.generate
     if (settings.prompt is None) == (settings.file is None):
@@ -108,7 +108,7 @@ def _prompts(config: Config) -> Iterator[Prompt]:
             fix='for example generate.prompt="What is LoRA?"',
         )
     if settings.prompt is not None:
-        yield Prompt("generate.prompt", settings.prompt, {})
+        yield PromptRow("generate.prompt", settings.prompt, {})
         return
     file = Path(str(settings.file))
     with storage_errors(file):
@@ -119,7 +119,7 @@ def _prompts(config: Config) -> Iterator[Prompt]:
         where = f"{file}:{number}"
         try:
             row = json.loads(line)
-            yield Prompt(where, _prompt_of_row(row), row)
+            yield PromptRow(where, _prompt_of_row(row), row)
         except ValueError as error:  # BadRow, no JSON, no UTF-8
             raise DataError(
                 f"is not a prompt: {error}",
@@ -137,7 +137,7 @@ def _prompt_of_row(row: Any) -> str | Chat:
     return row["prompt"]
 
 
-def _prompt_ids(prompt: Prompt, config: Config, tokenizer: Any) -> list[int]:
+def _prompt_ids(prompt: PromptRow, config: Config, tokenizer: Any) -> list[int]:
     """The prompt's tokens, up to where the reply begins in a training row of the same format."""
     text = prompt.text
     if isinstance(text, str) and not config.generate.chat:

@@ -302,7 +302,9 @@ def test_what_cannot_be_factored_is_merged_and_named():
     model, params = jlora.from_linen(module, variables, x)
     config = dataclasses.replace(CONFIG, target_modules=["own", "doubled", "Dense_0"])
     adapter = jlora.init_adapter(KEY, params, config)
-    with pytest.warns(MergedWarning, match="weights are merged: doubled.kernel, own.kernel") as caught:
+    with pytest.warns(
+        MergedWarning, match="weights are merged: doubled.kernel, own.kernel"
+    ) as caught:
         got = model(jlora.attach(params, adapter), x)
     assert "Dense_0" not in str(caught[0].message)
     close(got, module.apply(model.native(jlora.merge(params, adapter)), x))

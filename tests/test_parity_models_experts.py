@@ -9,7 +9,6 @@ from tiny_peers import FAST, PEERS_TALK, Base, assert_close, make_peft, peft, to
 
 import jlora
 from jlora.io import peft as adapter_io
-from jlora.io.hf.names import WEIGHT
 from jlora.lora.targets import find_targets
 from jlora.models.registry import family_of
 from jlora.tree import paths
@@ -81,7 +80,7 @@ def test_logits_and_gradients_are_those_of_transformers_and_peft(name, tmp_path)
         for layer in [None] if leaf.layers is None else range(leaf.layers):
             value = leaf.value if layer is None else leaf.value[layer]
             key = f"base_model.model.{leaf.module(layer)}"
-            end = WEIGHT.get(leaf.kind, leaf.kind)
+            end = paths.TORCH_NAMES.get(leaf.kind, leaf.kind)
             grad = named.get(f"{key}.{end}", named.get(f"{key}.base_layer.{end}"))
             want_grad = grad.numpy()
             turned = leaf.kind in ("kernel", *family_of(base.model.config).flipped)

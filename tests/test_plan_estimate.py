@@ -50,8 +50,8 @@ def test_an_estimate_is_near_the_compiler(tmp_path, case):
     devices = jax.devices()[: 4 if "fsdp" in case else 1]
     rows = Rows(loaded.data.max_length)
     with jax.numpy_dtype_promotion("standard"):
-        here = forecast(loaded, None, rows, target.Target(), devices, whole=False)
-        aim = target.Target(target.HARDWARE["h100"], len(devices))
+        here = forecast(loaded, None, rows, target.CompileTarget(), devices, whole=False)
+        aim = target.CompileTarget(target.HARDWARE["h100"], len(devices))
         absent = forecast(loaded, None, rows, aim, None, whole=False)
     assert here.compiled and not absent.compiled
     said, true = absent.memory, here.memory

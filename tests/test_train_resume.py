@@ -51,10 +51,43 @@ def saving(place, after):
     return any(not (f / "manifest.json").exists() for f in late)
 
 
-def wait(process, condition):
+def wait(process, condition, poll_seconds=0.02):
     """Returns as soon as the condition holds or the process has ended."""
     while process.poll() is None and not condition():
-        time.sleep(0.02)
+        time.sleep(poll_seconds)
+
+
+def kill_run(place, config, kind, target, rng):
+    """Starts the run and kills it after step ``target``; gives the process's exit code.
+
+    ``start``: at a random time of its first seconds; ``step``: once the step is in the log;
+    ``save``: while a later checkpoint is being written.
+    """
+    pause = rng.uniform(0, 3) if kind == "start" else rng.uniform(0, 0.02)
+    began = time.monotonic()
+
+    def now():
+        step = last_step(place)
+        if kind == "start":
+            return time.monotonic() - began > pause or step > target + 3
+        return step > target + 3 or (saving(place, target) if kind == "save" else step > target)
+
+    process = place.start(config)
+    # A checkpoint of this size is written in some hundredths of a second.
+    wait(process, now, poll_seconds=0.002 if kind == "save" else 0.02)
+    time.sleep(0 if kind == "start" else pause)
+    process.kill()
+    process.communicate()
+    return process.returncode
+
+
+def assert_no_trace(place, config, whole):
+    """The same command ends in the files of the uninterrupted run."""
+    run = place.command(config)
+    assert run.code == 0, run.err
+    assert place.log() == whole.log()
+    assert place.adapter() == whole.adapter()
+    assert place.checkpoints() == whole.checkpoints()
 
 
 @pytest.mark.slow
@@ -64,27 +97,19 @@ def test_ten_kills_leave_no_trace(place, whole):
     config, codes = place.write(train=LONG), []
     for number, kind in enumerate(kinds):
         target = (STEPS - 3) * number // len(kinds) + rng.randint(0, 2)
-        pause = rng.uniform(0, 3) if kind == "start" else rng.uniform(0, 0.02)
-        began = time.monotonic()
-
-        def now(kind=kind, target=target, pause=pause, began=began):
-            step = last_step(place)
-            if kind == "start":
-                return time.monotonic() - began > pause or step > target + 3
-            return step > target + 3 or (saving(place, target) if kind == "save" else step > target)
-
-        process = place.start(config)
-        wait(process, now)
-        time.sleep(0 if kind == "start" else pause)
-        process.kill()
-        process.communicate()
-        codes.append(process.returncode)
+        codes.append(kill_run(place, config, kind, target, rng))
+        print("KILL", kind, target, last_step(place), saving(place, 0))
     assert codes.count(-signal.SIGKILL) >= 9, "at most one came after the end"
-    run = place.command(config)
-    assert run.code == 0, run.err
-    assert place.log() == whole.log()
-    assert place.adapter() == whole.adapter()
-    assert place.checkpoints() == whole.checkpoints()
+    assert_no_trace(place, config, whole)
+
+
+def test_two_kills_leave_no_trace(place, whole):
+    """The short form: after a step, and while a checkpoint is being written."""
+    rng, config = random.Random(0), place.write(train=LONG)
+    for kind, target in (("step", 6), ("save", 18)):
+        assert kill_run(place, config, kind, target, rng) == -signal.SIGKILL
+        print("KILL", kind, target, last_step(place), saving(place, 0))
+    assert_no_trace(place, config, whole)
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(place, whole):

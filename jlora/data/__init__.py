@@ -1,6 +1,6 @@
 """Rows → chat → examples → packing → order → batches. NumPy and tokenizers only, no JAX."""
 
-from jlora.data.batches import Batch, batch_at, eval_batches, prefetch
+from jlora.data.batches import HostBatch, batch_at, eval_batches, prefetch
 from jlora.data.chat import ChatRenderer
 from jlora.data.labelled_texts import infer_label_names
 from jlora.data.loading import load_rows
@@ -11,8 +11,8 @@ from jlora.data.show import show_batch
 from jlora.data.tokenizer import ensure_template, load_tokenizer
 
 __all__ = [
-    "Batch",
     "ChatRenderer",
+    "HostBatch",
     "Order",
     "Prepared",
     "ReplyRow",

@@ -25,10 +25,10 @@ from jlora.data.order import PADDING_ROW, Order
 from jlora.data.packing import PackedRows, positions
 from jlora.data.preparation import Prepared
 
-Batch = dict[str, Int32[np.ndarray, "accum batch length"]]
+HostBatch = dict[str, Int32[np.ndarray, "accum batch length"]]
 
 
-def batch_at(prepared: Prepared, order: Order, step: int, accum: int = 1) -> Batch:
+def batch_at(prepared: Prepared, order: Order, step: int, accum: int = 1) -> HostBatch:
     """The batch of a step (from 0): ``order.batch`` rows, reshaped to (accum, B, T).
 
     Raises:
@@ -39,7 +39,7 @@ def batch_at(prepared: Prepared, order: Order, step: int, accum: int = 1) -> Bat
     return gather_rows(prepared.packed, order.rows_at(step).reshape(accum, -1))
 
 
-def gather_rows(packed: PackedRows, rows: np.ndarray) -> Batch:
+def gather_rows(packed: PackedRows, rows: np.ndarray) -> HostBatch:
     """The rows with these indices as a batch; PADDING_ROW gives a row of padding."""
     real = (rows != PADDING_ROW)[..., None]
     at = np.where(rows == PADDING_ROW, 0, rows)
@@ -52,7 +52,7 @@ def gather_rows(packed: PackedRows, rows: np.ndarray) -> Batch:
     }
 
 
-def eval_batches(prepared: Prepared, batch: int) -> Iterator[Batch]:
+def eval_batches(prepared: Prepared, batch: int) -> Iterator[HostBatch]:
     """All rows once, in order, as batches (1, B, T); source weights are ignored."""
     order = Order(((len(prepared.packed), 1.0),), batch, shuffle=False)
     return prefetch(lambda step: batch_at(prepared, order, step), range(order.steps_per_epoch))

@@ -26,8 +26,12 @@ from jlora.lora import terms
 from jlora.lora.adapter import LORA_BIAS, PAIRS, Adapter, bias_scaling, scaling
 from jlora.tree import paths
 
-SCALING, BIAS_SCALING = SCALES = ("scaling", "bias_scaling")
-AXIS = {**dict.fromkeys((*PAIRS, *PAIRS.values()), -3), LORA_BIAS: -2, **dict.fromkeys(SCALES, -1)}
+SCALING, BIAS_SCALING = SCALE_LEAVES = ("scaling", "bias_scaling")
+AXIS = {
+    **dict.fromkeys((*PAIRS, *PAIRS.values()), -3),
+    LORA_BIAS: -2,
+    **dict.fromkeys(SCALE_LEAVES, -1),
+}
 """Leaf → the adapter axis of a stack's leaf."""
 
 RANK = {**dict.fromkeys(PAIRS, -1), **dict.fromkeys(PAIRS.values(), -2)}
@@ -166,8 +170,8 @@ def stack_adapters(
 def _of(
     flat: FlatLeaves, names: tuple[str, ...], parts: Mapping[str, tuple[int, ...]]
 ) -> AdapterStack:
-    scales = {path: leaf for path, leaf in flat.items() if path[-1] in SCALES}
-    weights = {path: leaf for path, leaf in flat.items() if path[-1] not in SCALES}
+    scales = {path: leaf for path, leaf in flat.items() if path[-1] in SCALE_LEAVES}
+    weights = {path: leaf for path, leaf in flat.items() if path[-1] not in SCALE_LEAVES}
     return AdapterStack(paths.nest(weights), paths.nest(scales), names, parts)
 
 
@@ -203,7 +207,7 @@ def _unfit(
     for path, leaf in flat.items():
         name, shape = ".".join(path), room.get(path)
         if shape is None:
-            if path[-1] not in SCALES:
+            if path[-1] not in SCALE_LEAVES:
                 yield f"{name} is of a module that no adapter of the stack has"
         elif _rank(path, leaf.shape) > _rank(path, shape):
             yield f"{name} has rank {_rank(path, leaf.shape)}, above {_rank(path, shape)}"

@@ -22,8 +22,8 @@ from jlora.models.experts import MixtureOfExperts
 from jlora.models.kv_cache import KV
 from jlora.models.layer_scan import scan_layers, stack_layers
 from jlora.models.layers import (
-    ColumnRange,
     Embedding,
+    HeadColumns,
     Linear,
     Norm,
     activation,
@@ -228,7 +228,7 @@ class Decoder(nnx.Module):
         return self.model(ids, positions, context, kv, checkpointing)
 
     def head(
-        self, x: Float[Array, "*B D"], columns: ColumnRange | None = None
+        self, x: Float[Array, "*B D"], columns: HeadColumns | None = None
     ) -> Float[Array, "*B V"]:
         """Logits in float32, of the whole vocabulary or a range of its columns."""
         head = self.lm_head if self.score is None else self.score

@@ -45,7 +45,7 @@ class Embedding(nnx.Module):
         return split_rows(embed(ids, self.embedding.get_value()).astype(self.dtype))
 
 
-ColumnRange = tuple[Int[Array, ""], int]
+HeadColumns = tuple[Int[Array, ""], int]
 """Index of the first column of a weight (may be traced), and the number of columns."""
 
 
@@ -53,7 +53,7 @@ def output_logits(
     x: Float[Array, "*B dim"],
     w: Weight,
     bias: Float[Array, "vocabulary"] | None,
-    column_range: ColumnRange | None = None,
+    column_range: HeadColumns | None = None,
     *,
     tied: bool = False,
 ) -> Float[Array, "*B vocabulary"]:

@@ -17,7 +17,7 @@ SAVED = "saved"
 INPUT = "layer input"
 """The ``checkpoint_name`` of a layer's input, from which a checkpointed layer is recomputed."""
 
-KERNELS = ("dot_product_attention_fwd_wrapper",)
+SAVED_PRIMITIVES = ("dot_product_attention_fwd_wrapper",)
 """Primitives whose results are saved: a name cannot be put inside cuDNN's attention."""
 
 _named = jax.checkpoint_policies.save_only_these_names(SAVED)
@@ -39,4 +39,4 @@ offloaded = jax.checkpoint_policies.save_and_offload_only_these_names(
 
 def policy(primitive, *avals, **params) -> bool:
     """Policy of ``jax.checkpoint``: save what ``saveable`` marked, and the results of kernels."""
-    return primitive.name in KERNELS or _named(primitive, *avals, **params)
+    return primitive.name in SAVED_PRIMITIVES or _named(primitive, *avals, **params)

@@ -87,7 +87,7 @@ def _compile(program: TrainStep) -> Any:
         if not checks or OUT_OF_MEMORY not in str(error):
             raise
         raise _DoesNotFitError from error
-    limit = target.memory(target.Target(), list(program.job.mesh.devices.flat)).limit
+    limit = target.memory(target.CompileTarget(), list(program.job.mesh.devices.flat)).limit
     if checks and measured(program, compiled).peak > limit:
         raise _DoesNotFitError
     return compiled
@@ -99,7 +99,12 @@ def refusal(config: Any, tokenizer: Any, rows: Rows, devices: list[Any]) -> Conf
     None if the forecast fits: then memory was short only for a while.
     """
     look = functools.partial(
-        forecast, tokenizer=tokenizer, rows=rows, aim=target.Target(), found=devices, whole=False
+        forecast,
+        tokenizer=tokenizer,
+        rows=rows,
+        aim=target.CompileTarget(),
+        found=devices,
+        whole=False,
     )
     result = look(config)
     if result.fits:

@@ -17,7 +17,7 @@ from jlora.plan import estimate, flops, hlo, target
 from jlora.plan.hardware import Hardware
 from jlora.plan.jax_cudnn_shim import jax_checks_capability
 from jlora.plan.memory import OUT_OF_MEMORY, Memory, device_bytes, measured, refused_memory
-from jlora.plan.target import Target
+from jlora.plan.target import CompileTarget
 from jlora.run.abstract_job import abstract_job
 from jlora.run.header import tree_bytes
 from jlora.run.job import Job
@@ -65,7 +65,7 @@ class Forecast:
     job: Job
     plan: StepCounts
     rows: Rows
-    target: Target
+    target: CompileTarget
     hardware: Hardware | None
     limit: target.Memory
     memory: Memory | None
@@ -128,7 +128,7 @@ def forecast(
     config: Config,
     tokenizer: Any,
     rows: Rows,
-    aim: Target,
+    aim: CompileTarget,
     found: Sequence[Any] | None,
     *,
     whole: bool = True,
@@ -194,7 +194,7 @@ def _host_traffic(program: TrainStep, memory: Memory | None, plan: StepCounts) -
     return moments + (memory.host - moments) * plan.accumulation
 
 
-def stand_in(aim: Target) -> Sequence[Any]:
+def stand_in(aim: CompileTarget) -> Sequence[Any]:
     """Devices that make a mesh of the target's size, where nothing is compiled for them."""
     present = jax.devices("cpu")
     if len(present) < aim.count:

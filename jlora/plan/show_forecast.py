@@ -11,7 +11,7 @@ from jlora.errors import ConfigError, JloraError
 from jlora.plan import report, target
 from jlora.plan.forecast import Rows, forecast
 from jlora.plan.remedies import find_remedies, text
-from jlora.plan.target import Target
+from jlora.plan.target import CompileTarget
 from jlora.run import environment
 from jlora.run.batches import prepare_rows
 from jlora.run.job import open_tokenizer
@@ -20,7 +20,7 @@ from jlora.training.optim import check_optimizer
 from jlora.ui.console import Console
 
 
-def show_forecast(config: Config, aim: Target, *, as_json: bool = False) -> None:
+def show_forecast(config: Config, aim: CompileTarget, *, as_json: bool = False) -> None:
     """Prints the forecast of a run.
 
     Raises:

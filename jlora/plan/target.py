@@ -26,7 +26,7 @@ DEFAULT_FRACTION = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class CompileTarget:
     """What to compile for: the devices that are here when ``hardware`` is None."""
 
     hardware: Hardware | None = None
@@ -58,13 +58,13 @@ class Target:
         return stand_ins | own
 
 
-def parse(name: str | None) -> Target:
+def parse(name: str | None) -> CompileTarget:
     """The target of a name such as ``h200x8``, ``a100-80`` or ``v5e-16``; None is what is here.
 
     Raises ConfigError for another one, and for more devices than are linked.
     """
     if name is None:
-        return Target()
+        return CompileTarget()
     kind, count = name, 1
     if kind not in HARDWARE and (match := re.fullmatch(r"(.+?)[x-](\d+)", name)):
         kind, count = match[1], int(match[2])
@@ -82,15 +82,15 @@ def parse(name: str | None) -> Target:
             where=f"--target {name}",
             fix=f"plan for one node, such as {kind}x{hardware.most}",
         )
-    return Target(hardware, count)
+    return CompileTarget(hardware, count)
 
 
-def set_environment(target: Target) -> None:
+def set_environment(target: CompileTarget) -> None:
     """Makes jax, which is not imported yet, compile for what is not here."""
     os.environ.update(target.environment)
 
 
-def devices(target: Target) -> Sequence[Any] | None:
+def devices(target: CompileTarget) -> Sequence[Any] | None:
     """The target's devices, to compile for; None where JAX's plugin for them is not installed."""
     import jax
 
@@ -128,7 +128,7 @@ class Memory:
     """All that the device has."""
 
 
-def memory(target: Target, found: Sequence[Any] | None) -> Memory:
+def memory(target: CompileTarget, found: Sequence[Any] | None) -> Memory:
     """What programs can use of one device of the target."""
     if target.hardware is None:
         return _memory_here(found or ())
@@ -172,7 +172,7 @@ def main_memory() -> int:
     return whole
 
 
-def hardware_of(target: Target, found: Sequence[Any] | None) -> Hardware | None:
+def hardware_of(target: CompileTarget, found: Sequence[Any] | None) -> Hardware | None:
     """What the table says of the target's devices; None for those it does not have (CPUs)."""
     if target.hardware is not None:
         return target.hardware

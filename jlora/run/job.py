@@ -21,9 +21,7 @@ from jlora.lora.targets import Target, find_targets
 from jlora.models import Model, as_classifier
 from jlora.models.layer_scan import OFFLOAD
 from jlora.training.optim import without_gradient_of_a
-
-Bind = Callable[[Any, Any, Any], Any]
-"""(frozen, trainable, dropout key or None) → the parameters of one forward pass."""
+from jlora.training.step import Bind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

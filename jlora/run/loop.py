@@ -143,7 +143,7 @@ def train_loop(
                 if evaluating and not last and run.held_out:
                     record_line(run, evaluate(run))
                 if saving or stop or run.progress.stopped_early:
-                    save(run)
+                    save_checkpoint(run)
             if stop:
                 raise stopped_error(step, stop, settings)
             if run.progress.stopped_early:
@@ -229,7 +229,7 @@ def finish_run(run: RunState) -> None:
         if line:
             record_line(run, line)
         progress.finished = True
-        save(run)
+        save_checkpoint(run)
     shown = [
         {"prompt": s.prompt, "before": before, "after": s.reply, "expected": s.expected}
         for before, s in zip(progress.replies_before, samples, strict=False)
@@ -244,7 +244,7 @@ def record_line(run: RunState, line: dict[str, float]) -> None:
     run.console.log(run.progress.step, line)
 
 
-def save(run: RunState) -> None:
+def save_checkpoint(run: RunState) -> None:
     """Saves a checkpoint; first the log lines that it counts are on the disk."""
     run.log.sync()
     run.checkpoints.save(run.state, run.progress)

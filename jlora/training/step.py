@@ -20,13 +20,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from jlora.data.examples import IGNORE
 from jlora.distributed.constraints import rows_per_device
 from jlora.ops.matmul import barrier_after
 from jlora.ops.weights import has_quantized_base
 from jlora.training.state import TrainState
-
-IGNORE = -100
-"""The label of positions without loss, as in transformers."""
 
 CHUNK_ELEMENTS = 2**24
 """The most logits that a device computes at once (64 MiB of float32)."""

@@ -53,6 +53,9 @@ EQUINOX_FIELDS = {
 }
 """(package, class, field) → Flax's key, and whether the matrix is stored as [out, in]."""
 
+TORCH_NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+"""Kind of leaf → the last part of its name in torch, where they differ."""
+
 LEAST_AXES = {"kernel": 2, "embedding": 2, "lora_A": 2, "lora_B": 2, "scale": 1, "bias": 1}
 LEAST_AXES |= {"lora_magnitude_vector": 1, "lora_bias": 1}
 """The least number of axes of a leaf in one layer: a leaf with no more is not stacked."""

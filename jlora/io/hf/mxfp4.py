@@ -24,7 +24,7 @@ MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1 = np.array([*MAGNITUDES, *(-m for m in MAGNITUDES)], np.float32)
 """Values of the 16 codes: one bit of sign, two of exponent, one of mantissa."""
 
-SCALES = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))
+E8M0_SCALES = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))
 BLOCKS, SCALED = "_blocks", "_scales"
 
 
@@ -84,7 +84,7 @@ def decode(
     scales: UInt8[Array | np.ndarray, "rows groups"],
 ) -> Float[Array, "cols rows"]:
     """The transpose of an MXFP4 matrix, dequantized to bfloat16."""
-    blocks, scale = jnp.asarray(blocks), jnp.asarray(SCALES)[scales]
+    blocks, scale = jnp.asarray(blocks), jnp.asarray(E8M0_SCALES)[scales]
     pairs = jnp.stack([look_up(E2M1, blocks & 15), look_up(E2M1, blocks >> 4)], axis=-1)
     values = pairs.reshape(*scale.shape, 32) * scale[..., None]
     return values.reshape(scale.shape[0], -1).astype(jnp.bfloat16).T

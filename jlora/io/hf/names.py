@@ -18,9 +18,6 @@ from jlora.models.model import Model
 from jlora.models.registry import family_of
 from jlora.tree import paths
 
-WEIGHT = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
-"""Kind of leaf → the last part of its tensor's name, where they differ."""
-
 HEADS = ("lm_head", "score")
 
 SCORE_HEAD = "score.weight"
@@ -70,7 +67,7 @@ def _of_leaf(leaf: paths.Leaf, layer: int | None, model: Model) -> Iterator[Chec
         leaf.kind == "kernel" and (conventions.transposed or leaf.path[0] in HEADS)
     )
     if pieces is None:
-        name = f"{leaf.module(layer)}.{WEIGHT.get(leaf.kind, leaf.kind)}"
+        name = f"{leaf.module(layer)}.{paths.TORCH_NAMES.get(leaf.kind, leaf.kind)}"
         shape = _swap_last_axes(leaf.shape) if flip else leaf.shape
         yield CheckpointTensor(name, leaf.path, layer, flip, shape)
         return

@@ -19,8 +19,6 @@ from jlora.tree import paths
 
 TENSOR_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-WEIGHT = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
-"""Kind of leaf → the last part of its tensor's name, where they differ."""
 
 
 class TensorView(NamedTuple):
@@ -111,7 +109,9 @@ def _replaced_leaf_view(
     """Name and view of a leaf trained as a whole; transposed in torch if ``transposed``."""
     on_lora = "base_layer." if leaf.kind == "bias" and rank_of(config, module) else ""
     value = layer.swapaxes(-1, -2) if transposed else layer
-    return f"{module}.{on_lora}{WEIGHT.get(leaf.kind, leaf.kind)}", TensorView(value, value.shape)
+    return f"{module}.{on_lora}{paths.TORCH_NAMES.get(leaf.kind, leaf.kind)}", TensorView(
+        value, value.shape
+    )
 
 
 def _is_transposed(leaf: paths.Leaf, config: LoraConfig, arrays: Any) -> bool:
