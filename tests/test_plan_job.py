@@ -43,7 +43,7 @@ def runs_as_planned(settings, devices):
     job = opened(settings, devices)
     assert jax.tree.structure(job.trainable) == jax.tree.structure(described.trainable)
     state = TrainStep.of(job, plan, rows.length).init_state(job.trainable)
-    own = [(p, p.order(plan.rows_per_step, 0)) for p in batches.parts(rows, job.adapters)]
+    own = [(p, p.order(plan.rows_per_step, 0)) for p in batches.rows_per_adapter(rows, job.adapters)]
     if job.adapters:
         batch = batches.batches_at(job.mesh, own, plan.accumulation)(0)
     else:

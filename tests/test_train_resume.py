@@ -148,7 +148,7 @@ def test_a_second_run_on_the_same_folder_is_refused(place):
     with RunLock(place.output):
         run = place.command(place.write())
     assert run.code == OutputInUseError.exit_code == 73
-    assert "another run writes to this folder: process" in run.err and not run.out
+    assert "another run is writing to this folder: process" in run.err and not run.out
 
 
 def test_dying_between_the_last_evaluation_and_the_last_save_repeats_no_line(place, monkeypatch):
