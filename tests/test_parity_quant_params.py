@@ -23,6 +23,15 @@ def script():
     sys.path.remove(str(FOLDER))
 
 
+def test_nf4_costs_less_than_int4(script, assets, monkeypatch):
+    """The short form of the table below: two codes, 16 stories of 64 tokens."""
+    monkeypatch.setattr(script, "STORIES", 16)
+    monkeypatch.setattr(script, "LENGTH", 64)
+    monkeypatch.setattr(script, "CODES", {name: script.CODES[name] for name in ("int4", "NF4")})
+    rows = script.perplexities(assets / "models/stories260k", script.stories)
+    assert 0 < rows["NF4"]["kl"] < rows["int4"]["kl"]
+
+
 @pytest.mark.slow
 def test_codes_cost_what_the_paper_found_them_to(script, assets):
     """QLoRA, table 2: NF4, then FP4, then int4; double quantization costs nothing."""
