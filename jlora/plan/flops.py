@@ -1,9 +1,9 @@
-"""FLOPs of a training step from its jaxpr: what is computed, whichever device computes it.
+"""FLOPs of a training step, counted in its jaxpr and so independent of the device.
 
-Every matrix product counts twice its multiplications, as often as its loop runs, and what gradient
-checkpointing computes again counts again. For a llama that is 4 FLOPs for a parameter and token
-where the base is frozen, 2 more where its layers are recomputed, 6 for the adapter's parameters,
-and attention.
+Only matrix products count: 2 FLOPs per multiply-add, times the trip counts of the loops around
+them. What gradient checkpointing recomputes is included. For a Llama that is, per token, 4 FLOPs
+for each frozen parameter (2 more with gradient checkpointing) and 6 for each adapter parameter,
+plus those of attention.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from jlora.run.train_step import TrainStep
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """FLOPs of one step on all devices together."""
+    """FLOPs of one step, summed over all devices."""
 
     products: float
-    """Products with weights."""
+    """Of products with weights."""
     attention: float
-    """Products of queries, keys and values: of pairs that may see each other in one document."""
+    """Of QKᵀ and PV, only for the (query, key) pairs that the causal mask and the window allow."""
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """FLOPs of all matrix products."""
         return self.products + self.attention
 
 
 def of_step(job: Job, plan: StepCounts, length: int) -> Flops:
-    """Those of a run's step on rows of ``length`` tokens.
+    """FLOPs of a run's step on rows of ``length`` tokens.
 
-    Attention is counted as the reference computes it, of which causality and windows leave a part;
-    a kernel that computes scores again in its backward pass does an eighth of that more.
+    Attention is counted in the reference implementation, times the fraction of pairs that the
+    causal mask and the windows allow. A flash-attention kernel, which recomputes scores in its
+    backward pass, does an eighth more.
     """
     plain = dataclasses.replace(job.model, attention="reference")
     program = TrainStep.of(dataclasses.replace(job, model=plain), plan, length)
@@ -52,7 +53,10 @@ def of_step(job: Job, plan: StepCounts, length: int) -> Flops:
 
 
 def seen(windows: Sequence[int | None], length: int) -> float:
-    """The part of all pairs of a row's tokens that see each other in layers of these windows."""
+    """Fraction of the (query, key) pairs of a row that masks allow, averaged over the layers.
+
+    ``windows`` holds the sliding window of each layer; None is full causal attention.
+    """
     parts = []
     for window in windows:
         w = min(window or length, length)
@@ -61,32 +65,40 @@ def seen(windows: Sequence[int | None], length: int) -> float:
 
 
 def _count(jaxpr: Any, batched: int) -> tuple[float, float]:
-    """FLOPs of products with fewer than ``batched`` batch dimensions, and with so many."""
-    few = many = 0.0
+    """FLOPs of products with weights and of attention's products.
+
+    Products with at least ``batched`` batch dimensions (rows and heads; with several adapters their
+    axis too) are attention's.
+    """
+    weights = attention = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             (contracted, _), (batch, _) = params["dimension_numbers"]
-            own = _product(equation, contracted)
-            few, many = (few, many + own) if len(batch) >= batched else (few + own, many)
+            product = _product(equation, contracted)
+            if len(batch) >= batched:
+                attention += product
+            else:
+                weights += product
         elif name.startswith("ragged_dot"):
-            few += _ragged(equation)
+            weights += _ragged(equation)
         elif name == "cond":
-            each = [_count(branch.jaxpr, batched) for branch in params["branches"]]
-            most = max(each, key=sum)
-            few, many = few + most[0], many + most[1]
+            branches = [_count(branch.jaxpr, batched) for branch in params["branches"]]
+            most = max(branches, key=sum)
+            weights, attention = weights + most[0], attention + most[1]
         else:
             times = _times(name, params)
             for inner in jaxprs_in_params(params):
-                own = _count(inner, batched)
-                few, many = few + times * own[0], many + times * own[1]
-    return few, many
+                inner_weights, inner_attention = _count(inner, batched)
+                weights += times * inner_weights
+                attention += times * inner_attention
+    return weights, attention
 
 
 def _times(name: str, params: Any) -> int:
     if name == "scan":
         return params["length"]
-    if name == "shard_map":  # what every device does
+    if name == "shard_map":  # its body is the work of one device
         return math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
     return 1
 
@@ -97,9 +109,9 @@ def _product(equation: Any, contracted: Any) -> float:
 
 
 def _ragged(equation: Any) -> float:
-    """Of a product of rows in groups: each row meets one matrix."""
+    """FLOPs of ``ragged_dot``: each row is multiplied with the matrix of its group."""
     a, b = (v.aval.shape for v in equation.invars[:2])
     out = equation.outvars[0].aval.shape
-    if len(out) == 3:  # a gradient of the matrices: rows are summed over
+    if len(out) == 3:  # gradient of the matrices: rows are contracted
         return 2.0 * math.prod(a) * b[-1]
     return 2.0 * math.prod(out) * a[-1]

@@ -1,7 +1,8 @@
-"""What a compiled step does, read from its optimized HLO: XLA's own account counts loops once.
+"""FLOPs, memory traffic and collectives of a compiled step, read from its optimized HLO.
 
-Every count is of one device and of one run of the step: a loop's body counts as often as the loop
-runs, and of a conditional's branches the one with the most work.
+XLA's ``cost_analysis`` counts the body of a loop once, so it is not used here. All counts are for
+one device and one execution of the step: a loop body is multiplied by its trip count, and of the
+branches of a conditional the most expensive one counts.
 """
 
 from __future__ import annotations
@@ -45,10 +46,13 @@ FREE = {
     "call", "async-start", "async-update", "after-all", "partition-id", "replica-id",
     "opt-barrier", "iota", "domain",
 }  # fmt: skip
-"""Instructions that move nothing by themselves."""
+"""Opcodes that cause no memory traffic themselves."""
 
-GOING_ON = ("async_collective_fusion", "async-collective-done")
-"""Beginnings of the names of fusions beside which an exchange goes on that another one started."""
+CONTINUATIONS = ("async_collective_fusion", "async-collective-done")
+"""Name prefixes of fusions that overlap a collective which another instruction started.
+
+Their computations repeat that collective, which must not be counted twice.
+"""
 
 SAME = ("bitcast", "copy")
 SLICES = ("dynamic-slice", "slice", "gather")
@@ -56,18 +60,18 @@ SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All exchanges of one kind among groups of one size."""
+    """All collectives with the same opcode and group size."""
 
     kind: str
     group: int
-    """Devices that exchange with each other."""
+    """Devices in a replica group."""
     count: int
     bytes: int
-    """Of one device's operands, over all of them."""
+    """Operand bytes per device, summed over these collectives."""
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends at least, as a ring does."""
+        """Bytes that each device sends, at least: those of a ring algorithm."""
         others = (self.group - 1) / self.group
         factor = {"all-gather": self.group - 1, "all-reduce": 2 * others, "collective-permute": 1}
         return self.bytes * factor.get(self.kind, others)
@@ -75,22 +79,22 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a computation does."""
+    """FLOPs, memory traffic, collectives and custom calls of a computation."""
 
     flops: float = 0.0
-    """Of matrix products; a kernel that is called by name is not looked into."""
+    """Of matrix products; custom kernels (attention, Pallas) are not included."""
     bytes: float = 0.0
-    """Read and written by its operations, slices counted as slices."""
+    """Read from and written to device memory; of a sliced array only the slice counts."""
     collectives: Mapping[tuple[str, int], tuple[int, float]] = dataclasses.field(
         default_factory=dict
     )
-    """(kind, devices in a group) → (how many, bytes)."""
+    """(opcode, group size) → (number of executions, operand bytes)."""
     calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Custom call's target → how often it is called."""
+    """Target of a custom call → number of executions."""
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """Named kernels of attention and of Pallas; the rest are products and copies."""
+        """Custom call targets that are attention or Pallas kernels."""
         return tuple(sorted(name for name in self.calls if KERNELS.search(name)))
 
     def __add__(self, other: Work) -> Work:
@@ -102,7 +106,7 @@ class Work:
         return Work(self.flops + other.flops, self.bytes + other.bytes, both, calls)
 
     def times(self, n: int) -> Work:
-        """The same, ``n`` times over."""
+        """The work of ``n`` executions."""
         collectives = {
             key: (n * count, n * size) for key, (count, size) in self.collectives.items()
         }
@@ -111,20 +115,20 @@ class Work:
 
     def exchanges(self) -> list[Collective]:
         """The collectives, most bytes first."""
-        found = [
+        collectives = [
             Collective(kind, group, count, round(size))
             for (kind, group), (count, size) in self.collectives.items()
         ]
-        return sorted(found, key=lambda one: -one.bytes)
+        return sorted(collectives, key=lambda collective: -collective.bytes)
 
 
 def work_of(text: str) -> Work:
-    """What the module of this text (``Compiled.as_text()``) does."""
+    """The work of an HLO module, given as text (``Compiled.as_text()``)."""
     return Module(text).work()
 
 
 class Module:
-    """The computations of an optimized module."""
+    """A parsed module of optimized HLO."""
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
@@ -138,82 +142,100 @@ class Module:
                 assert match is not None
                 current = self.computations.setdefault(match[2], {})
                 self.entry = match[2] if match[1] else self.entry
-            elif found := parse(line):
-                current[found.name] = found
+            elif instruction := parse(line):
+                current[instruction.name] = instruction
 
     def instructions(self) -> Iterator[Instruction]:
-        """All of them, those within fusions included."""
+        """All instructions, including those within fusions."""
         for computation in self.computations.values():
             yield from computation.values()
 
-    @functools.cache  # noqa: B019 (a module is small, and gone with its last use)
+    @functools.cache  # noqa: B019 (modules are small and short-lived)
     def work(self, name: str = "", fused: bool = False) -> Work:
-        """What one computation does; in a fusion only its results and what it is given move."""
-        own = self.computations[name or self.entry]
+        """The work of a computation, by default the entry's.
+
+        Within a fusion (``fused``) instructions cause no traffic: the fusion's operands and results
+        are counted where it is called.
+        """
+        computation = self.computations[name or self.entry]
         total = Work()
-        for one in own.values():
-            total += self._work(one, own, fused)
+        for instruction in computation.values():
+            total += self._work(instruction, computation, fused)
         return total
 
-    def _work(self, one: Instruction, own: Mapping[str, Instruction], fused: bool) -> Work:
-        moved = 0.0 if fused or one.opcode in FREE else self._moved(one, own)
-        kind = one.opcode.removesuffix("-start")
+    def _work(
+        self, instruction: Instruction, computation: Mapping[str, Instruction], fused: bool
+    ) -> Work:
+        moved = (
+            0.0 if fused or instruction.opcode in FREE else self._moved(instruction, computation)
+        )
+        kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            size = sum(n_bytes(own[name].type) for name in one.operands if name in own)
-            return Work(
-                bytes=moved, collectives={(kind, _group(one.rest, self.devices)): (1, size)}
+            size = sum(
+                n_bytes(computation[name].type)
+                for name in instruction.operands
+                if name in computation
             )
-        if one.opcode in ("dot", "convolution"):
-            return Work(_product(one, own), moved)
-        if one.opcode == "custom-call":
-            match = TARGET.search(one.rest)
+            return Work(
+                bytes=moved, collectives={(kind, _group(instruction.rest, self.devices)): (1, size)}
+            )
+        if instruction.opcode in ("dot", "convolution"):
+            return Work(_product(instruction, computation), moved)
+        if instruction.opcode == "custom-call":
+            match = TARGET.search(instruction.rest)
             target = match[1] if match else ""
             gemm = "cublas" in target or "matmul" in target
-            return Work(_product(one, own) if gemm else 0.0, moved, calls={target: 1})
+            return Work(
+                _product(instruction, computation) if gemm else 0.0, moved, calls={target: 1}
+            )
         inner = Work(bytes=moved)
-        if one.opcode == "conditional":
-            names = BRANCHES.search(one.rest)
-            branches = NAME.findall(names[1]) if names else CALLED.findall(one.rest)
+        if instruction.opcode == "conditional":
+            names = BRANCHES.search(instruction.rest)
+            branches = NAME.findall(names[1]) if names else CALLED.findall(instruction.rest)
             works = [self.work(branch, fused) for branch in branches]
             return max(works, key=lambda work: (len(work.kernels), work.flops, work.bytes))
-        within = fused or one.opcode not in ("while", "call", "async-start")
-        for called in CALLED.findall(one.rest):
+        within = fused or instruction.opcode not in ("while", "call", "async-start")
+        for called in CALLED.findall(instruction.rest):
             work = self.work(called, within)
-            if called.startswith(GOING_ON) or one.name.startswith(GOING_ON):
+            if called.startswith(CONTINUATIONS) or instruction.name.startswith(CONTINUATIONS):
                 work = dataclasses.replace(work, collectives={})
-            inner += work.times(self._trips(one))
+            inner += work.times(self._trips(instruction))
         return inner
 
-    def _trips(self, one: Instruction) -> int:
-        """How often a loop's body runs; 1 where that is not known before."""
-        if one.opcode != "while":
+    def _trips(self, instruction: Instruction) -> int:
+        """Trip count of a loop; 1 if unknown, and for other instructions."""
+        if instruction.opcode != "while":
             return 1
-        if match := TRIPS.search(one.rest):
+        if match := TRIPS.search(instruction.rest):
             return int(match[1])
-        match = re.search(r"condition=%([\w.\-]+)", one.rest)
+        match = re.search(r"condition=%([\w.\-]+)", instruction.rest)
         limits = [
-            re.match(r"\((\d+)\)|(\d+)", each.rest)
-            for each in self.computations.get(match[1] if match else "", {}).values()
-            if each.opcode == "constant" and each.type.startswith("s32[]")
+            re.match(r"\((\d+)\)|(\d+)", constant.rest)
+            for constant in self.computations.get(match[1] if match else "", {}).values()
+            if constant.opcode == "constant" and constant.type.startswith("s32[]")
         ]
-        found = [int(limit[1] or limit[2]) for limit in limits if limit]
-        return max(found, default=1)
+        # a counted loop starts at zero: its condition compares the counter with the trip count
+        return max((int(limit[1] or limit[2]) for limit in limits if limit), default=1)
 
-    def _moved(self, one: Instruction, own: Mapping[str, Instruction]) -> float:
-        """Bytes that an operation reads from the device's memory and writes to it."""
-        if one.opcode.endswith("-done"):
+    def _moved(self, instruction: Instruction, computation: Mapping[str, Instruction]) -> float:
+        """Bytes that an instruction reads from and writes to device memory."""
+        if instruction.opcode.endswith("-done"):
             return 0.0
-        given = [own[name].type for name in one.operands if name in own]
-        kind = one.opcode.removesuffix("-start")
+        operand_types = [
+            computation[name].type for name in instruction.operands if name in computation
+        ]
+        kind = instruction.opcode.removesuffix("-start")
         if kind in SLICES:
-            return _part(given[0], _result(one)) + in_memory(_result(one))
+            return _slice_bytes(operand_types[0], _result(instruction)) + in_memory(
+                _result(instruction)
+            )
         if kind == "dynamic-update-slice":
-            return in_memory(given[1]) + _part(given[0], given[1])
+            return in_memory(operand_types[1]) + _slice_bytes(operand_types[0], operand_types[1])
         if kind == "copy":
-            return in_memory(given[0]) + in_memory(_result(one))
-        if one.opcode != "fusion":
-            return in_memory(one.type) + sum(map(in_memory, given))
-        inner = self._called(one)
+            return in_memory(operand_types[0]) + in_memory(_result(instruction))
+        if instruction.opcode != "fusion":
+            return in_memory(instruction.type) + sum(map(in_memory, operand_types))
+        inner = self._called(instruction)
         return self._read(inner) + _written(inner)
 
     def _called(self, fusion: Instruction) -> dict[str, Instruction]:
@@ -222,85 +244,97 @@ class Module:
         return self.computations[called[1]]
 
     def _read(self, inner: Mapping[str, Instruction]) -> float:
-        """Bytes that a fusion reads: of what it only takes slices of, the slices."""
+        """Bytes that a fusion reads; of a parameter that is only sliced, the slices."""
         total = 0.0
-        for one in inner.values():
-            if one.opcode != "parameter":
+        for instruction in inner.values():
+            if instruction.opcode != "parameter":
                 continue
-            users = list(self._users(inner, one.name))
-            whole = in_memory(one.type)
+            users = list(self._users(inner, instruction.name))
+            size = in_memory(instruction.type)
             sliced = [n_bytes(u.type) for u, place in users if u.opcode in SLICES and not place]
             updated = [u for u, place in users if u.opcode == "dynamic-update-slice" and not place]
             partial = len(sliced) + len(updated) == len(users)
-            total += min(whole, sum(sliced)) if partial else whole
+            total += min(size, sum(sliced)) if partial else size
         return total
 
     def _users(
         self, inner: Mapping[str, Instruction], name: str
     ) -> Iterator[tuple[Instruction, int]]:
-        """What uses a value in a fusion, and as which operand, seen through what moves nothing."""
-        for one in inner.values():
-            for place, operand in enumerate(one.operands):
+        """(Instruction, operand number) of each use of a value in a fusion.
+
+        Bitcasts, copies and nested fusions are looked through.
+        """
+        for instruction in inner.values():
+            for place, operand in enumerate(instruction.operands):
                 if operand != name:
                     continue
-                if one.opcode in SAME and not one.root:
-                    yield from self._users(inner, one.name)
-                elif one.opcode == "fusion":
-                    yield from self._users_within(one, place, inner)
+                if instruction.opcode in SAME and not instruction.root:
+                    yield from self._users(inner, instruction.name)
+                elif instruction.opcode == "fusion":
+                    yield from self._users_within(instruction, place, inner)
                 else:
-                    yield one, place
+                    yield instruction, place
 
     def _users_within(
         self, fusion: Instruction, place: int, outer: Mapping[str, Instruction]
     ) -> Iterator[tuple[Instruction, int]]:
-        """What uses an operand of a fusion within a fusion, which may only be another layout."""
+        """Uses of operand ``place`` of a nested fusion, which may only change the layout."""
         inner = self._called(fusion)
-        given = next(
-            one
-            for one in inner.values()
-            if one.opcode == "parameter" and one.rest.startswith(f"({place})")
+        parameter = next(
+            instruction
+            for instruction in inner.values()
+            if instruction.opcode == "parameter" and instruction.rest.startswith(f"({place})")
         )
-        for one, at in self._users(inner, given.name):
-            if one.root and one.opcode in SAME:
+        for instruction, at in self._users(inner, parameter.name):
+            if instruction.root and instruction.opcode in SAME:
                 yield from self._users(outer, fusion.name)
             else:
-                yield one, at
+                yield instruction, at
 
 
-def _result(one: Instruction) -> str:
-    """The type of what an operation gives; one that starts has operands or a target before it."""
-    if not one.opcode.endswith("-start"):
-        return one.type
-    text = one.type[1:]
+def _result(instruction: Instruction) -> str:
+    """The type of an instruction's result.
+
+    The type of an asynchronous start is a tuple that also holds its operands.
+    """
+    if not instruction.opcode.endswith("-start"):
+        return instruction.type
+    text = instruction.type[1:]
     match = PLACED.search(text, closing(text) if text.startswith("(") else 0)
     return match[0] if match else ""
 
 
-def _part(whole: str, part: str) -> float:
-    """Bytes of a part, where the whole of it is in the device's memory."""
-    return n_bytes(part) if in_memory(whole) else 0.0
+def _slice_bytes(array_type: str, slice_type: str) -> float:
+    """Bytes of a slice of an array in device memory; 0 if the array is in another memory."""
+    return n_bytes(slice_type) if in_memory(array_type) else 0.0
 
 
-def _product(one: Instruction, own: Mapping[str, Instruction]) -> float:
-    """FLOPs of a matrix product: two for each element of the result and contracted index."""
-    results = math.prod(dims_of(one.type))
-    if match := LABELS.search(one.rest):  # a convolution, as TPUs have them
-        return _convolution(one, own, match)
-    match, left = CONTRACTED.search(one.rest), dims_of(own[one.operands[0]].type)
+def _product(instruction: Instruction, computation: Mapping[str, Instruction]) -> float:
+    """FLOPs of a matrix product: 2 × elements of the result × size of the contracted axes."""
+    results = math.prod(dims_of(instruction.type))
+    if match := LABELS.search(instruction.rest):  # XLA for TPU turns products into convolutions
+        return _convolution(instruction, computation, match)
+    match, left = (
+        CONTRACTED.search(instruction.rest),
+        dims_of(computation[instruction.operands[0]].type),
+    )
     if match is None:
         return 0.0
     return 2.0 * results * math.prod(left[axis] for axis in numbers(match[1]))
 
 
-def _convolution(one: Instruction, own: Mapping[str, Instruction], labels: re.Match[str]) -> float:
-    """FLOPs of a convolution: two for each result, input feature, and place of its window.
+def _convolution(
+    instruction: Instruction, computation: Mapping[str, Instruction], labels: re.Match[str]
+) -> float:
+    """FLOPs of a convolution: 2 × elements of the result × input features × window positions.
 
-    XLA makes them of products, whose further axes become windows that mostly lie outside.
+    XLA makes convolutions of batched products, whose batch axes become windows that mostly cover
+    padding; only positions inside the input count.
     """
-    given, kernel = (dims_of(own[name].type) for name in one.operands[:2])
-    result = dims_of(one.type)
+    lhs, kernel = (dims_of(computation[name].type) for name in instruction.operands[:2])
+    result = dims_of(instruction.type)
     total = 2.0 * math.prod(result) * kernel[labels[2].index("i")]
-    match = WINDOW.search(one.rest)
+    match = WINDOW.search(instruction.rest)
     window = dict(part.split("=") for part in match[1].split()) if match else {}
 
     def option(name: str, axis: int, default: int) -> int:
@@ -310,7 +344,7 @@ def _convolution(one: Instruction, own: Mapping[str, Instruction], labels: re.Ma
     for axis, size in enumerate(numbers(window.get("size", ""))):
         before, stride = option("pad", axis, 0), option("stride", axis, 1)
         spread, apart = option("lhs_dilate", axis, 1), option("rhs_dilate", axis, 1)
-        inputs = given[labels[1].index(str(axis))]
+        inputs = lhs[labels[1].index(str(axis))]
         outputs = result[labels[3].index(str(axis))]
         at = np.add.outer(np.arange(outputs) * stride, np.arange(size) * apart) - before
         inside = (at >= 0) & (at <= (inputs - 1) * spread) & (at % spread == 0)
@@ -319,7 +353,7 @@ def _convolution(one: Instruction, own: Mapping[str, Instruction], labels: re.Ma
 
 
 def _group(rest: str, devices: int) -> int:
-    """How many devices exchange with each other; all where no groups are named."""
+    """Devices in a replica group of a collective; all devices if it lists no groups."""
     if "source_target_pairs" in rest:
         return 2
     if match := MESH.search(rest):  # mesh['axis_0'=4,'axis_1'=2] {'axis_0'}; parts: 'axis_0':(1)2
@@ -333,14 +367,18 @@ def _group(rest: str, devices: int) -> int:
 
 
 def _written(inner: Mapping[str, Instruction]) -> float:
-    """Bytes that a fusion writes: of what it updates in place, the update."""
-    root = next(one for one in inner.values() if one.root)
+    """Bytes that a fusion writes; of an array updated in place, the bytes of the update."""
+    root = next(instruction for instruction in inner.values() if instruction.root)
     results = [inner[n] for n in root.operands if n in inner] if root.opcode == "tuple" else [root]
     total = 0.0
     for result in results:
-        one = result
-        while one.opcode in SAME and one.operands and one.operands[0] in inner:
-            one = inner[one.operands[0]]
-        update = one.opcode == "dynamic-update-slice" and one.operands[1] in inner
-        total += _part(result.type, (inner[one.operands[1]] if update else result).type)
+        instruction = result
+        while (
+            instruction.opcode in SAME and instruction.operands and instruction.operands[0] in inner
+        ):
+            instruction = inner[instruction.operands[0]]
+        update = instruction.opcode == "dynamic-update-slice" and instruction.operands[1] in inner
+        total += _slice_bytes(
+            result.type, (inner[instruction.operands[1]] if update else result).type
+        )
     return total

@@ -1,4 +1,4 @@
-"""The text of an optimized HLO module: its instructions, their types, and the bytes of those."""
+"""Parses the text of optimized HLO: instructions, their types and the sizes of those."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BYTES = {
 }  # fmt: skip
 SHAPE = re.compile(r"\b(pred|[suf]\d+\w*|bf16|c64|c128)\[([\d,]*)\]")
 PLACED = re.compile(SHAPE.pattern + r"(?:\{([^}]*)\})?")
-"""An array's type and layout, in which ``S(n)`` is another memory: a TPU's VMEM, the host's."""
+"""An array's type and layout; ``S(n)`` in it is a memory space other than the device's HBM."""
 NAME = re.compile(r"%([\w.\-]+)")
 
 
@@ -24,12 +24,12 @@ class Instruction(NamedTuple):
     opcode: str
     operands: tuple[str, ...]
     rest: str
-    """Its attributes."""
+    """Attributes; of a constant also its value, of a parameter its number, in parentheses."""
     root: bool
 
 
 def parse(line: str) -> Instruction | None:
-    """The instruction of a line; None where there is none."""
+    """The instruction on a line; None if there is none."""
     match = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
     if match is None:
         return None
@@ -40,15 +40,15 @@ def parse(line: str) -> Instruction | None:
     if not paren:
         return None
     end = closing(f"({rest}") - 1
-    given, rest = rest[:end], rest[end + 1 :]
-    if opcode in ("constant", "parameter"):  # its value, its place
-        rest = f"({given}){rest}"
-    operands = tuple(NAME.findall(given))
+    arguments, rest = rest[:end], rest[end + 1 :]
+    if opcode in ("constant", "parameter"):  # the value or the number is no operand
+        rest = f"({arguments}){rest}"
+    operands = tuple(NAME.findall(arguments))
     return Instruction(match[2], type_, opcode, operands, rest, bool(match[1]))
 
 
 def closing(text: str) -> int:
-    """Where the first parenthesis of a text is closed."""
+    """Index of the parenthesis that closes the first one in ``text``."""
     depth = 0
     for match in re.finditer(r"[()]", text):
         depth += 1 if match[0] == "(" else -1
@@ -58,25 +58,25 @@ def closing(text: str) -> int:
 
 
 def n_bytes(type_: str) -> float:
-    """Bytes of a type's arrays."""
+    """Bytes of all arrays of a type, which may be a tuple."""
     return sum(
         BYTES.get(dtype, 1) * math.prod(numbers(dims)) for dtype, dims in SHAPE.findall(type_)
     )
 
 
 def in_memory(type_: str) -> float:
-    """Bytes of a type's arrays that are in the device's own memory."""
+    """Bytes of those arrays of a type that are in device memory (HBM)."""
     return sum(
         n_bytes(match[0]) for match in PLACED.finditer(type_) if "S(" not in (match[3] or "")
     )
 
 
 def numbers(text: str) -> list[int]:
-    """The whole numbers in a text."""
+    """All integers in ``text``."""
     return [int(n) for n in re.findall(r"\d+", text)]
 
 
 def dims_of(type_: str) -> list[int]:
-    """The dimensions of a type's first array."""
+    """Shape of the first array of a type; empty if there is none."""
     match = SHAPE.search(type_)
     return numbers(match[2]) if match else []
