@@ -124,7 +124,7 @@ def main() -> None:
 
     whole = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for device in devices:
-        limit = target.memory(target.parse(device), None).limit
+        limit = target.memory_limit(target.parse(device), None).limit
         own = whole.setdefault(device, {"limit": limit, "cells": {}})
         own |= {"limit": limit, "jax": jax.__version__, "date": date.today().isoformat()}
         for model in asked.models.split(","):

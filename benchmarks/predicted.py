@@ -45,7 +45,7 @@ def steps(method: str, length: int) -> Any:
             config = run_config(method, {**HEADLINE, "length": length}, base=folder)
             devices = jax.devices()[:1]
             plan = forecast(
-                config, None, Rows(length), target.CompileTarget(), devices, whole=False
+                config, None, Rows(length), target.CompileTarget(), devices, count_work=False
             )
         assert plan.memory is not None
         program = TrainStep.of(plan.job, plan.plan, length)

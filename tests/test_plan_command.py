@@ -89,7 +89,7 @@ def test_what_does_not_fit_exits_2_with_remedies_that_hold(
 
 def test_training_refuses_what_does_not_fit_unless_told(place, monkeypatch, standard_promotion):
     place.settings_for_loss()
-    peak = looked(load(place), 1, whole=False).memory.peak
+    peak = looked(load(place), 1, count_work=False).memory.peak
     monkeypatch.setattr(target, "main_memory", lambda: peak - 1)
     with pytest.raises(ConfigError, match="does not fit") as caught:
         place.run()
@@ -131,7 +131,7 @@ def test_weights_load_while_the_step_compiles(place, monkeypatch):
 def test_a_refusal_ends_the_loading(place, monkeypatch, standard_promotion, reports):
     """Loading is cancelled between two tensors; what runs out of memory is told as the refusal."""
     place.settings_for_loss()
-    peak = looked(load(place), 1, whole=False).memory.peak
+    peak = looked(load(place), 1, count_work=False).memory.peak
     monkeypatch.setattr(target, "main_memory", lambda: peak - 1)
 
     def read(*_, cancel, **__):

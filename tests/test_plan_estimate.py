@@ -11,7 +11,7 @@ from aot import LLAMA_8B
 from jlora import config
 from jlora.plan import estimate, target
 from jlora.plan.forecast import Rows, forecast
-from jlora.plan.remedies import WHOLE, find_remedies
+from jlora.plan.remedies import MOST_OF_GPU, find_remedies
 
 LLAMA = {
     "model_type": "llama",
@@ -50,9 +50,9 @@ def test_an_estimate_is_near_the_compiler(tmp_path, case):
     devices = jax.devices()[: 4 if "fsdp" in case else 1]
     rows = Rows(loaded.data.max_length)
     with jax.numpy_dtype_promotion("standard"):
-        here = forecast(loaded, None, rows, target.CompileTarget(), devices, whole=False)
+        here = forecast(loaded, None, rows, target.CompileTarget(), devices, count_work=False)
         aim = target.CompileTarget(target.HARDWARE["h100"], len(devices))
-        absent = forecast(loaded, None, rows, aim, None, whole=False)
+        absent = forecast(loaded, None, rows, aim, None, count_work=False)
     assert here.compiled and not absent.compiled
     said, true = absent.memory, here.memory
     for part in ("base", "adapter", "optimizer", "batch"):
@@ -89,9 +89,9 @@ def remedies_at(of_8b):
             forecast,
             tokenizer=None,
             rows=Rows(length),
-            aim=target.parse("rtx4090"),
-            found=None,
-            whole=False,
+            compile_target=target.parse("rtx4090"),
+            devices=None,
+            count_work=False,
         )
         with jax.numpy_dtype_promotion("standard"):
             result = look(of_8b(length))
@@ -124,8 +124,8 @@ def test_a_change_that_needs_the_rest_of_a_gpu_says_so(remedies_at):
     """Of 24 GiB JAX takes 18; 64k tokens take 20 once activations are offloaded."""
     offloading = "train.activation_offloading=true"
     found = remedies_at(65_536)
-    assert found[offloading, WHOLE].fits and found[offloading, WHOLE].peak > 18 * 2**30
-    assert (offloading,) in remedies_at(131_072) and (WHOLE,) in remedies_at(32_768)
+    assert found[offloading, MOST_OF_GPU].fits and found[offloading, MOST_OF_GPU].peak > 18 * 2**30
+    assert (offloading,) in remedies_at(131_072) and (MOST_OF_GPU,) in remedies_at(32_768)
 
 
 def test_changes_together_change_no_setting_twice(remedies_at):

@@ -63,7 +63,7 @@ def test_between_steps_a_run_holds_what_is_planned(
     if resumed:  # from step 6, when early stopping has its tree
         place.run(**sections)
         shutil.rmtree(place.output / "checkpoints" / "8")
-    said = looked(load(place, **sections), 1, whole=False).memory
+    said = looked(load(place, **sections), 1, count_work=False).memory
     assert said.best == (said.adapter if "train" in sections else 0) and said.host == 0
     planned = said.base + said.adapter + said.optimizer + said.best
     seen, write = [], MetricsLog.write
@@ -86,8 +86,8 @@ def test_between_steps_a_run_holds_what_is_planned(
 
 
 def test_paged_moments_are_the_hosts(place, standard_promotion):
-    plain = looked(load(place), 1, whole=False)
-    paged = looked(load(place, train={"optim": "paged_adamw_32bit"}), 1, whole=False)
+    plain = looked(load(place), 1, count_work=False)
+    paged = looked(load(place, train={"optim": "paged_adamw_32bit"}), 1, count_work=False)
     moved = 2 * tree_bytes(plain.job.trainable)
     assert plain.memory.optimizer - paged.memory.optimizer == moved
 

@@ -32,23 +32,25 @@ CASES = {
 
 
 def runs_as_planned(settings, devices):
-    """Metrics of a step that was compiled from shapes and is given a run's own arrays."""
+    """Metrics of a step that was compiled from shapes and is given a run's parts arrays."""
     tokenizer = open_tokenizer(settings)
     rows = batches.prepare_rows(settings, tokenizer, "train")
     mesh = sharding.make_mesh(settings.mesh, jax.devices()[:devices])
-    described = abstract_job(config=settings, tokenizer=tokenizer, mesh=mesh)
-    plan = batches.count_steps(settings, described.mesh, rows)
-    compiled = TrainStep.of(described, plan, rows.length).compile()
+    abstract = abstract_job(config=settings, tokenizer=tokenizer, mesh=mesh)
+    counts = batches.count_steps(settings, abstract.mesh, rows)
+    compiled = TrainStep.of(abstract, counts, rows.length).compile()
 
     job = opened(settings, devices)
-    assert jax.tree.structure(job.trainable) == jax.tree.structure(described.trainable)
-    state = TrainStep.of(job, plan, rows.length).init_state(job.trainable)
-    own = [(p, p.order(plan.rows_per_step, 0)) for p in batches.rows_per_adapter(rows, job.adapters)]
+    assert jax.tree.structure(job.trainable) == jax.tree.structure(abstract.trainable)
+    state = TrainStep.of(job, counts, rows.length).init_state(job.trainable)
+    parts = [
+        (p, p.order(counts.rows_per_step, 0)) for p in batches.rows_per_adapter(rows, job.adapters)
+    ]
     if job.adapters:
-        batch = batches.batches_at(job.mesh, own, plan.accumulation)(0)
+        batch = batches.make_multi_adapter_batch_at(job.mesh, parts, counts.accumulation)(0)
     else:
-        batch = batches.batch_at(job.mesh, *own[0], plan.accumulation)(0)
-    for like, real in ((described.frozen, job.frozen), (described.trainable, job.trainable)):
+        batch = batches.make_batch_at(job.mesh, *parts[0], counts.accumulation)(0)
+    for like, real in ((abstract.frozen, job.frozen), (abstract.trainable, job.trainable)):
         for a, b in zip(jax.tree.leaves(like), jax.tree.leaves(real), strict=True):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
             assert a.sharding.is_equivalent_to(b.sharding, b.ndim)

@@ -87,7 +87,7 @@ def _compile(program: TrainStep) -> Any:
         if not checks or OUT_OF_MEMORY not in str(error):
             raise
         raise _DoesNotFitError from error
-    limit = target.memory(target.CompileTarget(), list(program.job.mesh.devices.flat)).limit
+    limit = target.memory_limit(target.CompileTarget(), list(program.job.mesh.devices.flat)).limit
     if checks and measured(program, compiled).peak > limit:
         raise _DoesNotFitError
     return compiled
@@ -98,19 +98,20 @@ def refusal(config: Any, tokenizer: Any, rows: Rows, devices: list[Any]) -> Conf
 
     None if the forecast fits: then memory was short only for a while.
     """
-    look = functools.partial(
+    make_forecast = functools.partial(
         forecast,
         tokenizer=tokenizer,
         rows=rows,
-        aim=target.CompileTarget(),
-        found=devices,
-        whole=False,
+        compile_target=target.CompileTarget(),
+        devices=devices,
+        count_work=False,
     )
-    result = look(config)
+    result = make_forecast(config)
     if result.fits:
         return None
     return ConfigError(
         report.verdict(result),
         where=config.model.name_or_path,
-        fix=text(find_remedies(result, look)) + "\n  train.check_memory=false starts it anyway",
+        fix=text(find_remedies(result, make_forecast))
+        + "\n  train.check_memory=false starts it anyway",
     )

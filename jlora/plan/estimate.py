@@ -1,10 +1,10 @@
-"""Memory of a step without a compiler for its device: arguments exactly, the rest by formula.
+"""Estimates the memory of a step without a compiler: exact for arguments, a formula for the rest.
 
-The formula follows what the compiled step was seen to hold at its peak, in the backward pass: the
-gradients of what trains; the input of every layer (and its products, without gradient
-checkpointing), and all that one layer makes of them and its gradients; one layer's matrices
-dequantized; a chunk of logits and its gradient; in full fine-tuning a copy of the weights in the
-type of computation. ``tests/test_plan_estimate.py`` holds it against the compiler.
+The formula adds up what compiled steps were seen to hold at their peak, in the backward pass: the
+gradients; the input of every layer (without gradient checkpointing also the saved products); all
+activations and their gradients of one layer; the dequantized matrices of one layer; a chunk of the
+logits and its gradient; in full fine-tuning a copy of the weights in the compute dtype.
+``tests/test_plan_estimate.py`` compares it with the compiler.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from jlora.run.train_step import TrainStep
 from jlora.training.step import CHUNK_ELEMENTS
 
 TOLERANCE = 0.25
-"""By which part of the compiled peak an estimate was off at most, where it is tested."""
+"""Largest relative error of an estimated peak in the tests."""
 
 
 def memory(program: TrainStep, plan: StepCounts, length: int) -> Memory:
-    """What a step takes of a device's memory, about."""
+    """Estimated memory of a step on one device."""
     mesh = program.job.mesh
     rows = plan.rows_per_step // plan.accumulation // (mesh.shape["data"] * mesh.shape["fsdp"])
     tokens = rows * length * max(1, len(program.job.adapters))
@@ -51,17 +51,17 @@ def _temporaries(job: Job, tokens: int, accumulation: int) -> int:
     split = (3 * heads + 2 * keys + 4 * inner) / tensor
     layer = tokens * width * (6 * c.hidden_size + split)
     layers = c.num_hidden_layers
-    products = 2 * heads + 2 * keys + 2 * inner  # see jlora.kept
-    each = 0 if job.model.gradient_checkpointing == OFFLOAD else c.hidden_size
+    products = 2 * heads + 2 * keys + 2 * inner  # saved outputs, see jlora.ops.remat
+    per_layer = 0 if job.model.gradient_checkpointing == OFFLOAD else c.hidden_size
     if not job.model.gradient_checkpointing:
-        each += c.hidden_size + products / tensor
-    kept = layers * tokens * width * each + layer
+        per_layer += c.hidden_size + products / tensor
+    activations = layers * tokens * width * per_layer + layer
     logits = 2 * 4 * min(tokens * c.num_outputs, CHUNK_ELEMENTS) / tensor
-    return round(gradients + kept + logits + _dense(job, width))
+    return round(gradients + activations + logits + _dense(job, width))
 
 
 def _dense(job: Job, width: int) -> float:
-    """Bytes of weights that are there in another form: dequantized, gathered, or cast."""
+    """Bytes of temporary copies of weights: dequantized, gathered or cast."""
     if job.config.lora is None:
         return sum(
             width * math.prod(leaf.sharding.shard_shape(leaf.shape))
@@ -70,8 +70,8 @@ def _dense(job: Job, width: int) -> float:
     leaves = jax.tree.leaves(job.base, is_leaf=is_quantized)
     stacked = [_one_layer(leaf) for leaf in leaves if is_quantized(leaf) or len(leaf.shape) > 2]
     gathered = job.mesh.shape["fsdp"] > 1
-    packed = [_one_layer(leaf) for leaf in leaves if is_quantized(leaf)]
-    sizes = sorted(stacked if gathered else packed, reverse=True)
+    quantized = [_one_layer(leaf) for leaf in leaves if is_quantized(leaf)]
+    sizes = sorted(stacked if gathered else quantized, reverse=True)
     return width * sum(sizes[:2]) / job.mesh.shape["tensor"]
 
 

@@ -1,4 +1,4 @@
-"""What a run will take, from its compiled step: memory, work, time, disk; no weight is read."""
+"""Forecasts memory, work, time and disk of a run from its compiled step, without its weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jlora.plan import estimate, flops, hlo, target
 from jlora.plan.hardware import Hardware
 from jlora.plan.jax_cudnn_shim import jax_checks_capability
 from jlora.plan.memory import OUT_OF_MEMORY, Memory, device_bytes, measured, refused_memory
-from jlora.plan.target import CompileTarget
+from jlora.plan.target import CompileTarget, MemoryLimit
 from jlora.run.abstract_job import abstract_job
 from jlora.run.header import tree_bytes
 from jlora.run.job import Job
@@ -27,39 +27,39 @@ from jlora.run.train_step import TrainStep
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a step does; ``None`` where only the compiled one would say."""
+    """FLOPs, traffic and collectives of a step; None where only the compiled step would tell."""
 
     flops: float
-    """On all devices together."""
+    """Summed over all devices."""
     flops_attention: float
-    """Of these, those of attention's own products."""
+    """The part of ``flops`` that is attention's QKᵀ and PV."""
     flops_compiled: float | None
-    """On one device, as the compiled step has them, without kernels that are called by name."""
+    """On one device, counted in the compiled step; without custom kernels."""
     bytes_moved: float | None
     """On one device."""
     collectives: tuple[hlo.Collective, ...] | None
     kernels: tuple[str, ...] = ()
-    """Kernels that the compiled step calls by name."""
+    """Custom kernels (attention, Pallas) that the compiled step calls."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What is known of a run's rows."""
+    """Length and number of a run's rows."""
 
     length: int
     """Tokens in a row."""
     steps_per_epoch: Callable[[int], int] | None = None
-    """Rows in a step → steps in an epoch; None when the rows were not counted."""
+    """Rows per step → steps per epoch; None if the rows were not counted."""
     tokens: int = 0
     fill: float = 1.0
-    """The part of the rows' tokens that is not padding."""
+    """Fraction of the rows' tokens that is not padding."""
     note: str = ""
-    """Why they were not counted."""
+    """Why the rows were not counted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """A run, before it is paid for."""
+    """Everything ``jlora plan`` says of a run."""
 
     config: Config
     job: Job
@@ -67,43 +67,43 @@ class Forecast:
     rows: Rows
     target: CompileTarget
     hardware: Hardware | None
-    limit: target.Memory
+    limit: MemoryLimit
     memory: Memory | None
-    """None when the compiler refuses the step without saying how much it would take."""
+    """None if the compiler refused the step without naming a size."""
     work: Work | None
     compile_seconds: float | None
-    """None when the step was not compiled, and everything is estimated."""
+    """None if the step was not compiled, and its memory is estimated."""
     refused: str = ""
-    """What the compiler said when it found the memory too small."""
+    """The compiler's out-of-memory message; empty if it did not refuse the step."""
     state_bytes: int = 0
-    """Of what a checkpoint holds."""
+    """Bytes of a checkpoint."""
     host_traffic: int = 0
-    """Bytes that each device sends to the host in a step, and gets back."""
+    """Bytes per step that each device sends to the host, and as many that it receives."""
 
     @property
     def compiled(self) -> bool:
-        """Whether the figures are the compiler's."""
+        """Whether memory is the compiler's figure, not an estimate."""
         return self.compile_seconds is not None
 
     @property
     def fits(self) -> bool:
-        """Whether the step's peak is within what a device can hold."""
+        """Whether the step's peak memory is within the limit of a device."""
         return not self.refused and self.memory is not None and self.memory.peak <= self.limit.limit
 
     @property
     def tokens_per_step(self) -> int:
-        """Places for tokens in a step's rows, padding included, of all adapters."""
+        """Tokens in the rows of a step, including padding, summed over all adapters."""
         return self.plan.rows_per_step * self.rows.length * max(1, len(self.job.adapters))
 
     def seconds(self) -> dict[str, float]:
-        """What bounds the time of a step from below: matrix units, memory, links, the host."""
+        """Lower bounds of a step's time, by resource: compute, memory, links, host."""
         if self.hardware is None or self.work is None:
             return {}
         bounds = {"compute": self.work.flops / self.job.mesh.size / self.hardware.flops}
         if self.work.bytes_moved is not None:
             bounds["memory"] = self.work.bytes_moved / self.hardware.bandwidth
         if self.work.collectives:
-            sent = sum(one.sent for one in self.work.collectives)
+            sent = sum(collective.sent for collective in self.work.collectives)
             bounds["links"] = sent / self.hardware.link
         if self.host_traffic and self.hardware.host:
             bounds["host"] = self.host_traffic / self.hardware.host
@@ -116,57 +116,57 @@ class Forecast:
 
     @property
     def checkpoints(self) -> tuple[int, int]:
-        """Bytes of a checkpoint, and how many are kept at once."""
+        """Bytes of a checkpoint, and the number of checkpoints on disk at once."""
         settings = self.config.train
         every = settings.save_steps or self.plan.total_steps
         written = max(1, math.ceil(self.plan.total_steps / every))
-        kept = min(written, settings.save_total_limit or written)
-        return self.state_bytes, kept if self.counted else settings.save_total_limit or 1
+        count = min(written, settings.save_total_limit or written)
+        return self.state_bytes, count if self.counted else settings.save_total_limit or 1
 
 
 def forecast(
     config: Config,
     tokenizer: Any,
     rows: Rows,
-    aim: CompileTarget,
-    found: Sequence[Any] | None,
+    compile_target: CompileTarget,
+    devices: Sequence[Any] | None,
     *,
-    whole: bool = True,
+    count_work: bool = True,
 ) -> Forecast:
-    """The forecast of a run.
+    """Forecasts a run.
 
     Args:
-      config: its settings, classes filled in (``with_label_names``).
-      tokenizer: the base's, or None where no classes depend on it.
-      rows: what is known of its rows.
-      aim: what it is to run on.
-      found: the devices of ``aim``, or None: then memory is estimated.
-      whole: count work, too; else memory only.
+      config: the run's settings, with label names (``with_label_names``).
+      tokenizer: the base's tokenizer; may be None unless the task is classification.
+      rows: length and number of the run's rows.
+      compile_target: the devices the run is for.
+      devices: JAX's devices of ``compile_target`` to compile for, or None to estimate memory.
+      count_work: also count FLOPs, traffic and collectives; without it only memory is filled in.
     """
     rows = dataclasses.replace(rows, length=min(rows.length, config.data.max_length))
-    mesh = sharding.make_mesh(config.mesh, devices=found or stand_in(aim))
+    mesh = sharding.make_mesh(config.mesh, devices=devices or stand_in(compile_target))
     job = abstract_job(
-        config=config, tokenizer=tokenizer, mesh=mesh, gpu_capability=aim.gpu_capability
+        config=config, tokenizer=tokenizer, mesh=mesh, gpu_capability=compile_target.gpu_capability
     )
     plan = StepCounts.of(config, job.mesh, rows.steps_per_epoch or (lambda n: 1))
     program = TrainStep.of(job, plan, rows.length)
     memory, work, text, seconds, refused = None, None, "", None, ""
-    if found is None:
+    if devices is None:
         memory = estimate.memory(program, plan, rows.length)
     else:
         start = time.perf_counter()
         try:
-            with jax_checks_capability(aim.gpu_capability):
+            with jax_checks_capability(compile_target.gpu_capability):
                 compiled = program.compile()
             memory = measured(program, compiled)
-            text = (compiled.as_text() or "") if whole else ""
+            text = (compiled.as_text() or "") if count_work else ""
         except jax.errors.JaxRuntimeError as error:
             if OUT_OF_MEMORY not in str(error):
                 raise
             refused = str(error).strip().splitlines()[0]
             memory = refused_memory(program, str(error))
         seconds = time.perf_counter() - start
-    if whole:
+    if count_work:
         counted = flops.of_step(job, plan, rows.length)
         work = _work(counted, text)
     return Forecast(
@@ -174,9 +174,9 @@ def forecast(
         job,
         plan,
         rows,
-        aim,
-        target.hardware_of(aim, found),
-        target.memory(aim, found),
+        compile_target,
+        target.hardware_of(compile_target, devices),
+        target.memory_limit(compile_target, devices),
         memory,
         work,
         seconds,
@@ -187,27 +187,34 @@ def forecast(
 
 
 def _host_traffic(program: TrainStep, memory: Memory | None, plan: StepCounts) -> int:
-    """Moments once, activations for every micro-batch; each there and back."""
+    """Bytes to the host per step: moments once, offloaded activations for every micro-batch."""
     if memory is None:
         return 0
     moments = device_bytes(program.state.opt_state, "pinned_host")
     return moments + (memory.host - moments) * plan.accumulation
 
 
-def stand_in(aim: CompileTarget) -> Sequence[Any]:
-    """Devices that make a mesh of the target's size, where nothing is compiled for them."""
+def stand_in(compile_target: CompileTarget) -> Sequence[Any]:
+    """CPU devices for a mesh of the target's size, if its own devices are unavailable."""
     present = jax.devices("cpu")
-    if len(present) < aim.count:
+    if len(present) < compile_target.count:
         raise JloraError(
-            f"{aim.count} devices cannot be stood in for by {len(present)}",
-            where=f"--target {aim.name}",
+            f"{compile_target.count} devices, but only {len(present)} CPU devices for the mesh",
+            where=f"--target {compile_target.name}",
         )
-    return present[: aim.count]
+    return present[: compile_target.count]
 
 
 def _work(counted: flops.Flops, text: str) -> Work:
     if not text:
         return Work(counted.total, counted.attention, None, None, None)
-    done = hlo.work_of(text)
-    collectives = tuple(done.exchanges())
-    return Work(counted.total, counted.attention, done.flops, done.bytes, collectives, done.kernels)
+    compiled = hlo.work_of(text)
+    collectives = tuple(compiled.exchanges())
+    return Work(
+        counted.total,
+        counted.attention,
+        compiled.flops,
+        compiled.bytes,
+        collectives,
+        compiled.kernels,
+    )

@@ -1,13 +1,13 @@
-"""What accelerators can do, from their vendors' data sheets; imports no jax.
+"""Memory and peak rates of accelerators, from vendors' data sheets; imports no jax.
 
-Rates are dense peaks in bfloat16 with float32 sums; a link's is what one device sends in a second
-to the others of its node or slice, in one direction. Sources:
+FLOP rates are dense bfloat16 peaks with float32 accumulation; link rates are what one device can
+send to the others of its node or slice, in one direction. Sources:
 
 NVIDIA  data sheets of A100, H100, H200 and L4, and the whitepaper of the Ada architecture (4090);
-        the host is behind 16 lanes of PCIe, 4.0 or (H100, H200) 5.0;
-        what the compiler is told of the chip besides is as in XLA's own descriptions
+        the host is connected by 16 lanes of PCIe 4.0, or 5.0 (H100, H200);
+        ``Chip`` follows XLA's target descriptions
         (``xla/backends/gpu/target_config/specs``), or CUDA's limits for its compute capability
-Google  cloud.google.com/tpu/docs: v5e, v6e; memory is what XLA leaves to a program
+Google  cloud.google.com/tpu/docs: v5e, v6e; memory is what XLA leaves to programs
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GB, TERA, GiB = 10**9, 10**12, 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What XLA's compiler is told of an NVIDIA GPU, besides what all have in common."""
+    """Properties of an NVIDIA GPU that XLA's compiler needs and that differ between GPUs."""
 
     capability: tuple[int, int]
     cores: int
@@ -28,35 +28,35 @@ class Chip:
     threads: int
     """Per core."""
     shared_memory: int
-    """Bytes per core; a block can have 1024 fewer."""
+    """Bytes per core; one block can use up to 1024 bytes less."""
     l2_cache: int
     clock: float
-    """GHz"""
+    """GHz."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """One kind of device."""
+    """Memory and peak rates of one type of accelerator."""
 
     name: str
     """As in ``--target``."""
     title: str
     kinds: tuple[str, ...]
-    """Beginnings of what JAX calls such devices (``device_kind``)."""
+    """Prefixes of JAX's ``device_kind``."""
     platform: str
     """``cuda`` or ``tpu``."""
     memory: int
     """Bytes."""
     flops: float
-    """A second."""
+    """Per second."""
     bandwidth: float
-    """Bytes a second between the device and its memory."""
+    """Bytes per second between the device and its memory."""
     link: float
-    """Bytes a second."""
+    """Bytes per second, in one direction."""
     most: int
-    """Devices that are linked so."""
+    """Largest number of devices with such links."""
     host: float | None
-    """Bytes a second to the host's memory, and as many back at once; None where none is named."""
+    """Bytes per second to host memory, in each direction; None if the vendor names no rate."""
     chip: Chip | None = None
 
 
@@ -64,8 +64,8 @@ AMPERE = Chip((8, 0), 108, 64, 2048, 167_936, 41_943_040, 1.41)
 HOPPER = Chip((9, 0), 132, 128, 2048, 233_472, 52_428_800, 1.98)
 
 HARDWARE = {
-    each.name: each
-    for each in (
+    hardware.name: hardware
+    for hardware in (
         Hardware(
             "rtx4090", "NVIDIA GeForce RTX 4090", ("NVIDIA GeForce RTX 4090",), "cuda",
             25_757_220_864, 165.2 * TERA, 1008 * GB, 32 * GB, 8, 32 * GB,
@@ -105,14 +105,14 @@ HARDWARE = {
 
 
 def of_kind(device_kind: str) -> Hardware | None:
-    """The kind of device that JAX calls ``device_kind``; None if it is not in the table."""
+    """The entry for JAX's ``device_kind``; None if it is not in the table."""
     return next(
         (h for h in HARDWARE.values() if any(device_kind.startswith(k) for k in h.kinds)), None
     )
 
 
 def target_config(hardware: Hardware) -> str:
-    """XLA's ``GpuTargetConfigProto`` in its text form, from which it compiles without the GPU."""
+    """XLA's ``GpuTargetConfigProto`` as text, for compiling without the GPU."""
     chip = hardware.chip
     assert chip is not None
     major, minor = chip.capability

@@ -1,4 +1,4 @@
-"""What a step takes of a device's memory, and for what."""
+"""Device memory of a compiled step, by what it holds."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ import jax
 from jlora.run.train_step import TrainStep
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
-"""In what a compiler says that finds its device's memory too small."""
+"""Status in the error of a compiler that finds the device's memory too small."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device while a step runs; ``host`` is the host's, for each device."""
+    """Bytes on one device while a step runs; ``host`` is host memory per device."""
 
     base: int
     adapter: int
-    """What is trained: all parameters in full fine-tuning."""
+    """Trainable parameters: in full fine-tuning all of them."""
     optimizer: int
     best: int
-    """The best tree so far, which early stopping keeps; the step does not take it."""
+    """Copy of the best parameters for early stopping; not an argument of the step."""
     batch: int
     temporaries: int
-    """Activations, gradients, and what the compiler needs besides."""
+    """Activations, gradients and the compiler's other buffers."""
     outputs: int
-    """Results that do not take the place of an argument."""
+    """Results that are not written into the buffer of a donated argument."""
     padding: int
-    """What the device's layouts add to the arguments."""
+    """Bytes that the device's layouts add to the arguments."""
     host: int = 0
 
     @property
     def peak(self) -> int:
-        """Arguments, temporaries and outputs, those that share their place counted once."""
+        """All device memory; results in donated buffers are counted once."""
         return sum(getattr(self, field.name) for field in dataclasses.fields(self)) - self.host
 
 
 def measured(program: TrainStep, compiled: Any) -> Memory:
-    """The compiler's own account of the memory, by what it is for."""
+    """The compiler's memory analysis, divided by what the memory holds."""
     stats = compiled.memory_analysis()
     parts = arguments(program)
     known = sum(parts.values())
@@ -56,7 +56,7 @@ def measured(program: TrainStep, compiled: Any) -> Memory:
 
 
 def arguments(program: TrainStep) -> dict[str, int]:
-    """Bytes on one device of what the step is given."""
+    """Bytes of the step's arguments on one device."""
     state = program.state
     trainable = state.trainable
     rest = (state.step, state.opt_state, state.loss_scale)
@@ -69,7 +69,10 @@ def arguments(program: TrainStep) -> dict[str, int]:
 
 
 def device_bytes(tree: Any, kind: str | None = None) -> int:
-    """What of described arrays lies in one device's own memory; or in ``pinned_host``."""
+    """Bytes per device of a tree of abstract arrays.
+
+    Only arrays in memory ``kind`` count: ``"pinned_host"``, or None for device memory.
+    """
     total = 0
     for leaf in jax.tree.leaves(tree):
         if (leaf.sharding.memory_kind == "pinned_host") == (kind == "pinned_host"):
@@ -78,16 +81,17 @@ def device_bytes(tree: Any, kind: str | None = None) -> int:
 
 
 def refused_memory(program: TrainStep, said: str) -> Memory | None:
-    """From what the compiler of TPUs says when it gives up; None when it names no size.
+    """Memory from the out-of-memory error of the TPU compiler; None if it names no size.
 
-    ``Used 18.71G of 15.75G hbm``, or ``HLO temporaries (17.38G) exceeds available HBM (15.75G)``.
+    The error says ``Used 18.71G of 15.75G hbm`` or
+    ``HLO temporaries (17.38G) exceeds available HBM (15.75G)``.
     """
-    whole = re.search(r"Used ([\d.]+)([GM]) of [\d.]+[GM] hbm", said)
-    only = re.search(r"HLO temporaries \(([\d.]+)([GM])\)", said)
-    match = whole or only
+    everything = re.search(r"Used ([\d.]+)([GM]) of [\d.]+[GM] hbm", said)
+    temporaries_only = re.search(r"HLO temporaries \(([\d.]+)([GM])\)", said)
+    match = everything or temporaries_only
     if match is None:
         return None
     size, parts = int(float(match[1]) * 2 ** {"G": 30, "M": 20}[match[2]]), arguments(program)
-    temporaries = size - sum(parts.values()) if whole else size
+    temporaries = size - sum(parts.values()) if everything else size
     best = device_bytes(program.best)
     return Memory(**parts, best=best, temporaries=temporaries, outputs=0, padding=0)

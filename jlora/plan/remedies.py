@@ -1,7 +1,7 @@
-"""What to change when a run does not fit, each change with its own forecast.
+"""Settings to change when a run does not fit, each with the forecast of the changed run.
 
-In the order of what they cost the user: first what changes nothing of the result, then what changes
-how the base is kept, last what the model gets to see.
+Cheapest first: changes that leave the result alone, then those of precision (8-bit moments,
+quantized base), last those of the training data (shorter rows).
 """
 
 from __future__ import annotations
@@ -19,94 +19,101 @@ from jlora.run.header import size_text
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """Settings that would be others."""
+    """Settings to change."""
 
     settings: tuple[str, ...]
-    """As on the command line."""
+    """``key=value``, as on the command line."""
     cost: str
     apply: Callable[[Config], Config]
 
     @property
     def names(self) -> list[str]:
-        """Of the settings."""
+        """Keys of the settings."""
         return [setting.partition("=")[0] for setting in self.settings]
 
 
 @dataclasses.dataclass(frozen=True)
 class Remedy:
-    """A change, and what came of it."""
+    """A change, and whether the run fits with it."""
 
     settings: tuple[str, ...]
     cost: str
     peak: int | None
-    """Bytes on a device; None when the compiler would not say."""
+    """Bytes on one device; None if the compiler named no size."""
     fits: bool
 
 
-Look = Callable[[Config], Forecast]
+MakeForecast = Callable[[Config], Forecast]
 
 
-def find_remedies(result: Forecast, look: Look) -> list[Remedy]:
-    """Every change alone; and where none is enough, one after the other until they are."""
-    found = list(_more_of_the_device(result))
+def find_remedies(result: Forecast, make_forecast: MakeForecast) -> list[Remedy]:
+    """Tries every change alone; if none is enough, the first two, three … together."""
+    remedies = list(_most_of_gpu(result))
     changes = list(changes_of(result))
-    attempt = functools.partial(_try, look, result.config, rest=not found)
-    found += [attempt([change]) for change in changes]
-    if not any(remedy.fits for remedy in found):
+    attempt = functools.partial(_try, make_forecast, result.config, use_more=not remedies)
+    remedies += [attempt([change]) for change in changes]
+    if not any(remedy.fits for remedy in remedies):
         for n in range(2, len(changes) + 1):
-            together = attempt(_last_of_each(changes[:n]))
+            together = attempt(_drop_overridden(changes[:n]))
             if together.fits or n == len(changes):
-                found.append(together)
+                remedies.append(together)
                 break
-    return found
+    return remedies
 
 
-def _last_of_each(changes: Sequence[Change]) -> list[Change]:
-    """Without those whose settings a later one changes again."""
+def _drop_overridden(changes: Sequence[Change]) -> list[Change]:
+    """``changes`` without those whose settings a later change replaces."""
     last = {name: change for change in changes for name in change.names}
     return [change for change in changes if change in last.values()]
 
 
-def _try(look: Look, config: Config, changes: Sequence[Change], rest: bool) -> Remedy:
-    """``rest``: with the rest of a GPU where that is needed, which alone is not enough."""
+def _try(
+    make_forecast: MakeForecast, config: Config, changes: Sequence[Change], use_more: bool
+) -> Remedy:
+    """Forecasts the run with ``changes``.
+
+    With ``use_more`` a run that does not fit also gets nearly all of a GPU's memory, if that helps.
+    """
     for change in changes:
         config = change.apply(config)
     settings = tuple(setting for change in changes for setting in change.settings)
     cost = changes[0].cost if len(changes) == 1 else "all of these"
-    after = look(config)
-    short = rest and not after.fits and _fits_the_whole(after)
+    after = make_forecast(config)
+    needs_more = use_more and not after.fits and _fits_most_of_gpu(after)
     peak = None if after.memory is None else after.memory.peak
-    return Remedy((*settings, WHOLE) if short else settings, cost, peak, after.fits or short)
+    return Remedy(
+        (*settings, MOST_OF_GPU) if needs_more else settings, cost, peak, after.fits or needs_more
+    )
 
 
-WHOLE = f"{FRACTION}=0.95 (environment)"
-"""What gives a run nearly all of a GPU's memory."""
+MOST_OF_GPU = f"{FRACTION}=0.95 (environment)"
+"""Environment variable that gives a run nearly all of a GPU's memory."""
 
 
-def _fits_the_whole(result: Forecast) -> bool:
-    """JAX takes three quarters of a GPU's memory: whether it would do with the rest, too."""
+def _fits_most_of_gpu(result: Forecast) -> bool:
+    """Whether the run fits if JAX takes 95 % of a GPU's memory, not 75 % as by default."""
     limit, memory = result.limit, result.memory
-    if memory is None or limit.limit >= 0.94 * limit.whole:
+    if memory is None or limit.limit >= 0.94 * limit.total:
         return False
-    return memory.peak <= 0.95 * limit.whole
+    return memory.peak <= 0.95 * limit.total
 
 
-def _more_of_the_device(result: Forecast) -> Iterator[Remedy]:
-    """The rest of a GPU, where that is enough."""
-    if _fits_the_whole(result) and result.memory is not None:
+def _most_of_gpu(result: Forecast) -> Iterator[Remedy]:
+    """Nearly all of a GPU's memory, if that is enough."""
+    if _fits_most_of_gpu(result) and result.memory is not None:
         cost = "nothing, if no other program uses the GPU"
-        yield Remedy((WHOLE,), cost, result.memory.peak, True)
+        yield Remedy((MOST_OF_GPU,), cost, result.memory.peak, True)
 
 
 def changes_of(result: Forecast) -> Iterator[Change]:
-    """All changes that are open to a run."""
+    """All changes that apply to a run."""
     config, train = result.config, result.config.train
     if not train.gradient_checkpointing:
         yield _train("about a third more time", gradient_checkpointing=True)
-    if not train.activation_offloading and not _on_the_host(result):
-        both = {} if train.gradient_checkpointing else {"gradient_checkpointing": True}
-        cost = f"{'a third more time, and ' if both else ''}traffic with the host's memory"
-        yield _train(cost, **both, activation_offloading=True)
+    if not train.activation_offloading and not _is_cpu(result):
+        required = {} if train.gradient_checkpointing else {"gradient_checkpointing": True}
+        cost = f"{'a third more time, and ' if required else ''}traffic with the host's memory"
+        yield _train(cost, **required, activation_offloading=True)
     if (rows := train.per_device_train_batch_size) > 1:
         steps = train.gradient_accumulation_steps * rows
         yield _train(
@@ -122,8 +129,8 @@ def changes_of(result: Forecast) -> Iterator[Change]:
     if train.optim in EIGHT_BIT:
         yield _train("precision of the moments", optim=EIGHT_BIT[train.optim])
     if config.lora and not config.quantization and not result.job.model.config.prequantized:
-        packed = "quantization.load_in_4bit=true"
-        yield Change((packed,), "some time and the base's precision (QLoRA)", _packed)
+        setting = "quantization.load_in_4bit=true"
+        yield Change((setting,), "some time and the base's precision (QLoRA)", _quantized)
     length = config.data.max_length
     if length >= 128:
         half = length // 2
@@ -134,8 +141,8 @@ def changes_of(result: Forecast) -> Iterator[Change]:
         )
 
 
-def _on_the_host(result: Forecast) -> bool:
-    """Whether the run's devices are CPUs: of one that is not there the mesh's are stand-ins."""
+def _is_cpu(result: Forecast) -> bool:
+    """Whether the run is for CPUs; CPU devices in the mesh may also stand for an absent target."""
     platform = result.job.mesh.devices.flat[0].platform
     return result.hardware is None and platform == "cpu"
 
@@ -165,12 +172,12 @@ def _over_fsdp(config: Config) -> Config:
     return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=-1))
 
 
-def _packed(config: Config) -> Config:
+def _quantized(config: Config) -> Config:
     return dataclasses.replace(config, quantization=QuantConfig())
 
 
 def text(remedies: Sequence[Remedy]) -> str:
-    """A line for each, those that are enough marked."""
+    """One line per remedy, which says whether it is enough."""
     if not remedies:
         return "use a device with more memory, or a smaller model"
     lines = []

@@ -1,4 +1,4 @@
-"""A forecast for people, and for machines."""
+"""Formats a forecast as text for the console and as JSON."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ UPPER_BOUND = "at most: all of the device's peak rate, nothing waiting for anyth
 
 
 def rows_of(config: Config, prepared: data.Prepared) -> Rows:
-    """What is to be known of prepared rows."""
-    own = rows_per_adapter(prepared, config.adapters)
+    """Length and number of prepared rows."""
+    parts = rows_per_adapter(prepared, config.adapters)
 
     def steps_per_epoch(rows: int) -> int:
-        return max(part.order(rows, 0).steps_per_epoch for part in own)
+        return max(part.order(rows, 0).steps_per_epoch for part in parts)
 
     return Rows(prepared.length, steps_per_epoch, prepared.tokens, prepared.fill)
 
 
 def verdict(result: Forecast) -> str:
-    """Whether it fits, in a sentence."""
+    """One sentence that says whether the run fits."""
     limit = f"{size_text(result.limit.limit)} ({result.limit.source})"
     if result.memory is None:
         return f"does not fit into {limit}: {result.refused}"
@@ -52,11 +52,11 @@ def for_people(result: Forecast) -> dict[str, Section]:
 def _run(result: Forecast) -> dict[str, Any]:
     config, plan, mesh = result.config, result.plan, result.job.mesh
     device = mesh.devices.flat[0].device_kind if result.hardware is None else result.hardware.title
-    own = sizes(config, result.job.base, result.job.trainable, result.job.initial)
-    method = own["method"]
+    size_rows = sizes(config, result.job.base, result.job.trainable, result.job.initial)
+    method = size_rows["method"]
     rows = {
         "base": config.model.name_or_path,
-        "method": f"{method}: {own['trainable']}",
+        "method": f"{method}: {size_rows['trainable']}",
         "devices": f"{mesh.size} × {device}{'' if result.target.hardware is None else ', absent'}",
         "mesh": " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
         "batch": f"{plan.rows_per_step} rows of {result.rows.length} tokens a step "
@@ -107,8 +107,8 @@ def _step(result: Forecast) -> dict[str, Any]:
 def _exchanges(result: Forecast) -> HeaderTable:
     assert result.work is not None
     rows = [
-        (one.kind, one.count, one.group, size_text(one.bytes), size_text(round(one.sent)))
-        for one in result.work.collectives or ()
+        (c.kind, c.count, c.group, size_text(c.bytes), size_text(round(c.sent)))
+        for c in result.work.collectives or ()
     ]
     return HeaderTable(("kind", "times a step", "devices", "operands", "sent by each"), rows)
 
@@ -119,8 +119,8 @@ def _time(result: Forecast) -> dict[str, Any]:
     if bounds:
         most = max(bounds, key=lambda name: bounds[name])
         seconds = bounds[most]
-        each = ", ".join(f"{name} {value:.3g} s" for name, value in bounds.items())
-        rows["a step"] = f"at least {seconds:.3g} s, bound by {most} ({each})"
+        all_bounds = ", ".join(f"{name} {value:.3g} s" for name, value in bounds.items())
+        rows["a step"] = f"at least {seconds:.3g} s, bound by {most} ({all_bounds})"
         rows["tokens/s"] = f"{result.tokens_per_step / seconds:,.0f} {UPPER_BOUND}"
     else:
         rows["a step"] = "unknown: this device's rates are not in the table"
@@ -137,15 +137,15 @@ def _time(result: Forecast) -> dict[str, Any]:
 
 
 def _disk(result: Forecast) -> dict[str, Any]:
-    size, kept = result.checkpoints
-    return {"checkpoints": f"{size_text(size * kept)}: {kept} of {size_text(size)} at a time"}
+    size, count = result.checkpoints
+    return {"checkpoints": f"{size_text(size * count)}: {count} of {size_text(size)} at a time"}
 
 
 def for_machines(result: Forecast, remedies: Sequence[Remedy]) -> dict[str, Any]:
-    """Everything, in bytes, seconds and FLOPs, as JSON has it."""
+    """The output of ``jlora plan --json``, in bytes, seconds and FLOPs."""
     bounds, plan, work = result.seconds(), result.plan, result.work
     slowest = max(bounds.values()) if bounds else None
-    size, kept = result.checkpoints
+    size, count = result.checkpoints
     memory = None
     if result.memory is not None:
         memory = {"peak": result.memory.peak, **dataclasses.asdict(result.memory)}
@@ -177,6 +177,6 @@ def for_machines(result: Forecast, remedies: Sequence[Remedy]) -> dict[str, Any]
         "tokens": result.rows.tokens if known else None,
         "hours_at_least": (slowest and result.counted and slowest * plan.total_steps / 3600)
         or None,
-        "checkpoint": {"bytes": size, "kept": kept},
+        "checkpoint": {"bytes": size, "kept": count},
         "remedies": [dataclasses.asdict(remedy) for remedy in remedies],
     }

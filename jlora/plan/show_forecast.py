@@ -20,21 +20,27 @@ from jlora.training.optim import check_optimizer
 from jlora.ui.console import Console
 
 
-def show_forecast(config: Config, aim: CompileTarget, *, as_json: bool = False) -> None:
+def show_forecast(config: Config, compile_target: CompileTarget, *, as_json: bool = False) -> None:
     """Prints the forecast of a run.
 
     Raises:
       ConfigError: the run does not fit, with what to change; or see ``abstract_job``.
     """
-    if config.train.compilation_cache and aim.hardware is None:
+    if config.train.compilation_cache and compile_target.hardware is None:
         environment.enable_compilation_cache()  # the run reuses it
     check_optimizer(config.train)
     config, _ = with_label_names(config)
     tokenizer, rows = _read(config)
-    found = target.devices(aim)
-    look = functools.partial(forecast, tokenizer=tokenizer, rows=rows, aim=aim, found=found)
-    result = look(config)
-    remedies = [] if result.fits else find_remedies(result, functools.partial(look, whole=False))
+    devices = target.devices(compile_target)
+    make_forecast = functools.partial(
+        forecast, tokenizer=tokenizer, rows=rows, compile_target=compile_target, devices=devices
+    )
+    result = make_forecast(config)
+    remedies = (
+        []
+        if result.fits
+        else find_remedies(result, functools.partial(make_forecast, count_work=False))
+    )
     if as_json:
         print(json.dumps(report.for_machines(result, remedies), indent=1))
     else:

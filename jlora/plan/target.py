@@ -1,6 +1,6 @@
-"""What a step is compiled for: the devices that are here, or those of a name such as ``h200x8``.
+"""The devices that a step is compiled for: this machine's, or named ones such as ``h200x8``.
 
-jax is imported only where it is used: the environment of an absent target must be set before.
+jax is imported inside functions: environment variables for an absent target must be set before.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ SLICES = {
 
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 DEFAULT_FRACTION = 0.75
-"""Of a GPU's memory JAX takes this much at its start, and gives programs no more."""
+"""Fraction of a GPU's memory that JAX preallocates, and that programs are limited to."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileTarget:
-    """What to compile for: the devices that are here when ``hardware`` is None."""
+    """Devices to compile for: this machine's if ``hardware`` is None."""
 
     hardware: Hardware | None = None
     count: int = 0
 
     @property
     def name(self) -> str:
-        """As it is written."""
+        """The value of ``--target``."""
         if self.hardware is None:
             return "here"
         joint = "-" if self.hardware.platform == "tpu" else "x"
@@ -42,26 +42,26 @@ class CompileTarget:
 
     @property
     def gpu_capability(self) -> tuple[int, int] | None:
-        """The compute capability of a GPU that is named; None for TPUs and the devices here."""
+        """Compute capability of a named GPU; None for TPUs and for this machine's devices."""
         chip = self.hardware and self.hardware.chip
         return chip.capability if chip else None
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """What must be set before jax is imported: none of the devices is here."""
+        """Environment variables to set before jax is imported, to compile for absent devices."""
         if self.hardware is None:
             return {}
         stand_ins = {"JAX_NUM_CPU_DEVICES": str(self.count)}
         if self.hardware.platform == "tpu":
             return stand_ins | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-        own = {"JAX_PLATFORMS": "cpu,cuda", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
-        return stand_ins | own
+        cuda = {"JAX_PLATFORMS": "cpu,cuda", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+        return stand_ins | cuda
 
 
 def parse(name: str | None) -> CompileTarget:
-    """The target of a name such as ``h200x8``, ``a100-80`` or ``v5e-16``; None is what is here.
+    """The target of a name such as ``h200x8``, ``a100-80`` or ``v5e-16``; None is this machine.
 
-    Raises ConfigError for another one, and for more devices than are linked.
+    Raises ConfigError for an unknown device type or an impossible number of devices.
     """
     if name is None:
         return CompileTarget()
@@ -86,19 +86,19 @@ def parse(name: str | None) -> CompileTarget:
 
 
 def set_environment(target: CompileTarget) -> None:
-    """Makes jax, which is not imported yet, compile for what is not here."""
+    """Sets the target's environment variables; call it before jax is imported."""
     os.environ.update(target.environment)
 
 
 def devices(target: CompileTarget) -> Sequence[Any] | None:
-    """The target's devices, to compile for; None where JAX's plugin for them is not installed."""
+    """The target's devices, to compile for; None if JAX's plugin for them is missing."""
     import jax
 
     if target.hardware is None:
         return jax.devices()
     try:
         return _topology(target.hardware, target.count).devices
-    except Exception as error:  # of several kinds; all say that the plugin is not there
+    except Exception as error:  # types differ between plugins; all mean that it is missing
         if "target_config" in str(error).lower():
             raise
         return None
@@ -119,61 +119,61 @@ def _topology(hardware: Hardware, count: int) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """What one device can hold, in bytes, and who says so."""
+class MemoryLimit:
+    """Memory that programs can use on one device, in bytes, and the source of that number."""
 
     limit: int
     source: str
-    whole: int
-    """All that the device has."""
+    total: int
+    """All memory of the device."""
 
 
-def memory(target: CompileTarget, found: Sequence[Any] | None) -> Memory:
-    """What programs can use of one device of the target."""
+def memory_limit(target: CompileTarget, present: Sequence[Any] | None) -> MemoryLimit:
+    """Memory that programs can use on one device of the target."""
     if target.hardware is None:
-        return _memory_here(found or ())
+        return _memory_limit_here(present or ())
     return _of_table(target.hardware)
 
 
-def _of_table(hardware: Hardware) -> Memory:
+def _of_table(hardware: Hardware) -> MemoryLimit:
     if hardware.platform == "tpu":
-        return Memory(hardware.memory, "what XLA leaves to a program", hardware.memory)
-    given = os.environ.get(FRACTION)
-    share = float(given) if given else DEFAULT_FRACTION
+        return MemoryLimit(hardware.memory, "what XLA leaves to a program", hardware.memory)
+    fraction = os.environ.get(FRACTION)
+    share = float(fraction) if fraction else DEFAULT_FRACTION
     source = f"{share:.0%} of {hardware.memory / 2**30:.1f} GiB, "
-    source += f"as {FRACTION} says" if given else "as JAX takes at its start"
-    return Memory(int(share * hardware.memory), source, hardware.memory)
+    source += f"as {FRACTION} says" if fraction else "as JAX takes at its start"
+    return MemoryLimit(int(share * hardware.memory), source, hardware.memory)
 
 
-def _memory_here(found: Sequence[Any]) -> Memory:
+def _memory_limit_here(present: Sequence[Any]) -> MemoryLimit:
     import jax
 
-    first = next(d for d in found if d.process_index == jax.process_index())
+    first = next(d for d in present if d.process_index == jax.process_index())
     limit = (first.memory_stats() or {}).get("bytes_limit")
     if limit:
         known = of_kind(first.device_kind)
-        return Memory(limit, "what JAX has here", known.memory if known else limit)
+        return MemoryLimit(limit, "what JAX has here", known.memory if known else limit)
     ram = main_memory()
-    local = sum(device.process_index == first.process_index for device in found)
+    local = sum(device.process_index == first.process_index for device in present)
     source = "this machine's memory" + (f", shared by {local} devices" if local > 1 else "")
-    return Memory(ram // max(local, 1), source, ram // max(local, 1))
+    return MemoryLimit(ram // max(local, 1), source, ram // max(local, 1))
 
 
 def main_memory() -> int:
-    """Bytes of this machine's memory, or of the container's that this process is in."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of this machine's RAM, or the memory limit of this process's container."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         try:
             text = (Path("/sys/fs/cgroup") / name).read_text().strip()
         except OSError:
             continue
         if text.isdigit():
-            return min(whole, int(text))
-    return whole
+            return min(total, int(text))
+    return total
 
 
-def hardware_of(target: CompileTarget, found: Sequence[Any] | None) -> Hardware | None:
-    """What the table says of the target's devices; None for those it does not have (CPUs)."""
+def hardware_of(target: CompileTarget, present: Sequence[Any] | None) -> Hardware | None:
+    """The table's entry for the target's devices; None if it has none (CPUs)."""
     if target.hardware is not None:
         return target.hardware
-    return of_kind(found[0].device_kind) if found else None
+    return of_kind(present[0].device_kind) if present else None
