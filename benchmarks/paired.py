@@ -350,4 +350,7 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    work(*sys.argv[1:])
+    if {"-h", "--help"} & {*sys.argv[1:]} or len(sys.argv) < 3:
+        print(__doc__)
+    else:
+        work(*sys.argv[1:])
