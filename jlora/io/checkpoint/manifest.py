@@ -63,7 +63,7 @@ def is_complete(folder: Path) -> bool:
 def write(folder: Path, content: Mapping[str, Any]) -> None:
     """Seals a checkpoint: digests of its files and of the manifest itself, then the file."""
     manifest = {"format": FORMAT, **content, "files": _file_digests(folder)}
-    manifest["sha256"] = _own_digest(manifest)
+    manifest["sha256"] = _content_digest(manifest)
     write_atomic(folder / NAME, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
@@ -75,7 +75,7 @@ def read(folder: Path) -> dict[str, Any]:
         raise DataError("no complete checkpoint", where=str(folder), fix=f"complete ones: {found}")
     try:
         manifest = json.loads(path.read_bytes())
-        if manifest["sha256"] != _own_digest(manifest):
+        if manifest["sha256"] != _content_digest(manifest):
             raise ValueError
     except (ValueError, KeyError, TypeError):
         raise damaged(folder, path) from None
@@ -115,8 +115,8 @@ def check_identity(folder: Path, manifest: Mapping[str, Any], identity: Any, bas
 
 def check_settings(folder: Path, manifest: Mapping[str, Any], sections: Mapping) -> None:
     """ConfigError listing the settings in which these sections differ from those saved."""
-    there = {name: manifest["identity"].get(name) for name in sections}
-    old, new = _flat(there), _flat(as_json(sections))
+    saved = {name: manifest["identity"].get(name) for name in sections}
+    old, new = _flat(saved), _flat(as_json(sections))
     different = [
         f"{key}: {old.get(key, 'unset')!r} there, {new.get(key, 'unset')!r} here"
         for key in sorted({**old, **new})
@@ -153,7 +153,7 @@ def _step_folders(directory: Path) -> list[Path]:
     return [f for f in directory.iterdir() if f.is_dir() and f.name.isdecimal()]
 
 
-def _own_digest(manifest: Mapping[str, Any]) -> str:
+def _content_digest(manifest: Mapping[str, Any]) -> str:
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -128,6 +128,7 @@ def _restored(folder: Path, manifest: Mapping[str, Any], wanted: Mapping, like: 
     """The leaves ``wanted`` in ``like``'s structure, each with the digest it was saved with."""
     restored = _read(folder, {name: leaf for name, leaf in wanted.items() if _size(leaf)})
     for name, value in restored.items():
+        # orbax restores flipped bits without an error
         if _digest(value) != manifest["leaves"][name]["sha256"]:
             raise manifests.damaged(folder, folder / "state" / name, name)
     values = [restored.get(name, leaf) for name, leaf in wanted.items()]
@@ -142,6 +143,7 @@ def _write(folder: Path, leaves: Mapping[str, Any], content: Mapping[str, Any]) 
     stored = {
         name: leaf for name, leaf in leaves.items() if _size(leaf)
     }  # orbax refuses empty ones
+    # not asynchronously: orbax reports an async save before it is on disk
     with _quiet(), ocp.Checkpointer(_handler()) as writer:
         writer.save(folder / "state", args=ocp.args.PyTreeSave(stored))
     _barrier(f"jlora checkpoint {folder.name} written")
