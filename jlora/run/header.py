@@ -149,7 +149,7 @@ def _run(job: Job, counts: StepCounts) -> Mapping[str, Any]:
         "mesh": " × ".join(f"{axis} {size}" for axis, size in mesh.items()),
         "batch": f"{counts.rows_per_step} rows per step "
         f"({settings.per_device_train_batch_size} per device, "
-        f"{counts.accumulation} micro-batches)",
+        f"gradient accumulation {counts.accumulation})",
         "steps": f"{counts.total_steps} ({counts.steps_per_epoch} per epoch)",
         "optimizer": f"{optimizer_text(settings)}, "
         f"learning rate {settings.learning_rate:g} ({settings.lr_scheduler_type}, {warm} warm-up "
