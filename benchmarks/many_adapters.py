@@ -29,6 +29,7 @@ def jlora_forward(method: str, adapters: int, mixed: bool, length: int) -> Any:
     import jlora
     from jlora.config import MeshConfig
     from jlora.distributed import sharding
+    from jlora.distributed.mesh import compiler_options
 
     model, params = llama.jlora_model(llama.shape(SMALL["width"], SMALL["depth"]))
     params = llama.quantize(params) if method == "qlora" else params
