@@ -13,6 +13,7 @@ from transformers.models.auto import modeling_auto
 
 import jlora
 from jlora.io.hf import load_pretrained, save_pretrained
+from jlora.io.peft import to_peft_tensors
 from jlora.models import as_classifier
 from jlora.models.registry import FAMILIES
 from jlora.tree import paths
@@ -173,7 +174,7 @@ def test_a_fresh_adapter_is_what_peft_makes(pair, tmp_path):
     settings = peft.LoraConfig(r=2, task_type="SEQ_CLS", modules_to_save=["norm"])
     adapted = peft.get_peft_model(base, settings)
     want = peft.get_peft_model_state_dict(adapted)
-    got = jlora.adapter_io.to_peft_tensors(adapter)
+    got = to_peft_tensors(adapter)
     assert {k: v.shape for k, v in got.items()} == {k: tuple(v.shape) for k, v in want.items()}
     assert adapter.config.modules_to_save == tuple(adapted.peft_config["default"].modules_to_save)
 

@@ -99,10 +99,10 @@ def by_module(adapter):
     return found
 
 
-def check(got, want, factors_too):
+def check(got, want, factors_too, tolerance=1e-5):
     assert set(got) == set(want)
     for name, (a, b, delta) in want.items():
-        assert_close(got[name][2], delta, 1e-5, name)
+        assert_close(got[name][2], delta, tolerance, name)
         if factors_too:  # what peft adds beyond the ranks there are is zero
             r = got[name][0].shape[1]
             assert_close(got[name][0], a[:, :r], 1e-5, name)
@@ -128,7 +128,10 @@ def test_combinations_are_pefts(peers, kind, options):
     weights = WEIGHTS[: len(names)]
     want = theirs_combined(model, names, weights, combination_type=kind, **options)
     result = jlora.add_weighted_adapter([ours[n] for n in names], weights, kind, **options)
-    check(by_module(result), want, kind in BY_FACTOR | {"cat"})
+    # Where the spectrum is cut, float32 rounding is magnified by one over the gap between singular
+    # values, and differs between LAPACK's kernels for different CPUs (1.05e-5 has been seen).
+    tolerance = 2e-5 if "svd_rank" in options else 1e-5
+    check(by_module(result), want, kind in BY_FACTOR | {"cat"}, tolerance)
     if kind != "cat":  # there peft has columns for adapters that lack a module, too
         assert result.config.r == next(iter(want.values()))[0].shape[1]
 
