@@ -94,3 +94,16 @@ def test_no_module_is_hidden_by_a_function_of_its_name():
         if attribute is not module:
             hidden.add(name)
     assert hidden == BY_CONTRACT
+
+
+def test_modules_of_the_contract_are_imported_by_their_public_names():
+    code = """
+import jlora.nf4, jlora.sharding as s
+from jlora.nf4 import NF4Array
+from jlora.quant import nf4
+from jlora.distributed import sharding
+assert NF4Array is nf4.NF4Array and jlora.nf4 is nf4 and s is sharding
+assert {"make_mesh", "shardings", "place", "describe"} <= set(vars(s))
+print("fine")
+"""
+    assert python(code) == "fine"
