@@ -143,7 +143,7 @@ def test_nor_is_one_while_tokens_are_generated(monkeypatch):
         return widened_in(run.lower(BASE, ids, ids, jax.random.key(0), numbers).compile().as_text())
 
     assert not widened()
-    monkeypatch.setattr(sharding, "COMPILER_OPTIONS", {})
+    monkeypatch.setattr(decoding, "COMPILER_OPTIONS", {})
     if jax.version.__version_info__ < (0, 11):
         assert widened()
     decoding._compiled.cache_clear()
