@@ -55,9 +55,9 @@ def compiled_for(target: str, model: dict, length: int, **sections: dict) -> dic
 
 def main(file: str, name: str) -> None:
     from jlora import config
-    from jlora.plan.target import devices, parse, set_environment
+    from jlora.plan.target import devices, parse_target, set_environment
 
-    aim = parse(name)
+    aim = parse_target(name)
     set_environment(aim)
     import jax
 

@@ -30,7 +30,7 @@ def qkv(dtype=jnp.float32, batch=B, length=T):
 def both(q, k, v, segments=SEGMENTS, window=None, softcap=None, chunk=CHUNK, scale=0.4):
     """What the chunked attention gives, and what the reference does."""
     index = jnp.arange(q.shape[1])[None]
-    mask = reference.seen(index, index, window)
+    mask = reference.causal_mask(index, index, window)
     if segments is not None:
         mask = mask & (segments[:, :, None] == segments[:, None, :])
     got = chunked.attend(q, k, v, segments, window, scale, softcap, chunk)

@@ -192,6 +192,6 @@ def test_unknown_targets_are_refused(place, capsys, name, said):
      ("v5e-16", "v5e", 16), ("rtx4090x1", "rtx4090", 1)],
 )  # fmt: skip
 def test_targets_are_read(name, kind, count):
-    aim = target.parse(name)
+    aim = target.parse_target(name)
     assert (aim.hardware.name, aim.count) == (kind, count)
-    assert target.parse(aim.name) == aim
+    assert target.parse_target(aim.name) == aim

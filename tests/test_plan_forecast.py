@@ -124,7 +124,7 @@ def test_pairs_that_are_seen(window):
     windows = (window, None)
     distance = np.arange(20)[:, None] - np.arange(20)
     each = [(distance >= 0) & (distance < (w or 20)) for w in windows]
-    assert flops.seen(windows, 20) == pytest.approx(np.mean(each))
+    assert flops.mean_visible(windows, 20) == pytest.approx(np.mean(each))
 
 
 def test_data_parallel_devices_exchange_gradients_only(place, standard_promotion):

@@ -11,14 +11,14 @@ import functools
 
 from jlora import cli
 from jlora.config import Config
-from jlora.plan.target import parse, set_environment
+from jlora.plan.target import parse_target, set_environment
 
 main = functools.partial(cli.main, "plan")
 
 
 def run(config: Config, options: argparse.Namespace) -> None:
     """Prints the forecast; raises ConfigError, with what to change, if the run does not fit."""
-    target = parse(options.target)
+    target = parse_target(options.target)
     set_environment(target)
     from jlora.plan.show_forecast import show_forecast  # imports jax
 

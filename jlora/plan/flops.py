@@ -49,10 +49,10 @@ def of_step(job: Job, plan: StepCounts, length: int) -> Flops:
         traced = program.step.trace(program.state, job.frozen, program.batch)  # pyright: ignore
     batched = 2 + bool(job.adapters)
     products, attention = _count(traced.jaxpr.jaxpr, batched)
-    return Flops(products, attention * seen(job.model.config.windows, length))
+    return Flops(products, attention * mean_visible(job.model.config.windows, length))
 
 
-def seen(windows: Sequence[int | None], length: int) -> float:
+def mean_visible(windows: Sequence[int | None], length: int) -> float:
     """Fraction of the (query, key) pairs of a row that masks allow, averaged over the layers.
 
     ``windows`` holds the sliding window of each layer; None is full causal attention.

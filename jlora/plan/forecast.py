@@ -26,7 +26,7 @@ from jlora.run.train_step import TrainStep
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class StepWork:
     """FLOPs, traffic and collectives of a step; None where only the compiled step would tell."""
 
     flops: float
@@ -70,7 +70,7 @@ class Forecast:
     limit: MemoryLimit
     memory: Memory | None
     """None if the compiler refused the step without naming a size."""
-    work: Work | None
+    work: StepWork | None
     compile_seconds: float | None
     """None if the step was not compiled, and its memory is estimated."""
     refused: str = ""
@@ -168,7 +168,7 @@ def forecast(
         seconds = time.perf_counter() - start
     if count_work:
         counted = flops.of_step(job, plan, rows.length)
-        work = _work(counted, text)
+        work = _step_work(counted, text)
     return Forecast(
         config,
         job,
@@ -205,12 +205,12 @@ def stand_in(compile_target: CompileTarget) -> Sequence[Any]:
     return present[: compile_target.count]
 
 
-def _work(counted: flops.Flops, text: str) -> Work:
+def _step_work(counted: flops.Flops, text: str) -> StepWork:
     if not text:
-        return Work(counted.total, counted.attention, None, None, None)
+        return StepWork(counted.total, counted.attention, None, None, None)
     compiled = hlo.work_of(text)
     collectives = tuple(compiled.exchanges())
-    return Work(
+    return StepWork(
         counted.total,
         counted.attention,
         compiled.flops,

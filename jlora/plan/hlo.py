@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from jlora.plan.hlo_text import (
-    NAME,
+    INSTRUCTION_NAME,
     PLACED,
     Instruction,
     closing,
@@ -25,7 +25,7 @@ from jlora.plan.hlo_text import (
     in_memory,
     n_bytes,
     numbers,
-    parse,
+    parse_instruction,
 )
 
 CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%([\w.\-]+)")
@@ -39,7 +39,7 @@ MESH = re.compile(r"replica_groups=@?\w*\[([^\]]*)\](?:, device_ids=\([^{]*\))? 
 PARTITIONS = re.compile(r"num_partitions=(\d+)")
 TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
-KERNELS = re.compile(r"fmha|tpu_custom_call|triton_kernel|mosaic")
+KERNEL_NAMES = re.compile(r"fmha|tpu_custom_call|triton_kernel|mosaic")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
@@ -55,7 +55,7 @@ Their computations repeat that collective, which must not be counted twice.
 """
 
 SAME = ("bitcast", "copy")
-SLICES = ("dynamic-slice", "slice", "gather")
+SLICE_OPCODES = ("dynamic-slice", "slice", "gather")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class HloWork:
     """FLOPs, memory traffic, collectives and custom calls of a computation."""
 
     flops: float = 0.0
@@ -95,23 +95,23 @@ class Work:
     @property
     def kernels(self) -> tuple[str, ...]:
         """Custom call targets that are attention or Pallas kernels."""
-        return tuple(sorted(name for name in self.calls if KERNELS.search(name)))
+        return tuple(sorted(name for name in self.calls if KERNEL_NAMES.search(name)))
 
-    def __add__(self, other: Work) -> Work:
+    def __add__(self, other: HloWork) -> HloWork:
         both = dict(self.collectives)
         for key, (count, size) in other.collectives.items():
             n, total = both.get(key, (0, 0.0))
             both[key] = n + count, total + size
         calls = Counter(self.calls) + Counter(other.calls)
-        return Work(self.flops + other.flops, self.bytes + other.bytes, both, calls)
+        return HloWork(self.flops + other.flops, self.bytes + other.bytes, both, calls)
 
-    def times(self, n: int) -> Work:
+    def times(self, n: int) -> HloWork:
         """The work of ``n`` executions."""
         collectives = {
             key: (n * count, n * size) for key, (count, size) in self.collectives.items()
         }
         calls = {name: n * count for name, count in self.calls.items()}
-        return Work(n * self.flops, n * self.bytes, collectives, calls)
+        return HloWork(n * self.flops, n * self.bytes, collectives, calls)
 
     def exchanges(self) -> list[Collective]:
         """The collectives, most bytes first."""
@@ -122,7 +122,7 @@ class Work:
         return sorted(collectives, key=lambda collective: -collective.bytes)
 
 
-def work_of(text: str) -> Work:
+def work_of(text: str) -> HloWork:
     """The work of an HLO module, given as text (``Compiled.as_text()``)."""
     return Module(text).work()
 
@@ -142,7 +142,7 @@ class Module:
                 assert match is not None
                 current = self.computations.setdefault(match[2], {})
                 self.entry = match[2] if match[1] else self.entry
-            elif instruction := parse(line):
+            elif instruction := parse_instruction(line):
                 current[instruction.name] = instruction
 
     def instructions(self) -> Iterator[Instruction]:
@@ -151,21 +151,21 @@ class Module:
             yield from computation.values()
 
     @functools.cache  # noqa: B019 (modules are small and short-lived)
-    def work(self, name: str = "", fused: bool = False) -> Work:
+    def work(self, name: str = "", fused: bool = False) -> HloWork:
         """The work of a computation, by default the entry's.
 
         Within a fusion (``fused``) instructions cause no traffic: the fusion's operands and results
         are counted where it is called.
         """
         computation = self.computations[name or self.entry]
-        total = Work()
+        total = HloWork()
         for instruction in computation.values():
             total += self._work(instruction, computation, fused)
         return total
 
     def _work(
         self, instruction: Instruction, computation: Mapping[str, Instruction], fused: bool
-    ) -> Work:
+    ) -> HloWork:
         moved = (
             0.0 if fused or instruction.opcode in FREE else self._moved(instruction, computation)
         )
@@ -176,22 +176,24 @@ class Module:
                 for name in instruction.operands
                 if name in computation
             )
-            return Work(
+            return HloWork(
                 bytes=moved, collectives={(kind, _group(instruction.rest, self.devices)): (1, size)}
             )
         if instruction.opcode in ("dot", "convolution"):
-            return Work(_product(instruction, computation), moved)
+            return HloWork(_product(instruction, computation), moved)
         if instruction.opcode == "custom-call":
             match = TARGET.search(instruction.rest)
             target = match[1] if match else ""
             gemm = "cublas" in target or "matmul" in target
-            return Work(
+            return HloWork(
                 _product(instruction, computation) if gemm else 0.0, moved, calls={target: 1}
             )
-        inner = Work(bytes=moved)
+        inner = HloWork(bytes=moved)
         if instruction.opcode == "conditional":
             names = BRANCHES.search(instruction.rest)
-            branches = NAME.findall(names[1]) if names else CALLED.findall(instruction.rest)
+            branches = (
+                INSTRUCTION_NAME.findall(names[1]) if names else CALLED.findall(instruction.rest)
+            )
             works = [self.work(branch, fused) for branch in branches]
             return max(works, key=lambda work: (len(work.kernels), work.flops, work.bytes))
         within = fused or instruction.opcode not in ("while", "call", "async-start")
@@ -225,7 +227,7 @@ class Module:
             computation[name].type for name in instruction.operands if name in computation
         ]
         kind = instruction.opcode.removesuffix("-start")
-        if kind in SLICES:
+        if kind in SLICE_OPCODES:
             return _slice_bytes(operand_types[0], _result(instruction)) + in_memory(
                 _result(instruction)
             )
@@ -251,7 +253,9 @@ class Module:
                 continue
             users = list(self._users(inner, instruction.name))
             size = in_memory(instruction.type)
-            sliced = [n_bytes(u.type) for u, place in users if u.opcode in SLICES and not place]
+            sliced = [
+                n_bytes(u.type) for u, place in users if u.opcode in SLICE_OPCODES and not place
+            ]
             updated = [u for u, place in users if u.opcode == "dynamic-update-slice" and not place]
             partial = len(sliced) + len(updated) == len(users)
             total += min(size, sum(sliced)) if partial else size

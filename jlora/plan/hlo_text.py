@@ -6,14 +6,14 @@ import math
 import re
 from typing import NamedTuple
 
-BYTES = {
+HLO_DTYPE_BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
 }  # fmt: skip
 SHAPE = re.compile(r"\b(pred|[suf]\d+\w*|bf16|c64|c128)\[([\d,]*)\]")
 PLACED = re.compile(SHAPE.pattern + r"(?:\{([^}]*)\})?")
 """An array's type and layout; ``S(n)`` in it is a memory space other than the device's HBM."""
-NAME = re.compile(r"%([\w.\-]+)")
+INSTRUCTION_NAME = re.compile(r"%([\w.\-]+)")
 
 
 class Instruction(NamedTuple):
@@ -28,7 +28,7 @@ class Instruction(NamedTuple):
     root: bool
 
 
-def parse(line: str) -> Instruction | None:
+def parse_instruction(line: str) -> Instruction | None:
     """The instruction on a line; None if there is none."""
     match = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
     if match is None:
@@ -43,7 +43,7 @@ def parse(line: str) -> Instruction | None:
     arguments, rest = rest[:end], rest[end + 1 :]
     if opcode in ("constant", "parameter"):  # the value or the number is no operand
         rest = f"({arguments}){rest}"
-    operands = tuple(NAME.findall(arguments))
+    operands = tuple(INSTRUCTION_NAME.findall(arguments))
     return Instruction(match[2], type_, opcode, operands, rest, bool(match[1]))
 
 
@@ -60,7 +60,8 @@ def closing(text: str) -> int:
 def n_bytes(type_: str) -> float:
     """Bytes of all arrays of a type, which may be a tuple."""
     return sum(
-        BYTES.get(dtype, 1) * math.prod(numbers(dims)) for dtype, dims in SHAPE.findall(type_)
+        HLO_DTYPE_BYTES.get(dtype, 1) * math.prod(numbers(dims))
+        for dtype, dims in SHAPE.findall(type_)
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from jlora.errors import ConfigError, did_you_mean
 from jlora.plan.hardware import HARDWARE, Hardware, of_kind, target_config
 
-SLICES = {
+SLICE_TOPOLOGIES = {
     1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16",
 }  # fmt: skip
 """Chips of a TPU slice (v5e, v6e) → its topology."""
@@ -58,7 +58,7 @@ class CompileTarget:
         return stand_ins | cuda
 
 
-def parse(name: str | None) -> CompileTarget:
+def parse_target(name: str | None) -> CompileTarget:
     """The target of a name such as ``h200x8``, ``a100-80`` or ``v5e-16``; None is this machine.
 
     Raises ConfigError for an unknown device type or an impossible number of devices.
@@ -72,8 +72,8 @@ def parse(name: str | None) -> CompileTarget:
         fix = did_you_mean(kind, HARDWARE) or f"one of {', '.join(HARDWARE)}, such as h200x8"
         raise ConfigError(f"no such device: {kind!r}", where=f"--target {name}", fix=fix)
     hardware = HARDWARE[kind]
-    if hardware.platform == "tpu" and count not in SLICES:
-        sizes = ", ".join(map(str, SLICES))
+    if hardware.platform == "tpu" and count not in SLICE_TOPOLOGIES:
+        sizes = ", ".join(map(str, SLICE_TOPOLOGIES))
         cause = f"there is no slice of {count} chips"
         raise ConfigError(cause, where=f"--target {name}", fix=f"a slice has {sizes}")
     if not 1 <= count <= hardware.most:
@@ -108,7 +108,7 @@ def _topology(hardware: Hardware, count: int) -> Any:
     from jax.experimental import topologies
 
     if hardware.platform == "tpu":
-        options: dict[str, Any] = {"topology_name": f"{hardware.name}:{SLICES[count]}"}
+        options: dict[str, Any] = {"topology_name": f"{hardware.name}:{SLICE_TOPOLOGIES[count]}"}
         if count == 1:
             options["chips_per_host_bounds"] = (1, 1, 1)
     else:

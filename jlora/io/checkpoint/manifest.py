@@ -17,7 +17,7 @@ from jlora.errors import ConfigError, DataError
 from jlora.files import storage_errors, write_atomic
 
 FORMAT = 1
-NAME = "manifest.json"
+FILE_NAME = "manifest.json"
 END = b"\n}\n"  # how a manifest ends: one that ends otherwise was torn
 
 
@@ -50,13 +50,13 @@ def discard_later(directory: Path, step: int) -> list[Path]:
 def remove(folder: Path) -> None:
     """Deletes a checkpoint, its manifest first: a removal cut short leaves one that is no more."""
     with storage_errors(folder):
-        (folder / NAME).unlink(missing_ok=True)
+        (folder / FILE_NAME).unlink(missing_ok=True)
         shutil.rmtree(folder)
 
 
 def is_complete(folder: Path) -> bool:
     """Whether the manifest is there to its end; whether it is right is for ``read`` to say."""
-    path = folder / NAME
+    path = folder / FILE_NAME
     return path.is_file() and path.read_bytes().endswith(END)
 
 
@@ -64,12 +64,12 @@ def write(folder: Path, content: Mapping[str, Any]) -> None:
     """Seals a checkpoint: digests of its files and of the manifest itself, then the file."""
     manifest = {"format": FORMAT, **content, "files": _file_digests(folder)}
     manifest["sha256"] = _content_digest(manifest)
-    write_atomic(folder / NAME, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    write_atomic(folder / FILE_NAME, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any]:
     """The manifest of a complete checkpoint; DataError when there is none or it is damaged."""
-    path = folder / NAME
+    path = folder / FILE_NAME
     if not is_complete(folder):
         found = ", ".join(map(str, steps(folder.parent))) or "none"
         raise DataError("no complete checkpoint", where=str(folder), fix=f"complete ones: {found}")

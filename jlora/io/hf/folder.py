@@ -25,7 +25,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """CheckpointTensor types that can be a model's weights, and NumPy's names for them."""
 
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 """Bytes per value of the types that are read."""
 
 CHUNK_BYTES = 2**24
@@ -194,7 +194,7 @@ class Shards:
 
     def nbytes(self, name: str) -> int:
         """The tensor's bytes in the file."""
-        return math.prod(self.shape(name)) * BYTES[self.dtype(name)]
+        return math.prod(self.shape(name)) * DTYPE_BYTES[self.dtype(name)]
 
     def same(self, name: str, other: str) -> bool:
         """Whether two tensors of equal shape have equal values; they are read in chunks."""

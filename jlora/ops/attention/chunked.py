@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jlora.ops.attention.reference import MASKED, seen, softcapped
+from jlora.ops.attention.reference import MASKED, causal_mask, softcapped
 from jlora.ops.remat import saveable
 
 CHUNK = 256
@@ -147,7 +147,7 @@ def _scores(
     scores = softcapped(_product("bhqd,bhkd->bhqk", q, k) * scale, softcap)
     slope = scale if softcap is None else scale * (1 - (scores / softcap) ** 2)
     query, key = (chunk * i + jnp.arange(chunk)[None] for i in pair)
-    mask = seen(query, key, masks.window)
+    mask = causal_mask(query, key, masks.window)
     if masks.segment_ids is not None:
         ids, key_ids = (masks.segment_ids[i] for i in pair)
         mask = mask & (ids[:, :, None] == key_ids[:, None, :])

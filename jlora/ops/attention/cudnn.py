@@ -95,7 +95,7 @@ def _try(dtype: jnp.dtype, head_dim: int, packed: bool) -> str | None:
         return _causal(*operands, window=None, scale=scale)[..., :head_dim]
 
     def by_reference(q: Array, k: Array, v: Array) -> Array:
-        return reference.attend(q, k, v, reference.seen_in_rows(128, ids, None), scale)[0]
+        return reference.attend(q, k, v, reference.row_mask(128, ids, None), scale)[0]
 
     def run(f: Callable[..., Array]) -> list[np.ndarray]:
         out, pull = jax.vjp(jax.jit(f), q, k, v)

@@ -104,12 +104,12 @@ def attend_cached(
 
     The slots of a row are filled in order, so the causal mask also hides slots that are empty.
     """
-    mask = reference.seen(slots, jnp.arange(k.shape[1])[None], window)
+    mask = reference.causal_mask(slots, jnp.arange(k.shape[1])[None], window)
     return _with_sinks(*reference.attend(q, k, v, mask, scale, softcap), sinks)
 
 
 def _reference(q, k, v, segment_ids, sinks, *, scale, window, softcap):
-    mask = reference.seen_in_rows(q.shape[1], segment_ids, window)
+    mask = reference.row_mask(q.shape[1], segment_ids, window)
     return saveable(_with_sinks(*reference.attend(q, k, v, mask, scale, softcap), sinks))
 
 

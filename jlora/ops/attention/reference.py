@@ -10,7 +10,7 @@ MASKED = -1e30
 """In place of minus infinity: a query that sees no key gets uniform weights instead of NaN."""
 
 
-def seen(
+def causal_mask(
     query: Int[Array, "b T"], key: Int[Array, "c S"], window: int | Int[Array, ""] | None
 ) -> Bool[Array, "d T S"]:
     """The causal mask, with a sliding window: 0 <= query - key < window, by index in the row."""
@@ -18,12 +18,12 @@ def seen(
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
-def seen_in_rows(
+def row_mask(
     length: int, segment_ids: Int[Array, "B T"] | None, window: int | Int[Array, ""] | None
 ) -> Bool[Array, "d T T"]:
     """The mask of whole rows: causal, within the window, and within each document."""
     index = jnp.arange(length)[None]
-    mask = seen(index, index, window)
+    mask = causal_mask(index, index, window)
     if segment_ids is None:
         return mask
     return mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
