@@ -80,7 +80,7 @@ def main(file: str, name: str) -> None:
     copies = (one for one in hlo.Module(kept[0]).instructions() if one.opcode == "copy")
     copied = sorted({one.type.partition(":")[0] for one in copies})
     both = {"large": sorted(types), "copied": copied}
-    print(json.dumps(report.for_machines(result, []) | both))
+    print(json.dumps(report.as_json(result, []) | both))
 
 
 if __name__ == "__main__":

@@ -187,4 +187,4 @@ def text(remedies: Sequence[Remedy]) -> str:
         lines.append(f"  {' '.join(remedy.settings)} → {peak}, {verdict}; costs {remedy.cost}")
     if not any(remedy.fits for remedy in remedies):
         lines.append("  a device with more memory, more devices, or a smaller model")
-    return "one of these, or several\n" + "\n".join(lines)
+    return "one or more of these\n" + "\n".join(lines)

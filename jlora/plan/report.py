@@ -38,7 +38,7 @@ def verdict(result: Forecast) -> str:
     return f"does not fit: {how}{size_text(peak)} on each device, where there are {limit}"
 
 
-def for_people(result: Forecast) -> dict[str, Section]:
+def as_sections(result: Forecast) -> dict[str, Section]:
     """Sections for ``Console.header``."""
     sections: dict[str, Section] = {"run": _run(result), "memory": _memory(result)}
     if result.work is not None:
@@ -141,7 +141,7 @@ def _disk(result: Forecast) -> dict[str, Any]:
     return {"checkpoints": f"{size_text(size * count)}: {count} of {size_text(size)} at a time"}
 
 
-def for_machines(result: Forecast, remedies: Sequence[Remedy]) -> dict[str, Any]:
+def as_json(result: Forecast, remedies: Sequence[Remedy]) -> dict[str, Any]:
     """The output of ``jlora plan --json``, in bytes, seconds and FLOPs."""
     bounds, plan, work = result.seconds(), result.plan, result.work
     slowest = max(bounds.values()) if bounds else None

@@ -42,9 +42,9 @@ def show_forecast(config: Config, compile_target: CompileTarget, *, as_json: boo
         else find_remedies(result, functools.partial(make_forecast, count_work=False))
     )
     if as_json:
-        print(json.dumps(report.for_machines(result, remedies), indent=1))
+        print(json.dumps(report.as_json(result, remedies), indent=1))
     else:
-        Console().header(f"jlora · plan · {config.train.output_dir}", report.for_people(result))
+        Console().header(f"jlora · plan · {config.train.output_dir}", report.as_sections(result))
     if not result.fits:
         raise ConfigError(
             report.verdict(result), where=config.model.name_or_path, fix=text(remedies)

@@ -310,10 +310,10 @@ def _size(shards: Shards, source: TensorMap, group: Iterable[CheckpointTensor]) 
     """Bytes of tensors in the files, including all parts of quantized ones."""
     stored = [source.prequantized.get(tensor.name) for tensor in group]
     names = [
-        [source.names[tensor.name]] if packed is None else packed.names.values()
-        for tensor, packed in zip(group, stored, strict=True)
+        [source.names[tensor.name]] if parts is None else parts.names.values()
+        for tensor, parts in zip(group, stored, strict=True)
     ]
-    return sum(shards.nbytes(name) for own in names for name in own)
+    return sum(shards.nbytes(name) for parts in names for name in parts)
 
 
 def _read(
@@ -345,12 +345,12 @@ def _dense(shards: Shards, names: Mapping, group: list[CheckpointTensor], shape:
         return value(group[0])
     within = [tuple(i for i in tensor.index if isinstance(i, slice)) for tensor in group]
     lead = len(group[0].index) - len(within[0])
-    own = shape.shape[lead:]
-    whole = np.empty((*own[:-2], *own[:-3:-1]) if group[0].transposed else own, dtype)
+    matrix = shape.shape[lead:]
+    joined = np.empty((*matrix[:-2], *matrix[:-3:-1]) if group[0].transposed else matrix, dtype)
     turn = (lambda x: x.swapaxes(-1, -2)) if group[0].transposed else (lambda x: x)
     for tensor, at in zip(group, within, strict=True):
-        turn(whole)[at] = turn(value(tensor))
-    return whole
+        turn(joined)[at] = turn(value(tensor))
+    return joined
 
 
 def _value(shards: Shards, name: str, dtype: np.dtype) -> np.ndarray:

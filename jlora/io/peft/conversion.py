@@ -1,6 +1,6 @@
-"""Adapters as PEFT can hold them.
+"""The conversion of an adapter to the form that PEFT can store.
 
-PEFT knows no parts of fused projections: its GPT-2 has one A for queries, keys and values. And an
+PEFT has no parts of fused projections: its GPT-2 has one A for queries, keys and values. And an
 expression in ``target_modules`` must not match torch's modules without weights (``mlp.act_fn``),
 which jlora does not have and cannot know of.
 """
@@ -25,8 +25,9 @@ def to_peft_form(adapter: Adapter) -> Adapter:
     """The equivalent adapter that PEFT can store: whole projections, targets in a list.
 
     The ranks of a projection's parts add up; their scales go into B, and alpha is set so that the
-    scale is one. What PiSSA and OLoRA started from is subtracted likewise, by as many ranks again.
-    An adapter that is so already comes back as it is.
+    scale is one. The initial factors of PiSSA and OLoRA are subtracted the same way, which doubles
+    the rank.
+    An adapter that PEFT can store already is returned unchanged.
     """
     leaves = {leaf.path: leaf for leaf in paths.leaves(adapter.weights)}
     by_names = not isinstance(adapter.config.target_modules, str)
@@ -71,7 +72,7 @@ Leaves = dict[paths.Path, Any]
 
 
 def _weights(leaves: Mapping[paths.Path, paths.Leaf]) -> Iterator[tuple[paths.Leaf, Leaves]]:
-    """The weights of the base that have something added, and the leaves that do."""
+    """The base's weights that are adapted, each with the adapter's leaves for it."""
     groups: dict[paths.Path, dict[paths.Path, paths.Leaf]] = {}
     for path, leaf in leaves.items():
         if path[-1] in ADDED and path[-1] != TOKENS:
@@ -115,7 +116,7 @@ def _ranks(leaf: paths.Leaf, module: paths.Path, config: LoraConfig) -> dict[str
 def _joint_settings(
     leaf: paths.Leaf, added: Leaves, total: int, adapter: Adapter
 ) -> dict[str, tuple[int, float]]:
-    """Name of the projection → (rank, alpha), per layer where it or a part of it is adapted."""
+    """Name of the projection → (rank, alpha), for each layer that adapts it or a part of it."""
     alpha, found = math.sqrt(total) if adapter.config.use_rslora else total, {}
     wholes = leaf.modules_at(terms.adapter_node(leaf)).names()
     for c in terms.module_columns(leaf, added, adapter.parts):
