@@ -29,11 +29,11 @@ def contestants(
 ) -> list[paired.Contestant]:
     """jlora with these settings and without, and peft with them."""
     step, plain = "training_step:jlora_step", {"method": method, "sizes": sizes}
-    own = {**plain, "settings": settings}
+    arguments = {**plain, "settings": settings}
     return [
-        paired.Contestant("jlora", step, own),
+        paired.Contestant("jlora", step, arguments),
         paired.Contestant("jlora, LoRA", step, plain),
-        paired.Contestant("peft", "training_step:peft_step", {**own, "autocast": True}),
+        paired.Contestant("peft", "training_step:peft_step", {**arguments, "autocast": True}),
     ]
 
 
@@ -43,12 +43,12 @@ def main() -> None:
     parser.add_argument("--method", default="lora,qlora")
     parser.add_argument("--length", type=int, default=HEADLINE["length"])
     parser.add_argument("--batch", type=int, default=4)
-    asked = parser.parse_args()
-    sizes = {**HEADLINE, "length": asked.length, "batch": asked.batch}
-    for method in asked.method.split(","):
+    args = parser.parse_args()
+    sizes = {**HEADLINE, "length": args.length, "batch": args.batch}
+    for method in args.method.split(","):
         points = {kind: contestants(method, sizes, settings) for kind, settings in KINDS.items()}
         facts = {"grows": False, "peers": ["peft"]}
-        paired.compare(f"adapters-{method}", "adapter", points, asked, warmup=2, **facts)
+        paired.compare(f"adapters-{method}", "adapter", points, args, warmup=2, **facts)
 
 
 if __name__ == "__main__":

@@ -40,15 +40,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="scripts, such as nf4,dot; the tables are made in any case")
     parser.add_argument("--anyway", action="store_true", help="also while others use the machine")
-    asked = parser.parse_args()
-    only = set((asked.only or "").split(",")) - {""}
+    args = parser.parse_args()
+    only = set((args.only or "").split(",")) - {""}
     failed = []
     for command in COMMANDS:
         script, *arguments = command.split()
         name = script.removesuffix(".py")
         if only and name not in only | {"tables"}:
             continue
-        arguments += ["--anyway"] if asked.anyway and name != "tables" else []
+        arguments += ["--anyway"] if args.anyway and name != "tables" else []
         if subprocess.run([sys.executable, str(HERE / script), *arguments], check=False).returncode:
             failed.append(command)
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)

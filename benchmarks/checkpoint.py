@@ -113,26 +113,28 @@ def main() -> None:
     """Measures saving and restoring over the ranks."""
     parser = paired.arguments(__doc__)
     parser.add_argument("--ranks", default="4,16,64")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     for what in ("save", "restore"):
         points = {}
-        for rank in map(int, asked.ranks.split(",")):
-            own = {"what": what, "rank": rank}
+        for rank in map(int, args.ranks.split(",")):
+            arguments = {"what": what, "rank": rank}
             variants = {"torch": False, "torch, synced": True} if what == "save" else {"torch": 0}
             points[rank] = [
-                paired.Contestant("jlora", "checkpoint:jlora_unit", own),
+                paired.Contestant("jlora", "checkpoint:jlora_unit", arguments),
                 *(
-                    paired.Contestant(name, "checkpoint:torch_unit", {**own, "synced": synced})
+                    paired.Contestant(
+                        name, "checkpoint:torch_unit", {**arguments, "synced": synced}
+                    )
                     for name, synced in variants.items()
                 ),
             ]
             if what == "save":
                 sizes = {**training_step.HEADLINE, "rank": rank}
-                own = {"method": "lora", "sizes": sizes}
-                step = paired.Contestant("a step", "training_step:jlora_step", own)
+                arguments = {"method": "lora", "sizes": sizes}
+                step = paired.Contestant("a step", "training_step:jlora_step", arguments)
                 points[rank].append(step)
         peers = list(variants)
-        paired.compare(f"checkpoint-{what}", "rank", points, asked, peers=peers, memory=False)
+        paired.compare(f"checkpoint-{what}", "rank", points, args, peers=peers, memory=False)
 
 
 if __name__ == "__main__":

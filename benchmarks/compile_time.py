@@ -44,17 +44,24 @@ def compiling(model: str, layers: int, target: str) -> Any:
     import jax
 
     from jlora.plan.jax_cudnn_shim import jax_checks_capability
-    from jlora.plan.target import devices, parse
+    from jlora.plan.target import devices, parse_target
 
-    aim = parse(name)
-    found = (devices(aim) or ())[:1]
+    compile_target = parse_target(name)
+    found = (devices(compile_target) or ())[:1]
     hf = MODELS[model]
     key = "n_layer" if hf["model_type"] == "gpt2" else "num_hidden_layers"
-    program = program_of({**hf, key: layers}, Row(16), batch=1, length=512, devices=found, aim=aim)
+    program = program_of(
+        {**hf, key: layers},
+        Row(16),
+        batch=1,
+        length=512,
+        devices=found,
+        compile_target=compile_target,
+    )
 
     def unit() -> None:
         jax.clear_caches()
-        with jax_checks_capability(aim.gpu_capability):
+        with jax_checks_capability(compile_target.gpu_capability):
             program.compile()
 
     return unit
@@ -65,20 +72,20 @@ def main() -> None:
     parser = paired.arguments(__doc__, repeats=3)
     parser.add_argument("--target", default="cpu")
     parser.add_argument("--layers", default="4,32")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     points = {
         model: [
             paired.Contestant(
                 f"{layers} layers",
                 "compile_time:compiling",
-                {"model": model, "layers": int(layers), "target": asked.target},
+                {"model": model, "layers": int(layers), "target": args.target},
             )
-            for layers in asked.layers.split(",")
+            for layers in args.layers.split(",")
         ]
         for model in MODELS
     }
     facts = {"grows": False, "memory": False}
-    paired.compare(f"compile-time-{asked.target}", "model", points, asked, **facts)
+    paired.compare(f"compile-time-{args.target}", "model", points, args, **facts)
 
 
 if __name__ == "__main__":

@@ -133,19 +133,19 @@ def main() -> None:
     """Measures over the numbers of chats."""
     parser = paired.arguments(__doc__)
     parser.add_argument("--rows", default="1600,6400,25600")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     peers = {"TRL": "data:trl_unit"} if importlib.util.find_spec("trl") else {}
     peers["datasets"] = "data:map_unit"
     with tempfile.TemporaryDirectory() as place:
         points = {}
-        for count in map(int, asked.rows.split(",")):
+        for count in map(int, args.rows.split(",")):
             file = Path(place) / f"{count}.jsonl"
             write(file, count)
             points[count] = [
                 paired.Contestant(name, setup, {"file": str(file)})
                 for name, setup in {"jlora": "data:jlora_unit", **peers}.items()
             ]
-        paired.compare("data-preparation", "chats", points, asked, peers=list(peers)[:1])
+        paired.compare("data-preparation", "chats", points, args, peers=list(peers)[:1])
 
 
 if __name__ == "__main__":

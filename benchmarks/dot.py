@@ -18,7 +18,7 @@ ROWS = 2048
 """Rows of a unit at least: fewer rows a call are more calls."""
 
 
-def jlora_unit(rows: int, width: int, packed: bool) -> Any:
+def jlora_unit(rows: int, width: int, quantized: bool) -> Any:
     """The jitted product and its vector-Jacobian product."""
     import jax
     import jax.numpy as jnp
@@ -28,7 +28,7 @@ def jlora_unit(rows: int, width: int, packed: bool) -> Any:
 
     key = jax.random.key(0)
     w = jax.random.normal(key, (width, width), jnp.bfloat16) / width**0.5
-    w = nf4.quantize(w, double_quant=True) if packed else w
+    w = nf4.quantize(w, double_quant=True) if quantized else w
     x = jax.random.normal(key, (rows, width), jnp.bfloat16)
 
     @jax.jit
@@ -47,7 +47,7 @@ def bitsandbytes_unit(rows: int, width: int) -> Any:
     """The layer in training, and backward through it."""
     torch = llama.torch_threads()
     layer = torch.nn.Sequential(torch.nn.Linear(width, width, bias=False, dtype=torch.bfloat16))
-    layer = llama.pack(layer.to(llama.torch_device())).train()
+    layer = llama.quantize_torch_model(layer.to(llama.torch_device())).train()
     x = torch.randn(rows, width, dtype=torch.bfloat16, device=llama.torch_device())
     g, x = x.clone(), x.requires_grad_()
 
@@ -71,18 +71,18 @@ def main() -> None:
     parser = paired.arguments(__doc__, repeats=7)
     parser.add_argument("--rows", default="1,16,256,2048")
     parser.add_argument("--width", type=int, default=2048)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     points = {}
-    for rows in map(int, asked.rows.split(",")):
-        own = {"rows": rows, "width": asked.width}
+    for rows in map(int, args.rows.split(",")):
+        arguments = {"rows": rows, "width": args.width}
         points[rows] = [
-            paired.Contestant("jlora", "dot:jlora_unit", {**own, "packed": True}),
-            paired.Contestant("bitsandbytes", "dot:bitsandbytes_unit", own),
-            paired.Contestant("jlora, dense", "dot:jlora_unit", {**own, "packed": False}),
+            paired.Contestant("jlora", "dot:jlora_unit", {**arguments, "quantized": True}),
+            paired.Contestant("bitsandbytes", "dot:bitsandbytes_unit", arguments),
+            paired.Contestant("jlora, dense", "dot:jlora_unit", {**arguments, "quantized": False}),
         ]
     counts = {str(rows): calls(rows) for rows in points}
     paired.compare(
-        "dot-packed", "rows", points, asked, calls=counts, peers=["bitsandbytes"], memory=False
+        "dot-packed", "rows", points, args, calls=counts, peers=["bitsandbytes"], memory=False
     )
 
 

@@ -114,29 +114,29 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(NAMES))
     parser.add_argument("--devices")
     parser.add_argument("--methods", default=";".join(METHODS))
-    asked = parser.parse_args()
-    devices = asked.devices.split(",") if asked.devices else DEVICES[asked.platform]
+    args = parser.parse_args()
+    devices = args.devices.split(",") if args.devices else DEVICES[args.platform]
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.95"
     from jlora.plan import target
 
-    target.set_environment(target.parse(devices[0]))
+    target.set_environment(target.parse_target(devices[0]))
     import jax
 
-    whole = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for device in devices:
-        limit = target.memory_limit(target.parse(device), None).limit
-        own = whole.setdefault(device, {"limit": limit, "cells": {}})
-        own |= {"limit": limit, "jax": jax.__version__, "date": date.today().isoformat()}
-        for model in asked.models.split(","):
-            for method in asked.methods.split(";"):
+        limit = target.memory_limit(target.parse_target(device), None).limit
+        entry = results.setdefault(device, {"limit": limit, "cells": {}})
+        entry |= {"limit": limit, "jax": jax.__version__, "date": date.today().isoformat()}
+        for model in args.models.split(","):
+            for method in args.methods.split(";"):
                 cell = f"{model} {method}"
-                before = own["cells"].get(cell, {}).get("length") or FIRST[0]
-                own["cells"][cell] = longest(model, method, device, limit, before)
-                RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
-    print(table(whole))
+                before = entry["cells"].get(cell, {}).get("length") or FIRST[0]
+                entry["cells"][cell] = longest(model, method, device, limit, before)
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n{table(whole)}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

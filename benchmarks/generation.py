@@ -15,14 +15,14 @@ import llama
 import paired
 
 
-def jlora_unit(batch: int, prompt: int, new: int, packed: bool) -> Any:
+def jlora_unit(batch: int, prompt: int, new: int, quantized: bool) -> Any:
     """What ``jlora generate`` calls."""
     import numpy as np
 
     from jlora.inference import decoding
 
     model, params = llama.jlora_model(llama.shape())
-    params = llama.quantize(params) if packed else params
+    params = llama.quantize(params) if quantized else params
     ids = np.random.default_rng(0).integers(0, llama.VOCAB, (batch, prompt)).tolist()
 
     def unit() -> dict[str, float]:
@@ -32,11 +32,11 @@ def jlora_unit(batch: int, prompt: int, new: int, packed: bool) -> Any:
     return unit
 
 
-def transformers_unit(batch: int, prompt: int, new: int, packed: bool) -> Any:
+def transformers_unit(batch: int, prompt: int, new: int, quantized: bool) -> Any:
     """``generate`` with its own cache."""
     torch = llama.torch_threads()
     model = llama.transformers_model(llama.shape())
-    model = (llama.pack(model) if packed else model).eval()
+    model = (llama.quantize_torch_model(model) if quantized else model).eval()
     ids = torch.randint(0, llama.VOCAB, (batch, prompt), device=llama.torch_device())
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
 
@@ -55,17 +55,22 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--packed", action="store_true")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     points = {}
-    for batch in map(int, asked.batches.split(",")):
-        own = {"batch": batch, "prompt": asked.prompt, "new": asked.new, "packed": asked.packed}
+    for batch in map(int, args.batches.split(",")):
+        arguments = {
+            "batch": batch,
+            "prompt": args.prompt,
+            "new": args.new,
+            "quantized": args.packed,
+        }
         points[batch] = [
-            paired.Contestant("jlora", "generation:jlora_unit", own),
-            paired.Contestant("transformers", "generation:transformers_unit", own),
+            paired.Contestant("jlora", "generation:jlora_unit", arguments),
+            paired.Contestant("transformers", "generation:transformers_unit", arguments),
         ]
-    name = f"generation{'-nf4' if asked.packed else ''}"
+    name = f"generation{'-nf4' if args.packed else ''}"
     size = 2 * llama.linear_parameters(llama.shape())  # what every token reads
-    paired.compare(name, "batch", points, asked, new=asked.new, bytes_per_token=size)
+    paired.compare(name, "batch", points, args, new=args.new, bytes_per_token=size)
 
 
 if __name__ == "__main__":

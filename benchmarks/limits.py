@@ -75,15 +75,15 @@ def main() -> None:
     parser = paired.arguments(__doc__, repeats=9)
     parser.add_argument("--size", type=int, default=2048)
     parser.add_argument("--megabytes", type=int, default=256)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     points = {}
     for case in ("bfloat16", "float32", "copy"):
-        own = {"case": case, "size": asked.size, "megabytes": asked.megabytes}
+        arguments = {"case": case, "size": args.size, "megabytes": args.megabytes}
         points[case] = [
-            paired.Contestant("jax", "limits:jax_unit", own),
-            paired.Contestant("torch", "limits:torch_unit", own),
+            paired.Contestant("jax", "limits:jax_unit", arguments),
+            paired.Contestant("torch", "limits:torch_unit", arguments),
         ]
-    paired.compare("limits", "case", points, asked, warmup=2, grows=False, memory=False)
+    paired.compare("limits", "case", points, args, warmup=2, grows=False, memory=False)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def transformers_model(hf: dict[str, Any], dtype: str = "bfloat16") -> Any:
     return model.to(torch_device())
 
 
-def pack(model: Any) -> Any:
+def quantize_torch_model(model: Any) -> Any:
     """The model with bitsandbytes' layers in place of its linear ones, all but the head."""
     import bitsandbytes as bnb
     import torch
@@ -91,14 +91,14 @@ def pack(model: Any) -> Any:
     options = {"compress_statistics": True, "quant_type": "nf4", "quant_storage": torch.uint8}
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            packed = bnb.nn.Linear4bit(
+            quantized = bnb.nn.Linear4bit(
                 module.in_features,
                 module.out_features,
                 bias=False,
                 compute_dtype=torch.bfloat16,
                 **options,
             )
-            packed.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, **options)
-            model.set_submodule(name, packed.to(module.weight.device))
+            quantized.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, **options)
+            model.set_submodule(name, quantized.to(module.weight.device))
     model.is_loaded_in_4bit = True
     return model

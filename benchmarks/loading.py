@@ -25,7 +25,7 @@ def write(folder: str, width: int) -> Any:
     return dict
 
 
-def jlora_unit(folder: str, packed: bool, cached: bool) -> Any:
+def jlora_unit(folder: str, quantized: bool, cached: bool) -> Any:
     """``jlora.load_pretrained``."""
     import jax
 
@@ -38,19 +38,19 @@ def jlora_unit(folder: str, packed: bool, cached: bool) -> Any:
     assert devices
 
     def unit() -> None:
-        quantization = jlora.QuantConfig() if packed else None
+        quantization = jlora.QuantConfig() if quantized else None
         jax.block_until_ready(load(folder, quantization=quantization)[1])
 
     return unit
 
 
-def transformers_unit(folder: str, packed: bool) -> Any:
+def transformers_unit(folder: str, quantized: bool) -> Any:
     """``AutoModelForCausalLM.from_pretrained``; a page of every weight is touched."""
     torch = llama.torch_threads()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {"device_map": llama.torch_device()}
-    if packed:
+    if quantized:
         import bitsandbytes
 
         assert bitsandbytes
@@ -73,30 +73,36 @@ def main() -> None:
     """Measures both over the widths."""
     parser = paired.arguments(__doc__)
     parser.add_argument("--widths", default="384,768,1536")
-    asked = parser.parse_args()
-    widths = list(map(int, asked.widths.split(",")))
+    args = parser.parse_args()
+    widths = list(map(int, args.widths.split(",")))
     with tempfile.TemporaryDirectory() as place:
         for width in widths:
-            own = {"folder": f"{place}/{width}", "width": width}
-            paired.Worker(paired.Contestant("writing", "loading:write", own)).end()
-        for packed in (False, True):
+            arguments = {"folder": f"{place}/{width}", "width": width}
+            paired.Worker(paired.Contestant("writing", "loading:write", arguments)).end()
+        for quantized in (False, True):
             points = {}
             for width in widths:
-                own = {"folder": f"{place}/{width}", "packed": packed}
-                ours, theirs = "loading:jlora_unit", "loading:transformers_unit"
+                arguments = {"folder": f"{place}/{width}", "quantized": quantized}
+                jlora_setup, transformers_setup = "loading:jlora_unit", "loading:transformers_unit"
                 cache = {"JAX_COMPILATION_CACHE_DIR": f"{place}/cache"}
                 cached = paired.Contestant(
-                    "jlora, programs cached", ours, {**own, "cached": True}, cache, fresh=True
+                    "jlora, programs cached",
+                    jlora_setup,
+                    {**arguments, "cached": True},
+                    cache,
+                    fresh=True,
                 )
                 points[_millions(width)] = [
-                    paired.Contestant("jlora", ours, {**own, "cached": False}, fresh=True),
+                    paired.Contestant(
+                        "jlora", jlora_setup, {**arguments, "cached": False}, fresh=True
+                    ),
                     cached,
-                    paired.Contestant("transformers", theirs, own, fresh=True),
+                    paired.Contestant("transformers", transformers_setup, arguments, fresh=True),
                 ]
                 paired.measure([cached], 1)  # fills the cache
-            name = f"loading-{'nf4' if packed else 'bfloat16'}"
+            name = f"loading-{'nf4' if quantized else 'bfloat16'}"
             axis, peers = "millions of parameters", ["transformers"]
-            paired.compare(name, axis, points, asked, peers=peers)
+            paired.compare(name, axis, points, args, peers=peers)
 
 
 def _millions(width: int) -> int:

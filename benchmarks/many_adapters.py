@@ -58,7 +58,7 @@ def peft_forward(method: str, adapters: int, length: int) -> Any:
     import peft
 
     model = llama.transformers_model(llama.shape(SMALL["width"], SMALL["depth"]))
-    model = llama.pack(model) if method == "qlora" else model
+    model = llama.quantize_torch_model(model) if method == "qlora" else model
     lora = peft.LoraConfig(
         r=SMALL["rank"], target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
     )
@@ -79,22 +79,24 @@ def peft_forward(method: str, adapters: int, length: int) -> Any:
 
 def serving(method: str, adapters: int, length: int) -> list[paired.Contestant]:
     """A row each its own adapter, one for all, and peft."""
-    own = {"method": method, "adapters": adapters, "length": length}
+    arguments = {"method": method, "adapters": adapters, "length": length}
     forward = "many_adapters:jlora_forward"
     return [
-        paired.Contestant("jlora", forward, {**own, "mixed": True}),
-        paired.Contestant("jlora, one for all", forward, {**own, "adapters": 1, "mixed": False}),
-        paired.Contestant("peft", "many_adapters:peft_forward", own),
+        paired.Contestant("jlora", forward, {**arguments, "mixed": True}),
+        paired.Contestant(
+            "jlora, one for all", forward, {**arguments, "adapters": 1, "mixed": False}
+        ),
+        paired.Contestant("peft", "many_adapters:peft_forward", arguments),
     ]
 
 
 def training(method: str, adapters: int, length: int) -> list[paired.Contestant]:
     """All at once, and one after the other."""
     sizes = {**SMALL, "batch": ROWS, "length": length}
-    own = {"method": method, "sizes": sizes, "adapters": adapters}
+    arguments = {"method": method, "sizes": sizes, "adapters": adapters}
     return [
-        paired.Contestant("jlora", "training_step:jlora_step", own),
-        paired.Contestant("peft", "training_step:peft_step", {**own, "autocast": True}),
+        paired.Contestant("jlora", "training_step:jlora_step", arguments),
+        paired.Contestant("peft", "training_step:peft_step", {**arguments, "autocast": True}),
     ]
 
 
@@ -105,14 +107,14 @@ def main() -> None:
     parser.add_argument("--method", default="lora,qlora")
     parser.add_argument("--adapters", default="1,2,4,8")
     parser.add_argument("--length", type=int, default=SMALL["length"])
-    asked = parser.parse_args()
-    numbers = [int(n) for n in asked.adapters.split(",")]
-    for what in asked.what.split(","):
+    args = parser.parse_args()
+    numbers = [int(n) for n in args.adapters.split(",")]
+    for what in args.what.split(","):
         contestants = {"serve": serving, "train": training}[what]
-        for method in asked.method.split(","):
-            points = {n: contestants(method, n, asked.length) for n in numbers}
+        for method in args.method.split(","):
+            points = {n: contestants(method, n, args.length) for n in numbers}
             name = f"many-adapters-{what}-{method}"
-            paired.compare(name, "adapters", points, asked, warmup=2, peers=["peft"])
+            paired.compare(name, "adapters", points, args, warmup=2, peers=["peft"])
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class Row:
 
 
 def program_of(
-    hf: dict, row: Row, batch: int, length: int, devices: Any, aim: Any, **mesh: int
+    hf: dict, row: Row, batch: int, length: int, devices: Any, compile_target: Any, **mesh: int
 ) -> Any:
     """The run's step (``TrainStep``) on rows of ``length`` tokens, made of shapes."""
     from jlora.config import (
@@ -104,7 +104,7 @@ def program_of(
             mesh=MeshConfig(**mesh),
         )
         mesh_of = sharding.make_mesh(config.mesh, devices)
-        capability = aim.gpu_capability
+        capability = compile_target.gpu_capability
         job = abstract_job(config=config, tokenizer=None, mesh=mesh_of, gpu_capability=capability)
     return TrainStep.of(job, StepCounts.of(config, job.mesh, lambda rows: 1), length)
 
@@ -124,17 +124,17 @@ def measure(
     """
     from jlora.plan.jax_cudnn_shim import jax_checks_capability
     from jlora.plan.memory import arguments, measured
-    from jlora.plan.target import devices, parse
+    from jlora.plan.target import devices, parse_target
 
-    aim, start = parse(target), time.perf_counter()
-    found = devices(aim)
+    compile_target, start = parse_target(target), time.perf_counter()
+    found = devices(compile_target)
     assert found is not None, f"JAX's plugin for {target} is not installed"
-    used = found if aim.hardware else found[:1]
-    program = program_of(hf, row, batch, length, used, aim, **mesh)
+    used = found if compile_target.hardware else found[:1]
+    program = program_of(hf, row, batch, length, used, compile_target, **mesh)
     if (given := sum(arguments(program).values())) > limit:
         return {"refused": f"weights, adapter and moments take {given:,} bytes"}
     try:
-        with jax_checks_capability(aim.gpu_capability):
+        with jax_checks_capability(compile_target.gpu_capability):
             memory = measured(program, program.compile())
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -146,10 +146,10 @@ def measure(
 
 def start(name: str) -> str | None:
     """Prepares this process for a target, before jax is imported; ``cpu`` is what is here: None."""
-    from jlora.plan.target import parse, set_environment
+    from jlora.plan.target import parse_target, set_environment
 
     target = None if name == "cpu" else name
-    set_environment(parse(target))
+    set_environment(parse_target(target))
     return target
 
 
@@ -162,30 +162,30 @@ def main() -> None:
     parser.add_argument("--optim", default="adamw")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=512)
-    asked = parser.parse_args()
-    target = start(asked.target)
+    args = parser.parse_args()
+    target = start(args.target)
     import jax
 
-    path = HERE / "results" / f"memory-{asked.target}.json"
-    whole = json.loads(path.read_text()) if path.exists() else {"results": {}}
-    for name in asked.models.split(","):
-        rows = whole["results"].setdefault(name, {})
-        for r in asked.ranks.split(","):
-            for optim in asked.optim.split(","):
+    path = HERE / "results" / f"memory-{args.target}.json"
+    document = json.loads(path.read_text()) if path.exists() else {"results": {}}
+    for name in args.models.split(","):
+        rows = document["results"].setdefault(name, {})
+        for r in args.ranks.split(","):
+            for optim in args.optim.split(","):
                 for quantized in (False, True) if optim == "adamw" else (True,):
                     row = Row(int(r), optim, quantized)
-                    got = measure(MODELS[name], row, asked.batch, asked.length, target)
+                    got = measure(MODELS[name], row, args.batch, args.length, target)
                     rows[str(row)] = got
                     print(name, row, got, flush=True)
-    whole |= {
+    document |= {
         "date": date.today().isoformat(),
-        "target": asked.target,
+        "target": args.target,
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "batch": [asked.batch, asked.length],
+        "batch": [args.batch, args.length],
         "paper": PAPER,
     }
-    path.write_text(json.dumps(whole, indent=1) + "\n")
+    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 A unit packs, or unpacks, 16 million weights: one matrix or several calls on a smaller one. Bits a
 parameter and the error relative to the matrix's norm are in the results; the bytes are the same on
-both sides (``tests/test_parity_nf4.py``). Needs the extra ``parity``.
+both sides (``tests/test_parity_quant_nf4.py``). Needs the extra ``parity``.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def bitsandbytes_unit(what: str, size: int, dtype: str) -> Any:
     def quantize() -> tuple[Any, Any]:
         return bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
 
-    packed, state = quantize()
-    nbytes = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
-    facts = _facts(values, bnb.dequantize_4bit(packed, state).float().cpu().numpy(), nbytes)
+    codes, state = quantize()
+    nbytes = codes.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    facts = _facts(values, bnb.dequantize_4bit(codes, state).float().cpu().numpy(), nbytes)
 
     def unit() -> dict[str, float]:
         for _ in range(WEIGHTS // size**2):
-            quantize() if what == "quantize" else bnb.dequantize_4bit(packed, state)
+            quantize() if what == "quantize" else bnb.dequantize_4bit(codes, state)
         if w.is_cuda:
             torch.cuda.synchronize()
         return facts
@@ -83,17 +83,17 @@ def main() -> None:
     parser = paired.arguments(__doc__, repeats=7)
     parser.add_argument("--sizes", default="512,2048,4096")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
-    asked = parser.parse_args()
+    args = parser.parse_args()
     for what in ("quantize", "dequantize"):
         points = {}
-        for size in map(int, asked.sizes.split(",")):
-            own = {"what": what, "size": size, "dtype": asked.dtype}
+        for size in map(int, args.sizes.split(",")):
+            arguments = {"what": what, "size": size, "dtype": args.dtype}
             points[size] = [
-                paired.Contestant("jlora", "nf4:jlora_unit", own),
-                paired.Contestant("bitsandbytes", "nf4:bitsandbytes_unit", own),
+                paired.Contestant("jlora", "nf4:jlora_unit", arguments),
+                paired.Contestant("bitsandbytes", "nf4:bitsandbytes_unit", arguments),
             ]
         grows = {"grows": False, "weights": WEIGHTS}  # the work of a unit is the same everywhere
-        paired.compare(f"nf4-{what}", "size", points, asked, **grows)
+        paired.compare(f"nf4-{what}", "size", points, args, **grows)
 
 
 if __name__ == "__main__":

@@ -109,10 +109,10 @@ def compile_only(target: str) -> None:
     import jax
     import jax.numpy as jnp
 
-    from jlora.plan.target import devices, parse
+    from jlora.plan.target import devices, parse_target
     from jlora.quant import nf4
 
-    found = devices(parse(target))
+    found = devices(parse_target(target))
     assert found is not None, f"JAX's plugin for {target} is not installed"
     place = jax.sharding.SingleDeviceSharding(found[0])
     platform = "tpu" if target == "v5e" else "cuda"
@@ -139,16 +139,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--compile", choices=list(DEVICES))
     parser.add_argument("--floor", action="store_true")
-    asked = parser.parse_args()
-    if asked.floor:
+    args = parser.parse_args()
+    if args.floor:
         print("\n\n".join(floors(device) for device in DEVICES))
         return
-    if asked.compile:
-        compile_only(asked.compile)
+    if args.compile:
+        compile_only(args.compile)
         return
     import jax
 
-    lines = measure(asked.repeats)
+    lines = measure(args.repeats)
     device = jax.devices()[0].device_kind
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
     path = Path(HERE) / "results" / f"nf4_matmul-{device.replace(' ', '-').lower()}.json"

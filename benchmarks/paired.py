@@ -84,12 +84,12 @@ class Worker:
         """Asks for one unit; ``seconds``, and the unit's facts. None if it did not count: this
         process was suspended meanwhile, and so, it is to be feared, was the other.
         """
-        wall, busy, own = time.monotonic(), _busy_seconds(), _processor_seconds(self._process.pid)
+        wall, busy, used = time.monotonic(), _busy_seconds(), _processor_seconds(self._process.pid)
         answer = self._ask("unit")
         if self._suspended:
             return None
-        own = _processor_seconds(self._process.pid) - own
-        others = _busy_seconds() - busy - own  # of single units within ticks of 10 ms
+        used = _processor_seconds(self._process.pid) - used
+        others = _busy_seconds() - busy - used  # of single units within ticks of 10 ms
         return answer | {"wall": time.monotonic() - wall, "others": others}
 
     def end(self) -> dict[str, Any]:
@@ -153,8 +153,8 @@ def work(setup: str, arguments: str) -> None:
 def _peak_bytes() -> int:
     """The largest resident set of this process, or of its largest child."""
     status = Path("/proc/self/status").read_text()
-    own = int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
-    return 1024 * max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    peak = int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
+    return 1024 * max(peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def measure(
@@ -221,7 +221,7 @@ def compare(
     name: str,
     axis: str,
     points: Mapping[Any, Sequence[Contestant]],
-    asked: argparse.Namespace,
+    args: argparse.Namespace,
     *,
     warmup: int = 1,
     **facts: Any,
@@ -232,18 +232,18 @@ def compare(
       name: of the results, and of the table in the docs.
       axis: what grows from point to point.
       points: the contestants at each value of the axis, jlora's first.
-      asked: of ``arguments``.
+      args: the options, parsed by the parser that ``arguments`` returns.
       warmup: units of each worker that do not count.
       facts: go into the results as they are.
 
     Exits with 75 (a temporary failure) when others use the machine, unless ``--anyway``.
     """
-    conditions = {**describe(), "repeats": asked.repeats}
-    conditions["busy_before"] = _wait_for_quiet(asked.anyway)
+    conditions = {**describe(), "repeats": args.repeats}
+    conditions["busy_before"] = _wait_for_quiet(args.anyway)
     measured: list[dict[str, Any]] = []
     for value, contestants in points.items():
         say(f"{name}, {axis} {value}")
-        measured.append({"value": value, "results": measure(contestants, asked.repeats, warmup)})
+        measured.append({"value": value, "results": measure(contestants, args.repeats, warmup)})
     every = [one for point in measured for one in point["results"].values()]
     others = sum(one["others"] for one in every) / sum(one["wall"] for one in every)
     conditions["used_by_others"] = others = min(1.0, max(0.0, others / (os.cpu_count() or 1)))

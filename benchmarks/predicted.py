@@ -97,7 +97,7 @@ def _status(name: str) -> int:
 
 def main() -> None:
     """Every case in a process of its own."""
-    asked = paired.arguments(__doc__, repeats=1).parse_args()
+    args = paired.arguments(__doc__, repeats=1).parse_args()
     points = {
         case: [
             paired.Contestant(
@@ -106,7 +106,7 @@ def main() -> None:
         ]
         for case, (method, length) in CASES.items()
     }
-    paired.compare("predicted", "step", points, asked, grows=False, memory=False)
+    paired.compare("predicted", "step", points, args, grows=False, memory=False)
 
 
 if __name__ == "__main__":

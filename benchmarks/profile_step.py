@@ -93,11 +93,11 @@ def profiled(method: str) -> Any:
             clock = _trace(jlora_step(method, HEADLINE), folder)
             (text,) = glob.glob(f"{folder}/hlo/*train_step*cpu_after_optimizations.txt")
             ops = operations(Path(text).read_text())
-            seconds = {name: each for name, each in _seconds(folder).items() if name in ops}
+            seconds = {name: duration for name, duration in _seconds(folder).items() if name in ops}
         groups: dict[str, float] = dict.fromkeys(GROUPS, 0.0)
         rank = None if method == "full" else HEADLINE["rank"]
-        for name, each in seconds.items():
-            groups[group_of(name, ops[name], rank)] += each
+        for name, duration in seconds.items():
+            groups[group_of(name, ops[name], rank)] += duration
         groups["between"] = clock - sum(groups.values())
         longest = sorted(seconds, key=seconds.__getitem__, reverse=True)[:LONGEST]
         texts = [(seconds[name], ops[name].text.strip()[:300]) for name in longest]
@@ -134,8 +134,8 @@ def _seconds(folder: str) -> dict[str, float]:
     running: dict[int, str] = {}
     before = 0.0
     for when, begins, which, name in sorted(marks):
-        for each in running.values():
-            seconds[each] += (when - before) / len(running) / 1e6 / STEPS
+        for operation in running.values():
+            seconds[operation] += (when - before) / len(running) / 1e6 / STEPS
         before = when
         if begins:
             running[which] = name
@@ -148,8 +148,8 @@ def main() -> None:
     """Profiles each method in a process of its own."""
     parser = paired.arguments(__doc__, repeats=1)
     parser.add_argument("--method", default="lora,qlora,full", help="or some of them")
-    asked = parser.parse_args()
-    methods = asked.method.split(",")
+    args = parser.parse_args()
+    methods = args.method.split(",")
     points = {
         llama.METHODS[method]: [
             paired.Contestant("jlora", "profile_step:profiled", {"method": method}, fresh=True)
@@ -157,7 +157,7 @@ def main() -> None:
         for method in methods
     }
     facts = {"flops": {llama.METHODS[method]: flops(method, HEADLINE) for method in methods}}
-    paired.compare("profile-step", "method", points, asked, grows=False, **facts)
+    paired.compare("profile-step", "method", points, args, grows=False, **facts)
 
 
 if __name__ == "__main__":

@@ -79,13 +79,13 @@ def jlora_unit(folder: str, cached: bool) -> Any:
             "gradient_checkpointing": False,
         },
     }
-    kept = tempfile.mkdtemp()
+    shared_cache = tempfile.mkdtemp()
 
     def unit() -> dict[str, float]:
         with tempfile.TemporaryDirectory() as place:
             settings["train"]["output_dir"] = f"{place}/out"
             (file := Path(place) / "config.yaml").write_text(yaml.safe_dump(settings))
-            cache = {"XDG_CACHE_HOME": kept if cached else f"{place}/cache"}
+            cache = {"XDG_CACHE_HOME": shared_cache if cached else f"{place}/cache"}
             command = [sys.executable, "-m", "jlora.train", str(file)]
             return _until(command, Path(place) / "out/metrics.jsonl", cache)
 
@@ -150,8 +150,8 @@ def main() -> None:
     parser = paired.arguments(__doc__, repeats=3)
     parser.add_argument("what", choices=["commands", "first-step"])
     parser.add_argument("--layers", default="4,16")
-    asked = parser.parse_args()
-    if asked.what == "commands":
+    args = parser.parse_args()
+    if args.what == "commands":
         points = {
             what: [
                 paired.Contestant(who, "startup:command_unit", {"text": text})
@@ -159,23 +159,23 @@ def main() -> None:
             ]
             for what, programs in COMMANDS.items()
         }
-        paired.compare("startup-commands", "what", points, asked)
+        paired.compare("startup-commands", "what", points, args)
         return
     with tempfile.TemporaryDirectory() as place:
         points = {}
-        for layers in map(int, asked.layers.split(",")):
-            own = {"folder": f"{place}/{layers}"}
-            writing = paired.Contestant("writing", "startup:write", {**own, "layers": layers})
+        for layers in map(int, args.layers.split(",")):
+            arguments = {"folder": f"{place}/{layers}"}
+            writing = paired.Contestant("writing", "startup:write", {**arguments, "layers": layers})
             paired.Worker(writing).end()
             variants = {"jlora": True, "jlora, empty cache": False}
             points[layers] = [
                 *(
-                    paired.Contestant(name, "startup:jlora_unit", {**own, "cached": cached})
+                    paired.Contestant(name, "startup:jlora_unit", {**arguments, "cached": cached})
                     for name, cached in variants.items()
                 ),
-                paired.Contestant("peft", "startup:peft_unit", own),
+                paired.Contestant("peft", "startup:peft_unit", arguments),
             ]
-        paired.compare("startup-first-step", "layers", points, asked, peers=["peft"])
+        paired.compare("startup-first-step", "layers", points, args, peers=["peft"])
 
 
 if __name__ == "__main__":

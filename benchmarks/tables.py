@@ -64,34 +64,34 @@ def made(page: str, results: Path = RESULTS) -> str:
 def paired(result: Mapping[str, Any]) -> str:
     """The table of a result of ``paired.compare``, and the conditions of its run."""
     points = result["points"]
-    ours, *others = points[0]["results"]
+    jlora, *others = points[0]["results"]
     grows = result.get("grows", True)
-    head = [result["axis"], *(f"{name} / {ours}" for name in others)]
+    head = [result["axis"], *(f"{name} / {jlora}" for name in others)]
     head += ["memory"] if result.get("memory", True) else []
-    head += [f"growth of {ours}", "of the fastest other"] if grows else []
+    head += [f"growth of {jlora}", "of the fastest other"] if grows else []
     rows = []
     for point in points:
         medians = {name: one["median"] for name, one in point["results"].items()}
         peers = result.get("peers", others)
         fastest = min(peers, key=medians.__getitem__)
         row = [str(point["value"])]
-        row += [ratio(point["results"][name], point["results"][ours]) for name in others]
+        row += [ratio(point["results"][name], point["results"][jlora]) for name in others]
         if result.get("memory", True):
             memory = {name: one["peak_bytes"] for name, one in point["results"].items()}
-            row.append(f"{memory[fastest] / memory[ours]:.2f}")
+            row.append(f"{memory[fastest] / memory[jlora]:.2f}")
         if grows:
             first = points[0]["results"]
             best = min(first[name]["median"] for name in peers)
-            row.append(f"{medians[ours] / first[ours]['median']:.2f}")
+            row.append(f"{medians[jlora] / first[jlora]['median']:.2f}")
             row.append(f"{medians[fastest] / best:.2f}")
         rows.append(row)
     return f"{markdown(head, rows)}\n\n{conditions(result['conditions'])}"
 
 
-def ratio(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+def ratio(peer: Mapping[str, Any], jlora: Mapping[str, Any]) -> str:
     """Their median by ours, and the range of the rounds."""
-    rounds = [a / b for a, b in zip(theirs["seconds"], ours["seconds"], strict=True)]
-    middle = theirs["median"] / ours["median"]
+    rounds = [a / b for a, b in zip(peer["seconds"], jlora["seconds"], strict=True)]
+    middle = peer["median"] / jlora["median"]
     return f"{short(middle)} ({short(min(rounds))}–{short(max(rounds))})"
 
 
@@ -157,8 +157,11 @@ def limits(results: Path) -> str:
     result = load("limits", results)
     units = {"copy": "GB/s"}
     rows = [
-        [case, *(f"{rate / 1e9:.0f} {units.get(case, 'GFLOP/s')}" for rate in each.values())]
-        for case, each in rates(result).items()
+        [
+            case,
+            *(f"{rate / 1e9:.0f} {units.get(case, 'GFLOP/s')}" for rate in by_framework.values()),
+        ]
+        for case, by_framework in rates(result).items()
     ]
     names = list(result["points"][0]["results"])
     return f"{markdown(['case', *names], rows)}\n\n{conditions(result['conditions'])}"
@@ -166,14 +169,17 @@ def limits(results: Path) -> str:
 
 def floors(results: Path) -> str:
     """The headline figures beside the least time that they can take on the machine."""
-    best = {case: max(each.values()) for case, each in rates(load("limits", results)).items()}
+    best = {
+        case: max(by_framework.values())
+        for case, by_framework in rates(load("limits", results)).items()
+    }
     rows = []
 
     def row(what: str, floor: float, name: str, value: Any) -> None:
         points = load(name, results)["points"]
         found = next(p["results"] for p in points if p["value"] == value)
-        ours, *others = [one["median"] for one in found.values()]
-        cells = [f"{1e3 * floor:.3g} ms", *(f"{s / floor:.2f}" for s in (ours, min(others)))]
+        jlora, *others = [one["median"] for one in found.values()]
+        cells = [f"{1e3 * floor:.3g} ms", *(f"{s / floor:.2f}" for s in (jlora, min(others)))]
         rows.append([what, *cells])
 
     for name in (f"training-step-{method}" for method in METHODS):
@@ -193,10 +199,10 @@ def profile(results: Path) -> str:
     methods = [point["value"] for point in result["points"]]
     found = [point["results"]["jlora"]["facts"]["groups"] for point in result["points"]]
 
-    def cell(each: Mapping[str, float], group: str) -> str:
-        return f"{each[group]:.2f} s, {each[group] / sum(each.values()):.0%}"
+    def cell(seconds: Mapping[str, float], group: str) -> str:
+        return f"{seconds[group]:.2f} s, {seconds[group] / sum(seconds.values()):.0%}"
 
-    rows = [[GROUPS[group], *(cell(each, group) for each in found)] for group in GROUPS]
+    rows = [[GROUPS[group], *(cell(seconds, group) for seconds in found)] for group in GROUPS]
     return f"{markdown(['part', *methods], rows)}\n\n{conditions(result['conditions'])}"
 
 
@@ -216,7 +222,7 @@ def memory(target: str, results: Path) -> str:
     """Of ``memory.py``: peaks of every model and way of training, GB; in brackets on the host."""
     result = load(f"memory-{target}", results)
     models, paper = result["results"], result["paper"]
-    ways = list(dict.fromkeys(way for each in models.values() for way in each))
+    ways = list(dict.fromkeys(way for peaks in models.values() for way in peaks))
     compared = any(model in paper for model in models)
 
     def cell(got: Mapping[str, Any] | None) -> str:
@@ -228,8 +234,8 @@ def memory(target: str, results: Path) -> str:
         return f"{got['peak'] / 1e9:.2f}{host}"
 
     rows = [
-        [model, *(cell(each.get(way)) for way in ways), *[str(paper.get(model, ""))] * compared]
-        for model, each in models.items()
+        [model, *(cell(peaks.get(way)) for way in ways), *[str(paper.get(model, ""))] * compared]
+        for model, peaks in models.items()
     ]
     batch, length = result["batch"]
     where = f"Compiled for {target} with jax {result['jax']}, {batch} × {length}, {result['date']}."
@@ -254,10 +260,10 @@ def main() -> None:
     """Writes the page, or compares it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="fail when the page differs")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     page = PAGE.read_text(encoding="utf-8")
     new = made(page)
-    if asked.check and new != page:
+    if args.check and new != page:
         sys.exit("docs/benchmarks.md differs from its results: run python benchmarks/tables.py")
     if new != page:
         PAGE.write_text(new, encoding="utf-8")

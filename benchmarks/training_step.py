@@ -107,10 +107,10 @@ def run_config(
 
     names = [str(i) for i in range(adapters)] if adapters > 1 else [None]
     sources = tuple(SourceConfig(path="unused", format="text", adapter=n) for n in names)
-    packed = method == "qlora"
+    quantized = method == "qlora"
     return Config(
         model=ModelConfig(name_or_path=base, dtype="bfloat16"),
-        quantization=QuantConfig() if packed else None,
+        quantization=QuantConfig() if quantized else None,
         lora=None if method == "full" else LoraConfig(**_adapter(sizes["rank"], settings)),
         data=DataConfig(train=sources, max_length=sizes["length"]),
         train=TrainConfig(
@@ -120,7 +120,7 @@ def run_config(
             lr_scheduler_type="constant",
             per_device_train_batch_size=sizes["batch"] // adapters,
             gradient_accumulation_steps=1,
-            gradient_checkpointing=packed,
+            gradient_checkpointing=quantized,
         ),
     )
 
@@ -151,7 +151,7 @@ def peft_step(
     model = llama.transformers_model(llama.shape(sizes["width"], sizes["depth"]), dtype)
     model.config.use_cache = False
     if method == "qlora":
-        model = llama.pack(model)
+        model = llama.quantize_torch_model(model)
     if method != "full":
         import peft
 
@@ -252,23 +252,23 @@ def main() -> None:
     parser.add_argument("--sweep", choices=[*SWEEPS, "all"])
     for name in HEADLINE:
         parser.add_argument(f"--{name}", type=int, help="instead of the usual")
-    asked = parser.parse_args()
-    given = {name: value for name in HEADLINE if (value := getattr(asked, name)) is not None}
-    if asked.sweep is None:
-        for method in (asked.method or "lora,qlora,full").split(","):
+    args = parser.parse_args()
+    given = {name: value for name in HEADLINE if (value := getattr(args, name)) is not None}
+    if args.sweep is None:
+        for method in (args.method or "lora,qlora,full").split(","):
             sizes, what = {**HEADLINE, **given}, llama.METHODS[method]
             facts = {"grows": False, "flops": {what: flops(method, sizes)}, "sizes": sizes}
             points = {what: contestants(method, sizes)}
-            paired.compare(f"training-step-{method}", "method", points, asked, warmup=2, **facts)
+            paired.compare(f"training-step-{method}", "method", points, args, warmup=2, **facts)
         return
-    for method in (asked.method or "lora").split(","):
-        for axis in SWEEPS if asked.sweep == "all" else [asked.sweep]:
+    for method in (args.method or "lora").split(","):
+        for axis in SWEEPS if args.sweep == "all" else [args.sweep]:
             every = {n: {**SMALL, **given, axis: n} for n in SWEEPS[axis]}
             points = {n: contestants(method, sizes) for n, sizes in every.items()}
             facts = {"flops": {n: flops(method, sizes) for n, sizes in every.items()}}
             facts |= {"sizes": {**SMALL, **given}}
             name = f"training-step-{method}-{axis}"
-            paired.compare(name, axis, points, asked, warmup=2, **facts)
+            paired.compare(name, axis, points, args, warmup=2, **facts)
 
 
 if __name__ == "__main__":
