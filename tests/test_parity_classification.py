@@ -1,4 +1,4 @@
-"""Classifiers against transformers' …ForSequenceClassification and peft: folders and adapters."""
+"""Classifiers compared with transformers' ForSequenceClassification models and peft's adapters."""
 
 import dataclasses
 import json
@@ -20,25 +20,25 @@ from jlora.tree import paths
 
 pytestmark = PEERS_TALK
 
-NAMES, PAD = ("no", "perhaps", "yes"), 60
-NAMED = ["llama", "gpt2", "phi"]
-FAMILY = pytest.mark.parametrize("name", NAMED)
-WITH_OTHERS = pytest.mark.parametrize("name", [*NAMED, "gemma2", "gemma3", "opt-350m"])
+LABELS, PAD = ("no", "perhaps", "yes"), 60
+MODELS = ["llama", "gpt2", "phi"]
+FAMILY = pytest.mark.parametrize("name", MODELS)
+MORE_FAMILIES = pytest.mark.parametrize("name", [*MODELS, "gemma2", "gemma3", "opt-350m"])
 TARGETS = {"gpt2": ["c_attn", "c_fc"], "phi": ["q_proj", "fc2"]}
 
 
 def classifier(name):
-    """A tiny classifier with a score head that spreads its logits."""
+    """A tiny classifier whose random score head gives widely spread logits."""
     model, params = tiny_models.build(name)
-    config = as_classifier(model.config, len(NAMES), NAMES, PAD)
+    config = as_classifier(model.config, len(LABELS), LABELS, PAD)
     params = {key: node for key, node in params.items() if key != "lm_head"}
-    score = np.random.default_rng(5).standard_normal((config.feature_size, len(NAMES)))
+    score = np.random.default_rng(5).standard_normal((config.feature_size, len(LABELS)))
     params["score"] = {"kernel": jax.numpy.asarray(score, jax.numpy.float32)}
     return dataclasses.replace(model, config=config), params
 
 
 def load_torch(folder, **options):
-    """transformers' classifier of a folder; asserts that nothing was missing or unexpected."""
+    """transformers' classifier loaded from a folder, and the kinds of problems that it reported."""
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, **options
     )
@@ -51,7 +51,7 @@ def texts(model, rng_seed=0):
     return [ids[0], ids[1, :15]]
 
 
-def ours(model, params, rows):
+def jlora_logits(model, params, rows):
     """Logits at the last token of each text, (rows, classes)."""
     ids = np.zeros((2, tiny_models.LENGTH), np.int32)
     for i, row in enumerate(rows):
@@ -60,17 +60,17 @@ def ours(model, params, rows):
     return np.stack([logits[i, len(row) - 1] for i, row in enumerate(rows)])
 
 
-def theirs(model, rows, side="right"):
-    """The same of a torch model, of one padded batch."""
+def torch_logits(model, rows, side="right"):
+    """The same logits of a torch model, computed in one padded batch."""
     longest = max(map(len, rows))
     ids, mask = np.full((len(rows), longest), PAD), np.zeros((len(rows), longest), np.int64)
     for i, row in enumerate(rows):
-        at = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
-        ids[i, at], mask[i, at] = row, 1
-    places = np.maximum(mask.cumsum(1) - 1, 0)
-    ids, mask, places = map(torch.tensor, (ids, mask, places))
+        columns = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
+        ids[i, columns], mask[i, columns] = row, 1
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    ids, mask, positions = map(torch.tensor, (ids, mask, positions))
     with torch.no_grad():
-        return model(input_ids=ids, attention_mask=mask, position_ids=places).logits.numpy()
+        return model(input_ids=ids, attention_mask=mask, position_ids=positions).logits.numpy()
 
 
 def assert_close(got, want, bound=1e-5):
@@ -80,59 +80,61 @@ def assert_close(got, want, bound=1e-5):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """name → (model, params, the folder we wrote), made once."""
-    made = {}
+    """name → (model, params, the folder that jlora wrote); each is made once."""
+    cache = {}
 
     def get(name):
-        if name not in made:
+        if name not in cache:
             folder = tmp_path_factory.mktemp(name)
             model, params = classifier(name)
             save_pretrained(folder, model, params)
-            made[name] = model, params, folder
-        return made[name]
+            cache[name] = model, params, folder
+        return cache[name]
 
     return get
 
 
-def test_every_family_has_the_name_of_transformers_class():
-    """Granite and Cohere 2 have no classifier there."""
-    theirs = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    have = {kind: family.classifier for kind, family in FAMILIES.items()}
-    assert {kind for kind in have if kind not in theirs} == {"granite", "cohere2"}
-    for kind in have.keys() & theirs.keys():
-        assert have[kind] == theirs[kind]
+def test_classifier_class_names_match_transformers():
+    """transformers has no classifier for Granite and Cohere 2."""
+    expected = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    actual = {kind: family.classifier for kind, family in FAMILIES.items()}
+    assert {kind for kind in actual if kind not in expected} == {"granite", "cohere2"}
+    for kind in actual.keys() & expected.keys():
+        assert actual[kind] == expected[kind]
 
 
-@WITH_OTHERS
+@MORE_FAMILIES
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_logits_at_the_last_token_are_those_of_transformers(pair, name, side):
+def test_logits_at_the_last_token_match_transformers(pair, name, side):
     model, params, folder = pair(name)
     torch_model, faults = load_torch(folder)
     assert not faults
-    assert torch_model.config.id2label == dict(enumerate(NAMES))
-    assert torch_model.config.label2id == {label: i for i, label in enumerate(NAMES)}
-    assert_close(ours(model, params, texts(model)), theirs(torch_model, texts(model), side))
+    assert torch_model.config.id2label == dict(enumerate(LABELS))
+    assert torch_model.config.label2id == {label: i for i, label in enumerate(LABELS)}
+    assert_close(
+        jlora_logits(model, params, texts(model)), torch_logits(torch_model, texts(model), side)
+    )
 
 
 @FAMILY
-def test_a_folder_that_transformers_wrote_is_read(pair, name, tmp_path):
+def test_folders_written_by_transformers_are_read(pair, name, tmp_path):
     _, params, folder = pair(name)
     load_torch(folder)[0].save_pretrained(tmp_path)
-    back, read = load_pretrained(tmp_path, dtype="float32")
-    assert (back.config.num_labels, back.config.id2label) == (3, NAMES)
-    assert dict(paths.walk(read)).keys() == dict(paths.walk(params)).keys()
-    for path, leaf in paths.walk(read):
+    loaded, loaded_params = load_pretrained(tmp_path, dtype="float32")
+    assert (loaded.config.num_labels, loaded.config.id2label) == (3, LABELS)
+    assert dict(paths.walk(loaded_params)).keys() == dict(paths.walk(params)).keys()
+    for path, leaf in paths.walk(loaded_params):
         np.testing.assert_array_equal(leaf, paths.get(params, path))
 
 
 @FAMILY
-def test_adapters_go_both_ways(pair, name, tmp_path):
-    """Over a causal folder, whose score head both draw anew: only the adapter has one."""
+def test_adapters_are_exchanged_with_peft_in_both_directions(pair, name, tmp_path):
+    """The base is a causal model without a score head: only the adapter file contains one."""
     causal, params = tiny_models.build(name)
     save_pretrained(tmp_path / "base", causal, params)
     model, params = load_pretrained(tmp_path / "base", dtype="float32", num_labels=3)
     base, faults = load_torch(tmp_path / "base", num_labels=3, pad_token_id=PAD)
-    assert faults >= {"missing_keys"}, "transformers draws a score head of its own"
+    assert faults >= {"missing_keys"}, "transformers initializes the score head randomly"
     targets = TARGETS.get(name, ["q_proj", "down_proj"])
     torch.manual_seed(0)
     settings = {"r": 4, "lora_alpha": 12, "target_modules": targets, "task_type": "SEQ_CLS"}
@@ -141,30 +143,30 @@ def test_adapters_go_both_ways(pair, name, tmp_path):
         for key, value in adapted.named_parameters():
             if "lora_B" in key or "score" in key:
                 value.normal_(std=0.5)
-    adapted.save_pretrained(tmp_path / "theirs")
-    want = theirs(adapted, texts(model))
+    adapted.save_pretrained(tmp_path / "peft")
+    want = torch_logits(adapted, texts(model))
 
-    adapter = jlora.load_adapter(tmp_path / "theirs", params)
-    assert_close(ours(model, jlora.attach(params, adapter), texts(model)), want)
-    assert_close(ours(model, jlora.merge(params, adapter), texts(model)), want)
+    adapter = jlora.load_adapter(tmp_path / "peft", params)
+    assert_close(jlora_logits(model, jlora.attach(params, adapter), texts(model)), want)
+    assert_close(jlora_logits(model, jlora.merge(params, adapter), texts(model)), want)
 
-    jlora.save_adapter(tmp_path / "ours", adapter)
+    jlora.save_adapter(tmp_path / "jlora", adapter)
     files = [
-        json.loads((tmp_path / s / "adapter_config.json").read_text()) for s in ("theirs", "ours")
+        json.loads((tmp_path / s / "adapter_config.json").read_text()) for s in ("peft", "jlora")
     ]
     skipped = ("peft_version", "base_model_name_or_path", "target_modules", "revision")
-    config, own = ({k: v for k, v in f.items() if k not in skipped} for f in files)
-    assert own == config and own["modules_to_save"] == ["classifier", "score"]
+    expected, actual = ({k: v for k, v in f.items() if k not in skipped} for f in files)
+    assert actual == expected and actual["modules_to_save"] == ["classifier", "score"]
     contents = [
-        (tmp_path / s / "adapter_model.safetensors").read_bytes() for s in ("theirs", "ours")
+        (tmp_path / s / "adapter_model.safetensors").read_bytes() for s in ("peft", "jlora")
     ]
     assert contents[0] == contents[1]
     fresh, _ = load_torch(tmp_path / "base", num_labels=3, pad_token_id=PAD)
-    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours").eval()
-    np.testing.assert_allclose(theirs(loaded, texts(model)), want, atol=1e-6)
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "jlora").eval()
+    np.testing.assert_allclose(torch_logits(loaded, texts(model)), want, atol=1e-6)
 
 
-def test_a_fresh_adapter_is_what_peft_makes(pair, tmp_path):
+def test_a_new_adapter_has_the_tensors_of_pefts(pair, tmp_path):
     causal, params = tiny_models.build("llama")
     save_pretrained(tmp_path, causal, params)
     _, params = load_pretrained(tmp_path, dtype="float32", num_labels=3)
@@ -184,14 +186,14 @@ TEXTS = ("the sun is up", "no", "a bird sings in the tree", "what is 2 + 2?", "f
 
 
 def torch_losses(model, tokenizer, rows):
-    """The means of transformers' own loss over each step's rows, and AdamW."""
+    """transformers' mean loss over the rows of each step, while AdamW trains the model."""
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.0)
     losses = []
     for step in range(STEPS):
         part = rows[ROWS * step : ROWS * (step + 1)]
         batch = tokenizer([r["text"] for r in part], padding=True, return_tensors="pt")
-        labels = torch.tensor([NAMES.index(r["label"]) for r in part])
+        labels = torch.tensor([LABELS.index(r["label"]) for r in part])
         loss = model(**batch, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -201,10 +203,10 @@ def torch_losses(model, tokenizer, rows):
     return losses
 
 
-def test_three_losses_and_what_they_leave_agree_with_peft(place):
+def test_three_losses_and_the_trained_adapter_match_peft(place):
     rows = [
-        {"text": f"{i} {TEXTS[i % 5]}", "label": NAMES[i % 3]} for i in range(ROWS * STEPS)
-    ]  # of different lengths
+        {"text": f"{i} {TEXTS[i % 5]}", "label": LABELS[i % 3]} for i in range(ROWS * STEPS)
+    ]  # texts of different lengths
     tokenizer = transformers.AutoTokenizer.from_pretrained(place.base)
     tokenizer.pad_token = tokenizer.eos_token
     options = {"num_labels": 3, "pad_token_id": tokenizer.pad_token_id}
@@ -235,12 +237,12 @@ def test_three_losses_and_what_they_leave_agree_with_peft(place):
             "save_steps": None,
         },
     )
-    assert np.ptp(want) > 0.1, "the rows and steps must matter"
+    assert np.ptp(want) > 0.1, "the loss must vary between steps"
     np.testing.assert_allclose(place.losses(), want, rtol=1e-4)
 
     batch = tokenizer(list(TEXTS), padding=True, return_tensors="pt")
     fresh, _ = load_torch(place.base, **options)
-    ours = peft.PeftModel.from_pretrained(fresh, place.output).eval()
+    loaded = peft.PeftModel.from_pretrained(fresh, place.output).eval()
     with torch.no_grad():
-        got, expected = ours(**batch).logits.numpy(), model(**batch).logits.numpy()
+        got, expected = loaded(**batch).logits.numpy(), model(**batch).logits.numpy()
     np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())

@@ -1,4 +1,4 @@
-"""docs/adapters.md against peft's LoraConfig: every field is supported, or refused by name."""
+"""docs/adapters.md and peft's LoraConfig: every field is supported, or refused by name."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ REFUSED: dict[str, Any] = {
     "use_bdlora": {"x": 1},
     "megatron_config": {"x": 1},
 }
-"""Refused field → a value that would have an effect."""
+"""Refused field → a value that would have an effect in peft."""
 
 ACCEPTED = {"auto_mapping", "inference_mode", "megatron_core", "peft_version", "runtime_config"}
 ACCEPTED |= {"peft_type", "qalora_group_size"}
@@ -55,7 +55,7 @@ def test_the_page_lists_every_field_of_peft_and_says_which_are_refused():
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refusals_name_the_field(name, tmp_path):
+def test_a_refusal_names_the_field(name, tmp_path):
     with pytest.raises((ConfigError, TypeError), match=name):
         jlora.LoraConfig(**{name: REFUSED[name]})
     raw = {"peft_type": "LORA", "target_modules": ["q_proj"], name: REFUSED[name]}
