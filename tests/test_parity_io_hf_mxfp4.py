@@ -1,4 +1,4 @@
-"""MXFP4 against transformers: the values of every byte and scale, and a folder's logits."""
+"""MXFP4 compared with transformers: decoded values, and the logits of a model folder."""
 
 import json
 
@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 
-def test_values_are_those_of_transformers():
+def test_decoded_values_match_transformers():
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     rng = np.random.default_rng(0)
@@ -27,7 +27,7 @@ def test_values_are_those_of_transformers():
     np.testing.assert_array_equal(got.astype(np.float32), want.float().numpy())
 
 
-def test_a_folder_in_mxfp4_has_the_logits_of_transformers(tmp_path):
+def test_logits_of_an_mxfp4_folder_match_transformers(tmp_path):
     model, params = build("gpt_oss")
     *_, config = jlora.save_pretrained(tmp_path, model, params)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -41,22 +41,22 @@ def test_a_folder_in_mxfp4_has_the_logits_of_transformers(tmp_path):
     hf["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
     config.write_text(json.dumps(hf))
 
-    how = transformers.Mxfp4Config(dequantize=True)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float32, attn_implementation="eager", quantization_config=how
+    mxfp4_config = transformers.Mxfp4Config(dequantize=True)
+    torch_model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager", quantization_config=mxfp4_config
     )
     model, params = jlora.load_pretrained(tmp_path, dtype="float32")
     ids = tokens(model, 2, LENGTH)
     with torch.no_grad():
-        want = theirs.eval().float()(torch.tensor(ids)).logits.numpy()
+        want = torch_model.eval().float()(torch.tensor(ids)).logits.numpy()
     got = run(model, params, ids)
     assert np.abs(want).max() > 1
     assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
 
     jlora.save_pretrained(tmp_path / "dense", model, params)
     assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
-    again = transformers.AutoModelForCausalLM.from_pretrained(
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "dense", dtype=torch.float32, attn_implementation="eager"
     )
     with torch.no_grad():
-        np.testing.assert_array_equal(again.eval()(torch.tensor(ids)).logits.numpy(), want)
+        np.testing.assert_array_equal(reloaded.eval()(torch.tensor(ids)).logits.numpy(), want)

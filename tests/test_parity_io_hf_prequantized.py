@@ -1,4 +1,4 @@
-"""Folders that transformers saved with bitsandbytes: the same bytes, weights and logits."""
+"""Folders that transformers saved with bitsandbytes: jlora has the same bytes, weights, logits."""
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,11 @@ QWEN2 = transformers.Qwen2Config(
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
     initializer_range=0.06,
 )  # fmt: skip
-WIDE_GPT2 = transformers.GPT2Config(
+GPT2 = transformers.GPT2Config(
     **{**BASES["gpt2"].to_dict(), "n_embd": 64, "n_layer": 2}
     | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 )
-CONFIGS = {"llama": BASES["llama"], "qwen2": QWEN2, "gpt2": WIDE_GPT2}
+CONFIGS = {"llama": BASES["llama"], "qwen2": QWEN2, "gpt2": GPT2}
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 FP4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
@@ -48,7 +48,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """Folders of the models in float32, made once."""
+    """Name → a folder of the float32 model."""
     folders = {}
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
@@ -64,27 +64,27 @@ def dense(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
 def saved(request, dense, tmp_path_factory):
-    """bitsandbytes' model, the folder that transformers saved of it, and what jlora reads there."""
+    """(bitsandbytes' model, the folder it was saved to, jlora's model, jlora's parameters)."""
     name, settings = request.param
     settings = dict(settings)
     block = settings.pop("block_size", 64)
-    how = transformers.BitsAndBytesConfig(**settings, bnb_4bit_compute_dtype=torch.float32)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+    bnb_config = transformers.BitsAndBytesConfig(**settings, bnb_4bit_compute_dtype=torch.float32)
+    bnb_model = transformers.AutoModelForCausalLM.from_pretrained(
         dense[name],
-        quantization_config=how,
+        quantization_config=bnb_config,
         dtype=torch.float32,
         attn_implementation="eager",
         device_map="cpu",
     )
     if block != 64:
-        reblock(theirs, block)
+        reblock(bnb_model, block)
     folder = tmp_path_factory.mktemp("quantized")
-    theirs.save_pretrained(folder)
-    return theirs, folder, *jlora.load_pretrained(folder, dtype="float32")
+    bnb_model.save_pretrained(folder)
+    return bnb_model, folder, *jlora.load_pretrained(folder, dtype="float32")
 
 
 def reblock(model, block):
-    """Packs again in blocks of another size, for which transformers has no setting."""
+    """Quantizes again in blocks of another size, for which transformers has no setting."""
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             old = module.weight
@@ -113,9 +113,9 @@ def layer_of(leaf, tensor):
     return jax.tree.map(lambda x: x[tensor.layer], leaf)
 
 
-def test_the_bytes_are_the_files_and_the_weights_bitsandbytes(saved):
-    theirs, folder, model, params = saved
-    file, weights = load_file(folder / "model.safetensors"), module_weights(theirs)
+def test_bytes_match_the_file_and_weights_match_bitsandbytes(saved):
+    bnb_model, folder, model, params = saved
+    file, weights = load_file(folder / "model.safetensors"), module_weights(bnb_model)
     for tensor in checkpoint_tensors(model):
         leaf = paths.get(params, tensor.path)
         module = tensor.name.removesuffix(".weight")
@@ -128,7 +128,7 @@ def test_the_bytes_are_the_files_and_the_weights_bitsandbytes(saved):
             if f"{tensor.name}.nested_absmax" in file:
                 parts[".nested_absmax"] = layer.nested_absmax
             stored = {part: file[tensor.name + part] for part in parts}
-            offset = theirs.get_submodule(module).weight.quant_state.offset
+            offset = bnb_model.get_submodule(module).weight.quant_state.offset
             assert offset is None or float(layer.nested_offset) == offset.item()
         else:
             parts = {"": layer.codes, "SCB": layer.absmax}
@@ -140,24 +140,24 @@ def test_the_bytes_are_the_files_and_the_weights_bitsandbytes(saved):
     assert not weights
 
 
-def test_the_logits_are_bitsandbytes(saved):
-    """Sums of at most 128 products in another order; logits of 64 features, three layers.
+def test_logits_match_bitsandbytes(saved):
+    """The tolerance covers sums of at most 128 float32 products in another order.
 
-    In 8 bits bitsandbytes rounds activations too, which jlora does not: there the peer is the
-    dense model with bitsandbytes' dequantized weights.
+    In 8 bits bitsandbytes also rounds activations, which jlora does not: there the reference is
+    the dense model with bitsandbytes' dequantized weights.
     """
-    theirs, _, model, params = saved
-    peer = theirs.train()  # without gradients its forward pass repacks the weights in place
-    if theirs.config.quantization_config.load_in_8bit:
-        peer = transformers.AutoModelForCausalLM.from_config(
-            theirs.config, dtype=torch.float32, attn_implementation="eager"
+    bnb_model, _, model, params = saved
+    reference = bnb_model.train()  # in evaluation its forward pass rearranges the codes in place
+    if bnb_model.config.quantization_config.load_in_8bit:
+        reference = transformers.AutoModelForCausalLM.from_config(
+            bnb_model.config, dtype=torch.float32, attn_implementation="eager"
         ).train()
-        own = {k: v for k, v in theirs.state_dict().items() if v.is_floating_point()}
-        for name, value in module_weights(theirs).items():
-            turned = peer.get_submodule(name).weight.shape != value.shape
-            turned |= "Conv1D" in type(peer.get_submodule(name)).__name__
-            own[f"{name}.weight"] = torch.tensor(value.T if turned else value)
-        peer.load_state_dict({k: v for k, v in own.items() if not k.endswith(".SCB")})
-    want = peer(input_ids=torch.tensor(IDS).long()).logits.detach().float().numpy()
+        state = {k: v for k, v in bnb_model.state_dict().items() if v.is_floating_point()}
+        for name, value in module_weights(bnb_model).items():
+            transposed = reference.get_submodule(name).weight.shape != value.shape
+            transposed |= "Conv1D" in type(reference.get_submodule(name)).__name__
+            state[f"{name}.weight"] = torch.tensor(value.T if transposed else value)
+        reference.load_state_dict({k: v for k, v in state.items() if not k.endswith(".SCB")})
+    want = reference(input_ids=torch.tensor(IDS).long()).logits.detach().float().numpy()
     got = jax.jit(model, compiler_options=FAST)(params, jnp.asarray(IDS))
     assert_close(got, want, 1e-5)

@@ -1,4 +1,4 @@
-"""Quantized folders: transformers loads them with bitsandbytes, and would have written the same."""
+"""Quantized folders: transformers loads them with bitsandbytes, and itself writes the same."""
 
 import json
 
@@ -19,25 +19,27 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 pytestmark = PEERS_TALK
 
-# bitsandbytes' CPU kernels want rows of whole blocks.
+# bitsandbytes' CPU kernels require rows whose length is a multiple of the block size.
 SIZES = {"llama": {"hidden_size": 64, "intermediate_size": 128}, "gpt2": {"n_embd": 64}}
 FORMATS = {
     "NF4+DQ": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "FP4": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
     "int8": {"load_in_8bit": True},
 }
-MORE = {
+EXTRA_FORMATS = {
     "blocks of 32": {"block_size": 32},
     "quantized head": {"include_modules": ["lm_head"]},
     "quantized head, int8": {"include_modules": ["lm_head"], "load_in_8bit": True},
     "some layers left out": {"llm_int8_skip_modules": ["down_proj", "q_proj"]},
 }
-CASES = [(name, form) for name in SIZES for form in FORMATS] + [("llama", form) for form in MORE]
+CASES = [(name, form) for name in SIZES for form in FORMATS] + [
+    ("llama", form) for form in EXTRA_FORMATS
+]
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """Name → a folder of random weights; float16 holds them, to which bitsandbytes' int8 rounds."""
+    """Name → a folder of random weights, exact in float16, to which bitsandbytes' int8 rounds."""
     folders = {}
     for name, sizes in SIZES.items():
         hf = {**CONFIGS[name], **sizes, "initializer_range": 0.15}
@@ -62,70 +64,74 @@ def load_torch(folder, **options):
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
-def test_transformers_loads_it_and_computes_the_same(dense, tmp_path, name, form):
-    config = jlora.QuantConfig(**(FORMATS | MORE)[form])
+def test_transformers_loads_the_folder_and_computes_the_same_logits(dense, tmp_path, name, form):
+    config = jlora.QuantConfig(**(FORMATS | EXTRA_FORMATS)[form])
     model, params = jlora.load_pretrained(dense[name], "float32", quantization=config)
     save_pretrained(tmp_path, model, params, max_shard_size="30KB", quantized=True)
-    theirs = load_torch(tmp_path).train()  # an evaluating Linear4bit repacks its weight in place
-    for module in theirs.modules():
+    # In evaluation mode Linear4bit would rearrange its codes in place.
+    torch_model = load_torch(tmp_path).train()
+    for module in torch_model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     ids = tokens(model, 2, 24)
     got = np.asarray(model(params, ids))
     with torch.no_grad():
-        want = theirs(torch.tensor(ids)).logits.numpy()
+        want = torch_model(torch.tensor(ids)).logits.numpy()
     assert np.abs(want).max() > 1
-    # The order of float32 sums; an ulp of the weights where double quantization's scales have one.
+    # float32 sums have another order, and a double-quantized scale may differ in its last bit.
     assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
-    kinds = {type(module).__name__ for module in theirs.modules()}
+    kinds = {type(module).__name__ for module in torch_model.modules()}
     assert ("Linear8bitLt" if config.load_in_8bit else "Linear4bit") in kinds
     quantized_head = "lm_head" in config.include_modules
-    assert (type(theirs.lm_head) is torch.nn.Linear) is not quantized_head
+    assert (type(torch_model.lm_head) is torch.nn.Linear) is not quantized_head
 
 
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("form", FORMATS)
-def test_it_is_what_transformers_writes(dense, tmp_path, name, form):
+def test_the_folder_matches_what_transformers_writes(dense, tmp_path, name, form):
     fields = FORMATS[form]
-    theirs = load_torch(
+    torch_model = load_torch(
         dense[name],
         quantization_config=transformers.BitsAndBytesConfig(
             **fields, load_in_4bit="load_in_8bit" not in fields
         ),
     )
-    theirs.save_pretrained(tmp_path / "theirs")
+    torch_model.save_pretrained(tmp_path / "transformers")
     config = jlora.QuantConfig(**fields)
     model, params = jlora.load_pretrained(dense[name], "float32", quantization=config)
-    save_pretrained(tmp_path / "ours", model, params, quantized=True)
-    ours, want = (load_file(tmp_path / f / "model.safetensors") for f in ("ours", "theirs"))
-    assert ours.keys() == want.keys()
-    steps = []
+    save_pretrained(tmp_path / "jlora", model, params, quantized=True)
+    written, want = (
+        load_file(tmp_path / f / "model.safetensors") for f in ("jlora", "transformers")
+    )
+    assert written.keys() == want.keys()
+    errors = []
     for key, value in want.items():
-        got = ours[key]
+        got = written[key]
         assert (got.shape, got.dtype) == (value.shape, value.dtype), key
         if value.dtype == np.uint8 and key.endswith(".absmax"):
-            steps.append(np.abs(got.astype(int) - value))
-        elif ".nested_absmax" in key:  # moves with the offset
+            errors.append(np.abs(got.astype(int) - value))
+        elif ".nested_absmax" in key:  # depends on the offset
             assert np.abs(got - value).max() <= 2 * np.spacing(np.float32(1)), key
         elif ".quant_state." in key:
             assert_same_state(bytes(got), bytes(value))
         else:
             assert got.tobytes() == value.tobytes(), key
     if fields.get("bnb_4bit_use_double_quant"):
-        # Its CPU kernel finds level 2 by a table of 65,536 entries, not always the nearest.
-        steps = np.concatenate(steps)
-        assert steps.max() <= 3 and np.mean(steps > 0) < 0.005 and steps.size > 1000
+        # bitsandbytes' CPU kernel looks up the codes of absmax in a table of 65,536 entries, which
+        # does not always give the nearest.
+        errors = np.concatenate(errors)
+        assert errors.max() <= 3 and np.mean(errors > 0) < 0.005 and errors.size > 1000
     got, want = (
         json.loads((tmp_path / f / "config.json").read_text())["quantization_config"]
-        for f in ("ours", "theirs")
+        for f in ("jlora", "transformers")
     )
-    assert got.pop("llm_int8_skip_modules") == ["lm_head"]  # which it would guess
+    assert got.pop("llm_int8_skip_modules") == ["lm_head"]  # transformers infers it when absent
     assert want.pop("llm_int8_skip_modules") is None
     assert got == want
 
 
 def assert_same_state(got: bytes, want: bytes) -> None:
-    """The same text, but for the last bit of the offset, which moves with the thread count."""
+    """Equal, except for the last bit of the offset, which depends on the number of threads."""
     offsets = [json.loads(text).get("nested_offset", 0.0) for text in (got, want)]
     a, b = map(np.float32, offsets)
     assert abs(a - b) <= np.spacing(b)

@@ -1,4 +1,4 @@
-"""Adapter folders between peft and jlora: the same bytes both ways, and nothing lost on loading."""
+"""Adapter folders exchanged with peft: the same bytes both ways, and nothing lost on loading."""
 
 import copy
 import dataclasses
@@ -37,9 +37,9 @@ def bases(tmp_path_factory):
 
 
 def load_peft(base, folder):
-    """peft's model of a folder; asserts that nothing was missing or unexpected.
+    """peft's model loaded from a folder; asserts that no tensor was missing or unexpected.
 
-    peft itself only warns of what is missing and says nothing of what is unexpected.
+    peft itself only warns of missing tensors and ignores unexpected ones.
     """
     model = peft.PeftModel.from_pretrained(copy.deepcopy(base.module), folder)
     result = peft.set_peft_model_state_dict(model, load_file(folder / FILE))
@@ -50,54 +50,56 @@ def load_peft(base, folder):
 
 
 def random_adapter(params, fields, seed=0):
-    """A, B and whatever else trains are random; unused columns are zero."""
+    """An adapter whose trainable parameters are all random; unused columns of A and B are zero."""
     random = jlora.LoraConfig(**fields, init_lora_weights=False)
     adapter = lora.init_adapter(jax.random.key(seed), params, random)
     rng = np.random.default_rng(seed)
 
-    def stir(path, leaf):
+    def add_noise(path, leaf):
         noise = 0.1 * rng.normal(size=leaf.shape).astype(np.float32)
         return leaf if path[-1] in lora.DELTA else leaf + noise
 
     config = dataclasses.replace(adapter.config, init_lora_weights=True)
-    weights = paths.map_leaves(stir, adapter.weights)
+    weights = paths.map_leaves(add_noise, adapter.weights)
     return dataclasses.replace(adapter, weights=weights, config=config)
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_pefts_folder_comes_back_byte_for_byte(bases, name, tmp_path):
+def test_a_peft_folder_round_trips_byte_for_byte(bases, name, tmp_path):
     base, fields = bases[CASES[name][0]], CASES[name][1]
-    theirs = make_peft(base, fields)
-    theirs.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    peft_model = make_peft(base, fields)
+    peft_model.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
     adapter = jlora.load_adapter(tmp_path / "peft", base.params)
-    adapter_io.save_adapter(tmp_path / "ours", adapter)
-    assert (tmp_path / "ours" / FILE).read_bytes() == (tmp_path / "peft" / FILE).read_bytes()
+    adapter_io.save_adapter(tmp_path / "jlora", adapter)
+    assert (tmp_path / "jlora" / FILE).read_bytes() == (tmp_path / "peft" / FILE).read_bytes()
 
-    ours, want = (json.loads((tmp_path / d / CONFIG).read_text()) for d in ("ours", "peft"))
-    del want["peft_version"]  # peft did not write ours
-    if isinstance(want["target_modules"], str):  # torch may have more that an expression matches
-        want["target_modules"] = theirs.targeted_module_names
-    for raw in (ours, want):
+    jlora_config, want = (
+        json.loads((tmp_path / d / CONFIG).read_text()) for d in ("jlora", "peft")
+    )
+    del want["peft_version"]  # jlora writes no version of peft
+    if isinstance(want["target_modules"], str):  # the expression may match more modules in torch
+        want["target_modules"] = peft_model.targeted_module_names
+    for raw in (jlora_config, want):
         for key in ("target_modules", "exclude_modules", "modules_to_save"):
             raw[key] = sorted(raw[key]) if isinstance(raw[key], list) else raw[key]
-    assert ours == want
-    parsed = peft.LoraConfig.from_pretrained(tmp_path / "ours")
+    assert jlora_config == want
+    parsed = peft.LoraConfig.from_pretrained(tmp_path / "jlora")
     assert (parsed.r, parsed.lora_alpha) == (want["r"], want["lora_alpha"])
     np.testing.assert_array_equal(
-        torch_logits(load_peft(base, tmp_path / "ours")), torch_logits(theirs)
+        torch_logits(load_peft(base, tmp_path / "jlora")), torch_logits(peft_model)
     )
 
 
 @pytest.mark.parametrize("name", ["patterns", "modules to save", "gpt2, all-linear"])
-def test_our_folder_is_what_peft_would_write(bases, name, tmp_path):
+def test_a_jlora_folder_matches_what_peft_writes(bases, name, tmp_path):
     base, fields = bases[CASES[name][0]], CASES[name][1]
     adapter = random_adapter(base.params, fields)
-    jlora.save_adapter(tmp_path / "ours", adapter)
-    theirs = load_peft(base, tmp_path / "ours")
-    assert_close(jlora_logits(base, base.params, adapter), torch_logits(theirs), 1e-5)
-    theirs.save_pretrained(tmp_path / "peft")
-    assert (tmp_path / "ours" / FILE).read_bytes() == (tmp_path / "peft" / FILE).read_bytes()
-    assert all(v.dtype == torch.float32 for v in load_file(tmp_path / "ours" / FILE).values())
+    jlora.save_adapter(tmp_path / "jlora", adapter)
+    peft_model = load_peft(base, tmp_path / "jlora")
+    assert_close(jlora_logits(base, base.params, adapter), torch_logits(peft_model), 1e-5)
+    peft_model.save_pretrained(tmp_path / "peft")
+    assert (tmp_path / "jlora" / FILE).read_bytes() == (tmp_path / "peft" / FILE).read_bytes()
+    assert all(v.dtype == torch.float32 for v in load_file(tmp_path / "jlora" / FILE).values())
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,7 @@ def test_our_folder_is_what_peft_would_write(bases, name, tmp_path):
     ids=[
         "two parts",
         "ranks, layers and biases",
-        "a pattern that also names the whole",
+        "a pattern that also names the fused projection",
         "other parts in other layers",
         "parts of other widths",
         "biases of parts",
@@ -144,19 +146,19 @@ def test_our_folder_is_what_peft_would_write(bases, name, tmp_path):
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted:UserWarning")
-def test_parts_of_projections_have_their_logits_in_peft(bases, kind, fields, tmp_path):
+def test_adapters_on_parts_have_the_same_logits_in_peft(bases, kind, fields, tmp_path):
     base = bases[kind]
     adapter = random_adapter(base.params, fields)
     jlora.save_adapter(tmp_path, adapter)
     want = jlora_logits(base, base.params, adapter)
     assert_close(torch_logits(load_peft(base, tmp_path)), want, 1e-5)
     assert np.abs(want - jlora_logits(base, base.params)).max() > 1e-2 * np.abs(want).max()
-    again = jlora.load_adapter(tmp_path, base.params)
-    assert_close(jlora_logits(base, base.params, again), want, 1e-5)
+    reloaded = jlora.load_adapter(tmp_path, base.params)
+    assert_close(jlora_logits(base, base.params, reloaded), want, 1e-5)
 
 
-def test_expressions_that_match_more_in_torch_load_in_peft(bases, tmp_path):
-    """``mlp.act_fn`` has no weights here; peft refuses an expression that matches it."""
+def test_expressions_that_match_more_modules_in_torch_load_in_peft(bases, tmp_path):
+    """``mlp.act_fn`` is no module in jlora; peft refuses an expression that matches it."""
     base = bases["llama"]
     fields = {"target_modules": r".*\.[02]\.mlp\..*", "rank_pattern": {r".*2\.mlp\.up_proj": 3}}
     with pytest.raises(ValueError, match="not supported"):
@@ -170,28 +172,28 @@ def test_expressions_that_match_more_in_torch_load_in_peft(bases, tmp_path):
 def test_bfloat16_adapters_are_read_exactly(bases, tmp_path):
     base = bases["llama"]
     fields = {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["lm_head"]}
-    theirs = make_peft(base, fields)
-    theirs.save_pretrained(tmp_path)
-    narrow = {k: (v * 2.0**-40).bfloat16() for k, v in load_file(tmp_path / FILE).items()}
-    save_file(narrow, tmp_path / FILE, {"format": "pt"})
+    peft_model = make_peft(base, fields)
+    peft_model.save_pretrained(tmp_path)
+    bfloat16_tensors = {k: (v * 2.0**-40).bfloat16() for k, v in load_file(tmp_path / FILE).items()}
+    save_file(bfloat16_tensors, tmp_path / FILE, {"format": "pt"})
     tensors = adapter_io.to_peft_tensors(jlora.load_adapter(tmp_path, base.params))
-    assert set(tensors) == set(narrow)
-    for key, value in narrow.items():
+    assert set(tensors) == set(bfloat16_tensors)
+    for key, value in bfloat16_tensors.items():
         np.testing.assert_array_equal(tensors[key], value.float().numpy())
 
 
-def test_the_base_weight_beside_an_adapted_head_must_be_the_models(bases, tmp_path):
-    """peft's files hold it, and peft loads it over the model's own."""
+def test_the_base_weight_saved_with_an_adapted_head_must_be_the_models(bases, tmp_path):
+    """peft saves the base weight of an adapted head, and overwrites the model's when loading."""
     base = bases["llama"]
-    theirs = make_peft(base, {"target_modules": ["lm_head"]})
-    theirs.save_pretrained(tmp_path)
+    peft_model = make_peft(base, {"target_modules": ["lm_head"]})
+    peft_model.save_pretrained(tmp_path)
     key = "base_model.model.lm_head.base_layer.weight"
     tensors = load_file(tmp_path / FILE)
     adapter = jlora.load_adapter(tmp_path, base.params)
-    assert_close(jlora_logits(base, base.params, adapter), torch_logits(theirs), 1e-5)
-    jlora.save_adapter(tmp_path / "ours", adapter)
+    assert_close(jlora_logits(base, base.params, adapter), torch_logits(peft_model), 1e-5)
+    jlora.save_adapter(tmp_path / "jlora", adapter)
     np.testing.assert_array_equal(
-        torch_logits(load_peft(base, tmp_path / "ours")), torch_logits(theirs)
+        torch_logits(load_peft(base, tmp_path / "jlora")), torch_logits(peft_model)
     )
     for other in (tensors[key] + 1, tensors[key][:-1].contiguous()):
         save_file({**tensors, key: other}, tmp_path / FILE, {"format": "pt"})
