@@ -57,27 +57,27 @@ def main(file: str, name: str) -> None:
     from jlora import config
     from jlora.plan.target import devices, parse_target, set_environment
 
-    aim = parse_target(name)
-    set_environment(aim)
+    compile_target = parse_target(name)
+    set_environment(compile_target)
     import jax
 
     from jlora.plan import forecast, hlo, hlo_text, report
 
-    kept: list[str] = []
+    hlo_texts: list[str] = []
     work_of = hlo.work_of
-    hlo.work_of = lambda text: kept.append(text) or work_of(text)
+    hlo.work_of = lambda text: hlo_texts.append(text) or work_of(text)
     settings = config.load(file, [])
     rows = forecast.Rows(settings.data.max_length)
-    result = forecast.forecast(settings, None, rows, aim, devices(aim))
+    result = forecast.forecast(settings, None, rows, compile_target, devices(compile_target))
     kernels = [x for x in jax.tree.leaves(result.job.model.shapes) if len(x.shape) == 3]
     stacked = min(math.prod(x.shape) for x in kernels)
     types = {
         f"{dtype}[{dims}]"
-        for one in hlo.Module(kept[0]).instructions()
+        for one in hlo.Module(hlo_texts[0]).instructions()
         for dtype, dims in hlo_text.SHAPE.findall(one.type)
         if dims and math.prod(map(int, dims.split(","))) >= stacked
     }  # fmt: skip
-    copies = (one for one in hlo.Module(kept[0]).instructions() if one.opcode == "copy")
+    copies = (one for one in hlo.Module(hlo_texts[0]).instructions() if one.opcode == "copy")
     copied = sorted({one.type.partition(":")[0] for one in copies})
     both = {"large": sorted(types), "copied": copied}
     print(json.dumps(report.as_json(result, []) | both))

@@ -27,24 +27,24 @@ HEAD = 4096 * 128_256
 
 
 @functools.cache
-def step(target, packed, offloading=False, **mesh):
-    sections = {"quantization": {"load_in_4bit": True}} if packed else {}
+def step(target, quantized, offloading=False, **mesh):
+    sections = {"quantization": {"load_in_4bit": True}} if quantized else {}
     train = {"activation_offloading": offloading}
     return compiled_for(target, LLAMA_8B, LENGTH, mesh=mesh, train=train, **sections)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_attention_is_cudnns(packed):
-    kernels = step("h200", packed)["work"]["kernels"]
+@pytest.mark.parametrize("quantized", [False, True])
+def test_attention_is_cudnns(quantized):
+    kernels = step("h200", quantized)["work"]["kernels"]
     assert {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"} <= set(kernels)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_flops_are_four_for_a_parameter_and_what_is_recomputed(packed):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_flops_are_four_for_a_parameter_and_what_is_recomputed(quantized):
     again = 2 * (MATRICES - DOWN + ADAPTER - ADAPTER_DOWN) + 2 * HEAD  # the head's chunks, too
     products = LENGTH * (4 * (MATRICES + HEAD) + 6 * ADAPTER + again)
     attention = 16 * 32 * 4096 * LENGTH * (LENGTH + 1) / 2
-    work = step("h200", packed)["work"]
+    work = step("h200", quantized)["work"]
     assert work["flops"] == pytest.approx(products + attention, rel=0.05)
     assert work["flops_compiled"] == pytest.approx(products, rel=0.05)
 
@@ -74,10 +74,10 @@ def test_qlora_of_8b_takes_what_is_said():
     assert memory["peak"] < 0.5 * step("h200", False)["memory"]["peak"]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_no_matrix_is_written_beside_an_adapters(packed):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_no_matrix_is_written_beside_an_adapters(quantized):
     """XLA would make one product of both: 355 and 308 GiB moved, see mesh.COMPILER_OPTIONS."""
-    assert step("h200", packed)["work"]["bytes_moved"] < 295 * GiB
+    assert step("h200", quantized)["work"]["bytes_moved"] < 295 * GiB
 
 
 def test_offloading_takes_the_layers_inputs_from_the_device():

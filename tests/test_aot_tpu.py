@@ -69,12 +69,12 @@ def test_devices_of_fsdp_gather_packed_layers_and_reduce_gradients():
     result = step("v5e-8", data=2, fsdp=4)
     found = {(c["kind"], c["group"]): c["bytes"] for c in result["work"]["collectives"]}
     head = 2 * HEAD / 4 * 2 * 2  # in bfloat16: forward and backward, in two chunks of rows
-    packed = 2 * MATRICES * 0.516 / 4  # forward and backward
-    assert packed < found["all-gather", 4] - head < 2 * packed
+    quantized_bytes = 2 * MATRICES * 0.516 / 4  # forward and backward
+    assert quantized_bytes < found["all-gather", 4] - head < 2 * quantized_bytes
     assert {kind for kind, _ in found} <= {
         "all-gather", "all-reduce", "reduce-scatter", "all-to-all"
     }  # fmt: skip
     reduced = sum(n for (kind, _), n in found.items() if kind in ("all-reduce", "reduce-scatter"))
     assert 4 * ADAPTER / 4 < reduced < 3 * 4 * ADAPTER
-    each = result["work"]["flops"] - result["work"]["flops_attention"]
-    assert result["work"]["flops_compiled"] == pytest.approx(each / 8, rel=0.05)
+    matmul_flops = result["work"]["flops"] - result["work"]["flops_attention"]
+    assert result["work"]["flops_compiled"] == pytest.approx(matmul_flops / 8, rel=0.05)

@@ -203,8 +203,8 @@ def written(tmp_path):
     def write(name, points, **more):
         rows = [
             {"value": value, "results": {who: {"median": s, "seconds": [s], "facts": facts}
-                                         for who, (s, facts) in each.items()}}
-            for value, each in points.items()
+                                         for who, (s, facts) in contestants.items()}}
+            for value, contestants in points.items()
         ]  # fmt: skip
         result = {"axis": "x", "points": rows, "conditions": WHERE, "memory": False, **more}
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
@@ -249,14 +249,14 @@ def test_a_table_without_results_says_so(tmp_path):
 def test_every_benchmark_runs_contestants_that_exist_and_has_its_table(tmp_path, monkeypatch):
     """The commands of ``all.py`` with nothing measured: arguments fit their functions."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    asked_for = []
+    setups = []
 
     def measure(contestants, repeats, warmup=1):
         for one in contestants:
             module, _, function = one.setup.partition(":")
             setup = getattr(importlib.import_module(module), function)
             inspect.signature(setup).bind(**json.loads(json.dumps(one.arguments)))
-            asked_for.append(one.setup)
+            setups.append(one.setup)
         one = {"median": 1.0, "seconds": [1.0] * repeats, "peak_bytes": 1}
         one |= {"wall": 1.0, "others": 0.0}
         facts = {"flops": 1e9}
@@ -286,7 +286,7 @@ def test_every_benchmark_runs_contestants_that_exist_and_has_its_table(tmp_path,
         load(script.removesuffix(".py")).main()
     scripts = {command.split(".py")[0] for command in commands}
     shared = {"adapters"}  # whose contestants are another's
-    assert {setup.partition(":")[0] for setup in asked_for} == scripts - shared
+    assert {setup.partition(":")[0] for setup in setups} == scripts - shared
     for path in tables.RESULTS.glob("memory-*.json"):  # these need a compiler for the target
         (paired.RESULTS / path.name).write_bytes(path.read_bytes())
     page = tables.PAGE.read_text(encoding="utf-8")
@@ -303,15 +303,15 @@ def test_memory_is_a_line_a_model_with_the_papers_figure_where_there_is_one(tmp_
         "7B": {"LoRA r 16, adamw": row, "QLoRA r 16, paged": {**row, "host": 250_000_000}},
         "8B": {"LoRA r 16, adamw": {"refused": "too large"}},
     }
-    whole = {"results": results, "jax": "1", "date": "2026-01-01", "batch": [1, 512]}
+    document = {"results": results, "jax": "1", "date": "2026-01-01", "batch": [1, 512]}
     file = tmp_path / "memory-x.json"
-    file.write_text(json.dumps({**whole, "paper": {"7B": 6.9, "65B": 45.0}}))
+    file.write_text(json.dumps({**document, "paper": {"7B": 6.9, "65B": 45.0}}))
     lines = tables.memory("x", tmp_path).splitlines()
     assert lines[0] == "| model | LoRA r 16, adamw | QLoRA r 16, paged | QLoRA's paper |"
     assert lines[2] == "| 7B | 7.12 | 7.12 (0.25) | 6.9 |"
     assert lines[3] == "| 8B | does not compile |  |  |"
     assert lines[-1] == "Compiled for x with jax 1, 1 × 512, 2026-01-01."
-    file.write_text(json.dumps({**whole, "paper": {"65B": 45.0}}))
+    file.write_text(json.dumps({**document, "paper": {"65B": 45.0}}))
     assert "paper" not in tables.memory("x", tmp_path)
 
 
@@ -333,8 +333,8 @@ def test_floors_of_packed_products_need_no_device(monkeypatch, capsys):
     size, bandwidth, lanes = 4096 * 14_336, 4.8e12, 132 * 128 * 1.98e9
     # Decoding is slowest, in 43 operations a value and 13; the matrix is read once more after it.
     seconds = 43 * size / lanes + 2 * size / bandwidth, 13 * size / lanes
-    said = [float(cell) for cell in one_row.split("|")[2:4]]
-    assert said == pytest.approx([1e6 * each for each in seconds], abs=0.5)
+    printed = [float(cell) for cell in one_row.split("|")[2:4]]
+    assert printed == pytest.approx([1e6 * s for s in seconds], abs=0.5)
 
 
 def test_the_page_of_plan_has_what_fits(monkeypatch):

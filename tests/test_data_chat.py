@@ -48,8 +48,8 @@ def test_spans_are_those_of_generation_tags(row):
     for template in (tt.GENERATION, tt.CHATML):
         (rendered,) = render(template, row)
         assert rendered.text == tagged.apply_chat_template(row.messages, tokenize=False)
-        ours = [t for r in replies(rendered) for t in tagged(r)["input_ids"]]
-        assert ours == ids
+        actual = [t for r in replies(rendered) for t in tagged(r)["input_ids"]]
+        assert actual == ids
 
 
 def test_llama3_trims_and_has_a_fixed_date():

@@ -46,15 +46,15 @@ def test_chats_equal_transformers_masks(trim):
             row.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         tokens = np.array(oracle["input_ids"])
-        wanted = np.where(oracle["assistant_masks"], tokens, IGNORE)[1:]
+        expected = np.where(oracle["assistant_masks"], tokens, IGNORE)[1:]
         ids, labels = examples[i]
         np.testing.assert_array_equal(ids, tokens[: len(ids)])
-        assert labels[-1] != IGNORE and (wanted[len(ids) :] == IGNORE).all()
+        assert labels[-1] != IGNORE and (expected[len(ids) :] == IGNORE).all()
         if not trim:  # under trimmed ranges transformers' mask itself loses leading spaces
-            np.testing.assert_array_equal(labels, wanted[: len(ids)])
-        kept = tokenizer.decode(labels[labels != IGNORE])
+            np.testing.assert_array_equal(labels, expected[: len(ids)])
+        learned_text = tokenizer.decode(labels[labels != IGNORE])
         if i < 2:  # in the last one a token holds line breaks of the prompt and of the reply
-            assert kept == "".join(m["content"] + "<|im_end|>" for m in row.messages[1::2])
+            assert learned_text == "".join(m["content"] + "<|im_end|>" for m in row.messages[1::2])
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])

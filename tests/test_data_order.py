@@ -40,10 +40,10 @@ def test_the_batch_size_does_not_change_the_order():
 
 def test_a_resumed_run_sees_what_an_uninterrupted_one_sees():
     order = Order(((30, 1.0), (11, 0.5)), batch=4, seed=9)
-    whole = [order.rows_at(s).tolist() for s in range(40)]
+    uninterrupted = [order.rows_at(s).tolist() for s in range(40)]
     epoch_rows.cache_clear()
     resumed = Order(((30, 1.0), (11, 0.5)), batch=4, seed=9)
-    assert [resumed.rows_at(s).tolist() for s in range(17, 40)] == whole[17:]
+    assert [resumed.rows_at(s).tolist() for s in range(17, 40)] == uninterrupted[17:]
 
 
 def test_resuming_late_is_not_slower():
@@ -59,8 +59,8 @@ def test_weights_are_times_an_epoch(shuffle):
     counts = [Counter(epoch(order, e)) for e in range(2)]
     assert order.rows_per_epoch == 20 + 5 + 14 + 4
     assert all(c[r] == 2 for c in counts for r in range(10))
-    halves = [{r for r in c if 10 <= r < 20} for c in counts]
-    assert len(halves[0]) == 5 and halves[0] | halves[1] == set(range(10, 20))
+    drawn = [{r for r in c if 10 <= r < 20} for c in counts]
+    assert len(drawn[0]) == 5 and drawn[0] | drawn[1] == set(range(10, 20))
     total = counts[0] + counts[1]
     assert all(total[r] in (3, 4) for r in range(20, 29))  # 28 draws from 9 rows
     assert all(c[r] == 1 for c in counts for r in range(29, 33))

@@ -42,11 +42,11 @@ def unpack(packed):
 def test_every_example_lies_in_one_row_once(packing, shuffle, lengths):
     examples = make(lengths)
     packed = pack(examples, 8, packing=packing, shuffle=shuffle)
-    wanted = [list(zip(*examples[i], strict=True)) for i in range(len(examples))]
+    expected = [list(zip(*examples[i], strict=True)) for i in range(len(examples))]
     found = unpack(packed)
-    assert sorted(found) == sorted(wanted)
+    assert sorted(found) == sorted(expected)
     if not (packing and shuffle):
-        assert found == wanted  # in the order of the file
+        assert found == expected  # in the order of the file
     if not packing:
         assert len(packed) == len(lengths)
 

@@ -83,10 +83,10 @@ def test_the_last_batch_is_filled_up_with_nothing(tmp_path):
 def test_resuming_gives_the_same_batches(tmp_path):
     prepared = made(config(tmp_path, chats(30), max_length=64))
     order = prepared.order(4, seed=7)
-    whole = list(prefetch(lambda step: batch_at(prepared, order, step), range(9)))
+    uninterrupted = list(prefetch(lambda step: batch_at(prepared, order, step), range(9)))
     later = prefetch(lambda step: batch_at(prepared, order, step), range(4, 9))
     for step, batch in enumerate(later, 4):
-        assert all((batch[k] == whole[step][k]).all() for k in batch)
+        assert all((batch[k] == uninterrupted[step][k]).all() for k in batch)
 
 
 def test_rows_that_do_not_divide_are_refused(tmp_path):

@@ -78,7 +78,7 @@ def test_folders_and_globs_are_read_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("split", "kept"),
+    ("split", "expected"),
     [
         ("train[:50%]", [0, 1, 2, 3, 4]),
         ("train[90%:]", [9]),
@@ -87,10 +87,10 @@ def test_folders_and_globs_are_read_by_name(tmp_path):
         ("train", list(range(10))),
     ],
 )
-def test_local_slices(tmp_path, split, kept):
+def test_local_slices(tmp_path, split, expected):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(map(str, range(10))))
-    assert [r.value for r in read_raw_rows(str(path), split)] == kept
+    assert [r.value for r in read_raw_rows(str(path), split)] == expected
 
 
 def test_slice_errors(tmp_path):

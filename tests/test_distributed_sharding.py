@@ -209,8 +209,8 @@ def test_a_shard_is_dequantized_where_it_lies(packing, sizes, module):
     assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", run.as_text())
     part = q.codes.addressable_shards[0].data
     assert part.size * sizes[1] * sizes[2] == q.codes.size
-    whole = tree["layers"][module]["kernel"].dequantize()
-    np.testing.assert_array_equal(np.asarray(run(q)), np.asarray(whole))
+    expected = tree["layers"][module]["kernel"].dequantize()
+    np.testing.assert_array_equal(np.asarray(run(q)), np.asarray(expected))
 
 
 def test_moments_lie_as_what_they_belong_to():
@@ -289,8 +289,8 @@ def test_two_processes_share_the_arrays():
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
     for output in outputs:
         line = next(line for line in output.splitlines() if line.startswith("SUM"))
-        sharded, whole = map(float, line.split()[1:])
-        assert abs(sharded - whole) <= 1e-3 * abs(whole)
+        sharded, unsharded = map(float, line.split()[1:])
+        assert abs(sharded - unsharded) <= 1e-3 * abs(unsharded)
 
 
 def test_a_copy_on_the_host_is_whole():

@@ -92,8 +92,8 @@ def test_a_damaged_leaf_is_named_and_the_optimizer_is_not_read(ran, capsys, tmp_
     state = copied / "checkpoints" / "2" / "state"
     for folder in state.glob("state.opt_state.*"):
         shutil.rmtree(folder)
-    there = f"export.checkpoint={copied / 'checkpoints' / '2'}"
-    assert export(ran, there, f"export.output_dir={tmp_path / 'out'}") == 0
+    checkpoint_option = f"export.checkpoint={copied / 'checkpoints' / '2'}"
+    assert export(ran, checkpoint_option, f"export.output_dir={tmp_path / 'out'}") == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == ran.adapter()
     name = "state.trainable.weights.model.norm.scale"
     chunk = max(
@@ -102,7 +102,7 @@ def test_a_damaged_leaf_is_named_and_the_optimizer_is_not_read(ran, capsys, tmp_
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2] ^= 1
     chunk.write_bytes(bytes(data))
-    assert export(ran, there, f"export.output_dir={tmp_path / 'no'}") == 65
+    assert export(ran, checkpoint_option, f"export.output_dir={tmp_path / 'no'}") == 65
     said = capsys.readouterr().err
     assert f"{chunk}: the file is damaged" in said and f"(leaf {name})" in said
     assert not (tmp_path / "no").exists()

@@ -18,7 +18,7 @@ SAMPLED = Sampling(do_sample=True, temperature=1.5)
 
 
 @functools.cache
-def whole(name, length):
+def last_logits(name, length):
     """Logits after some tokens by a pass over the whole row, padded on the right."""
     model, params = tiny_models.build(name)
 
@@ -34,7 +34,7 @@ def greedy(name, prompt, new, length=32):
     """The oracle: the most likely token, again and again."""
     ids = list(prompt)
     for _ in range(new):
-        ids.append(int(whole(name, length)(ids).argmax()))
+        ids.append(int(last_logits(name, length)(ids).argmax()))
     return ids[len(prompt) :]
 
 
@@ -88,11 +88,11 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
         order = order[:top_k]
     p = np.exp(logits[order] - logits.max())
     p /= p.sum()
-    reached, kept = 0.0, 0
-    while reached < top_p and kept < len(order):
-        reached, kept = reached + p[kept], kept + 1
+    reached, count = 0.0, 0
+    while reached < top_p and count < len(order):
+        reached, count = reached + p[count], count + 1
     result = np.zeros(len(logits))
-    result[order[:kept]] = p[:kept] / p[:kept].sum()
+    result[order[:count]] = p[:count] / p[:count].sum()
     return result
 
 
@@ -172,7 +172,7 @@ def test_every_row_and_every_step_draws_anew():
 
 def test_the_first_sampled_tokens_follow_the_model():
     prompt, times = PROMPTS[0], 300
-    p = probabilities(whole("llama", 32)(prompt), temperature=1.5)
+    p = probabilities(last_logits("llama", 32)(prompt), temperature=1.5)
     tokens = [reply[0] for reply in sample([prompt] * times, batch_size=100)]
     found = np.bincount(tokens, minlength=len(p)) / times
     assert np.abs(found - p).sum() < 2 * np.sqrt(p * (1 - p) / times).sum()

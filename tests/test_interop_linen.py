@@ -75,14 +75,14 @@ QUANTIZED = ["dense", "to heads", "einsum back"]
 CASES = [(name, False) for name in LAYERS] + [(name, True) for name in QUANTIZED]
 
 
-@pytest.mark.parametrize(("name", "packed"), CASES)
-def test_layers_compute_what_the_dense_sum_does(name, packed):
+@pytest.mark.parametrize(("name", "quantized"), CASES)
+def test_layers_compute_what_the_dense_sum_does(name, quantized):
     layer, shape, spec, sizes_in, sizes_out = LAYERS[name]
     module, x = Layer(layer), normal(*shape)
     variables = with_biases(module.init(KEY, x))
     model, params = jlora.from_linen(module, variables, x)
     close(model(params, x), module.apply(variables, x), 0)
-    if packed:
+    if quantized:
         params = jlora.quantize(params, jlora.QuantConfig())
         assert isinstance(params["layer"]["kernel"], jlora.nf4.NF4Array)
     base = model.native(params)["params"]["layer"]
@@ -168,10 +168,10 @@ def test_embeddings_are_read_with_lora_and_written_with_their_own_rows():
     close(model(jlora.attach(params, adapter), IDS), (moved[IDS], moved[IDS] @ table.T))
     config = dataclasses.replace(CONFIG, target_modules=[], trainable_token_indices={"wte": [3, 7]})
     adapter = jlora.init_adapter(KEY, params, config)
-    own = jax.tree.map(lambda a: -2 * a, adapter.weights)
+    weights = jax.tree.map(lambda a: -2 * a, adapter.weights)
     rows = table.copy()
     rows[[3, 7]] *= -2
-    attached = jlora.attach(params, dataclasses.replace(adapter, weights=own))
+    attached = jlora.attach(params, dataclasses.replace(adapter, weights=weights))
     close(model(attached, IDS), (rows[IDS], rows[IDS] @ rows.T))
 
 
@@ -209,8 +209,8 @@ STACK = "ScanCheckpointBlock_0"
 def test_the_view_names_scanned_layers_and_leads_back(transformer):
     module, variables, model, params = transformer
     query = params[STACK]["layers"]["attn"]["query"]["kernel"]
-    own = variables["params"][STACK]["attn"]["query"]["kernel"]
-    np.testing.assert_array_equal(query, own.reshape(3, 8, 8))
+    original = variables["params"][STACK]["attn"]["query"]["kernel"]
+    np.testing.assert_array_equal(query, original.reshape(3, 8, 8))
     back = model.native(params)
     jax.tree.map(np.testing.assert_array_equal, back, variables)
     close(model(params, IDS), module.apply(variables, IDS), 0)

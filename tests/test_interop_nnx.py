@@ -65,15 +65,15 @@ def close(got, want, tolerance=1e-5):
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max())
 
 
-@pytest.mark.parametrize(("name", "packed"), CASES)
-def test_layers_compute_what_the_dense_sum_does(name, packed):
+@pytest.mark.parametrize(("name", "quantized"), CASES)
+def test_layers_compute_what_the_dense_sum_does(name, quantized):
     layer, shape, spec, sizes_in, sizes_out = LAYERS[name]
     module, x = Layer(layer), normal(*shape)
     promote = layer.promote_dtype
     model, params = jlora.from_nnx(module)
     close(model(params, x), module(x), 0)
     assert layer.promote_dtype is promote, "the module is not touched"
-    if packed:
+    if quantized:
         params = jlora.quantize(params, jlora.QuantConfig())
         assert isinstance(params["layer"]["kernel"], jlora.nf4.NF4Array)
     graph, base = nnx.split(model.native(params))
@@ -172,9 +172,11 @@ def test_the_view_names_scanned_layers_and_leads_back(transformer):
     module, model, params = transformer
     out = params["stack"]["layers"]["attn"]["out"]["kernel"]
     np.testing.assert_array_equal(out, module.stack.attn.out.kernel.get_value().reshape(3, 8, 8))
-    own, back = (nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (module, model.native(params)))
-    jax.tree.map(np.testing.assert_array_equal, back, own)
-    assert list(own["more"]) == list(back["more"]) == [0]
+    original, back = (
+        nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (module, model.native(params))
+    )
+    jax.tree.map(np.testing.assert_array_equal, back, original)
+    assert list(original["more"]) == list(back["more"]) == [0]
 
 
 def test_scan_remat_jit_and_grad_on_packed_and_dense_weights(transformer):

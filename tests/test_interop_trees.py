@@ -92,11 +92,11 @@ def test_linen(kind):
 
 def test_linens_kernels_multiply_by_dot_attached_and_packed():
     params = Scanned().init(jax.random.key(0), X)
-    packed = jlora.quantize(params, jlora.QuantConfig(llm_int8_skip_modules=["head"]))
-    layers = packed["params"]["layers"]["up"]
+    quantized = jlora.quantize(params, jlora.QuantConfig(llm_int8_skip_modules=["head"]))
+    layers = quantized["params"]["layers"]["up"]
     assert isinstance(layers["kernel"], jlora.nf4.NF4Array)
-    assert packed["params"]["head"]["kernel"] is params["params"]["head"]["kernel"]
-    adapter = adapt(packed, target_modules=["up"])
+    assert quantized["params"]["head"]["kernel"] is params["params"]["head"]["kernel"]
+    adapter = adapt(quantized, target_modules=["up"])
 
     def run(weights, tree):
         attached = jlora.attach(tree, jlora.Adapter(weights, adapter.config))
@@ -114,7 +114,9 @@ def test_linens_kernels_multiply_by_dot_attached_and_packed():
             x = jnp.tanh(x @ dense + layers["bias"][i])
         return x.sum()
 
-    got, want = (jax.value_and_grad(f)(adapter.weights) for f in (lambda w: run(w, packed), oracle))
+    got, want = (
+        jax.value_and_grad(f)(adapter.weights) for f in (lambda w: run(w, quantized), oracle)
+    )
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
@@ -139,11 +141,11 @@ def test_nnx(kind):
         x = np.tanh(x @ (want if i == 1 else np.asarray(model.blocks[i].kernel.get_value())))
     np.testing.assert_allclose(moved, x, atol=1e-4)  # NNX's biases start at zero
     np.testing.assert_array_equal(model(X), before)
-    packed = jlora.quantize(tree, jlora.QuantConfig())
-    assert isinstance(packed["blocks"][2]["kernel"], jlora.nf4.NF4Array)
-    conv = packed["conv"]["kernel"]
+    quantized = jlora.quantize(tree, jlora.QuantConfig())
+    assert isinstance(quantized["blocks"][2]["kernel"], jlora.nf4.NF4Array)
+    conv = quantized["conv"]["kernel"]
     np.testing.assert_array_equal(conv, model.conv.kernel.get_value())
-    dense = jlora.merge(packed, adapt(packed, target_modules=["blocks.0"]))
+    dense = jlora.merge(quantized, adapt(quantized, target_modules=["blocks.0"]))
     assert dense["blocks"][2]["kernel"].shape == (D, D)
 
 
@@ -240,16 +242,16 @@ def test_equinox_modules_attach_detach_unmerge_and_quantize():
     again = jlora.unmerge(jlora.merge(TOWER, adapter), adapter)
     arrays = [eqx.filter(m, eqx.is_array) for m in (again, TOWER)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *arrays)
-    packed = jlora.quantize(TOWER, jlora.QuantConfig(bnb_4bit_use_double_quant=False))
+    quantized = jlora.quantize(TOWER, jlora.QuantConfig(bnb_4bit_use_double_quant=False))
     alone = jlora.nf4.quantize(TOWER.inp.weight, double_quant=False)
-    np.testing.assert_array_equal(packed.inp.weight.codes, alone.codes)
-    np.testing.assert_array_equal(packed.table.weight, TOWER.table.weight)
-    dense = jlora.merge(packed, adapter).blocks[0].weight
-    want = out_in(packed.blocks[0].weight.dequantize(), adapter.weights["blocks"]["0"])
+    np.testing.assert_array_equal(quantized.inp.weight.codes, alone.codes)
+    np.testing.assert_array_equal(quantized.table.weight, TOWER.table.weight)
+    dense = jlora.merge(quantized, adapter).blocks[0].weight
+    want = out_in(quantized.blocks[0].weight.dequantize(), adapter.weights["blocks"]["0"])
     np.testing.assert_allclose(dense, want, atol=1e-6)
 
     def loss(adapter):
-        return jnp.square(jlora.merge(packed, adapter)(3)).sum()
+        return jnp.square(jlora.merge(quantized, adapter)(3)).sum()
 
     grads = jax.jit(jax.grad(loss))(adapter)
     assert all(np.any(np.asarray(g) != 0) for g in jax.tree.leaves(grads))

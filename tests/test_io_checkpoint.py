@@ -75,17 +75,17 @@ def test_every_file_with_a_flipped_bit_is_caught_and_named(tmp_path):
     checkpoint.save(tmp_path, 2, state(2), {}, **RUN)
     damaged_leaves = set()
     for file in files_of(tmp_path / "2"):
-        whole = file.read_bytes()
-        torn = bytearray(whole)
-        torn[len(whole) // 2] ^= 4
-        file.write_bytes(torn)
+        intact = file.read_bytes()
+        damaged = bytearray(intact)
+        damaged[len(intact) // 2] ^= 4
+        file.write_bytes(damaged)
         with pytest.raises(DataError) as caught:
             checkpoint.restore(tmp_path, 2, like(state()), **RUN)
         assert caught.value.where == str(file)
         assert "continues from step 1" in caught.value.fix
         if "leaf" in caught.value.cause:
             damaged_leaves.add(caught.value.cause.split("leaf ")[1].rstrip(")"))
-        file.write_bytes(whole)
+        file.write_bytes(intact)
     assert damaged_leaves == {"adapter.q_proj.lora_A", "adapter.q_proj.lora_B", "step", "host"}
     checkpoint.restore(tmp_path, 2, like(state()), **RUN)
 

@@ -146,13 +146,13 @@ def test_a_part_of_several_tensors_is_joined(tmp_path, transposed):
     """Experts (2, E, in, out) of one tensor each, or of the halves of their columns."""
     leaf = np.random.default_rng(0).standard_normal((2, 3, 4, 6)).astype(np.float32)
     place, stored = ("model", "layers", "experts", "kernel"), {}
-    halves = {"up": slice(3, 6), "gate": slice(0, 3)}
+    column_slices = {"up": slice(3, 6), "gate": slice(0, 3)}
     group = []
-    for layer, half, expert in itertools.product(range(2), halves, range(3)):
-        part = leaf[layer, expert][:, halves[half]]
+    for layer, half, expert in itertools.product(range(2), column_slices, range(3)):
+        part = leaf[layer, expert][:, column_slices[half]]
         name = f"{layer}.{expert}.{half}"
         stored[name] = np.ascontiguousarray(part.T if transposed else part)
-        within = (expert, slice(None), halves[half])
+        within = (expert, slice(None), column_slices[half])
         group.append(CheckpointTensor(name, place, layer, transposed, stored[name].shape, within))
     save_file(stored, tmp_path / "model.safetensors")
     shape = jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
@@ -242,12 +242,12 @@ def test_faults_of_shards_and_of_the_index_are_in_the_same_listing(sharded):
     first, *_, last = sorted(set(index["weight_map"].values()))
     tensors = load_file(sharded / first)
     doubled = next(iter(tensors))
-    wide = np.zeros((3, 5), np.float32)
+    misshapen = np.zeros((3, 5), np.float32)
     save_file(
-        {**load_file(sharded / last), doubled: tensors[doubled], "more": wide}, sharded / last
+        {**load_file(sharded / last), doubled: tensors[doubled], "more": misshapen}, sharded / last
     )
     file = index["weight_map"]["model.norm.weight"]
-    save_file({**load_file(sharded / file), "model.norm.weight": wide}, sharded / file)
+    save_file({**load_file(sharded / file), "model.norm.weight": misshapen}, sharded / file)
     index["weight_map"] |= {"ghost": first, "more": last}
     (sharded / INDEX).write_text(json.dumps(index))
     config = {**LLAMA, "num_hidden_layers": 3}
@@ -313,16 +313,16 @@ def test_links_out_of_the_folder_are_refused_but_for_the_hub_cache(folder, tmp_p
         load_pretrained(folder)
 
     for name in ("config.json", "generation_config.json", INDEX):
-        inside, kept = folder / name, folder / "kept"
+        inside, backup = folder / name, folder / "kept"
         if inside.exists():
-            inside.rename(kept)
+            inside.rename(backup)
         (tmp_path / "secret.json").write_text('{"model_type": "llama"}')
         inside.symlink_to(tmp_path / "secret.json")
         with pytest.raises(DataError, match=rf"{name}: is a link that leads out of the folder"):
             load_pretrained(folder)
         inside.unlink()
-        if kept.exists():
-            kept.rename(inside)
+        if backup.exists():
+            backup.rename(inside)
 
     repository = tmp_path / "models--a--b"
     (repository / "blobs").mkdir(parents=True)
@@ -490,13 +490,13 @@ def test_loaded_models_compute(folder):
 def test_parameters_are_placed_on_a_mesh(folder, quantization):
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     model, placed = load_pretrained(folder, "float32", quantization=quantization, mesh=mesh)
-    _, whole = load_pretrained(folder, "float32", quantization=quantization)
-    same(placed, whole)
-    want = jax.tree.leaves(sharding.shardings(whole, mesh))
+    _, unsharded = load_pretrained(folder, "float32", quantization=quantization)
+    same(placed, unsharded)
+    want = jax.tree.leaves(sharding.shardings(unsharded, mesh))
     assert [leaf.sharding for leaf in jax.tree.leaves(placed)] == want
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed))
     ids = tokens(model, 2, 8)
-    np.testing.assert_allclose(model(placed, ids), model(whole, ids), atol=1e-5)
+    np.testing.assert_allclose(model(placed, ids), model(unsharded, ids), atol=1e-5)
 
 
 def test_sharded_parameters_are_written_whole(folder, tmp_path):

@@ -60,8 +60,8 @@ def test_parts_are_put_in_their_places(lead, turned, on_mesh, monkeypatch):
     leaf = assemble_leaf(shape_of(want), where, indices, part, turned)
     np.testing.assert_array_equal(leaf, want)
     if on_mesh:  # every device was sent its own part only
-        own = where.shard_shape(want.shape)[-2:]
-        assert set(placed) == {own[::-1] if turned else own}
+        shard_shape = where.shard_shape(want.shape)[-2:]
+        assert set(placed) == {shard_shape[::-1] if turned else shard_shape}
     assert read == indices
     assert leaf.sharding == where if on_mesh else len(leaf.devices()) == 1
 
@@ -85,15 +85,15 @@ def test_a_part_is_written_in_place_and_nothing_moves_between_devices():
     where = NamedSharding(mesh(), PartitionSpec(None, "fsdp", "tensor"))
     leaf = jax.ShapeDtypeStruct((4, 64, 128), jnp.float32)
     make, write = _programs((leaf,), (where,))
-    whole = make()
+    leaves = make()
     part = jax.device_put(
         np.ones((128, 64), np.float32), NamedSharding(mesh(), PartitionSpec("tensor", "fsdp"))
     )
-    program = write.lower(whole, [part], (1,), True).compile().as_text()
+    program = write.lower(leaves, [part], (1,), True).compile().as_text()
     assert not re.search(r"all-gather|all-reduce|all-to-all|collective|f32\[4,64,128\]", program)
     assert "f32[4,32,64]" in program
-    before = [shard.data.unsafe_buffer_pointer() for shard in whole[0].addressable_shards]
-    after = write(whole, [part], (1,), True)[0]
+    before = [shard.data.unsafe_buffer_pointer() for shard in leaves[0].addressable_shards]
+    after = write(leaves, [part], (1,), True)[0]
     assert [shard.data.unsafe_buffer_pointer() for shard in after.addressable_shards] == before
     write(write(make(), [part], (0,), True), [part], (3,), True)
     assert write._cache_size() == 1  # not one a layer

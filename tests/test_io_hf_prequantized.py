@@ -300,16 +300,16 @@ def test_quantized_parameters_are_placed_on_a_mesh(made):
 
 def test_one_dense_matrix_at_a_time_is_in_memory_while_quantizing(tmp_path, monkeypatch):
     save_pretrained(tmp_path, *build("gpt2", "bfloat16"))  # no cast: what is read is quantized
-    alive, most = [], []
+    live, counts = [], []
 
     def see(value):
-        alive[:] = [ref for ref in alive if ref() is not None]
-        alive.append(weakref.ref(value))
-        most.append(len(alive))
+        live[:] = [ref for ref in live if ref() is not None]
+        live.append(weakref.ref(value))
+        counts.append(len(live))
 
     monkeypatch.setattr(hf_folder.Shards, "read", spy(see))
     load_pretrained(tmp_path, dtype="bfloat16", quantization=NF4)
-    assert len(most) > 20 and max(most) == 1
+    assert len(counts) > 20 and max(counts) == 1
 
 
 def test_saving_writes_dense_weights_and_no_quantization_config(made, tmp_path):

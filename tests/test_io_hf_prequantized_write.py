@@ -129,8 +129,8 @@ def test_the_rest_of_the_folder_is_as_without_packing(tmp_path):
     tensors, config = written(tmp_path / "quantized", model, params)
     save_pretrained(tmp_path / "dense", model, params)
     dense = load_file(tmp_path / "dense" / "model.safetensors")
-    kept = {name: value for name, value in dense.items() if "_proj" not in name}
-    assert_tensors({k: v for k, v in tensors.items() if "_proj" not in k}, kept)
+    unquantized = {name: value for name, value in dense.items() if "_proj" not in name}
+    assert_tensors({k: v for k, v in tensors.items() if "_proj" not in k}, unquantized)
     assert config.pop("quantization_config") == quantization_config(model, params)
     assert config == json.loads((tmp_path / "dense" / "config.json").read_text())
 

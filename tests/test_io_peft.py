@@ -143,8 +143,8 @@ def test_an_adapter_knows_its_base_again(tmp_path):
     adapter = lora.init_adapter(jax.random.key(0), params, LoraConfig(**fields))
     jlora.save_adapter(tmp_path, adapter, adapter_io.base_record(params, adapter.config))
     other_head = {**params, "lm_head": {"kernel": params["lm_head"]["kernel"] + 1}}
-    packed = jlora.quantize(params, jlora.QuantConfig(block_size=32))
-    for same in (params, other_head, packed, jax.eval_shape(lambda: params)):
+    quantized = jlora.quantize(params, jlora.QuantConfig(block_size=32))
+    for same in (params, other_head, quantized, jax.eval_shape(lambda: params)):
         adapter_io.load_adapter(tmp_path, same)
 
     def move(kind):

@@ -87,10 +87,10 @@ def test_every_release_is_read(release, tmp_path):
     write(tmp_path, config_of(release, **patterns), tensors)
     adapter = adapter_io.load_adapter(tmp_path, make_params())
     for module in ("q_proj", "v_proj"):
-        own = adapter.weights["model"]["layers"]["self_attn"][module]
+        weights = adapter.weights["model"]["layers"]["self_attn"][module]
         for kind in ("lora_A", "lora_B"):
             want = stacked(tensors, f"{module}.{kind}.weight")
-            np.testing.assert_array_equal(own[kind], want)
+            np.testing.assert_array_equal(weights[kind], want)
     scales = [scaling_of(adapter.config, f"model.layers.0.self_attn.{m}_proj") for m in "qv"]
     assert scales == ([2.0, 2.0] if release == "0.5.0" else [4.0, 1.0])
 

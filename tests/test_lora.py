@@ -295,11 +295,11 @@ def test_a_foreign_unstacked_tree():
     )
 
 
-@pytest.mark.parametrize(("name", "packed"), [("llama-rope", True), ("gpt2", False)])
-def test_on_a_whole_model(name, packed):
+@pytest.mark.parametrize(("name", "quantized"), [("llama-rope", True), ("gpt2", False)])
+def test_on_a_whole_model(name, quantized):
     """A fresh adapter is the base bitwise; merging equals attaching; unmerging restores."""
     model, params = tiny_models.build(name)
-    base = jlora.quantize(params, jlora.QuantConfig(block_size=32)) if packed else params
+    base = jlora.quantize(params, jlora.QuantConfig(block_size=32)) if quantized else params
     ids = tiny_models.tokens(model, 2, 24)
     config = LoraConfig(r=4, target_modules="all-linear")
     fresh = lora.init_adapter(jax.random.key(0), base, config)

@@ -158,7 +158,7 @@ FIRST = ["model.layers.0.self_attn.q_proj"]
     ],
 )
 def test_the_result_resolves_to_the_union_of_targets(fields, joined):
-    adapters = [make_adapter(i, **own) for i, own in enumerate(fields)]
+    adapters = [make_adapter(i, **options) for i, options in enumerate(fields)]
     result = jlora.add_weighted_adapter(adapters, [1, 1], "linear")
     union = {name for adapter in adapters for name in deltas(adapter)}
     assert set(deltas(result)) == union
@@ -193,8 +193,8 @@ def test_one_adapter_is_treated_as_asked():
 
 def test_largest_keeps_exactly_so_many_where_values_are_equal():
     tensor = jnp.asarray([[1.0, -2.0, 2.0], [2.0, 0.0, -2.0]])
-    kept = magnitude_mask(tensor, jnp.asarray(3))
-    np.testing.assert_array_equal(kept, [[False, True, True], [True, False, False]])
+    mask = magnitude_mask(tensor, jnp.asarray(3))
+    np.testing.assert_array_equal(mask, [[False, True, True], [True, False, False]])
 
 
 def test_columns_that_a_layer_does_not_use_do_not_count():
@@ -218,7 +218,7 @@ def test_clamping_clips_at_the_quantile():
 
 
 @pytest.fixture(scope="module")
-def wide():
+def all_ones():
     """Two adapters whose values are all one."""
     layers = {name: {"kernel": jnp.zeros((2, 64, 96))} for name in ("q_proj", "v_proj")}
     config = LoraConfig(r=32, lora_alpha=32, target_modules=["q_proj", "v_proj"])
@@ -227,10 +227,10 @@ def wide():
     return [jax.tree.map(jnp.ones_like, adapter)] * 2
 
 
-def test_dare_keeps_a_part_and_its_expectation(wide):
+def test_dare_keeps_a_part_and_its_expectation(all_ones):
     def drawn(key, weights=(1.0, 4.0)):
         result = jlora.add_weighted_adapter(
-            wide, weights, "dare_linear", density=0.3, key=jax.random.key(key)
+            all_ones, weights, "dare_linear", density=0.3, key=jax.random.key(key)
         )
         nodes = result.weights["model"]["layers"]
         q, v = nodes["q_proj"], nodes["v_proj"]
@@ -357,9 +357,9 @@ def tuned_on(*paths):
     """The parameters of another seed at these leaves, or below these nodes."""
     other = make_params(1)
 
-    def pick(path, mine, theirs):
+    def pick(path, original, tuned):
         name = ".".join(str(key.key) for key in path)
-        return theirs if any(p in name for p in paths) else mine
+        return tuned if any(p in name for p in paths) else original
 
     return jax.tree_util.tree_map_with_path(pick, PARAMS, other)
 
@@ -499,12 +499,14 @@ def test_neither_combining_nor_extraction_takes_other_leaves(fields, leaf):
 
 def test_extraction_from_a_quantized_base_counts_from_what_it_computes():
     params = {"layer": {"kernel": jnp.asarray(normal(3, 64, 64))}}
-    packed = jlora.quantize(params, jlora.QuantConfig(bnb_4bit_compute_dtype="float32"))
-    adapter = jlora.extract_adapter(packed, params, LoraConfig(r=64, target_modules=["layer"]))
-    merged = jlora.merge(packed, adapter)["layer"]["kernel"].astype(jnp.float32)
-    packing = np.abs(packed["layer"]["kernel"].dequantize().astype(jnp.float32) - normal(3, 64, 64))
-    assert packing.max() > 0.1
-    dtype = packed["layer"]["kernel"].dtype
+    quantized = jlora.quantize(params, jlora.QuantConfig(bnb_4bit_compute_dtype="float32"))
+    adapter = jlora.extract_adapter(quantized, params, LoraConfig(r=64, target_modules=["layer"]))
+    merged = jlora.merge(quantized, adapter)["layer"]["kernel"].astype(jnp.float32)
+    error = np.abs(
+        quantized["layer"]["kernel"].dequantize().astype(jnp.float32) - normal(3, 64, 64)
+    )
+    assert error.max() > 0.1
+    dtype = quantized["layer"]["kernel"].dtype
     np.testing.assert_allclose(
         merged, normal(3, 64, 64), atol=float(jnp.finfo(dtype).eps) * 4 + 1e-5
     )

@@ -87,17 +87,17 @@ def test_a_tied_embedding_is_merged_only_under_a_head_of_its_own(tmp_path):
     want = tiny_models.run(model, lora.attach(params, adapter), ids)
     with pytest.raises(DataError, match=r"wte.*tied"):
         lora.merge(params, adapter)
-    own, untied = jlora.untie(model, params)
-    merged = lora.merge(untied, adapter)
-    got = tiny_models.run(own, merged, ids)
+    untied_model, untied_params = jlora.untie(model, params)
+    merged = lora.merge(untied_params, adapter)
+    got = tiny_models.run(untied_model, merged, ids)
     np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
     assert np.abs(tiny_models.run(model, params, ids) - want).max() > 1e-2
-    jlora.save_pretrained(tmp_path, own, merged)
+    jlora.save_pretrained(tmp_path, untied_model, merged)
     again, read = jlora.load_pretrained(tmp_path, dtype="float32")
     assert not again.config.tie_word_embeddings
     np.testing.assert_array_equal(tiny_models.run(again, read, ids), got)
     with pytest.raises(ConfigError, match="not tied"):
-        jlora.untie(own, untied)
+        jlora.untie(untied_model, untied_params)
 
 
 def test_rows_of_a_tied_embedding_are_merged_for_the_head_too():

@@ -52,8 +52,12 @@ def alone(case):
         return jnp.sum(loss(logits)[i == ROWS]), logits
 
     grad = jax.value_and_grad(f, has_aux=True)
-    each = [jax.jit(grad, static_argnums=1)(adapter, i) for i, adapter in enumerate(adapters)]
-    return np.asarray(model(params, ids)), [np.asarray(e[0][1]) for e in each], [e[1] for e in each]
+    results = [jax.jit(grad, static_argnums=1)(adapter, i) for i, adapter in enumerate(adapters)]
+    return (
+        np.asarray(model(params, ids)),
+        [np.asarray(e[0][1]) for e in results],
+        [e[1] for e in results],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +101,8 @@ def test_each_adapters_gradient_is_that_of_its_rows(case, alone, mixed):
         jax.tree.map(lambda g, w: close(g, w, 2e-5), got, alone[2][i].weights)
     # What adapters do not have stays zero: taking the others' leaves out leaves nothing.
     total = sum(float(jnp.sum(jnp.abs(g))) for g in jax.tree.leaves(grads.weights))
-    own = sum(float(jnp.sum(jnp.abs(g))) for e in alone[2] for g in jax.tree.leaves(e.weights))
-    np.testing.assert_allclose(total, own, rtol=1e-4)
+    expected = sum(float(jnp.sum(jnp.abs(g))) for e in alone[2] for g in jax.tree.leaves(e.weights))
+    np.testing.assert_allclose(total, expected, rtol=1e-4)
     _, first = f(stack, jnp.array([0, -1, 0, -1]))
     assert not any(np.any(g) for g in jax.tree.leaves(first.adapter("b", case[2][1]).weights))
 
@@ -138,13 +142,13 @@ def test_generation_with_a_cache_keeps_rows_apart(case):
 def test_a_whole_projection_in_one_adapter_and_its_parts_in_another():
     kernel = jax.random.normal(jax.random.key(0), (8, 24))
     params = {"attn": {"c_attn": {"kernel": kernel}}}
-    whole = make(params, {"r": 2, "target_modules": ["c_attn"]}, 0)
+    fused = make(params, {"r": 2, "target_modules": ["c_attn"]}, 0)
     parts = make(params, {"r": 3, "target_modules": ["q_proj", "v_proj"]}, 1)
     ids = jnp.array([1, 0])
-    attached = jlora.attach(params, jlora.stack_adapters([whole, parts]), adapter_ids=ids)
+    attached = jlora.attach(params, jlora.stack_adapters([fused, parts]), adapter_ids=ids)
     x = jax.random.normal(jax.random.key(1), (2, 5, 8))
     got = dot(x, attached["attn"]["c_attn"]["kernel"])
-    for row, adapter in enumerate([parts, whole]):
+    for row, adapter in enumerate([parts, fused]):
         merged = jlora.merge(params, adapter)["attn"]["c_attn"]["kernel"]
         close(got[row], np.asarray(x[row]) @ merged, 1e-5)
 
@@ -166,9 +170,9 @@ def test_what_rows_cannot_have_is_refused_all_at_once():
         stack.replace(0, make(params, {"r": 9, "target_modules": ["q_proj", "v_proj"]}, 1))
     assert "v_proj.lora_A is of a module" in str(error.value)
     assert "q_proj.lora_A has rank 9, above 8" in str(error.value)
-    wide = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf], -2), plain)
+    wider_base = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf], -2), plain)
     with pytest.raises(DataError, match="another base"):
-        jlora.stack_adapters([plain, wide])
+        jlora.stack_adapters([plain, wider_base])
     for call in (
         lambda: jlora.stack_adapters([]),
         lambda: jlora.attach(params, stack),
@@ -207,18 +211,18 @@ def test_columns_rows_without_tokens_and_low_precision():
     ids, scale = jnp.array([1, 0, -1]), jnp.array([0.5, 2.0])
     leaf = LoraWeight(w.astype(jnp.bfloat16), a, b, scale, adapter_ids=ids)
     x = jnp.asarray(rng.normal(size=(3, 8)), jnp.bfloat16)
-    wide = np.asarray(x, np.float64)
+    x64 = np.asarray(x, np.float64)
     dense = np.asarray(leaf.base, np.float64) + np.stack(
         [2.0 * np.asarray(a[1]) @ b[1], 0.5 * np.asarray(a[0]) @ b[0], np.zeros((8, 6))]
     )
-    want = np.einsum("bi,bio->bo", wide, dense)
+    want = np.einsum("bi,bio->bo", x64, dense)
     np.testing.assert_allclose(np.asarray(dot(x, leaf), np.float64), want, rtol=0.03, atol=0.15)
     part = dot(x, columns(leaf, jnp.int32(2), 3))
     np.testing.assert_array_equal(part, dot(x, leaf)[:, 2:5])
     grad = jax.grad(lambda a: jnp.sum(dot(x, LoraWeight(w, a, b, scale, adapter_ids=ids)).astype(
         jnp.float32)))(a)  # fmt: skip
     assert grad.dtype == jnp.float32
-    want = 2.0 * wide[0][:, None] * np.asarray(b[1]).sum(1)
+    want = 2.0 * x64[0][:, None] * np.asarray(b[1]).sum(1)
     np.testing.assert_allclose(np.asarray(grad[1]), want, rtol=0.03, atol=0.1)
     with pytest.raises(DataError, match="3 ids for a batch of 2"):
         dot(x[:2], leaf)

@@ -36,9 +36,11 @@ def test_dora_scales_the_columns_of_the_whole_sum():
     want = np.float64(X) @ (dense_sum(w) * np.float64(w.gain))
     np.testing.assert_allclose(dot(X, w), want, atol=2e-5)
     np.testing.assert_allclose(w.dequantize(), dense_sum(w) * np.float64(w.gain), atol=1e-6)
-    packed = dora(nf4.quantize(array(OUT, IN)).mT)
-    want = np.float64(X) @ (dense_sum(packed, packed.base.dequantize()) * np.float64(packed.gain))
-    np.testing.assert_allclose(dot(X, packed), want, atol=5e-5)
+    quantized = dora(nf4.quantize(array(OUT, IN)).mT)
+    want = np.float64(X) @ (
+        dense_sum(quantized, quantized.base.dequantize()) * np.float64(quantized.gain)
+    )
+    np.testing.assert_allclose(dot(X, quantized), want, atol=5e-5)
 
 
 def test_the_gain_keeps_float32_under_bfloat16():
@@ -55,10 +57,10 @@ def test_dora_under_dropout_is_pefts():
     """peft: W x + (m - 1) W d(x) + m s B A d(x), with one mask for both."""
     w = dora(dropout_key=jax.random.key(3), dropout=0.4)
     keep = np.asarray(jax.random.bernoulli(jax.random.key(3), 0.6, X.shape))
-    kept = np.where(keep, np.float64(X) / 0.6, 0.0)
+    dropped = np.where(keep, np.float64(X) / 0.6, 0.0)
     gain, base = np.float64(w.gain), np.float64(w.base)
-    delta = kept @ (dense_sum(w) - base)
-    want = np.float64(X) @ base + (gain - 1) * (kept @ base) + gain * delta
+    delta = dropped @ (dense_sum(w) - base)
+    want = np.float64(X) @ base + (gain - 1) * (dropped @ base) + gain * delta
     np.testing.assert_allclose(dot(X, w), want, atol=3e-5)
 
 
@@ -97,9 +99,9 @@ def test_rows_take_the_place_of_rows():
     ids = jnp.asarray(RNG.permutation(IN).reshape(4, -1))
     np.testing.assert_array_equal(embed(ids, w), replaced(w)[np.asarray(ids)])
     np.testing.assert_array_equal(w.dequantize(), replaced(w))
-    packed = dataclasses.replace(w, base=nf4.quantize(w.base))
-    want = replaced(dataclasses.replace(w, base=packed.base.dequantize()))
-    np.testing.assert_array_equal(embed(ids, packed), want[np.asarray(ids)])
+    quantized = dataclasses.replace(w, base=nf4.quantize(w.base))
+    want = replaced(dataclasses.replace(w, base=quantized.base.dequantize()))
+    np.testing.assert_array_equal(embed(ids, quantized), want[np.asarray(ids)])
 
 
 def test_the_tied_head_has_the_rows_too_in_whole_and_in_parts():
@@ -121,8 +123,10 @@ def test_gradients_of_rows_are_those_of_the_whole_table():
         return jnp.sum(jnp.sin(dot(embed(ids, table), table.mT)))
 
     got = jax.grad(lambda rows: loss(dataclasses.replace(w, rows=rows), embed, dot))(w.rows)
-    whole = jax.grad(lambda t: loss(t, lambda i, t: t[i], jnp.matmul))(jnp.asarray(replaced(w)))
-    np.testing.assert_allclose(got, whole[w.indices], atol=1e-4)
+    table_gradient = jax.grad(lambda t: loss(t, lambda i, t: t[i], jnp.matmul))(
+        jnp.asarray(replaced(w))
+    )
+    np.testing.assert_allclose(got, table_gradient[w.indices], atol=1e-4)
 
 
 def test_each_group_has_an_adapter_of_its_own():

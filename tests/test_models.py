@@ -88,10 +88,10 @@ def test_prompts_of_different_lengths_share_a_batch(name, side):
         steps.append(logits[:, 0])
     got = np.stack(steps, 1)
     for row, prompt in enumerate(prompts):
-        whole = model(params, np.concatenate([prompt, after[row]])[None])[0]
-        np.testing.assert_allclose(got[row], whole[len(prompt) - 1 :], atol=2e-5)
+        expected = model(params, np.concatenate([prompt, after[row]])[None])[0]
+        np.testing.assert_allclose(got[row], expected[len(prompt) - 1 :], atol=2e-5)
         valid = positions[row] >= 0
-        np.testing.assert_allclose(every[row][valid], whole[: len(prompt)], atol=2e-5)
+        np.testing.assert_allclose(every[row][valid], expected[: len(prompt)], atol=2e-5)
 
 
 def test_tokens_beyond_the_cache_are_dropped():
@@ -104,11 +104,11 @@ def test_tokens_beyond_the_cache_are_dropped():
 
 
 @pytest.mark.parametrize(
-    ("policy", "packed"), [(True, True), ("dots_with_no_batch_dims_saveable", False)]
+    ("policy", "quantized"), [(True, True), ("dots_with_no_batch_dims_saveable", False)]
 )
-def test_rematerialised_gradients_are_the_same(policy, packed):
+def test_rematerialised_gradients_are_the_same(policy, quantized):
     model, params = build("llama-rope")
-    if packed:
+    if quantized:
         params = quantize_params(params, QuantConfig(bnb_4bit_compute_dtype="float32"))
     ids = tokens(model, 2, 8)
     x = params["model"]["embed_tokens"]["embedding"]
@@ -122,10 +122,10 @@ def test_rematerialised_gradients_are_the_same(policy, packed):
         plain = gradient(x, model)
     jax.clear_caches()  # else what was traced is taken again
     remat = dataclasses.replace(model, gradient_checkpointing=policy)
-    for each in (remat, model):
-        np.testing.assert_allclose(gradient(x, each), plain, rtol=1e-4, atol=1e-5)
-        assert policies(jax.make_jaxpr(each)(params, ids)) == {
-            layer_scan.checkpoint_policy(each.gradient_checkpointing)
+    for variant in (remat, model):
+        np.testing.assert_allclose(gradient(x, variant), plain, rtol=1e-4, atol=1e-5)
+        assert policies(jax.make_jaxpr(variant)(params, ids)) == {
+            layer_scan.checkpoint_policy(variant.gradient_checkpointing)
         }
 
 

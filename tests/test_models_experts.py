@@ -137,11 +137,11 @@ def test_quantized_experts_compute_what_dequantized_ones_do(name, tmp_path):
     model, params = build(name)
     save_pretrained(tmp_path, model, params)
     settings = QuantConfig(block_size=32, bnb_4bit_compute_dtype="float32")
-    _, packed = load_pretrained(tmp_path, dtype="float32", quantization=settings)
+    _, quantized = load_pretrained(tmp_path, dtype="float32", quantization=settings)
     want = quantize_params(params, settings)
-    assert jax.tree.structure(packed) == jax.tree.structure(want)
-    jax.tree.map(np.testing.assert_array_equal, packed, want)
-    experts = packed["model"]["layers"]["mlp"]["experts"]
+    assert jax.tree.structure(quantized) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, quantized, want)
+    experts = quantized["model"]["layers"]["mlp"]["experts"]
     assert all(is_quantized(experts[kind]) for kind in ("gate_up_proj", "down_proj"))
     dense = jax.tree.map(
         lambda q: q.dequantize() if is_quantized(q) else q, want, is_leaf=is_quantized
@@ -160,12 +160,12 @@ def test_quantized_experts_compute_what_dequantized_ones_do(name, tmp_path):
     expected = run(table, dense, ids)
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        placed = sharding.place(packed, sharding.shardings(packed, mesh))
+        placed = sharding.place(quantized, sharding.shardings(quantized, mesh))
         results = [run(table, placed, ids)]
-    for got in [run(table, packed, ids), *results]:
+    for got in [run(table, quantized, ids), *results]:
         for a, b in zip(got, expected, strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
     with pytest.raises(ConfigError, match=r"quantized experts[\s\S]*llm_int8_skip_modules"):
-        save_pretrained(tmp_path, model, packed, quantized=True)
-    save_pretrained(tmp_path, model, packed)
+        save_pretrained(tmp_path, model, quantized, quantized=True)
+    save_pretrained(tmp_path, model, quantized)
     jax.tree.map(np.testing.assert_array_equal, load_pretrained(tmp_path, "float32")[1], dense)

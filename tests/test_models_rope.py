@@ -102,8 +102,10 @@ def test_packed_documents_turn_as_each_alone(settings):
         start = 0
         for _, length in documents:
             alone = rope.table(jnp.arange(length)[None])
-            for ours, own in zip(packed, alone, strict=True):
-                np.testing.assert_allclose(ours[row, start : start + length], own[0], atol=3e-6)
+            for actual, expected in zip(packed, alone, strict=True):
+                np.testing.assert_allclose(
+                    actual[row, start : start + length], expected[0], atol=3e-6
+                )
             start += length
     short, long = (np.asarray(rope.table(jnp.arange(n)[None])[1])[0, 7] for n in (8, 9))
     assert np.abs(short - long)[1:].min() > 1e-3  # the length matters

@@ -98,8 +98,8 @@ def test_chunks_that_no_query_sees_are_not_computed(ids, window):
 
 def test_low_precision_matches_what_it_rounds():
     q, k, v = qkv(jnp.bfloat16)
-    wide = [x.astype(jnp.float32) for x in (q, k, v)]
-    grads = [gradients(which, *x, window=6) for which, x in ((0, (q, k, v)), (1, wide))]
+    in_float32 = [x.astype(jnp.float32) for x in (q, k, v)]
+    grads = [gradients(which, *x, window=6) for which, x in ((0, (q, k, v)), (1, in_float32))]
     for got, want in zip(*grads, strict=True):
         assert got.dtype == jnp.bfloat16
         error = np.linalg.norm(got.astype(jnp.float32) - want) / np.linalg.norm(want)

@@ -19,7 +19,7 @@ def sevens(q, k, v):
     return q * 0 + 7
 
 
-def asked(q, k, v, ids=None, window=None, scale=0.4):
+def cudnn_attend(q, k, v, ids=None, window=None, scale=0.4):
     return cudnn.attend(q, k, v, ids, window, scale, sevens, packed=True, implementation="xla")
 
 
@@ -27,24 +27,24 @@ def asked(q, k, v, ids=None, window=None, scale=0.4):
 def test_causality_and_windows_are_the_references(window):
     q, k, v = qkv()
     want = attend(q, k, v, scale=0.4, window=window, backend="reference")
-    np.testing.assert_allclose(asked(q, k, v, window=window), want, atol=1e-6)
+    np.testing.assert_allclose(cudnn_attend(q, k, v, window=window), want, atol=1e-6)
 
 
 def test_scale_may_be_traced():
     q, k, v = qkv()
     want = attend(q, k, v, scale=0.4, backend="reference")
-    np.testing.assert_allclose(jax.jit(asked)(q, k, v, scale=0.4), want, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(cudnn_attend)(q, k, v, scale=0.4), want, atol=1e-6)
 
 
 def test_rows_of_one_document_are_computed_and_many_go_another_way():
     q, k, v = qkv()
     alone = jnp.asarray([[1] * 9, [4] * 5 + [0] * 4])
     many = alone.at[0, 6:].set(256)
-    got = asked(q, k, v, alone, 3)
+    got = cudnn_attend(q, k, v, alone, 3)
     want = attend(q, k, v, scale=0.4, segment_ids=alone, window=3, backend="reference")
     np.testing.assert_allclose(got[alone > 0], want[alone > 0], atol=1e-6)
     assert np.isfinite(got).all()
-    assert (asked(q, k, v, many, 3) == 7).all()
+    assert (cudnn_attend(q, k, v, many, 3) == 7).all()
 
 
 def test_what_counts_as_one_document():

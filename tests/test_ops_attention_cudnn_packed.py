@@ -32,7 +32,7 @@ def refused(q, k, v):
     return q * jnp.nan
 
 
-def ours(q, k, v, segment_ids, scale, window=None):
+def cudnn_attend(q, k, v, segment_ids, scale, window=None):
     case = Case(dtype=q.dtype.name, length=q.shape[1], head_dim=q.shape[3], segments=True)
     packed = cudnn.supports_packed_rows(case)
     return cudnn.attend(
@@ -50,7 +50,7 @@ def promotion():
 
 def both(dtype, dim, size=1.0, **more):
     reference = functools.partial(attend, backend="reference")
-    for function in (ours, reference):
+    for function in (cudnn_attend, reference):
         gradient = jax.jit(jax.grad(functools.partial(loss, function, **more), (0, 1, 2), True))
         yield jax.tree.leaves(gradient(*qkv(dtype, dim, size)))
 
@@ -88,8 +88,8 @@ def test_another_document_changes_no_bit():
 
     def results(q, k, v):
         weights = jnp.where(other, 0.0, 1.0)[:, :, None, None]
-        f = lambda *x: (ours(*x, IDS, 0.125).astype(jnp.float32) * weights).sum()  # noqa: E731
-        return ours(q, k, v, IDS, 0.125), *jax.grad(f, (0, 1, 2))(q, k, v)
+        f = lambda *x: (cudnn_attend(*x, IDS, 0.125).astype(jnp.float32) * weights).sum()  # noqa: E731
+        return cudnn_attend(q, k, v, IDS, 0.125), *jax.grad(f, (0, 1, 2))(q, k, v)
 
     for a, b in zip(results(q, k, v), results(*map(changed, (q, k, v))), strict=True):
         np.testing.assert_array_equal(a[~other], b[~other])
@@ -97,16 +97,16 @@ def test_another_document_changes_no_bit():
 
 def test_gradients_stay_in_their_document():
     q, k, v = qkv(jnp.bfloat16, 64)
-    mine = np.asarray(IDS) == np.asarray([[3], [127]])
-    f = lambda *x: (ours(*x, IDS, 0.125)[mine] ** 2).sum()  # noqa: E731
+    own_document = np.asarray(IDS) == np.asarray([[3], [127]])
+    f = lambda *x: (cudnn_attend(*x, IDS, 0.125)[own_document] ** 2).sum()  # noqa: E731
     for gradient in jax.grad(f, (0, 1, 2))(q, k, v):
         assert np.isfinite(gradient).all()
-        assert not gradient[~mine].any() and gradient[mine].any()
+        assert not gradient[~own_document].any() and gradient[own_document].any()
 
 
 @pytest.mark.parametrize(("ids", "dim"), [(IDS + 1, 64), (-IDS, 64), (IDS, 120)])
 def test_what_has_no_code_goes_another_way(ids, dim):
-    assert np.isnan(ours(*qkv(jnp.bfloat16, dim), ids, 0.1)).all()
+    assert np.isnan(cudnn_attend(*qkv(jnp.bfloat16, dim), ids, 0.1)).all()
 
 
 def by_jax(monkeypatch, after=lambda out: out):

@@ -34,18 +34,20 @@ def loss(function, q, k, v, sinks, **masks):
 )
 def test_results_and_gradients_match_the_reference(segments, window, softcap, sinks):
     masks = {"segment_ids": segments, "window": window, "softcap": softcap}
-    ours = functools.partial(splash.attend, interpret=True)
+    splash_attend = functools.partial(splash.attend, interpret=True)
     places = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
     got, want = (
         jax.grad(functools.partial(loss, f, **masks), places, has_aux=True)(*qkv(), sinks)
-        for f in (ours, functools.partial(attend, backend="reference"))
+        for f in (splash_attend, functools.partial(attend, backend="reference"))
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 
 def test_sinks_of_another_type_than_the_queries_have_gradients_of_their_own():
-    ours = functools.partial(splash.attend, segment_ids=SEGMENTS, window=None, interpret=True)
-    gradient, _ = jax.grad(functools.partial(loss, ours), 3, has_aux=True)(
+    splash_attend = functools.partial(
+        splash.attend, segment_ids=SEGMENTS, window=None, interpret=True
+    )
+    gradient, _ = jax.grad(functools.partial(loss, splash_attend), 3, has_aux=True)(
         *qkv(jnp.bfloat16), SINKS
     )
     assert gradient.dtype == SINKS.dtype

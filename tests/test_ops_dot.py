@@ -178,16 +178,16 @@ def test_columns_of_any_weight_are_those_of_the_dense_one():
     for leaf in (w, nf4.quantize(w.T).mT, nf4.quantize(w.T[:, :40]).mT, int8.quantize(w.T).mT):
         rows = leaf.shape[0]
         for weight in (leaf, LoraWeight(leaf, a[:rows], b, jnp.float32(0.5))):
-            whole, part = dot(x[..., :rows], weight), from_96(x[..., :rows], weight)
-            np.testing.assert_allclose(part, whole[..., 96:120], rtol=1e-5, atol=1e-5)
+            full, part = dot(x[..., :rows], weight), from_96(x[..., :rows], weight)
+            np.testing.assert_allclose(part, full[..., 96:120], rtol=1e-5, atol=1e-5)
 
 
 def test_packed_weights_give_wide_results_unrounded():
     x, w, _, _ = weights(jnp.bfloat16)
     q = nf4.quantize(w.T).mT
     exact = np.asarray(x, np.float64) @ np.asarray(q.dequantize(), np.float64)
-    wide = dot(x, q, jnp.float32)
-    np.testing.assert_allclose(wide, exact, rtol=1e-5, atol=1e-5)
+    in_float32 = dot(x, q, jnp.float32)
+    np.testing.assert_allclose(in_float32, exact, rtol=1e-5, atol=1e-5)
     assert np.abs(np.asarray(dot(x, q), np.float64) - exact).max() > 1e-3  # bfloat16's rounding
     gradient = jax.grad(lambda x: jnp.sum(dot(x, q, jnp.float32)))(x)
     expected = np.ones((10, O)) @ np.asarray(q.dequantize(), np.float64).T
@@ -199,18 +199,18 @@ def test_packed_weights_give_wide_results_unrounded():
 def test_wide_results_leave_the_weight_narrow():
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((4, I), (I, O)))
-    wide_x, wide_w = (np.asarray(a, np.float64) for a in (x, w))
-    wide = dot(x, w, jnp.float32)
-    assert wide.dtype == jnp.float32
-    np.testing.assert_allclose(wide, wide_x @ wide_w, rtol=1e-5, atol=1e-5)
+    x64, w64 = (np.asarray(a, np.float64) for a in (x, w))
+    product = dot(x, w, jnp.float32)
+    assert product.dtype == jnp.float32
+    np.testing.assert_allclose(product, x64 @ w64, rtol=1e-5, atol=1e-5)
 
     def loss(x, w):
         return jnp.sum(jnp.sin(dot(x, w, jnp.float32)))
 
     dx, dw = (np.asarray(g, np.float64) for g in jax.grad(loss, argnums=(0, 1))(x, w))
-    g = np.asarray(jnp.cos(wide).astype(jnp.bfloat16), np.float64)
-    np.testing.assert_allclose(dx, g @ wide_w.T, rtol=1e-2)
-    np.testing.assert_allclose(dw, wide_x.T @ g, rtol=1e-2)
+    g = np.asarray(jnp.cos(product).astype(jnp.bfloat16), np.float64)
+    np.testing.assert_allclose(dx, g @ w64.T, rtol=1e-2)
+    np.testing.assert_allclose(dw, x64.T @ g, rtol=1e-2)
     assert f"f32[{I},{O}]" not in str(jax.make_jaxpr(jax.grad(loss))(x, w))
 
 

@@ -45,13 +45,13 @@ def adapter_of(**fields):
 ADAPTER = adapter_of()
 
 
-def kept_shapes(length, remat, key, adapter=ADAPTER):
+def saved_shapes(length, remat, key, adapter=ADAPTER):
     """Of the arrays that the forward scan gives the backward one, what follows (layers, rows)."""
-    kept = kept_arrays(length, remat, key, adapter)
-    return Counter((a.shape[2:], a.dtype.name) for a in kept)
+    saved = saved_arrays(length, remat, key, adapter)
+    return Counter((a.shape[2:], a.dtype.name) for a in saved)
 
 
-def kept_arrays(length, remat, key, adapter=ADAPTER):
+def saved_arrays(length, remat, key, adapter=ADAPTER):
     """The same, as they are."""
     model = dataclasses.replace(MODEL, gradient_checkpointing=remat)
     ids = jax.ShapeDtypeStruct((ROWS, length), jnp.int32)
@@ -63,24 +63,25 @@ def kept_arrays(length, remat, key, adapter=ADAPTER):
     scans = [e for e in equations(jaxpr) if e.primitive.name == "scan"]
     loops = [e for e in scans if e.params["length"] == LAYERS]  # DoRA's norms are one, too
     stacked = [[v.aval for v in e.outvars] for e in loops]
-    kept = [[a for a in results if a.shape[:2] == (LAYERS, ROWS)] for results in stacked]
-    return next(filter(None, kept))
+    saved = [[a for a in results if a.shape[:2] == (LAYERS, ROWS)] for results in stacked]
+    return next(filter(None, saved))
 
 
 @pytest.mark.parametrize("length", [16, 80], ids=["reference", "chunked"])
 def test_a_layer_keeps_its_products_and_nothing_else(length):
-    kept = Counter({((length, R), "bfloat16"): 7})  # x @ A of the adapter's seven
-    kept.update(((length, n), "bfloat16") for n in (48, 64, 128, 128))  # v, o, gate and up
-    kept.update(((length, n, 24), "bfloat16") for n in (4, 2))  # q and k, rotated
-    kept.update([((length, 64), "bfloat16"), ((length, 4, 24), "bfloat16")])  # stream, attention
+    expected = Counter({((length, R), "bfloat16"): 7})  # x @ A of the adapter's seven
+    expected.update(((length, n), "bfloat16") for n in (48, 64, 128, 128))  # v, o, gate and up
+    expected.update(((length, n, 24), "bfloat16") for n in (4, 2))  # q and k, rotated
+    expected.update([((length, 64), "bfloat16")])  # the residual stream
+    expected.update([((length, 4, 24), "bfloat16")])  # the attention's result
     if length == 80:
-        kept.update([((length, 4), "float32")])  # each softmax's denominator
-    assert kept_shapes(length, False, None) == kept
+        expected.update([((length, 4), "float32")])  # each softmax's denominator
+    assert saved_shapes(length, False, None) == expected
 
 
 def test_dropout_keeps_what_it_drew():
     """A mask for each of the seven, of the width that its layer reads; none is drawn again."""
-    plain, dropped = (kept_shapes(16, False, key) for key in (None, jax.random.key(2)))
+    plain, dropped = (saved_shapes(16, False, key) for key in (None, jax.random.key(2)))
     masks = Counter(((16, n), "bool") for n in (64, 64, 64, 96, 64, 64, 128))
     assert dropped == plain + masks
 
@@ -88,19 +89,19 @@ def test_dropout_keeps_what_it_drew():
 def test_dora_keeps_what_its_gain_multiplies():
     """The base's product of each of the seven, which the gain's gradient would compute again."""
     plain, dora = (
-        kept_shapes(16, False, None, each) for each in (ADAPTER, adapter_of(use_dora=True))
+        saved_shapes(16, False, None, adapter) for adapter in (ADAPTER, adapter_of(use_dora=True))
     )
     products = Counter(((16, n), "bfloat16") for n in (96, 48, 48, 64, 128, 128, 64))
     assert dora == plain + products
 
 
 def test_checkpointing_keeps_the_stream_alone():
-    assert kept_shapes(16, True, jax.random.key(2)) == {((16, 64), "bfloat16"): 1}
+    assert saved_shapes(16, True, jax.random.key(2)) == {((16, 64), "bfloat16"): 1}
 
 
 def test_offloading_keeps_the_stream_on_the_host():
-    (host,) = kept_arrays(16, "offload", jax.random.key(2))
-    (device,) = kept_arrays(16, True, jax.random.key(2))
+    (host,) = saved_arrays(16, "offload", jax.random.key(2))
+    (device,) = saved_arrays(16, True, jax.random.key(2))
     assert (host.shape, host.dtype) == (device.shape, device.dtype)
     assert (host.memory_space, device.memory_space) == (
         jax.memory.Space.Host,

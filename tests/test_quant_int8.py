@@ -18,10 +18,10 @@ def normal(*shape, dtype=np.float32):
 
 def formula(w):
     """Codes and absmax of the rows, by LLM.int8's definition."""
-    wide = np.asarray(w, np.float32)
-    absmax = np.abs(wide).max(axis=-1)
+    w32 = np.asarray(w, np.float32)
+    absmax = np.abs(w32).max(axis=-1)
     scale = np.divide(np.float32(1), absmax, out=np.zeros_like(absmax), where=absmax > 0) * 127
-    return np.rint(wide * scale[..., None]).astype(np.int8), absmax
+    return np.rint(w32 * scale[..., None]).astype(np.int8), absmax
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

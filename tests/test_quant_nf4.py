@@ -205,8 +205,8 @@ def test_rows_that_are_taken_are_the_dequantized_ones(shape, double_quant):
 def test_columns_of_even_and_odd_index_apart(double_quant):
     """As TPUs dequantize: the same values, also where they are put together again."""
     q = nf4.quantize(normal(96, 256), 64, double_quant)
-    for packed in (q, q.mT):
-        even, odd = nf4.dequantize_even_odd(packed)
+    for leaf in (q, q.mT):
+        even, odd = nf4.dequantize_even_odd(leaf)
         np.testing.assert_array_equal(even, nf4.dequantize(q)[:, ::2])
         np.testing.assert_array_equal(odd, nf4.dequantize(q)[:, 1::2])
     stack = jax.vmap(lambda w: nf4.quantize(w, 64, double_quant))(normal(3, 96, 256))

@@ -32,33 +32,33 @@ def small_tree():
 
 def test_quantize_params_packs_kernels_as_bitsandbytes_does():
     params = small_tree()
-    packed = quantize_params(params, QuantConfig())
-    q = packed["model"]["layers"]["q_proj"]["kernel"]
+    quantized = quantize_params(params, QuantConfig())
+    q = quantized["model"]["layers"]["q_proj"]["kernel"]
     assert q.shape == (3, 64, 32) and q.dtype == jnp.bfloat16
     kernel = params["model"]["layers"]["q_proj"]["kernel"]
     for layer in range(3):
         alone = nf4.quantize(kernel[layer].T)
         np.testing.assert_array_equal(np.asarray(q.codes[layer]), np.asarray(alone.codes))
-    assert isinstance(packed["model"]["out"]["kernel"], nf4.NF4Array)
+    assert isinstance(quantized["model"]["out"]["kernel"], nf4.NF4Array)
     same = [("lm_head", "kernel"), ("model", "embed_tokens"), ("model", "layers", "norm")]
     for path in same:
-        a, b = params, packed
+        a, b = params, quantized
         for key in path:
             a, b = a[key], b[key]
         assert jax.tree.all(jax.tree.map(lambda x, y: x is y, a, b))
-    again = quantize_params(packed, QuantConfig())
+    again = quantize_params(quantized, QuantConfig())
     assert again["model"]["layers"]["q_proj"]["kernel"] is q
 
 
 def test_embeddings_and_the_head_are_packed_when_asked():
     params = small_tree()
-    packed = quantize_params(params, QuantConfig(include_modules=["embed_tokens", "lm_head"]))
-    table, head = packed["model"]["embed_tokens"]["embedding"], packed["lm_head"]["kernel"]
+    quantized = quantize_params(params, QuantConfig(include_modules=["embed_tokens", "lm_head"]))
+    table, head = quantized["model"]["embed_tokens"]["embedding"], quantized["lm_head"]["kernel"]
     plain = params["model"]["embed_tokens"]["embedding"], params["lm_head"]["kernel"]
     assert not table.transposed and head.transposed  # both as torch has them, [vocabulary, dim]
     chex.assert_trees_all_equal(table, nf4.quantize(plain[0]))
     chex.assert_trees_all_equal(head, nf4.quantize(plain[1].T).mT)
-    assert isinstance(packed["model"]["layers"]["norm"]["scale"], jax.Array)
+    assert isinstance(quantized["model"]["layers"]["norm"]["scale"], jax.Array)
 
 
 @pytest.mark.parametrize(
@@ -82,12 +82,12 @@ def test_the_settings_choose_the_packing(settings, oracle):
 
 def test_quantize_params_leaves_out_what_it_is_told_to():
     skip = QuantConfig(llm_int8_skip_modules=["out", "lm_head"])
-    packed = quantize_params(small_tree(), skip)
-    assert isinstance(packed["model"]["out"]["kernel"], jax.Array)
-    assert isinstance(packed["model"]["layers"]["q_proj"]["kernel"], nf4.NF4Array)
+    quantized = quantize_params(small_tree(), skip)
+    assert isinstance(quantized["model"]["out"]["kernel"], jax.Array)
+    assert isinstance(quantized["model"]["layers"]["q_proj"]["kernel"], nf4.NF4Array)
     skip = QuantConfig(llm_int8_skip_modules=["model.layers"])
-    packed = quantize_params(small_tree(), skip)
-    assert isinstance(packed["model"]["layers"]["q_proj"]["kernel"], jax.Array)
+    quantized = quantize_params(small_tree(), skip)
+    assert isinstance(quantized["model"]["layers"]["q_proj"]["kernel"], jax.Array)
 
 
 @pytest.mark.parametrize("key", ["llm_int8_skip_modules", "include_modules"])
@@ -105,14 +105,14 @@ def test_the_matrix_of_each_expert_is_packed_for_itself(settings):
     experts = {"gate_up_proj": normal(2, 3, 32, 64), "down_proj_bias": normal(2, 3, 64)}
     tree = {"layers": {"gate": {"weight": normal(2, 3, 64)}, "experts": experts}}
     config = QuantConfig(**settings)
-    packed = quantize_params(tree, config)["layers"]
-    q = packed["experts"]["gate_up_proj"]
+    quantized = quantize_params(tree, config)["layers"]
+    q = quantized["experts"]["gate_up_proj"]
     assert q.shape == (2, 3, 32, 64) and not q.transposed
     one = jax.jit(lambda w: quantize_matrix(w, config))
     for at in np.ndindex(2, 3):
         alone = one(experts["gate_up_proj"][at])
         jax.tree.map(lambda a, b, at=at: np.testing.assert_array_equal(a[at], b), q, alone)
-    assert packed["gate"]["weight"].dtype == packed["experts"]["down_proj_bias"].dtype
-    assert not is_quantized(packed["gate"]["weight"])
+    assert quantized["gate"]["weight"].dtype == quantized["experts"]["down_proj_bias"].dtype
+    assert not is_quantized(quantized["gate"]["weight"])
     skip = QuantConfig(**settings, llm_int8_skip_modules=("experts",))
     assert not is_quantized(quantize_params(tree, skip)["layers"]["experts"]["gate_up_proj"])

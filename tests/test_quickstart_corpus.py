@@ -79,9 +79,9 @@ def test_chat_template(tmp_path):
     tokenizer.save_tokenizer(tmp_path, tokenizer.train_tokenizer([SOURCE], 280), 512)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
-    whole = loaded.apply_chat_template(chat, tokenize=False)
+    conversation = loaded.apply_chat_template(chat, tokenize=False)
     prompt = loaded.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
-    assert whole == "<|user|>Hi<|end|><|assistant|>Yes<|end|>"
+    assert conversation == "<|user|>Hi<|end|><|assistant|>Yes<|end|>"
     assert prompt == "<|user|>Hi<|end|><|assistant|>"
     assert (loaded.eos_token, loaded.pad_token) == ("<|end|>", "<|pad|>")
     assert loaded("<|end|>", add_special_tokens=False)["input_ids"] == [4]

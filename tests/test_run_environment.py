@@ -23,8 +23,8 @@ def test_compiled_programs_are_kept_in_the_users_cache(tmp_path, cache_settings)
     folder = environment.enable_compilation_cache({"XDG_CACHE_HOME": str(tmp_path)})
     assert folder.parent == tmp_path / "jlora"
     assert jax.config.jax_compilation_cache_dir == str(folder)
-    own = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}
-    assert environment.enable_compilation_cache(own) == tmp_path / "own"
+    environ = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}
+    assert environment.enable_compilation_cache(environ) == tmp_path / "own"
 
 
 def test_a_cache_folder_that_cannot_be_written_is_no_error(tmp_path, cache_settings):

@@ -64,5 +64,5 @@ def test_every_setting_is_shown_as_it_was_resolved(tmp_path):
     )
     lines = in_lines(config)
     assert lines["quantization"] == "null" and all("\n" not in line for line in lines.values())
-    whole = yaml.safe_load(to_yaml(config))
-    assert {name: yaml.safe_load(line) for name, line in lines.items()} == whole
+    expected = yaml.safe_load(to_yaml(config))
+    assert {name: yaml.safe_load(line) for name, line in lines.items()} == expected

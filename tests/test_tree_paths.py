@@ -82,6 +82,6 @@ def test_map_leaves_gives_path_and_leaf(llama):
 
 
 def test_a_leaf_may_be_anything_with_a_shape():
-    packed = SimpleNamespace(shape=(L, 4, 6))
-    (leaf,) = paths.leaves({"h": {"q": {"kernel": packed}}})
-    assert leaf.value is packed and leaf.shape == (4, 6)
+    weight = SimpleNamespace(shape=(L, 4, 6))
+    (leaf,) = paths.leaves({"h": {"q": {"kernel": weight}}})
+    assert leaf.value is weight and leaf.shape == (4, 6)

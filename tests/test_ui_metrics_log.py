@@ -36,13 +36,13 @@ def test_resuming_drops_later_lines_and_a_torn_one(tmp_path):
     with MetricsLog(path) as log:
         for step in (1, 2, 3):
             log.write(step, loss=1.0 / step)
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"step": 4, "lo')
+    complete = path.read_bytes()
+    path.write_bytes(complete + b'{"step": 4, "lo')
     assert [line["step"] for line in metrics_log.read_metrics(path)] == [1, 2, 3]
     with MetricsLog(path) as log:
         log.truncate_to(2)
         log.write(3, loss=1.0 / 3)
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == complete
 
 
 def test_of_two_lines_of_one_step_the_uncounted_one_is_dropped(tmp_path):

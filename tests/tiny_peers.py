@@ -296,7 +296,7 @@ def assert_close(got: Any, want: Any, bound: float, name: str = "") -> None:
     )
 
 
-def compare(base: Base, theirs: Any, adapter: Any) -> None:
+def compare(base: Base, peft_model: Any, adapter: Any) -> None:
     """Logits, and every gradient of a function of them, to 1e-5 of the largest value."""
 
     def loss(adapter):
@@ -306,14 +306,14 @@ def compare(base: Base, theirs: Any, adapter: Any) -> None:
     (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)(
         adapter
     )
-    out = theirs(input_ids=torch.tensor(IDS).long()).logits
+    out = peft_model(input_ids=torch.tensor(IDS).long()).logits
     assert_close(logits, out.detach().numpy(), 1e-5)
     moved = np.abs(torch_logits(base.module) - out.detach().numpy()).max()
     assert moved > 1e-3 * np.abs(logits).max(), "the adapter shows"
 
     out.sin().sum().backward()
-    trained = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
-    want = peft.get_peft_model_state_dict(theirs, trained, save_embedding_layers=False)
+    trained = {n: p.grad for n, p in peft_model.named_parameters() if p.requires_grad}
+    want = peft.get_peft_model_state_dict(peft_model, trained, save_embedding_layers=False)
     got = adapter_io.to_peft_tensors(dataclasses.replace(grads, initial=None))
     assert set(got) == set(want)
     for key, value in want.items():

@@ -40,8 +40,10 @@ def run(
 
 def trained(place: Place, *, quantized: bool = False) -> tuple[Any, Any]:
     """The model and its parameters with the adapter on them, read by jlora's public functions."""
-    packed = jlora.QuantConfig(bnb_4bit_compute_dtype="float32") if quantized else None
-    model, params = jlora.load_pretrained(str(place.base), dtype="float32", quantization=packed)
+    quantization = jlora.QuantConfig(bnb_4bit_compute_dtype="float32") if quantized else None
+    model, params = jlora.load_pretrained(
+        str(place.base), dtype="float32", quantization=quantization
+    )
     return model, jlora.attach(params, jlora.load_adapter(place.output, params))
 
 

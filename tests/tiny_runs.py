@@ -106,14 +106,14 @@ class Place:
     def start(self, *arguments: Any, **env: str) -> subprocess.Popen:
         """``python -m jlora.train`` on one CPU device."""
         command = [sys.executable, "-m", "jlora.train", *map(str, arguments)]
-        own = {
+        variables = {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "",
             "XDG_CACHE_HOME": str(self.cache),
             "PYTHONPATH": os.pathsep.join(map(str, (self._site(), PACKAGE.parent))),
         }
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, env=os.environ | own | env, cwd=self.folder, **pipes)
+        return subprocess.Popen(command, env=os.environ | variables | env, cwd=self.folder, **pipes)
 
     def _site(self) -> Path:
         """Hides torch, which transformers would import if it were there: half of a start."""
