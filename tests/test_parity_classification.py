@@ -166,7 +166,7 @@ def test_adapters_are_exchanged_with_peft_in_both_directions(pair, name, tmp_pat
     np.testing.assert_allclose(torch_logits(loaded, texts(model)), want, atol=1e-6)
 
 
-def test_a_new_adapter_has_the_tensors_of_pefts(pair, tmp_path):
+def test_a_new_adapter_has_pefts_names_and_shapes(pair, tmp_path):
     causal, params = tiny_models.build("llama")
     save_pretrained(tmp_path, causal, params)
     _, params = load_pretrained(tmp_path, dtype="float32", num_labels=3)

@@ -1,4 +1,4 @@
-"""LoRA against peft on tiny random models: names, logits, gradients, merged and first values."""
+"""LoRA compared with peft on tiny models: names, logits, gradients, merged and initial weights."""
 
 import dataclasses
 from typing import Any
@@ -41,30 +41,30 @@ def bases(tmp_path_factory):
 def case(bases, name, tmp_path):
     """(base, peft's model, the same adapter read by jlora)."""
     base, fields = bases[CASES[name][0]], CASES[name][1]
-    theirs = make_peft(base, fields)
-    theirs.save_pretrained(tmp_path / "peft")
-    return base, theirs, jlora.load_adapter(tmp_path / "peft", base.params)
+    peft_model = make_peft(base, fields)
+    peft_model.save_pretrained(tmp_path / "peft")
+    return base, peft_model, jlora.load_adapter(tmp_path / "peft", base.params)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_adapted_modules_are_pefts(bases, name):
+def test_adapted_modules_match_peft(bases, name):
     base, fields = bases[CASES[name][0]], CASES[name][1]
-    theirs = peft.get_peft_model(copy.deepcopy(base.module), peft.LoraConfig(**fields))
+    peft_model = peft.get_peft_model(copy.deepcopy(base.module), peft.LoraConfig(**fields))
     config, targets = find_targets(base.params, jlora.LoraConfig(**fields))
-    ours = [n for t in targets for n, r in zip(t.names, t.ranks, strict=True) if r]
-    names = [*theirs.targeted_module_names, *theirs.targeted_parameter_names]
-    assert sorted(ours) == sorted(names)
-    again, _ = find_targets(base.params, config)
-    assert again == config, "what was resolved resolves to itself"
+    jlora_names = [n for t in targets for n, r in zip(t.names, t.ranks, strict=True) if r]
+    peft_names = [*peft_model.targeted_module_names, *peft_model.targeted_parameter_names]
+    assert sorted(jlora_names) == sorted(peft_names)
+    resolved, _ = find_targets(base.params, config)
+    assert resolved == config, "resolving a resolved config does not change it"
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_logits_gradients_and_merged_weights_are_pefts(case, name, tmp_path):
-    base, theirs, adapter = case
-    compare(base, theirs, adapter)
+def test_logits_gradients_and_merged_weights_match_peft(case, name, tmp_path):
+    base, peft_model, adapter = case
+    compare(base, peft_model, adapter)
     if name == "gpt2's tied embeddings":  # peft's merge changes the head, too
         return
-    theirs.merge_and_unload().save_pretrained(tmp_path / "want")
+    peft_model.merge_and_unload().save_pretrained(tmp_path / "want")
     merged = load_file(tmp_path / "want" / "model.safetensors")
     jlora.save_pretrained(tmp_path / "merged", base.model, jlora.merge(base.params, adapter))
     for key, value in load_file(tmp_path / "merged" / "model.safetensors").items():
@@ -76,26 +76,26 @@ def test_logits_gradients_and_merged_weights_are_pefts(case, name, tmp_path):
     ["all-linear", "DoRA in some layers", "gpt2, DoRA", "embeddings, DoRA", "LoRA with a bias",
      "gpt2, tokens of tied embeddings", "experts"],
 )  # fmt: skip
-def test_on_packed_bases_as_on_the_weights_that_they_stand_for(bases, name, tmp_path):
-    """bitsandbytes rounds otherwise in places (below); what is packed here is compared exactly."""
+def test_a_quantized_base_gives_the_results_of_its_dequantized_weights(bases, name, tmp_path):
+    """peft gets jlora's dequantized weights, since bitsandbytes rounds a few of them otherwise."""
     base, fields = bases[CASES[name][0]], CASES[name][1]
     table = "wte" if CASES[name][0] == "gpt2" else "embed_tokens"
     settings = jlora.QuantConfig(block_size=32, include_modules=[table])
-    packed = jlora.quantize(base.params, settings)
-    jlora.save_pretrained(tmp_path / "base", base.model, packed)
+    quantized = jlora.quantize(base.params, settings)
+    jlora.save_pretrained(tmp_path / "base", base.model, quantized)
     module = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", dtype=torch.float32, attn_implementation="eager"
     )
-    theirs = make_peft(base, fields, module)
-    theirs.save_pretrained(tmp_path / "peft")
-    adapter = jlora.load_adapter(tmp_path / "peft", packed)
-    plain = dataclasses.replace(base, module=copy.deepcopy(base.module), params=packed)
-    compare(plain, theirs, adapter)
+    peft_model = make_peft(base, fields, module)
+    peft_model.save_pretrained(tmp_path / "peft")
+    adapter = jlora.load_adapter(tmp_path / "peft", quantized)
+    quantized_base = dataclasses.replace(base, module=copy.deepcopy(base.module), params=quantized)
+    compare(quantized_base, peft_model, adapter)
 
 
 @pytest.mark.parametrize("kind", [True, "gaussian", False])
 @pytest.mark.parametrize("target", ["linear", "linear, with biases", "embedding", "experts"])
-def test_first_values_are_drawn_as_pefts(bases, kind, target):
+def test_initial_values_have_pefts_distribution(bases, kind, target):
     base = bases["qwen3_moe" if target == "experts" else "llama"]
     fields: dict[str, Any] = {"r": 32, "init_lora_weights": kind}
     fields |= {
@@ -109,8 +109,8 @@ def test_first_values_are_drawn_as_pefts(bases, kind, target):
             jlora.LoraConfig(**fields)
         return
     torch.manual_seed(0)
-    theirs = peft.get_peft_model(copy.deepcopy(base.module), peft.LoraConfig(**fields))
-    want = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
+    peft_model = peft.get_peft_model(copy.deepcopy(base.module), peft.LoraConfig(**fields))
+    want = peft.get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     adapter = jlora.init_adapter(jax.random.key(0), base.params, jlora.LoraConfig(**fields))
     got = adapter_io.to_peft_tensors(adapter)
     assert set(got) == set(want)
@@ -121,16 +121,16 @@ def test_first_values_are_drawn_as_pefts(bases, kind, target):
         if not tensor.any():
             assert not got[key].any()
         elif kind != "gaussian" and target != "embedding" and size > 1000:
-            # The bounds of a uniform distribution are sharp.
+            # Both reach the bounds of a uniform distribution.
             np.testing.assert_allclose(np.abs(got[key]).max(), np.abs(value).max(), rtol=0.02)
 
 
-def test_magnitudes_and_rows_start_as_the_bases_own(bases):
+def test_dora_magnitudes_and_token_rows_start_at_the_bases_values(bases):
     base = bases["llama"]
     fields: dict[str, Any] = {"target_modules": ["q_proj"], "use_dora": True}
     fields["trainable_token_indices"] = [3, 1]
-    theirs = peft.get_peft_model(copy.deepcopy(base.module), peft.LoraConfig(**fields))
-    want = peft.get_peft_model_state_dict(theirs)
+    peft_model = peft.get_peft_model(copy.deepcopy(base.module), peft.LoraConfig(**fields))
+    want = peft.get_peft_model_state_dict(peft_model)
     adapter = jlora.init_adapter(jax.random.key(0), base.params, jlora.LoraConfig(**fields))
     got = adapter_io.to_peft_tensors(adapter)
     assert set(got) == set(want)
@@ -140,36 +140,36 @@ def test_magnitudes_and_rows_start_as_the_bases_own(bases):
     assert_close(jlora_logits(base, base.params, adapter), torch_logits(base.module), 1e-5)
 
 
-def test_qlora_is_bitsandbytes_and_pefts(bases, tmp_path):
-    """Level-2 codes differ in up to 0.23 % of blocks: the rest of the difference is rounding.
+def test_qlora_matches_bitsandbytes_and_peft(bases, tmp_path):
+    """The codes of absmax differ in up to 0.23 % of blocks, everything else only by rounding.
 
-    Hence the measure: how far quantizing itself moves the logits; 2 % of that is allowed.
+    So the tolerance is relative to what quantization changes in the logits: 2 % of it.
     """
     pytest.importorskip("bitsandbytes")
     base = bases["llama"]
-    packing = {
+    quantization = {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,
     }
-    packed = transformers.AutoModelForCausalLM.from_pretrained(
+    bnb_model = transformers.AutoModelForCausalLM.from_pretrained(
         base.folder,
         quantization_config=transformers.BitsAndBytesConfig(
-            **packing, bnb_4bit_compute_dtype=torch.float32
+            **quantization, bnb_4bit_compute_dtype=torch.float32
         ),
         dtype=torch.float32,
         attn_implementation="eager",
         device_map="cpu",
     )
-    theirs = make_peft(base, {"target_modules": "all-linear"}, packed)
-    theirs.train()  # its forward pass without gradients repacks the weights in place
-    theirs.save_pretrained(tmp_path)
-    want = theirs(input_ids=torch.tensor(IDS).long()).logits.detach().numpy()
+    peft_model = make_peft(base, {"target_modules": "all-linear"}, bnb_model)
+    peft_model.train()  # in evaluation mode its forward pass rearranges the codes
+    peft_model.save_pretrained(tmp_path)
+    want = peft_model(input_ids=torch.tensor(IDS).long()).logits.detach().numpy()
 
-    settings = jlora.QuantConfig(**packing, bnb_4bit_compute_dtype="float32")
+    settings = jlora.QuantConfig(**quantization, bnb_4bit_compute_dtype="float32")
     _, params = jlora.load_pretrained(base.folder, dtype="float32", quantization=settings)
     adapter = jlora.load_adapter(tmp_path, params)
     got = jlora_logits(base, params, adapter)
-    moved = np.abs(jlora_logits(base, base.params, adapter) - want).max()
-    assert moved > 0.05 * np.abs(want).max()
-    assert np.abs(got - want).max() < 0.02 * moved
+    quantization_change = np.abs(jlora_logits(base, base.params, adapter) - want).max()
+    assert quantization_change > 0.05 * np.abs(want).max()
+    assert np.abs(got - want).max() < 0.02 * quantization_change

@@ -1,4 +1,4 @@
-"""A batch whose rows use different adapters, against peft's (``adapter_names=[…]``)."""
+"""A batch whose rows use different adapters, compared with peft (``adapter_names=[…]``)."""
 
 import copy
 
@@ -36,20 +36,20 @@ IDS = np.random.default_rng(0).integers(0, 64, (len(NAMES), 12), dtype=np.int32)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_a_mixed_batch_is_pefts(name, tmp_path):
+def test_a_mixed_batch_matches_peft(name, tmp_path):
     base = make_base(name, tmp_path / "base")
-    theirs = None
+    peft_model = None
     for seed, (adapter, fields) in enumerate(ADAPTERS[name].items()):
         single = make_peft(base, fields, seed=seed)
         single.save_pretrained(tmp_path / adapter)
-        if theirs is None:
+        if peft_model is None:
             module = copy.deepcopy(base.module)
-            theirs = peft.PeftModel.from_pretrained(module, tmp_path / adapter, adapter)
+            peft_model = peft.PeftModel.from_pretrained(module, tmp_path / adapter, adapter)
         else:
-            theirs.load_adapter(tmp_path / adapter, adapter)
+            peft_model.load_adapter(tmp_path / adapter, adapter)
     ids = torch.tensor(IDS).long()
     with torch.no_grad():
-        want = theirs.eval()(input_ids=ids, adapter_names=NAMES).logits.numpy()
+        want = peft_model.eval()(input_ids=ids, adapter_names=NAMES).logits.numpy()
 
     stack = jlora.stack_adapters(
         {n: jlora.load_adapter(tmp_path / n, base.params) for n in ADAPTERS[name]}
@@ -58,5 +58,5 @@ def test_a_mixed_batch_is_pefts(name, tmp_path):
     params = jlora.attach(base.params, stack, adapter_ids=rows)
     got = np.asarray(base.model(params, jnp.asarray(IDS)))
     assert_close(got, want, 1e-5)
-    moved = np.abs(got - torch_logits(base.module, IDS)).max((1, 2)) / np.abs(got).max()
-    assert moved[1] < 1e-5 and moved[[0, 2, 3, 4]].min() > 1e-3
+    change = np.abs(got - torch_logits(base.module, IDS)).max((1, 2)) / np.abs(got).max()
+    assert change[1] < 1e-5 and change[[0, 2, 3, 4]].min() > 1e-3
