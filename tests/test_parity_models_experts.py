@@ -1,4 +1,4 @@
-"""Mixtures against transformers and peft: folders they saved, logits, and every gradient."""
+"""Mixtures of experts compared with transformers and peft: their files, logits, all gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jlora.tree import paths
 
 pytestmark = PEERS_TALK
 IDS = np.random.default_rng(0).integers(3, 61, (2, 12), dtype=np.int32)
-ADAPTED = {
+LINEAR_LAYERS = {
     "mixtral": ["k_proj", "o_proj", "q_proj", "v_proj"],
     "qwen2_moe": [
         *("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj"),
@@ -24,14 +24,14 @@ ADAPTED = {
     "qwen3_moe": ["k_proj", "o_proj", "q_proj", "v_proj"],
     "gpt_oss": ["k_proj", "o_proj", "q_proj", "v_proj"],
 }
-"""The linear layers of each: routers and experts are bare parameters in transformers.
+"""The linear layers of each model: routers and experts are bare parameters in transformers.
 
-For two of them peft's own all-linear adds those parameters, as its ``target_parameters``.
+For two of these models peft's all-linear adds those parameters, as its ``target_parameters``.
 """
 
 
 def make_module(name):
-    """transformers' own random model, all of whose parameters matter."""
+    """A random model of transformers, in which every parameter affects the logits."""
     torch.manual_seed(0)
     hf = {k: v for k, v in CONFIGS[name].items() if k != "model_type"}
     config = transformers.AutoConfig.for_model(name, **hf, initializer_range=0.15)
@@ -44,44 +44,46 @@ def make_module(name):
     return module
 
 
-@pytest.mark.parametrize("name", ADAPTED)
-def test_logits_and_gradients_are_those_of_transformers_and_peft(name, tmp_path):
+@pytest.mark.parametrize("name", LINEAR_LAYERS)
+def test_logits_and_gradients_match_transformers_and_peft(name, tmp_path):
     module = make_module(name)
     module.save_pretrained(tmp_path / "base")
     base = Base(module, tmp_path, *jlora.load_pretrained(tmp_path / "base", dtype="float32"))
-    theirs = make_peft(base, {"target_modules": ADAPTED[name], "r": 3})
-    theirs.save_pretrained(tmp_path / "peft")
+    peft_model = make_peft(base, {"target_modules": LINEAR_LAYERS[name], "r": 3})
+    peft_model.save_pretrained(tmp_path / "peft")
     adapter = jlora.load_adapter(tmp_path / "peft", base.params)
     _, targets = find_targets(base.params, jlora.LoraConfig(target_modules="all-linear"))
-    assert sorted({t.path[-1] for t in targets}) == ADAPTED[name]
+    assert sorted({t.path[-1] for t in targets}) == LINEAR_LAYERS[name]
 
     def loss(adapter, params):
         logits = base.model(jlora.attach(params, adapter), jnp.asarray(IDS))
         return jnp.sum(jnp.sin(logits)), logits
 
     gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    (_, logits), (of_adapter, of_base) = jax.jit(gradient, compiler_options=FAST)(
+    (_, logits), (adapter_grads, base_grads) = jax.jit(gradient, compiler_options=FAST)(
         adapter, base.params
     )
-    theirs.requires_grad_(True)
-    out = theirs(input_ids=torch.tensor(IDS).long()).logits
+    peft_model.requires_grad_(True)
+    out = peft_model(input_ids=torch.tensor(IDS).long()).logits
     out.sin().sum().backward()
     assert_close(logits, out.detach().numpy(), 1e-5)
 
-    named = {key: weight.grad for key, weight in theirs.named_parameters()}
+    gradients = {key: weight.grad for key, weight in peft_model.named_parameters()}
     want = peft.get_peft_model_state_dict(
-        theirs, {k: g for k, g in named.items() if "lora" in k}, save_embedding_layers=False
+        peft_model, {k: g for k, g in gradients.items() if "lora" in k}, save_embedding_layers=False
     )
-    got = adapter_io.to_peft_tensors(of_adapter)
+    got = adapter_io.to_peft_tensors(adapter_grads)
     assert set(got) == set(want) and want
     for key, value in want.items():
         assert_close(got[key], value.numpy(), 2e-5, key)
-    for leaf in paths.leaves(of_base):
+    for leaf in paths.leaves(base_grads):
         for layer in [None] if leaf.layers is None else range(leaf.layers):
             value = leaf.value if layer is None else leaf.value[layer]
             key = f"base_model.model.{leaf.module(layer)}"
-            end = paths.TORCH_NAMES.get(leaf.kind, leaf.kind)
-            grad = named.get(f"{key}.{end}", named.get(f"{key}.base_layer.{end}"))
+            torch_name = paths.TORCH_NAMES.get(leaf.kind, leaf.kind)
+            grad = gradients.get(
+                f"{key}.{torch_name}", gradients.get(f"{key}.base_layer.{torch_name}")
+            )
             want_grad = grad.numpy()
-            turned = leaf.kind in ("kernel", *family_of(base.model.config).flipped)
-            assert_close(value.swapaxes(-1, -2) if turned else value, want_grad, 2e-5, key)
+            transposed = leaf.kind in ("kernel", *family_of(base.model.config).flipped)
+            assert_close(value.swapaxes(-1, -2) if transposed else value, want_grad, 2e-5, key)
