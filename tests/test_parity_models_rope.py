@@ -1,8 +1,9 @@
-"""Rope against transformers' rotary modules, built from the same ``config.json``.
+"""Rope compared with transformers' rotary modules, built from the same ``config.json``.
 
-Two float32 tables agree to a few 1e-7 where their frequencies do. Theirs come from torch's
-``pow``, which may differ from ours in the last place or two of a frequency (four where it depends
-on the length), 1.2e-7 of it each, and so of the angle: that much more is allowed per radian.
+Two float32 tables agree to a few 1e-7 where their frequencies do. transformers computes these with
+torch's ``pow``, which may differ from jlora's by one or two units in the last place (by four where
+the frequency depends on the length), each 1.2e-7 of the frequency and so of the angle: that much
+more is allowed per radian.
 """
 
 import copy
@@ -29,8 +30,8 @@ from transformers.models import (  # noqa: E402
 )
 
 ULP = 1.2e-7
-NEAR = [0, 1, 2, 3, 7, 30, 63, 100]
-FAR = [0, 1, 2, 63, 1000, 4096, 32767, 131071]
+NEAR_POSITIONS = [0, 1, 2, 3, 7, 30, 63, 100]
+FAR_POSITIONS = [0, 1, 2, 63, 1000, 4096, 32767, 131071]
 
 
 def shape(head_dim, max_positions, **more):
@@ -168,7 +169,7 @@ PARTIAL = {
     "GPTNeoX": (shape(96, 2048, rope_parameters={"partial_rotary_factor": 0.5}), 0.25),
     "Phi3": (PHI3["Phi-4-mini"], 1.0),
 }
-"""A config, and the family's share where it says nothing."""
+"""A config, and the family's share of rotated dimensions where the config gives none."""
 
 GEMMA3_SHAPE = shape(64, 131072, layer_types=["sliding_attention", "full_attention"])
 GEMMA3 = {
@@ -185,7 +186,7 @@ GEMMA3 = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
         }
     },
-    "new, all theirs": {
+    "new, without theta": {
         "rope_theta": 2e6,
         "rope_parameters": {
             "full_attention": {"rope_type": "yarn", "factor": 4.0},
@@ -215,17 +216,17 @@ FAMILIES = {
 
 
 def pair(family, json, **more):
-    """transformers' rotary module of a config, and our rope of the same."""
+    """transformers' rotary module and jlora's rope, built from one config."""
     config, module = FAMILIES[family]
     rotary = getattr(module, f"{family}RotaryEmbedding")(config.from_dict(copy.deepcopy(json)))
     sizes = json["head_dim"], json["max_position_embeddings"]
     return rotary, parse_rope(ConfigReader(json, "config.json"), *sizes, **more)
 
 
-def theirs(rotary, positions, **more):
-    """Their cosines and sines of one row, each once."""
-    both = rotary(torch.zeros(1), torch.tensor([positions]), **more)
-    return [t.numpy()[0] for t in both]
+def torch_table(rotary, positions, **more):
+    """transformers' cosines and sines of one row of positions."""
+    tables = rotary(torch.zeros(1), torch.tensor([positions]), **more)
+    return [t.numpy()[0] for t in tables]
 
 
 def assert_close(rope: Rope, positions, expected, ulps=2):
@@ -238,11 +239,11 @@ def assert_close(rope: Rope, positions, expected, ulps=2):
         assert worst <= 1
 
 
-@pytest.mark.parametrize("positions", [NEAR, FAR], ids=["near", "far"])
+@pytest.mark.parametrize("positions", [NEAR_POSITIONS, FAR_POSITIONS], ids=["near", "far"])
 @pytest.mark.parametrize("name", LLAMA)
 def test_llama(name, positions):
     rotary, rope = pair("Llama", LLAMA[name])
-    assert_close(rope, positions, theirs(rotary, positions))
+    assert_close(rope, positions, torch_table(rotary, positions))
 
 
 @pytest.mark.parametrize("length", [5, 64, 65, 100, 3000])
@@ -250,14 +251,14 @@ def test_dynamic(length):
     json = shape(64, 64, rope_scaling={"type": "dynamic", "factor": 3.0})
     rotary, rope = pair("Llama", json)
     positions = [0, 1, length // 2, length - 1]
-    assert_close(rope, positions, theirs(rotary, positions), ulps=4)
+    assert_close(rope, positions, torch_table(rotary, positions), ulps=4)
 
 
 def test_dynamic_in_cached_decoding():
-    """Token by token, as transformers' growing module sees them, and a new prompt thereafter."""
+    """Token by token, with transformers' module keeping its state, and then for a new prompt."""
     rotary, rope = pair("Llama", shape(16, 8, rope_scaling={"type": "dynamic", "factor": 2.0}))
     for positions in ([0, 1, 2], *([p] for p in range(3, 14)), [0, 1, 2]):
-        assert_close(rope, positions, theirs(rotary, positions), ulps=4)
+        assert_close(rope, positions, torch_table(rotary, positions), ulps=4)
 
 
 @pytest.mark.parametrize("beyond", [False, True])
@@ -266,35 +267,35 @@ def test_longrope(name, beyond):
     rotary, rope = pair("Phi3", PHI3[name], partial=1.0)
     last = PHI3[name]["original_max_position_embeddings"] - (not beyond)
     positions = [0, 1, 30, last]
-    assert_close(rope, positions, theirs(rotary, positions))
+    assert_close(rope, positions, torch_table(rotary, positions))
 
 
-def test_longrope_with_its_context_among_the_settings():
-    """Where transformers' Phi3Config has a default of its own beside them, Llama's has none."""
+def test_longrope_with_the_original_length_among_its_settings():
+    """Uses Llama's config: transformers' Phi3Config has a default for the original length."""
     settings = {"original_max_position_embeddings": 40, "type": "longrope", **PHI3_LONG}
     rotary, rope = pair("Llama", shape(96, 4096, rope_scaling=settings))
     for positions in ([0, 39], [0, 39, 40]):
-        assert_close(rope, positions, theirs(rotary, positions))
+        assert_close(rope, positions, torch_table(rotary, positions))
 
 
 @pytest.mark.parametrize("layer_type", ["full_attention", "sliding_attention"])
 @pytest.mark.parametrize("name", GEMMA3)
-def test_gemma3_has_one_for_each_layer_type(name, layer_type):
+def test_gemma3_has_one_table_for_each_layer_type(name, layer_type):
     family = {"full_attention": 1e6, "sliding_attention": 1e4}[layer_type]
     json = {**GEMMA3_SHAPE, **GEMMA3[name]}
     rotary, rope = pair("Gemma3", json, layer_type=layer_type, theta=family)
-    assert_close(rope, FAR, theirs(rotary, FAR, layer_type=layer_type))
+    assert_close(rope, FAR_POSITIONS, torch_table(rotary, FAR_POSITIONS, layer_type=layer_type))
 
 
 def heads(head_dim):
-    """One row of four positions and two heads, for torch (heads first) and for us."""
+    """One row of four positions and two heads, for torch (heads first) and for jlora."""
     x = np.random.default_rng(0).standard_normal((1, 4, 2, head_dim)).astype(np.float32)
     return torch.from_numpy(x).transpose(1, 2), jnp.asarray(x)
 
 
 @pytest.mark.parametrize("family", PARTIAL)
 def test_partial_rotation(family):
-    """Positions are small here: what is compared is which dimensions turn, and by what."""
+    """Positions are small: the test is of which dimensions are rotated, and by which angles."""
     json, share = PARTIAL[family]
     rotary, rope = pair(family, json, partial=share)
     positions = [0, 1, 5, 30]
@@ -303,16 +304,16 @@ def test_partial_rotation(family):
     got = rotate(x, rope.table(jnp.asarray([positions])))
     size = table[0].shape[-1]
     assert size == 2 * len(rope.frequencies) < q.shape[-1]
-    turned, _ = llama.modeling_llama.apply_rotary_pos_emb(q[..., :size], q[..., :size], *table)
-    expected = torch.cat([turned, q[..., size:]], -1).transpose(1, 2)
+    rotated, _ = llama.modeling_llama.apply_rotary_pos_emb(q[..., :size], q[..., :size], *table)
+    expected = torch.cat([rotated, q[..., size:]], -1).transpose(1, 2)
     np.testing.assert_allclose(got, expected.numpy(), atol=5e-6)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Cohere2", "GptOss"])
 def test_layouts(family):
-    """Halves, neighbours, and GPT-OSS's halves, whose default settings are yarn's."""
-    more = {"rope_parameters": {**GPT_OSS, "rope_theta": 150000.0}} if family == "GptOss" else {}
-    json = shape(64, 131072, rope_theta=50000.0, **more)
+    """Pairs in two halves, adjacent pairs, and GPT-OSS's halves, whose default rope is yarn."""
+    extra = {"rope_parameters": {**GPT_OSS, "rope_theta": 150000.0}} if family == "GptOss" else {}
+    json = shape(64, 131072, rope_theta=50000.0, **extra)
     rotary, rope = pair(family, json)
     positions = [0, 1, 5, 30]
     q, x = heads(64)
