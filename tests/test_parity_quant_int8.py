@@ -1,4 +1,4 @@
-"""Int8Array against bitsandbytes' 8-bit weights."""
+"""Int8Array compared with bitsandbytes' 8-bit weights."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +11,8 @@ bnb = pytest.importorskip("bitsandbytes.functional")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_codes_and_values_are_its(dtype):
-    """Values that float16 holds, which bitsandbytes rounds all others to."""
+def test_codes_and_values_match_bitsandbytes(dtype):
+    """The values are exact in float16, since bitsandbytes rounds its input to that."""
     w = np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32)
     tensor = torch.from_numpy(w).bfloat16().half()
     codes, stats, _ = bnb.int8_vectorwise_quant(tensor)

@@ -1,4 +1,4 @@
-"""What packing costs on real weights, by the script that makes the documentation's table."""
+"""What quantization costs on real weights, by the script that makes the documentation's table."""
 
 import functools
 import importlib.util
@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 @pytest.fixture(scope="module")
 def script():
-    """The benchmark; strict promotion is for the package."""
+    """The benchmark's module, which needs standard promotion; strict is for the package only."""
     sys.path.insert(0, str(FOLDER))
     spec = importlib.util.spec_from_file_location("quality", FOLDER / "quantization_quality.py")
     module = importlib.util.module_from_spec(spec)
@@ -24,7 +24,7 @@ def script():
 
 
 def test_nf4_costs_less_than_int4(script, assets, monkeypatch):
-    """The short form of the table below: two codes, 16 stories of 64 tokens."""
+    """A short form of the next test: two formats, 16 stories of 64 tokens."""
     monkeypatch.setattr(script, "STORIES", 16)
     monkeypatch.setattr(script, "LENGTH", 64)
     monkeypatch.setattr(script, "CODES", {name: script.CODES[name] for name in ("int4", "NF4")})
@@ -33,7 +33,7 @@ def test_nf4_costs_less_than_int4(script, assets, monkeypatch):
 
 
 @pytest.mark.slow
-def test_codes_cost_what_the_paper_found_them_to(script, assets):
+def test_formats_rank_as_in_the_paper(script, assets):
     """QLoRA, table 2: NF4, then FP4, then int4; double quantization costs nothing."""
     rows = script.perplexities(assets / "models/stories260k", script.stories)
     order = ["float32", "int8", "NF4", "FP4 (E2M1)", "int4"]
