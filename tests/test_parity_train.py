@@ -1,4 +1,4 @@
-"""The whole training run against a torch loop over peft, and what peft makes of the result."""
+"""A complete training run compared with a torch loop over peft, which then loads the adapter."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from jlora import config as settings  # noqa: E402
 from jlora import data  # noqa: E402
 from jlora.run.job import open_tokenizer  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the peers warn of each other
+pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries warn about each other
 STEPS = 20
 
 TEXT = """
@@ -47,7 +47,7 @@ train:
 
 
 def torch_losses(model, config, batches):
-    """The loop of transformers' Trainer: token-weighted accumulation, clip, AdamW, cosine."""
+    """The loop of transformers' Trainer: token-weighted accumulation, clipping, AdamW, cosine."""
     t = config.train
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=t.learning_rate, weight_decay=t.weight_decay)
@@ -82,7 +82,7 @@ def torch_losses(model, config, batches):
 @pytest.mark.parametrize(
     ("name", "targets"), [("stories260k", "all-linear"), ("slm4096-gpt2", "[c_attn, c_proj]")]
 )
-def test_twenty_losses_and_the_adapter_agree_with_peft(tmp_path, assets, name, targets):
+def test_twenty_losses_and_the_adapter_match_peft(tmp_path, assets, name, targets):
     folder, out = assets / "models" / name, tmp_path / "out"
     rows = [
         {"prompt": f"say {w}: ", "completion": f"the word is {w} and not {w[::-1]}"}
@@ -107,8 +107,8 @@ def test_twenty_losses_and_the_adapter_agree_with_peft(tmp_path, assets, name, t
     prepared = data.prepare(config.data.train, open_tokenizer(config), config.data)
     order = prepared.order(4, config.train.seed, shuffle=False)
     batches = [data.batch_at(prepared, order, step, 2) for step in range(STEPS)]
-    assert any((b["segment_ids"] == 0).all(-1).any() for b in batches), "a partial last batch"
-    # In evaluation mode: the frozen base has no dropout (GPT-2 would have it), as in jlora.
+    assert any((b["segment_ids"] == 0).all(-1).any() for b in batches), "a batch must be partial"
+    # In evaluation mode, since jlora applies no dropout in the base; GPT-2 would in training mode.
     expected = torch_losses(model.eval(), config, batches)
 
     command = [sys.executable, "-m", "jlora.train", str(file)]
@@ -123,7 +123,7 @@ def test_twenty_losses_and_the_adapter_agree_with_peft(tmp_path, assets, name, t
     ids = np.random.default_rng(0).integers(0, 50, (2, 32))
     with torch.no_grad():
         want = loaded(torch.tensor(ids)).logits.numpy()
-    ours, params = jlora.load_pretrained(str(folder), dtype="float32")
+    jlora_model, params = jlora.load_pretrained(str(folder), dtype="float32")
     adapter = jlora.load_adapter(out, params)
-    got = np.asarray(jax.jit(ours)(jlora.attach(params, adapter), ids.astype(np.int32)))
+    got = np.asarray(jax.jit(jlora_model)(jlora.attach(params, adapter), ids.astype(np.int32)))
     np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())

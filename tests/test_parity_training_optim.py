@@ -1,4 +1,4 @@
-"""Schedules against transformers', AdamW with clipping against torch's."""
+"""Schedules compared with transformers; AdamW and gradient clipping compared with torch."""
 
 import jax
 import jax.numpy as jnp
@@ -42,20 +42,20 @@ def schedule_of(optimizer, name, warm, kwargs):
         ("inverse_sqrt", {"timescale": 100}),
     ],
 )
-def test_schedules_are_those_of_transformers(name, kwargs, warm):
-    theirs = schedule_of(torch.optim.SGD([torch.zeros(1)], lr=RATE), name, warm, kwargs)
+def test_schedules_match_transformers(name, kwargs, warm):
+    schedule = schedule_of(torch.optim.SGD([torch.zeros(1)], lr=RATE), name, warm, kwargs)
     config = TrainConfig(
         output_dir="out", learning_rate=RATE, lr_scheduler_type=name, lr_scheduler_kwargs=kwargs,
         warmup_steps=warm, warmup_ratio=0.0,
     )  # fmt: skip
     rate = optim.schedule(config, TOTAL)
     for step in range(TOTAL):
-        (expected,) = theirs.get_last_lr()
+        (expected,) = schedule.get_last_lr()
         np.testing.assert_allclose(float(rate(step)), expected, rtol=1e-5, atol=1e-9)
-        theirs.step()
+        schedule.step()
 
 
-def test_ten_steps_of_adamw_are_those_of_torch():
+def test_ten_steps_of_adamw_match_torch():
     shapes = {"lora_A": (12, 4), "lora_B": (4, 9), "bias": (9,), "scale": (12,)}
     rng = np.random.default_rng(0)
 
@@ -68,26 +68,26 @@ def test_ten_steps_of_adamw_are_those_of_torch():
         lr_scheduler_type="cosine", warmup_steps=3,
     )  # fmt: skip
 
-    theirs = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in start.items()}
+    torch_params = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in start.items()}
     groups = [
-        {"params": [theirs["lora_A"], theirs["lora_B"]], "weight_decay": 0.1},
-        {"params": [theirs["bias"], theirs["scale"]], "weight_decay": 0.0},
+        {"params": [torch_params["lora_A"], torch_params["lora_B"]], "weight_decay": 0.1},
+        {"params": [torch_params["bias"], torch_params["scale"]], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.02)
     schedule = schedule_of(optimizer, "cosine", 3, {})
-    ours = jax.tree.map(jnp.asarray, start)
-    transform = optim.make_optimizer(config, TOTAL, ours)
-    state, norms = transform.init(ours), []
+    params = jax.tree.map(jnp.asarray, start)
+    transform = optim.make_optimizer(config, TOTAL, params)
+    state, norms = transform.init(params), []
     update = jax.jit(transform.update)
     for gradient in gradients:
-        for name, p in theirs.items():
+        for name, p in torch_params.items():
             p.grad = torch.tensor(gradient[name])
-        norms.append(float(torch.nn.utils.clip_grad_norm_(theirs.values(), 3.0)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(torch_params.values(), 3.0)))
         optimizer.step()
         schedule.step()
         with jax.numpy_dtype_promotion("standard"):  # optax does not promote strictly
-            updates, state = update(jax.tree.map(jnp.asarray, gradient), state, ours)
-        ours = jax.tree.map(jnp.add, ours, updates)
+            updates, state = update(jax.tree.map(jnp.asarray, gradient), state, params)
+        params = jax.tree.map(jnp.add, params, updates)
     assert min(norms) < 3.0 < max(norms)  # some steps are clipped, some are not
-    for name, p in theirs.items():
-        np.testing.assert_allclose(ours[name], p.detach().numpy(), rtol=1e-4, atol=1e-6)
+    for name, p in torch_params.items():
+        np.testing.assert_allclose(params[name], p.detach().numpy(), rtol=1e-4, atol=1e-6)

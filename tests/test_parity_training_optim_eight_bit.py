@@ -1,4 +1,4 @@
-"""8-bit moments against bitsandbytes' own on the CPU, and 8-bit AdamW's loss on a real model."""
+"""8-bit moments compared with bitsandbytes on the CPU, and 8-bit AdamW's loss on a real model."""
 
 import json
 
@@ -22,21 +22,21 @@ DEQUANTIZE = torch.ops.bitsandbytes.dequantize_blockwise
 
 
 def nearest(values, code, absmax_out, out, blocksize):
-    """bitsandbytes' kernel for float64: the nearest code. That for float32 reads it from a table
-    of 65,536 entries, too coarse for small values."""
+    """bitsandbytes' float64 kernel, which finds the nearest code. The float32 kernel reads it from
+    a table of 65,536 entries, which is too coarse for small values."""
     codes, absmax = QUANTIZE(values.double(), code, blocksize)
     out.copy_(codes)
     absmax_out.copy_(absmax)
 
 
-def test_the_maps_are_those_of_bitsandbytes():
+def test_the_code_tables_match_bitsandbytes():
     np.testing.assert_array_equal(eight_bit.UNSIGNED_MAP, create_dynamic_map(signed=False).numpy())
     np.testing.assert_array_equal(eight_bit.DYNAMIC_MAP, create_dynamic_map(signed=True).numpy())
 
 
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("shape", [(3, 64, 16), (2, 8, 512), (33, 131), (5000,)])
-def test_codes_and_absmax_are_those_of_bitsandbytes(shape, signed):
+def test_codes_and_absmax_match_bitsandbytes(shape, signed):
     rng = np.random.default_rng(0)
     tails = np.exp(3 * rng.standard_normal(shape))
     x = (rng.standard_normal(shape) * tails).astype(np.float32)
@@ -44,53 +44,53 @@ def test_codes_and_absmax_are_those_of_bitsandbytes(shape, signed):
     x = x if signed else np.square(x)
     code = create_dynamic_map(signed=signed)
     codes, absmax = QUANTIZE(torch.tensor(x.astype(np.float64)), code, 256)
-    ours = eight_bit.quantize_blockwise(jnp.asarray(x), signed)
+    quantized = eight_bit.quantize_blockwise(jnp.asarray(x), signed)
     rounded_away = (codes.numpy() == 0) & (x > 0) if not signed else np.zeros(shape, bool)
     zeros = x.reshape(-1) == 0
     expected = np.where(rounded_away, 1, codes.numpy())
     np.testing.assert_array_equal(
-        np.asarray(ours.codes).reshape(-1)[~zeros], expected.reshape(-1)[~zeros]
+        np.asarray(quantized.codes).reshape(-1)[~zeros], expected.reshape(-1)[~zeros]
     )
-    np.testing.assert_array_equal(np.asarray(ours.absmax).reshape(-1), absmax.numpy())
-    theirs = DEQUANTIZE(torch.tensor(np.asarray(ours.codes)), absmax, code, 256, torch.float32)
-    np.testing.assert_array_equal(eight_bit.dequantize_blockwise(ours), theirs.numpy())
-    assert not np.asarray(eight_bit.dequantize_blockwise(ours)).reshape(-1)[:256].any()
+    np.testing.assert_array_equal(np.asarray(quantized.absmax).reshape(-1), absmax.numpy())
+    want = DEQUANTIZE(torch.tensor(np.asarray(quantized.codes)), absmax, code, 256, torch.float32)
+    np.testing.assert_array_equal(eight_bit.dequantize_blockwise(quantized), want.numpy())
+    assert not np.asarray(eight_bit.dequantize_blockwise(quantized)).reshape(-1)[:256].any()
 
 
 @pytest.mark.parametrize(
-    ("theirs", "core"),
+    ("bnb_optimizer", "core"),
     [
         (bitsandbytes.optim.AdamW8bit, optax.scale_by_adam(0.9, 0.95, 1e-8)),
         (bitsandbytes.optim.Lion8bit, optax.scale_by_lion(0.9, 0.95)),
     ],
     ids=["adamw", "lion"],
 )
-def test_twenty_steps_are_those_of_bitsandbytes(theirs, core, monkeypatch):
+def test_twenty_steps_match_bitsandbytes(bnb_optimizer, core, monkeypatch):
     monkeypatch.setattr(ops, "_quant_blockwise_fp32_direct", nearest)
     rng = np.random.default_rng(0)
     start = rng.standard_normal((64, 128)).astype(np.float32)
     weight = torch.nn.Parameter(torch.tensor(start))
-    peer = theirs([weight], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
-    ours = optax.chain(
+    reference = bnb_optimizer([weight], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = optax.chain(
         eight_bit.eight_bit(core),
         optax.add_decayed_weights(0.1),
         optax.scale_by_learning_rate(1e-2),
     )
     params = jnp.asarray(start)
-    state, update = ours.init(params), jax.jit(ours.update)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
     for _ in range(20):
         gradient = rng.standard_normal(start.shape).astype(np.float32)
         weight.grad = torch.tensor(gradient)
-        peer.step()
+        reference.step()
         with jax.numpy_dtype_promotion("standard"):  # optax does not promote strictly
             updates, state = update(jnp.asarray(gradient), state, params)
         params = params + updates
-    # A value at a threshold may take either code, by the last bit of a sum; few do.
+    # A value between two codes may get either, depending on the last bit of a sum; few do.
     close = np.isclose(params, weight.detach().numpy(), rtol=0, atol=2e-6)
     assert close.mean() > 0.999, close.mean()
-    codes, theirs = state[0].mu.codes, peer.state[weight]["state1"].numpy()
-    apart = np.abs(np.asarray(codes).astype(int) - theirs)
-    assert (apart > 0).mean() < 1e-3 and apart.max() <= 1
+    codes, bnb_codes = state[0].mu.codes, reference.state[weight]["state1"].numpy()
+    differences = np.abs(np.asarray(codes).astype(int) - bnb_codes)
+    assert (differences > 0).mean() < 1e-3 and differences.max() <= 1
     assert np.abs(np.asarray(params) - start).mean() > 0.03
 
 

@@ -1,4 +1,4 @@
-"""Matching of module names against peft's own functions, over many names and patterns."""
+"""Matching of module names compared with peft's functions, for many names and patterns."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from jlora.tree import matching
 
 tuners_utils = pytest.importorskip("peft.tuners.tuners_utils")
 peft = pytest.importorskip("peft")
-other = pytest.importorskip("peft.utils.other")
+peft_other = pytest.importorskip("peft.utils.other")
 
 NAMES = [
     f"{stem}{module}"
@@ -43,11 +43,11 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("values", CONFIGS, ids=str)
-def test_targets_are_pefts(values):
-    theirs, mine = peft.LoraConfig(**values), LoraConfig(**values)
+def test_targets_match_peft(values):
+    peft_config, config = peft.LoraConfig(**values), LoraConfig(**values)
     for name in NAMES:
-        expected = tuners_utils.check_target_module_exists(theirs, name)
-        assert targets.is_target(mine, name) == bool(expected), name
+        expected = tuners_utils.check_target_module_exists(peft_config, name)
+        assert targets.is_target(config, name) == bool(expected), name
 
 
 PATTERNS = [
@@ -61,19 +61,19 @@ PATTERNS = [
 
 
 @pytest.mark.parametrize("patterns", PATTERNS, ids=str)
-def test_pattern_tables_are_pefts(patterns):
+def test_pattern_tables_match_peft(patterns):
     for name in NAMES:
-        key = other.get_pattern_key(patterns, name)
+        key = peft_other.get_pattern_key(patterns, name)
         expected = patterns.index(key) if key in patterns else None
         numbered = {p: i for i, p in enumerate(patterns)}
         assert matching.pattern_value(numbered, name, None) == expected
 
 
-def test_ranks_and_scalings_are_pefts():
+def test_ranks_and_scales_match_peft():
     values = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 3, "q_proj": 5}}
-    mine = LoraConfig(target_modules=["q_proj", "v_proj"], r=16, lora_alpha=32, **values)
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], r=16, lora_alpha=32, **values)
     for name in NAMES:
-        alpha = mine.alpha_pattern.get(other.get_pattern_key(mine.alpha_pattern, name), 32)
-        rank = mine.rank_pattern.get(other.get_pattern_key(mine.rank_pattern, name), 16)
-        assert targets.scaling_of(mine, name) == alpha / rank
-        assert targets.rank_of(mine, name) in (0, rank)
+        alpha = config.alpha_pattern.get(peft_other.get_pattern_key(config.alpha_pattern, name), 32)
+        rank = config.rank_pattern.get(peft_other.get_pattern_key(config.rank_pattern, name), 16)
+        assert targets.scaling_of(config, name) == alpha / rank
+        assert targets.rank_of(config, name) in (0, rank)
