@@ -111,7 +111,7 @@ LLAMA = {
         64, 131072, rope_theta=1000.0, rope_scaling=QWEN_YARN
     ),
     "DeepSeek's mscale": shape(64, 163840, rope_scaling=DEEPSEEK),
-    "yarn, whole pairs or not": shape(
+    "yarn, without truncation": shape(
         64, 131072, rope_parameters={**GPT_OSS, "rope_theta": 150000.0, "beta_slow": 2.5}
     ),
     "mscale alone": shape(64, 163840, rope_scaling={**DEEPSEEK, "mscale_all_dim": 0}),
@@ -230,7 +230,7 @@ def torch_table(rotary, positions, **more):
 
 
 def assert_close(rope: Rope, positions, expected, ulps=2):
-    """``expected`` repeats each angle, in halves or side by side."""
+    """``expected`` contains each angle twice, in two halves, of which the first is compared."""
     cos, sin = (np.asarray(t)[0] for t in rope.table(jnp.asarray([positions])))
     angles = np.asarray(positions)[:, None] * np.asarray(rope.frequencies)
     allowed = rope.attention_scaling * (3e-7 + ulps * ULP * angles)
