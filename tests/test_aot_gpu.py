@@ -34,13 +34,13 @@ def step(target, quantized, offloading=False, **mesh):
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_attention_is_cudnns(quantized):
+def test_attention_uses_cudnn(quantized):
     kernels = step("h200", quantized)["work"]["kernels"]
     assert {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"} <= set(kernels)
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_flops_are_four_for_a_parameter_and_what_is_recomputed(quantized):
+def test_flops_are_four_per_parameter_plus_recomputation(quantized):
     again = 2 * (MATRICES - DOWN + ADAPTER - ADAPTER_DOWN) + 2 * HEAD  # the head's chunks, too
     products = LENGTH * (4 * (MATRICES + HEAD) + 6 * ADAPTER + again)
     attention = 16 * 32 * 4096 * LENGTH * (LENGTH + 1) / 2
@@ -56,7 +56,7 @@ def test_no_dequantized_matrix_outlives_its_layer():
     assert sizes == {HEAD, 32 * LENGTH * 4096}
 
 
-def test_devices_of_fsdp_gather_layers_and_reduce_gradients():
+def test_fsdp_gathers_layers_and_reduces_gradients():
     result = step("h200x8", False, data=2, fsdp=4)
     found = {(c["kind"], c["group"]): c["bytes"] for c in result["work"]["collectives"]}
     assert found["all-gather", 4] > 2 * 2 * MATRICES / 4  # forward and backward, in bfloat16
@@ -67,7 +67,7 @@ def test_devices_of_fsdp_gather_layers_and_reduce_gradients():
     assert result["memory"]["peak"] < 7.2 * GiB
 
 
-def test_qlora_of_8b_takes_what_is_said():
+def test_memory_of_qlora_on_8b_is_within_its_bounds():
     memory = step("h200", True)["memory"]
     assert memory["base"] + memory["adapter"] + memory["optimizer"] < 5.85 * GiB
     assert memory["peak"] < 7.3 * GiB
@@ -75,12 +75,12 @@ def test_qlora_of_8b_takes_what_is_said():
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_no_matrix_is_written_beside_an_adapters(quantized):
+def test_base_and_adapter_products_stay_separate(quantized):
     """XLA would make one product of both: 355 and 308 GiB moved, see mesh.COMPILER_OPTIONS."""
     assert step("h200", quantized)["work"]["bytes_moved"] < 295 * GiB
 
 
-def test_offloading_takes_the_layers_inputs_from_the_device():
+def test_offloading_moves_layer_inputs_off_the_device():
     """But for two layers' worth: one that is computed, one on its way."""
     on, off = (step("h200", True, offloading)["memory"] for offloading in (False, True))
     inputs = 32 * LENGTH * 4096 * 2

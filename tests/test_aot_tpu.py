@@ -37,11 +37,11 @@ def step(target, **mesh):
     return compiled_for(target, SMALL, LENGTH, mesh=mesh, quantization={"load_in_4bit": True})
 
 
-def test_attention_is_a_kernel():
+def test_attention_uses_a_kernel():
     assert "tpu_custom_call" in step("v5e")["work"]["kernels"]
 
 
-def test_flops_are_four_for_a_parameter_and_what_is_recomputed():
+def test_flops_are_four_per_parameter_plus_recomputation():
     again = 2 * (MATRICES - DOWN + ADAPTER - ADAPTER_DOWN) + 2 * HEAD
     products = LENGTH * (4 * (MATRICES + HEAD) + 6 * ADAPTER + again)
     attention = 16 * 8 * 1024 * LENGTH * (LENGTH + 1) / 2
@@ -58,14 +58,14 @@ def test_no_dequantized_matrix_outlives_its_layer():
     assert max(map(math.prod, sizes)) == HEAD
 
 
-def test_no_stack_of_codes_is_laid_out_anew():
+def test_stacked_codes_are_not_copied_to_another_layout():
     """It would be there twice: a layer's codes are turned over when the layer needs them."""
     copied = step("v5e")["copied"]
     assert any(re.match(r"u8\[1024,\d\d\d+\]\{0,1", t) for t in copied)
     assert not [t for t in copied if re.match(r"u8\[8,\d+,\d\d\d+\]\{1,2,0", t)]
 
 
-def test_devices_of_fsdp_gather_packed_layers_and_reduce_gradients():
+def test_fsdp_gathers_quantized_layers_and_reduces_gradients():
     result = step("v5e-8", data=2, fsdp=4)
     found = {(c["kind"], c["group"]): c["bytes"] for c in result["work"]["collectives"]}
     head = 2 * HEAD / 4 * 2 * 2  # in bfloat16: forward and backward, in two chunks of rows

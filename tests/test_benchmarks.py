@@ -73,7 +73,7 @@ def pair(toy, log, **options):
             for name, factor in (("a", 2.0), ("b", 3.0))]  # fmt: skip
 
 
-def test_contestants_take_turns_in_processes_of_their_own(toy, tmp_path):
+def test_contestants_alternate_in_separate_processes(toy, tmp_path):
     log = tmp_path / "log"
     results = paired.measure(pair(toy, log), repeats=3)
     names, processes = zip(*(line.split() for line in log.read_text().splitlines()), strict=True)
@@ -85,7 +85,7 @@ def test_contestants_take_turns_in_processes_of_their_own(toy, tmp_path):
     assert results["b"]["facts"] == {"count": 4}
 
 
-def test_a_fresh_contestant_is_a_new_process_each_time(toy, tmp_path):
+def test_a_fresh_contestant_gets_a_new_process_for_each_unit(toy, tmp_path):
     log = tmp_path / "log"
     results = paired.measure(pair(toy, log, fresh=True), repeats=2)
     lines = log.read_text().splitlines()
@@ -93,13 +93,13 @@ def test_a_fresh_contestant_is_a_new_process_each_time(toy, tmp_path):
     assert results["b"]["seconds"] == [3.0, 3.0] and results["b"]["peak_bytes"] > 2**20
 
 
-def test_memory_is_each_process_its_own(toy):
+def test_memory_is_measured_per_process(toy):
     contestants = [toy("small", "memory", megabytes=1), toy("large", "memory", megabytes=101)]
     peak = {n: r["peak_bytes"] for n, r in paired.measure(contestants, repeats=1).items()}
     assert 90 * 2**20 < peak["large"] - peak["small"] < 110 * 2**20
 
 
-def test_a_unit_in_which_the_harness_was_suspended_is_done_again(toy, tmp_path, monkeypatch):
+def test_a_unit_interrupted_by_a_suspension_is_repeated(toy, tmp_path, monkeypatch):
     log, real, suspended = tmp_path / "log", paired.select.select, []
 
     def select(*arguments):
@@ -142,7 +142,7 @@ def result(toy, tmp_path, monkeypatch):
     return json.loads((tmp_path / "toys.json").read_text())
 
 
-def test_results_hold_the_conditions(result):
+def test_results_record_the_conditions(result):
     assert result["axis"] == "size" and result["unit"] == "a nap"
     assert [point["value"] for point in result["points"]] == [1, 2]
     where = result["conditions"]
@@ -171,7 +171,7 @@ def test_a_table_shows_ratios_growth_and_conditions(result):
     assert "H200" in where and "**Others used 25% of the machine.**" in where
 
 
-def test_a_table_of_the_page_is_made_anew(result, tmp_path):
+def test_tables_of_the_page_are_regenerated(result, tmp_path):
     page = "before\n<!-- table: toys -->\nold\n<!-- end -->\nafter\n"
     new = tables.made(page, tmp_path)
     assert "old" not in new and "| size | b / a |" in new
@@ -180,7 +180,7 @@ def test_a_table_of_the_page_is_made_anew(result, tmp_path):
     assert tables.made(new, tmp_path) == new
 
 
-def test_linear_parameters_are_those_of_the_model():
+def test_linear_parameters_match_the_model():
     llama = load("llama")
     for hf in (llama.shape(), llama.shape(384, 2)):
         width, layers = hf["hidden_size"], hf["num_hidden_layers"]
@@ -213,7 +213,7 @@ def written(tmp_path):
     return write
 
 
-def test_floors_are_work_by_the_best_rate(written):
+def test_floors_divide_work_by_the_best_rate(written):
     rate = {"jax": (2.0, {"flops": 8e9}), "torch": (4.0, {"flops": 8e9})}  # 4 and 2 GFLOP/s
     copy = {"jax": (2.0, {"bytes": 2e9}), "torch": (1.0, {"bytes": 2e9})}  # 1 and 2 GB/s
     written("limits", {"bfloat16": rate, "copy": copy})
@@ -246,7 +246,7 @@ def test_a_table_without_results_says_so(tmp_path):
     assert "Not measured yet: there is no `results/naps.json`." in tables.made(page, tmp_path)
 
 
-def test_every_benchmark_runs_contestants_that_exist_and_has_its_table(tmp_path, monkeypatch):
+def test_every_benchmark_names_existing_contestants_and_has_a_table(tmp_path, monkeypatch):
     """The commands of ``all.py`` with nothing measured: arguments fit their functions."""
     monkeypatch.syspath_prepend(str(FOLDER))
     setups = []
@@ -297,7 +297,7 @@ def test_every_benchmark_runs_contestants_that_exist_and_has_its_table(tmp_path,
     assert {path.stem for path in paired.RESULTS.glob("*.json")} <= shown
 
 
-def test_memory_is_a_line_a_model_with_the_papers_figure_where_there_is_one(tmp_path):
+def test_the_memory_table_has_a_row_per_model_and_the_papers_figures(tmp_path):
     row = {"peak": 7_123_000_000, "host": 0}
     results = {
         "7B": {"LoRA r 16, adamw": row, "QLoRA r 16, paged": {**row, "host": 250_000_000}},
@@ -325,7 +325,7 @@ def test_what_cannot_fit_is_not_compiled(monkeypatch):
         assert memory.measure(small, memory.Row(4), 1, 64, None, limit=1e9)["peak"] < 1e9
 
 
-def test_floors_of_packed_products_need_no_device(monkeypatch, capsys):
+def test_floors_of_quantized_products_need_no_device(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setattr(sys, "argv", ["nf4_matmul.py", "--floor"])
     load("nf4_matmul").main()
@@ -337,7 +337,7 @@ def test_floors_of_packed_products_need_no_device(monkeypatch, capsys):
     assert printed == pytest.approx([1e6 * s for s in seconds], abs=0.5)
 
 
-def test_the_page_of_plan_has_what_fits(monkeypatch):
+def test_the_plan_page_matches_its_results(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     fits = load("fits")
     page = fits.PAGE.read_text(encoding="utf-8")
@@ -374,7 +374,7 @@ ENTRY %main (x: bf16[64,32]) -> f32[64,48] {
 
 
 @pytest.mark.parametrize("says", [9.0, 1.0, 0.9], ids=["always", "what fits", "less than that"])
-def test_the_longest_row_is_found_in_a_few_looks(monkeypatch, says):
+def test_the_longest_row_is_found_in_few_compilations(monkeypatch, says):
     """Beyond a share of the limit the compiler refuses, and names no size."""
     monkeypatch.syspath_prepend(str(FOLDER))
     fits = load("fits")
@@ -391,7 +391,7 @@ def test_the_longest_row_is_found_in_a_few_looks(monkeypatch, says):
     assert max(looks) <= 12
 
 
-def test_operations_are_sorted_by_what_they_are_for(monkeypatch):
+def test_operations_are_grouped_by_purpose(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     profile = load("profile_step")
     ops = profile.operations(HLO)
@@ -411,7 +411,7 @@ def test_operations_are_sorted_by_what_they_are_for(monkeypatch):
     assert profile.group_of("delta", ops["delta"], None) == "base"
 
 
-def test_operations_at_once_share_the_clock(tmp_path, monkeypatch):
+def test_concurrent_operations_share_the_elapsed_time(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     profile = load("profile_step")
     events = [("while.1", 0, 100), ("dot.1", 10, 30), ("dot.2", 20, 40), ("dot.1", 70, 6)]
@@ -423,11 +423,11 @@ def test_operations_at_once_share_the_clock(tmp_path, monkeypatch):
     assert seconds == pytest.approx({"dot.1": 26 * per_step, "dot.2": 30 * per_step})
 
 
-def test_the_page_shows_what_was_measured():
+def test_the_page_matches_the_results():
     page = tables.PAGE.read_text(encoding="utf-8")
     assert tables.made(page) == page, "run python benchmarks/tables.py"
 
 
-def test_results_name_no_folder_of_a_machine():
+def test_results_contain_no_temporary_paths():
     for path in tables.RESULTS.glob("*.json"):
         assert "/tmp" not in path.read_text(encoding="utf-8"), path.name

@@ -92,7 +92,7 @@ def test_held_out_rows_are_classified_and_reported(here, scores):
     assert "accuracy" in (here.output / "report.html").read_text()
 
 
-def test_evaluate_reads_the_run_alone(here, scores, capsys):
+def test_evaluate_needs_only_the_run_folder(here, scores, capsys):
     """The classes are in its config.yaml; the training rows need not be there."""
     given = {**here.given["data"], "train": [{"path": "org/gone", "format": "classification"}]}
     names = {"id2label": list(NAMES)}
@@ -136,7 +136,7 @@ def test_full_fine_tuning_starts_from_a_classifiers_own_head(here, merged, place
     assert model.config.id2label == NAMES and "score" in params and "lm_head" not in params
 
 
-def test_what_does_not_go_with_a_classifier_is_refused(here, merged, place, result):
+def test_what_a_classifier_cannot_do_is_refused(here, merged, place, result):
     with pytest.raises(ConfigError, match="is a classifier, which writes no replies"):
         tiny_results.run(here, generate, **here.given | {"generate": {"prompt": "x"}})
     causal = here.given | {"lora": LORA | {"init_from": str(result.output)}}
@@ -171,7 +171,7 @@ def change(folder, tensors=None, **keys):
     json_file.write_text(json.dumps(json.loads(json_file.read_text()) | keys))
 
 
-def test_a_fresh_score_head_is_drawn_as_transformers_draws_it(tmp_path):
+def test_a_fresh_score_head_is_initialised_as_in_transformers(tmp_path):
     model = Model.from_config(LLAMA | {"initializer_range": 0.1}, "float32")
     params = numbers(model)
     save_pretrained(tmp_path, model, params)

@@ -59,13 +59,13 @@ def test_help_lists_every_setting(command, capsys):
 
 
 @pytest.mark.parametrize("argv", [[], ["--nonsense", "c.yaml"], ["c.yaml", "--fas"]])
-def test_wrong_usage_exits_2(command, argv):
+def test_incorrect_usage_exits_2(command, argv):
     with pytest.raises(SystemExit) as stopped:
         cli.main("probe", argv)
     assert stopped.value.code == 2 and not command
 
 
-def test_a_wrong_setting_exits_2_before_the_command_is_imported(monkeypatch, capsys, file):
+def test_an_invalid_setting_exits_2_before_the_command_is_imported(monkeypatch, capsys, file):
     monkeypatch.setitem(cli.COMMANDS, "probe", cli.Command("no_such_module", "look"))
     assert cli.main("probe", [file, "lora.rr=1"]) == 2
     captured = capsys.readouterr()
@@ -76,7 +76,7 @@ def test_a_wrong_setting_exits_2_before_the_command_is_imported(monkeypatch, cap
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["train", "--help"], ["trian"]])
-def test_help_imports_nothing_that_is_slow(argv):
+def test_help_imports_nothing_slow(argv):
     """It is there in a quarter of a second, of which Python is a tenth: jax takes one or two."""
     code = f"""
 import sys
@@ -105,7 +105,7 @@ def run(config, options):
 
 
 @pytest.mark.parametrize("start", ["cli.entry()", "cli.main('probe')"])
-def test_a_command_of_its_own_process_does_not_import_torch(tmp_path, file, start):
+def test_a_command_in_its_own_process_does_not_import_torch(tmp_path, file, start):
     (tmp_path / "probe_command.py").write_text(PROBE)
     code = f"""
 import sys

@@ -71,7 +71,7 @@ def test_lists_and_dicts_make_equal_hashable_sections():
         a.r = 4  # pyright: ignore
 
 
-def test_defaults_are_those_of_the_contract():
+def test_defaults_match_the_contract():
     lora, quant, train = LoraConfig(), QuantConfig(), TrainConfig(output_dir="o")
     assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.bias) == (8, 8, 0.0, "none")
     assert (quant.bnb_4bit_quant_type, quant.bnb_4bit_use_double_quant) == ("nf4", True)
@@ -118,7 +118,7 @@ def test_defaults_are_those_of_the_contract():
         ({"loftq_config": {"loftq_bit": 4}}, "did you mean 'loftq_bits'?"),
     ],
 )
-def test_a_wrong_value_in_python_names_its_field(values, words):
+def test_an_invalid_value_in_python_names_its_field(values, words):
     with pytest.raises(ConfigError) as caught:
         LoraConfig(**values)
     assert words in str(caught.value) and "LoraConfig" in str(caught.value)
@@ -139,7 +139,7 @@ def test_contradictory_quantization_is_refused(values):
         QuantConfig(**values)
 
 
-def test_quantization_is_4_bit_unless_8_bit_is_asked_for():
+def test_quantization_is_4_bit_unless_8_bit_is_requested():
     four, eight = QuantConfig(), QuantConfig(load_in_8bit=True)
     assert (four.load_in_4bit, four.load_in_8bit) == (True, False)
     assert (eight.load_in_4bit, eight.load_in_8bit) == (False, True)
@@ -178,7 +178,7 @@ def test_a_mesh_has_at_most_one_free_axis(axes):
 # YAML
 
 
-def test_a_minimal_file_and_what_it_resolves_to(write):
+def test_a_minimal_file_resolves_to_the_defaults(write):
     c = config.load(write(MINIMAL))
     assert c.model.name_or_path == "org/base" and c.data.train[0].path == "org/rows"
     assert c.lora is None and c.quantization is None
@@ -355,7 +355,7 @@ def test_malformed_files_are_config_errors(write, text, words):
     assert all(word in message for word in words), message
 
 
-def test_an_alias_bomb_takes_no_time(write):
+def test_an_alias_bomb_is_refused_quickly(write):
     rows = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 22)]
     start = time.monotonic()
     rows += ["lora: {target_modules: *a21, use_dora: *a21}"]

@@ -41,7 +41,7 @@ def test_a_config_loads_and_is_explained(file, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_the_name_says_the_method(file):
+def test_the_file_name_states_the_method(file):
     settings = config.load(file)
     quantized, adapter = settings.quantization is not None, settings.lora is not None
     method = file.stem.rpartition("-")[2]

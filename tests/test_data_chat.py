@@ -38,7 +38,7 @@ def render(template, row, **special):
         system("be brief", chat("a", "", "c", "<think>\nx\n</think>\n\ny")),
     ],
 )
-def test_spans_are_those_of_generation_tags(row):
+def test_spans_match_generation_tags(row):
     """Oracle: transformers' mask, which needs tags that stock templates do not have."""
     tagged = tt.tiny_tokenizer(tt.GENERATION)
     oracle = tagged.apply_chat_template(
@@ -89,14 +89,14 @@ def test_qwen3_keeps_thoughts_between_tool_calls():
     assert not rendered.lossy
 
 
-def test_deepseek_whose_prompt_is_no_prefix():
+def test_deepseeks_prompt_is_not_a_prefix_of_the_chat():
     (rendered,) = render(tt.DEEPSEEK, chat("a", "b", "c", "d"))
     assert replies(rendered) == ["b<|eos|>", "d<|eos|>"]
     (rendered,) = render(tt.DEEPSEEK, chat("a", "<think>why</think>b"))
     assert replies(rendered) == ["b<|eos|>"] and rendered.lossy
 
 
-def test_a_prompt_may_open_the_thinking():
+def test_a_prompt_may_open_a_thinking_block():
     (rendered,) = render(tt.THINKING, chat("a", "<think>\nwhy\n</think>\n\nb"))
     assert replies(rendered) == ["why\n</think>\n\nb<|im_end|>"] and not rendered.lossy
     (rendered,) = render(tt.THINKING, chat("a", "b"))
@@ -131,7 +131,7 @@ def test_first_and_weights_choose_replies():
     assert replies(rendered) == ["b<|im_end|>"]
 
 
-def test_replies_that_look_alike_keep_their_places():
+def test_identical_replies_keep_their_positions():
     (rendered,) = render(tt.CHATML, chat("yes", "yes", "yes", "yes"))
     (a, b), (c, d) = rendered.spans
     assert replies(rendered) == ["yes<|im_end|>"] * 2

@@ -33,7 +33,7 @@ def learned(examples, tokenizer):
 
 
 @pytest.mark.parametrize("trim", [False, True])
-def test_chats_equal_transformers_masks(trim):
+def test_chat_labels_match_transformers_masks(trim):
     tokenizer = tt.tiny_tokenizer(tt.GENERATION, trim_offsets=trim)
     rows = [
         chat("hi", "  hello  you"),
@@ -73,7 +73,7 @@ def test_completions_learn_the_completion_and_eos():
     assert learned(examples, tokenizer) == [" 4<|eos|>"]
 
 
-def test_texts_learn_everything():
+def test_every_token_of_a_text_is_a_target():
     tokenizer = tt.tiny_tokenizer(adds_bos=True)
     examples, _ = encode([Text("x:1", "Hello world")], tokenizer, 512)
     ids, labels = examples[0]

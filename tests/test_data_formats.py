@@ -134,7 +134,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("format", "row", "cause", "fix"), BAD)
-def test_a_bad_row_has_a_place_a_cause_and_a_remedy(tmp_path, format, row, cause, fix):
+def test_a_bad_row_is_reported_with_place_cause_and_remedy(tmp_path, format, row, cause, fix):
     config = source(tmp_path, [row], format)
     with pytest.raises(DataError) as e:
         load_rows(config)

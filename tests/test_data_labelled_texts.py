@@ -29,7 +29,7 @@ def encode(labels, names):
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_tokens_are_the_tokenizers_own_and_the_class_is_at_the_last(adds_bos):
+def test_tokens_match_the_tokenizer_and_the_last_has_the_class(adds_bos):
     tokenizer, told = tt.tiny_tokenizer(adds_bos=adds_bos), []
     examples, counts = encode_labelled(ROWS, tokenizer, 20, NAMES, lambda *n: told.append(n))
     assert tokenizer.backend_tokenizer.truncation is None, "it would be saved with the tokenizer"
@@ -61,7 +61,7 @@ def test_labels_are_names_or_numbers():
     ("label", "fix"),
     [("god", "did you mean 'good'?"), (2, "model.id2label"), (-1, "correct")],
 )
-def test_a_label_that_is_no_class_is_named_with_its_place(label, fix):
+def test_an_unknown_label_is_named_with_its_place(label, fix):
     classes, (error,) = encode(["good", label], NAMES)
     assert classes == [1] and error.where == "rows:2"
     assert f"{label!r} is none of the 2 classes: bad, good" in str(error) and fix in str(error)
@@ -77,7 +77,7 @@ def test_a_label_that_is_no_class_is_named_with_its_place(label, fix):
         (["1", "one"], 2, ("1", "one")),
     ],
 )
-def test_classes_that_rows_have(labels, num_labels, names):
+def test_classes_are_inferred_from_rows(labels, num_labels, names):
     assert infer_label_names(labelled(*labels), num_labels) == names
 
 
@@ -93,7 +93,7 @@ def test_classes_that_rows_have(labels, num_labels, names):
         (["a", "b"], 3, ConfigError, "model.num_labels: is 3, but the rows have 2 labels: a, b"),
     ],
 )
-def test_labels_that_make_no_classes(labels, num_labels, kind, words):
+def test_labels_that_do_not_define_classes_are_refused(labels, num_labels, kind, words):
     with pytest.raises(kind) as caught:
         infer_label_names(labelled(*labels), num_labels)
     assert words in str(caught.value)
@@ -104,7 +104,7 @@ def source(tmp_path, text, name="rows.jsonl"):
     return SourceConfig(path=str(tmp_path / name), format="classification")
 
 
-def test_rows_of_files(tmp_path):
+def test_labelled_rows_are_read_from_files(tmp_path):
     lines = [{"text": "x", "label": "a", "id": 3}, {"text": "y", "label": 1}]
     rows = load_rows(source(tmp_path, "\n".join(map(json.dumps, lines)))).rows
     assert [(r.text, r.label) for r in rows] == [("x", "a"), ("y", 1)]

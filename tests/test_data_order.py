@@ -53,7 +53,7 @@ def test_resuming_late_is_not_slower():
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_weights_are_times_an_epoch(shuffle):
+def test_a_weight_is_the_number_of_repetitions_per_epoch(shuffle):
     sources = ((10, 2.0), (10, 0.5), (9, 1.5), (4, 1.0))
     order = Order(sources, batch=4, seed=1, shuffle=shuffle)
     counts = [Counter(epoch(order, e)) for e in range(2)]
@@ -66,7 +66,7 @@ def test_weights_are_times_an_epoch(shuffle):
     assert all(c[r] == 1 for c in counts for r in range(29, 33))
 
 
-def test_sources_are_dealt_independently():
+def test_sources_are_sampled_independently():
     order = Order(((40, 0.5), (40, 0.5)), batch=40, seed=1)
     rows = np.array(epoch(order, 0))
     assert set(rows[rows < 40]) != set(rows[rows >= 40] - 40)
@@ -76,7 +76,7 @@ def test_a_small_weight_still_gives_a_row():
     assert Order(((3, 0.01),), batch=2).rows_per_epoch == 1
 
 
-def test_without_shuffling_the_order_is_the_files():
+def test_without_shuffling_the_order_is_that_of_the_files():
     order = Order(((3, 1.0), (2, 2.0), (4, 0.5)), batch=4, shuffle=False)
     assert epoch(order, 0) == [0, 1, 2, 3, 4, 3, 4, 5, 6]
     assert epoch(order, 1) == [0, 1, 2, 3, 4, 3, 4, 7, 8]

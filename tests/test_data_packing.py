@@ -39,7 +39,7 @@ def unpack(packed):
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("lengths", [[5], [8, 1, 8, 7, 1], [3] * 10, [1, 2, 3, 4, 5, 6, 7, 8] * 9])
-def test_every_example_lies_in_one_row_once(packing, shuffle, lengths):
+def test_every_example_is_in_exactly_one_row(packing, shuffle, lengths):
     examples = make(lengths)
     packed = pack(examples, 8, packing=packing, shuffle=shuffle)
     expected = [list(zip(*examples[i], strict=True)) for i in range(len(examples))]
@@ -73,12 +73,12 @@ def test_next_fit_opens_a_row_only_when_the_last_is_full():
     assert next_fit(np.array([3, 5, 1, 8, 2]), 8).tolist() == [0, 0, 1, 2, 3]
 
 
-def test_what_does_not_fit_is_refused():
+def test_examples_longer_than_a_row_are_refused():
     with pytest.raises(ValueError, match="9 tokens does not fit into 8"):
         pack(make([2, 9]), 8)
 
 
-def test_nothing_gives_no_rows():
+def test_no_examples_give_no_rows():
     assert pack(make([]), 8).input_ids.shape == (0, 8)
 
 

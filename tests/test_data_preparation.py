@@ -47,7 +47,7 @@ def documents(batch):
     return sorted(found)
 
 
-def test_the_whole_way(tmp_path):
+def test_batches_contain_every_chat_once_per_epoch(tmp_path):
     """Every chat of the file comes back once an epoch, decoded from the batches."""
     rows, tokenizer = chats(23), tt.tiny_tokenizer()
     data = config(tmp_path, rows, max_length=64)
@@ -70,7 +70,7 @@ def test_the_whole_way(tmp_path):
     assert prepared.fill == (prepared.packed.segment_ids > 0).mean()
 
 
-def test_the_last_batch_is_filled_up_with_nothing(tmp_path):
+def test_the_last_batch_is_padded_with_empty_rows(tmp_path):
     prepared = made(config(tmp_path, chats(5), max_length=64, packing=False))
     order = prepared.order(4, seed=0)
     assert order.steps_per_epoch == 2
@@ -184,7 +184,7 @@ def test_a_missing_template_is_saved_with_the_tokenizer(tmp_path):
     assert tokenizer.chat_template is None
 
 
-def test_fingerprints_tell_data_apart(tmp_path):
+def test_fingerprints_distinguish_data(tmp_path):
     base = made(config(tmp_path, chats(9))).fingerprint
     assert base == made(config(tmp_path, chats(9))).fingerprint
     others = {
@@ -199,7 +199,7 @@ def test_fingerprints_tell_data_apart(tmp_path):
     assert len(others) == 5
 
 
-def test_prefetching_keeps_order_stays_shallow_and_raises():
+def test_prefetching_keeps_order_is_bounded_and_propagates_errors():
     made_steps = []
 
     def make(step):

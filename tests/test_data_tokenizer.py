@@ -50,7 +50,7 @@ def test_code_in_a_model_folder_does_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_bos_only_where_the_tokenizer_puts_it_itself():
+def test_bos_only_where_the_tokenizer_adds_it():
     plain, llama = tt.tiny_tokenizer(), tt.tiny_tokenizer(adds_bos=True)
     assert bos_prefix(plain) == [] and bos_prefix(llama) == [llama.bos_token_id]
     assert eos_suffix(plain) == [plain.eos_token_id]

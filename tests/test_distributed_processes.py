@@ -38,7 +38,7 @@ processes.exit_process(65, all_exit=False)
 """
 
 
-def test_processes_that_fail_alike_end_alike(two_processes):
+def test_processes_with_the_same_error_exit_with_the_same_code(two_processes):
     """The second would abort if the first, which coordinates, were gone."""
     runs = two_processes(ALIKE)
     for run in runs:
@@ -81,6 +81,6 @@ def test_launchers_that_jax_knows_start_jax_distributed(environ, monkeypatch):
         ),
     ],
 )
-def test_an_environment_that_does_not_fit_is_an_error(environ, words):
+def test_an_inconsistent_environment_is_an_error(environ, words):
     with pytest.raises(ConfigError, match=words):
         processes.initialize(environ)

@@ -52,7 +52,7 @@ def params():
         ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
     ],
 )
-def test_one_axis_takes_the_devices_that_are_left(sizes, expected):
+def test_one_axis_takes_the_remaining_devices(sizes, expected):
     mesh = mesh_of(**sizes)
     assert tuple(mesh.shape.values()) == expected and mesh.axis_names == AXES
     assert set(mesh.devices.flat) == set(jax.devices())
@@ -115,7 +115,7 @@ def test_placement_changes_no_value(sizes, double_quant):
 
 @pytest.mark.parametrize("sizes", MESHES[1:])
 @pytest.mark.parametrize("name", ["q_proj", "down_proj"])
-def test_every_shard_of_a_packed_kernel_holds_whole_blocks(sizes, name):
+def test_every_shard_of_a_quantized_kernel_holds_complete_blocks(sizes, name):
     """Each device's codes and absmax alone dequantize to its part of the kernel."""
     tree = quantize_params(params(), QuantConfig(bnb_4bit_use_double_quant=False))
     mesh = mesh_of(**sizes)
@@ -139,7 +139,7 @@ def test_every_shard_of_a_packed_kernel_holds_whole_blocks(sizes, name):
 
 @pytest.mark.parametrize("sizes", MESHES)
 @pytest.mark.parametrize("settings", [{}, {"load_in_8bit": True}], ids=["nf4", "int8"])
-def test_products_with_sharded_packed_kernels_and_gradients_equal_the_unsharded(settings, sizes):
+def test_products_and_gradients_of_sharded_quantized_kernels_equal_the_unsharded(settings, sizes):
     """Against the dequantized kernels on one device, layer after layer."""
     kernels = {"q_proj": {"kernel": normal(2, 512, 256)}, "o_proj": {"kernel": normal(2, 256, 512)}}
     tree = quantize_params({"layers": kernels}, QuantConfig(**settings))
@@ -196,7 +196,7 @@ PACKINGS = {
 @pytest.mark.parametrize("module", ["q_proj", "down_proj"])
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 1, 8), (2, 2, 2)])
 @pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS.keys())
-def test_a_shard_is_dequantized_where_it_lies(packing, sizes, module):
+def test_shards_are_dequantized_without_communication(packing, sizes, module):
     """Every device makes its part from what it holds, and exactly what one device makes."""
     mesh = mesh_of(**dict(zip(AXES, sizes, strict=True)))
     kernels = [packing(normal(64, 256, seed=s)).mT for s in range(2)]
@@ -213,7 +213,7 @@ def test_a_shard_is_dequantized_where_it_lies(packing, sizes, module):
     np.testing.assert_array_equal(np.asarray(run(q)), np.asarray(expected))
 
 
-def test_moments_lie_as_what_they_belong_to():
+def test_moments_are_sharded_like_their_parameters():
     mesh = mesh_of(data=1, fsdp=4, tensor=2)
     module = {"lora_A": normal(2, 8, 4), "lora_B": normal(2, 4, 8)}
     adapter = {"layers": {"q_proj": module, "o_proj": module}}
@@ -293,7 +293,7 @@ def test_two_processes_share_the_arrays():
         assert abs(sharded - unsharded) <= 1e-3 * abs(unsharded)
 
 
-def test_a_copy_on_the_host_is_whole():
+def test_gather_returns_full_arrays_on_the_host():
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
     spec = jax.sharding.PartitionSpec("fsdp")
     array = jax.device_put(np.arange(16.0), NamedSharding(mesh, spec))

@@ -13,7 +13,7 @@ CODES = {
 
 
 @pytest.mark.parametrize(("kind", "code"), CODES.items())
-def test_exit_codes_are_the_contract(kind, code):
+def test_exit_codes_match_the_contract(kind, code):
     assert kind("x").exit_code == code
 
 

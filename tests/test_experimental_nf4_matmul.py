@@ -53,7 +53,7 @@ def assert_close(got, exact, dtype):
     ],
     ids=lambda v: str(v) if isinstance(v, dict) else v.__name__,
 )
-def test_both_products_equal_the_dequantized_matrix_s(platform, transpose, dtype, settings):
+def test_both_products_match_the_dequantized_matrix(platform, transpose, dtype, settings):
     x, q, exact = operands((2, 5), transpose, dtype, **settings)
     assert_close(interpreted(x, q, transpose, platform=platform), exact, dtype)
 

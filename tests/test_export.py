@@ -42,7 +42,7 @@ def content(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
-def test_the_last_checkpoint_is_what_training_wrote(ran):
+def test_exporting_the_last_checkpoint_reproduces_the_trained_files(ran):
     assert export(ran) == 0
     got, wrote = content(ran.output / "exported" / "2"), content(ran.output)
     assert {"adapter_model.safetensors", "adapter_config.json", *TOKENIZER} <= got.keys()
@@ -59,7 +59,7 @@ def test_a_checkpoint_is_named_by_step_or_folder(ran, tmp_path):
     assert first[weights] != ran.adapter() and len(first[weights]) == len(ran.adapter())
 
 
-def test_an_export_trains_on_as_a_start(ran, tmp_path, tiny_base):
+def test_a_run_can_start_from_an_export(ran, tmp_path, tiny_base):
     """What comes out is a whole adapter: a run begins with it, on the base with its weights."""
     assert export(ran, "export.checkpoint=1", f"export.output_dir={tmp_path / 'one'}") == 0
     overrides = [f"lora.init_from={tmp_path / 'one'}", f"model.name_or_path={tiny_base}"]
@@ -134,7 +134,7 @@ def test_a_fully_trained_model_becomes_a_transformers_folder(place):
     assert 2 * size < len(got["model.safetensors"]) < 3 * size
 
 
-def test_what_pissa_started_from_is_computed_from_the_base_again(tmp_path, tiny_base, tiny_cache):
+def test_pissas_initial_weights_are_recomputed_from_the_base(tmp_path, tiny_base, tiny_cache):
     place = Place(tmp_path, tiny_base, tiny_cache)
     place.settings_for_loss()
     place.defaults["train"] = {"max_steps": 2, "save_steps": 1, "gradient_accumulation_steps": 1}

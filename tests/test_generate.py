@@ -140,7 +140,7 @@ ROWS = {
 
 @pytest.mark.parametrize("template", [tt.CHATML, None])
 @pytest.mark.parametrize("format", ROWS)
-def test_a_prompt_opens_as_the_rows_that_were_learned_do(place, format, template):
+def test_a_prompt_begins_like_the_training_rows(place, format, template):
     tokenizer = tt.tiny_tokenizer(template, adds_bos=True)
     file = write_rows(place.folder / "rows.jsonl", [ROWS[format]])
     source = SourceConfig(path=str(file), format=format)

@@ -43,7 +43,7 @@ def replied():
     return [greedy("llama", prompt, NEW) for prompt in PROMPTS]
 
 
-def test_greedy_tokens_are_those_of_the_whole_model_run_again():
+def test_greedy_tokens_match_those_without_a_cache():
     model, params = tiny_models.build("llama")
     got = generate(model, params, PROMPTS, max_new_tokens=NEW, eos_ids=())
     assert got == replied()
@@ -62,12 +62,12 @@ def test_any_end_of_sequence_token_ends_its_row_only():
     assert got == expected and list(map(len, got)) == [2, 1, 0, NEW]
 
 
-def test_nothing_to_do():
+def test_no_prompts_give_no_replies():
     model, params = tiny_models.build("llama")
     assert generate(model, params, [], max_new_tokens=NEW, eos_ids=()) == []
 
 
-def test_replies_end_where_positions_do():
+def test_replies_end_at_the_position_limit():
     model, params = tiny_models.build("gpt2")  # it has 64
     prompts = [list(range(3, 63)), list(range(70)), [5]]
     prompts[1] = [i % 61 for i in prompts[1]]
@@ -136,7 +136,7 @@ def sample(prompts, seed=0, batch_size=3):
     )  # fmt: skip
 
 
-def test_a_seed_gives_the_same_again_whatever_shares_the_batch():
+def test_a_seed_reproduces_a_reply_whatever_shares_the_batch():
     once = sample(PROMPTS)
     assert sample(PROMPTS) == once
     assert sample(PROMPTS, seed=1) != once
@@ -160,7 +160,7 @@ class Coin:
         return jnp.zeros((ids.shape[0], 16)), cache
 
 
-def test_every_row_and_every_step_draws_anew():
+def test_rows_and_steps_are_sampled_independently():
     drawn = generate(
         Coin(), None, [[1]] * 8, max_new_tokens=8, eos_ids=(), sampling=SAMPLED, batch_size=4
     )

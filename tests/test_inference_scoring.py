@@ -38,7 +38,7 @@ def precision_and_recall(labels, predictions, c):
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
-def test_accuracy_and_f1_are_those_of_single_predictions(classes):
+def test_accuracy_and_f1_follow_from_single_predictions(classes):
     """Of class 1 where there are two, else over the classes that occur; class 4 does not."""
     rng = np.random.default_rng(classes)
     labels, predictions = (rng.integers(0, min(classes, 4), 40).tolist() for _ in range(2))
@@ -70,7 +70,7 @@ def test_f1_without_a_right_prediction_is_zero():
     assert f1_score(counts[:, ::-1]) == 0.0
 
 
-def test_exact_match_leaves_out_white_space_around_replies():
+def test_exact_match_ignores_white_space_around_replies():
     replies = [("a b", " a b\n"), ("a b", "a  b"), ("A", "a"), ("x", "x")]
     samples = [Sample("p", expected, reply) for expected, reply in replies]
     assert [s.exact for s in samples] == [True, False, False, True]
@@ -84,7 +84,7 @@ class Row(NamedTuple):
     reply: str
 
 
-def test_replies_stand_beside_the_data():
+def test_samples_pair_replies_with_references():
     rows = [Row((1, 2), "p", "r"), Row((3,), "q", "s")]
     generated = mock.Mock(return_value=[[7, 8], [9]])
     tokenizer = mock.Mock()

@@ -33,7 +33,7 @@ def fresh(params, **fields):
     return adapter, sum(leaf.size for leaf in jax.tree.leaves(adapter))
 
 
-def test_it_counts_what_a_run_has(place, capsys, tmp_path):
+def test_counts_and_sizes_match_the_run(place, capsys, tmp_path):
     """A quantized base, an adapter with saved modules: by hand, from the tree, and as written."""
     fields = {"r": 3, "target_modules": ["q_proj", "up_proj"], "modules_to_save": ["model.norm"]}
     quantization = {"llm_int8_skip_modules": ["o_proj"]}

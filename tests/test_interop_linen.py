@@ -76,7 +76,7 @@ CASES = [(name, False) for name in LAYERS] + [(name, True) for name in QUANTIZED
 
 
 @pytest.mark.parametrize(("name", "quantized"), CASES)
-def test_layers_compute_what_the_dense_sum_does(name, quantized):
+def test_layers_match_the_dense_sum(name, quantized):
     layer, shape, spec, sizes_in, sizes_out = LAYERS[name]
     module, x = Layer(layer), normal(*shape)
     variables = with_biases(module.init(KEY, x))
@@ -117,7 +117,7 @@ def shapes_of_products(jaxpr):
     return found
 
 
-def test_the_layers_own_dtype_holds():
+def test_the_layers_dtype_is_respected():
     module, x = Layer(nn.DenseGeneral((2, 3), dtype=jnp.bfloat16)), normal(4, 8)
     model, params = jlora.from_linen(module, with_biases(module.init(KEY, x)), x)
     adapter = jlora.init_adapter(KEY, params, CONFIG)
@@ -156,7 +156,7 @@ class Tied(nn.Module):
         return table(ids), table.attend(table(ids))
 
 
-def test_embeddings_are_read_with_lora_and_written_with_their_own_rows():
+def test_tied_embeddings_with_lora_and_with_trained_rows():
     module = Tied()
     variables = module.init(KEY, IDS)
     model, params = jlora.from_linen(module, variables, IDS)
@@ -206,7 +206,7 @@ def transformer():
 STACK = "ScanCheckpointBlock_0"
 
 
-def test_the_view_names_scanned_layers_and_leads_back(transformer):
+def test_the_view_names_scanned_layers_and_converts_back(transformer):
     module, variables, model, params = transformer
     query = params[STACK]["layers"]["attn"]["query"]["kernel"]
     original = variables["params"][STACK]["attn"]["query"]["kernel"]
@@ -216,7 +216,7 @@ def test_the_view_names_scanned_layers_and_leads_back(transformer):
     close(model(params, IDS), module.apply(variables, IDS), 0)
 
 
-def test_scan_remat_jit_and_grad_on_packed_and_dense_weights(transformer):
+def test_scan_remat_jit_and_grad_on_quantized_and_dense_weights(transformer):
     module, _, model, params = transformer
     settings = jlora.QuantConfig(include_modules=("wte",), llm_int8_skip_modules=("last", "out"))
     params = jlora.quantize(params, settings)
@@ -256,7 +256,7 @@ class Twice(nn.Module):
         return nn.scan(Body, variable_axes={"params": 0}, split_rngs=split, length=2)()(x, None)[1]
 
 
-def test_dropout_is_drawn_anew_in_every_scanned_layer():
+def test_dropout_differs_between_scanned_layers():
     module, x = Twice(), normal(3, 8)
     same = jax.tree.map(lambda a: a.at[1].set(a[0]), module.init(KEY, x))
     model, params = jlora.from_linen(module, same, x)
@@ -312,7 +312,7 @@ def test_what_cannot_be_factored_is_merged_and_named():
         jlora.init_adapter(KEY, params, dataclasses.replace(config, target_modules=["conv"]))
 
 
-def test_what_lora_bias_adds_is_not_lost_where_the_kernel_is_merged():
+def test_lora_bias_is_kept_where_the_kernel_is_merged():
     module, x = Vision(), normal(2, 5, 5, 3)
     model, params = jlora.from_linen(module, module.init(KEY, x), x)
     config = dataclasses.replace(CONFIG, target_modules=["own"], lora_bias=True)
@@ -345,7 +345,7 @@ def test_convolutions_are_matrices_when_asked():
         jlora.from_linen(module, variables, x, as_matrices=["convv"])
 
 
-def test_a_kernel_of_many_axes_is_not_guessed_at(transformer):
+def test_a_kernel_of_many_axes_needs_from_linen(transformer):
     tree = transformer[1]["params"]
     with pytest.raises(ConfigError, match=r"attn.out has a kernel \(3, 2, 4, 8\).*from_linen"):
         jlora.init_adapter(KEY, tree, dataclasses.replace(CONFIG, target_modules=["out"]))
@@ -360,7 +360,7 @@ class Batched(nn.Module):
         return nn.DenseGeneral(2, batch_dims=(0,), name="general")(x)
 
 
-def test_kernels_that_are_several_matrices_stay_as_they_are():
+def test_kernels_of_several_matrices_are_left_unchanged():
     module, x = Batched(), normal(3, 2, 4)
     variables = module.init(KEY, x)
     model, params = jlora.from_linen(module, variables, x)

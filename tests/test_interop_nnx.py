@@ -66,7 +66,7 @@ def close(got, want, tolerance=1e-5):
 
 
 @pytest.mark.parametrize(("name", "quantized"), CASES)
-def test_layers_compute_what_the_dense_sum_does(name, quantized):
+def test_layers_match_the_dense_sum(name, quantized):
     layer, shape, spec, sizes_in, sizes_out = LAYERS[name]
     module, x = Layer(layer), normal(*shape)
     promote = layer.promote_dtype
@@ -97,7 +97,7 @@ def test_layers_compute_what_the_dense_sum_does(name, quantized):
     close(got, want)
 
 
-def test_the_layers_own_dtype_holds():
+def test_the_layers_dtype_is_respected():
     layers = nnx.Linear(8, 5, dtype=jnp.bfloat16, rngs=RNGS), nnx.Linear(8, 5, rngs=RNGS)
     x = normal(4, 8)
     got, want = [], []
@@ -119,7 +119,7 @@ class Tied(nnx.Module):
         return self.wte(ids), self.wte.attend(self.wte(ids))
 
 
-def test_embeddings_are_read_with_lora_and_written_with_their_own_rows():
+def test_tied_embeddings_with_lora_and_with_trained_rows():
     model, params = jlora.from_nnx(Tied(nnx.Rngs(0)))
     adapter = jlora.init_adapter(KEY, params, dataclasses.replace(CONFIG, target_modules=["wte"]))
     pair = adapter.weights["wte"]
@@ -168,7 +168,7 @@ def transformer():
     return module, *jlora.from_nnx(module)
 
 
-def test_the_view_names_scanned_layers_and_leads_back(transformer):
+def test_the_view_names_scanned_layers_and_converts_back(transformer):
     module, model, params = transformer
     out = params["stack"]["layers"]["attn"]["out"]["kernel"]
     np.testing.assert_array_equal(out, module.stack.attn.out.kernel.get_value().reshape(3, 8, 8))
@@ -179,7 +179,7 @@ def test_the_view_names_scanned_layers_and_leads_back(transformer):
     assert list(original["more"]) == list(back["more"]) == [0]
 
 
-def test_scan_remat_jit_and_grad_on_packed_and_dense_weights(transformer):
+def test_scan_remat_jit_and_grad_on_quantized_and_dense_weights(transformer):
     _, model, params = transformer
     settings = jlora.QuantConfig(include_modules=("wte",), llm_int8_skip_modules=("out", "down"))
     params = jlora.quantize(params, settings)

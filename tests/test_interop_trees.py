@@ -90,7 +90,7 @@ def test_linen(kind):
     np.testing.assert_allclose(model.apply(plain, X), model.apply(params, X), atol=1e-5)
 
 
-def test_linens_kernels_multiply_by_dot_attached_and_packed():
+def test_dot_multiplies_attached_and_quantized_linen_kernels():
     params = Scanned().init(jax.random.key(0), X)
     quantized = jlora.quantize(params, jlora.QuantConfig(llm_int8_skip_modules=["head"]))
     layers = quantized["params"]["layers"]["up"]
@@ -149,7 +149,7 @@ def test_nnx(kind):
     assert dense["blocks"][2]["kernel"].shape == (D, D)
 
 
-def test_lists_of_layers_and_nothing():
+def test_lists_of_layers_and_none_leaves():
     def layer(i):
         return {"dense": {"kernel": jnp.full((D, D), float(i)), "bias": None}}
 

@@ -50,7 +50,7 @@ def files_of(folder):
     return sorted(f for f in folder.rglob("*") if f.is_file())
 
 
-def test_what_was_saved_comes_back(tmp_path):
+def test_save_and_restore_round_trip(tmp_path):
     checkpoint.save(tmp_path, 3, state(3), {"rows": 12, "best": (1.5, 2)}, **RUN)
     assert checkpoint.latest(tmp_path) == 3
     tree, extra = checkpoint.restore(tmp_path, 3, like(state()), **RUN)
@@ -107,7 +107,7 @@ def test_a_lost_file_is_caught(tmp_path):
 
 
 @pytest.mark.parametrize("torn", ["missing", "empty", "cut"])
-def test_a_checkpoint_without_a_whole_manifest_does_not_count(tmp_path, torn):
+def test_a_checkpoint_without_a_complete_manifest_is_ignored(tmp_path, torn):
     checkpoint.save(tmp_path, 1, state(1), {}, **RUN)
     checkpoint.save(tmp_path, 2, state(2), {}, **RUN)
     manifest = tmp_path / "2" / "manifest.json"
@@ -122,7 +122,7 @@ def test_a_checkpoint_without_a_whole_manifest_does_not_count(tmp_path, torn):
     assert not (tmp_path / "2").exists() and checkpoint.steps(tmp_path) == [1]
 
 
-def test_a_save_that_dies_before_the_manifest_leaves_nothing_that_counts(tmp_path, monkeypatch):
+def test_a_save_killed_before_the_manifest_leaves_no_checkpoint(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 1, state(1), {}, **RUN)
 
     class Killed(BaseException):
@@ -160,7 +160,7 @@ def test_saving_the_same_state_again_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_same_tree_with_another_extra_is_whole_at_every_moment(tmp_path, monkeypatch, fails):
+def test_replacing_the_extra_of_a_checkpoint_is_atomic(tmp_path, monkeypatch, fails):
     checkpoint.save(tmp_path, 1, state(1), {"finished": False}, **RUN)
     data = {f: f.stat().st_mtime_ns for f in files_of(tmp_path / "1" / "state")}
 
@@ -227,7 +227,7 @@ def test_restores_onto_another_mesh(tmp_path):
         np.testing.assert_array_equal(np.asarray(restored), value)
 
 
-def test_disk_full_is_said_before_writing(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_writing(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 1, state(1), {}, **RUN)
     usage = shutil._ntuple_diskusage(1000, 900, 100)
     monkeypatch.setattr(checkpoint.store.shutil, "disk_usage", lambda _: usage)
@@ -241,7 +241,9 @@ def test_disk_full_is_said_before_writing(tmp_path, monkeypatch):
     "error",
     [OSError(28, "No space left on device"), ValueError("Failed write: No space left on device")],
 )
-def test_disk_full_while_writing_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, error):
+def test_a_disk_that_fills_while_writing_leaves_the_earlier_checkpoint(
+    tmp_path, monkeypatch, error
+):
     checkpoint.save(tmp_path, 1, state(1), {}, **RUN)
     save = checkpoint.store.ocp.Checkpointer.save
 
@@ -266,7 +268,7 @@ def test_manifest_lists_leaves_with_their_digests(tmp_path):
     assert manifest["leaves"] == {"a": {"shape": [2, 2], "dtype": "float32", "sha256": expected}}
 
 
-def test_fingerprint_is_that_of_the_values_wherever_they_lie():
+def test_a_fingerprint_depends_on_values_and_not_on_placement():
     value = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
     one = fingerprint({"w": jnp.asarray(value)})
     assert one == fingerprint({"w": value})
@@ -293,7 +295,7 @@ def test_checksum_equals_the_same_sum_in_python(dtype):
     assert int(_checksum(jnp.asarray(value))) == checksum(bits)
 
 
-def test_fingerprint_sees_a_single_bit_and_a_swap():
+def test_a_fingerprint_changes_with_a_single_bit_and_with_a_swap():
     codes = np.random.default_rng(0).integers(0, 256, size=(64, 32), dtype=np.uint8)
     one = fingerprint([codes])
     flipped = codes.copy()

@@ -58,7 +58,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("size", ["5GB", "16KB"])
-def test_what_is_written_is_read_back(tmp_path, name, size):
+def test_write_and_read_round_trip(tmp_path, name, size):
     model, params = build(name)
     files = save_pretrained(tmp_path, model, params, max_shard_size=size)
     assert sorted(files) == sorted(tmp_path.iterdir())
@@ -70,7 +70,7 @@ def test_what_is_written_is_read_back(tmp_path, name, size):
     assert {k: again.config.hf[k] for k in want} == want
 
 
-def test_linear_weights_lie_as_in_torch(tmp_path):
+def test_linear_weights_are_oriented_as_in_torch(tmp_path):
     for name, tensor, path in [
         ("llama", "model.layers.1.mlp.up_proj.weight", "model.layers.mlp.up_proj.kernel"),
         ("gpt2", "transformer.h.1.mlp.c_fc.weight", "transformer.h.mlp.c_fc.kernel"),
@@ -85,7 +85,7 @@ def test_linear_weights_lie_as_in_torch(tmp_path):
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float64])
 @pytest.mark.parametrize("asked", ["float32", "bfloat16"])
 @pytest.mark.parametrize("span", [2**24, 1000])
-def test_weights_are_cast_to_the_asked_dtype(folder, stored, asked, span, monkeypatch):
+def test_weights_are_cast_to_the_requested_dtype(folder, stored, asked, span, monkeypatch):
     for module in (hf_folder, hf_read):  # whole, or a few rows at a time
         monkeypatch.setattr(module, "CHUNK_BYTES", span)
     original = load_file(folder / "model.safetensors")
@@ -105,7 +105,7 @@ def test_values_beyond_float16_are_refused(folder):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_quantized_reading_is_quantize_params_of_plain_reading(tmp_path, name):
+def test_quantizing_while_loading_equals_quantizing_after_loading(tmp_path, name):
     save_pretrained(tmp_path, *build(name))
     skip = {"llama": "o_proj", "gpt2": "c_fc"}[name]
     config = QuantConfig(llm_int8_skip_modules=(skip,))
@@ -396,7 +396,7 @@ def test_a_folder_that_is_not_there_is_a_config_error(tmp_path):
             load_pretrained(name)
 
 
-def test_the_hub_out_of_reach_is_said_so(monkeypatch):
+def test_an_unreachable_hub_is_reported(monkeypatch):
     import huggingface_hub
 
     def fail(*args, **kwargs):
@@ -430,7 +430,7 @@ def test_ids_that_end_a_reply_are_those_of_both_files(folder, tmp_path):
     assert load_pretrained(tmp_path / "again")[0].config.eos_token_ids == (2, 9)
 
 
-def test_shards_have_the_asked_size_and_an_index(sharded):
+def test_shards_have_the_requested_size_and_an_index(sharded):
     index = json.loads((sharded / INDEX).read_text())
     _, params = build("llama")
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in jax.tree.leaves(params))
@@ -461,7 +461,7 @@ def test_parameters_of_another_model_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["5 apples", 0, "-1GB"])
-def test_sizes_that_are_none_are_refused(tmp_path, size):
+def test_invalid_shard_sizes_are_refused(tmp_path, size):
     with pytest.raises(ConfigError, match="max_shard_size"):
         save_pretrained(tmp_path, *build("llama"), max_shard_size=size)
 
@@ -499,7 +499,7 @@ def test_parameters_are_placed_on_a_mesh(folder, quantization):
     np.testing.assert_allclose(model(placed, ids), model(unsharded, ids), atol=1e-5)
 
 
-def test_sharded_parameters_are_written_whole(folder, tmp_path):
+def test_sharded_parameters_are_written_in_full(folder, tmp_path):
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     model, placed = load_pretrained(folder, "float32", mesh=mesh)
     save_pretrained(tmp_path / "again", model, placed)

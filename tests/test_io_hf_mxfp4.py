@@ -22,7 +22,7 @@ def value_of(bits):
     return -size if sign else size
 
 
-def test_values_are_those_of_the_format():
+def test_values_match_the_format():
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (3, 2, 16), dtype=np.uint8)
     scales = np.array([[127, 1], [100, 140], [254, 255]], np.uint8)

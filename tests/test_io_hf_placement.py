@@ -40,7 +40,7 @@ def shape_of(array):
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("lead", LEAD)
 @pytest.mark.parametrize("on_mesh", [False, True])
-def test_parts_are_put_in_their_places(lead, turned, on_mesh, monkeypatch):
+def test_parts_are_placed_correctly(lead, turned, on_mesh, monkeypatch):
     want = np.random.default_rng(0).standard_normal((*LEAD[lead], 8, 4), np.float32)
     where = NamedSharding(mesh(), SPEC[lead]) if on_mesh else None
     indices = list(itertools.product(*map(range, LEAD[lead])))
@@ -67,7 +67,7 @@ def test_parts_are_put_in_their_places(lead, turned, on_mesh, monkeypatch):
 
 
 @pytest.mark.parametrize("on_mesh", [False, True])
-def test_packed_parts_are_put_child_by_child(on_mesh):
+def test_quantized_parts_are_placed_array_by_array(on_mesh):
     w = jax.random.normal(jax.random.key(0), (3, 128, 256))
     want = jax.vmap(nf4.quantize)(w)
     where = None

@@ -87,7 +87,7 @@ def test_checkpoints_of_the_base_model_alone_are_read(folder, made):
     same(load_pretrained(folder, dtype="float32")[1], made[1])
 
 
-def test_parts_mean_nothing_where_the_configuration_says_nothing(folder):
+def test_quantized_tensors_and_the_configuration_must_agree(folder):
     hf = json.loads((folder / "config.json").read_text())
     del hf["quantization_config"]
     (folder / "config.json").write_text(json.dumps(hf))
@@ -160,7 +160,7 @@ def spy(see, original=hf_folder.Shards.read):
         ({"nested_dtype": "float16"}, 'says nested_dtype "float16"'),
     ],
 )
-def test_what_a_quant_state_says_is_checked(folder, changes, message):
+def test_the_values_of_a_quant_state_are_checked(folder, changes, message):
     def change(t):
         t[STATE] = as_bytes(json.loads(t[STATE].tobytes()) | changes)
 
@@ -179,7 +179,7 @@ def test_what_a_quant_state_says_is_checked(folder, changes, message):
         (np.zeros(10, np.float32), r"is F32 \[10\], expected the bytes of a short text"),
     ],
 )
-def test_a_quant_state_that_is_none_is_refused(folder, value, message):
+def test_an_invalid_quant_state_is_refused(folder, value, message):
     edit(folder, lambda t: t.update({STATE: value}))
     with pytest.raises(DataError, match=f"{STATE} {message}"):
         load_pretrained(folder)
@@ -210,7 +210,7 @@ def test_faults_in_eight_bits(tmp_path, part, value, message):
 
 
 @pytest.mark.parametrize("nested_block", [256, 20])
-def test_other_constants_of_double_quantization_are_undone(folder, made, nested_block):
+def test_foreign_double_quantization_is_undone(folder, made, nested_block):
     """One layer has them; then no layer keeps 8-bit scales. NumPy rounds both operations."""
     table = DYNAMIC_MAP if nested_block == 20 else np.linspace(-1, 1, 256, dtype=np.float32)
     scale = np.array([0.25, 0.5, 0.125], np.float32)[: -(-48 // nested_block)]

@@ -110,7 +110,7 @@ def test_eight_bits_have_codes_scales_and_the_rows_order():
         ("gpt2", "transformer.h.{}.mlp.c_fc", (128, 32)),  # a dense one is [32, 128]
     ],
 )
-def test_each_layer_of_a_stack_is_a_matrix_of_its_own(tmp_path, name, module, shape):
+def test_each_layer_of_a_stack_is_written_as_one_matrix(tmp_path, name, module, shape):
     model, params = quantized(name)
     tensors, _ = written(tmp_path, model, params)
     *nodes, last = module.replace(".{}", "").split(".")
@@ -124,7 +124,7 @@ def test_each_layer_of_a_stack_is_a_matrix_of_its_own(tmp_path, name, module, sh
         assert json.loads(text)["shape"] == list(shape)
 
 
-def test_the_rest_of_the_folder_is_as_without_packing(tmp_path):
+def test_the_rest_of_the_folder_is_as_without_quantization(tmp_path):
     model, params = quantized()
     tensors, config = written(tmp_path / "quantized", model, params)
     save_pretrained(tmp_path / "dense", model, params)
@@ -185,7 +185,7 @@ def test_config_json_says_what_is_quantized_and_how(name, fields, want):
     assert got == BITSANDBYTES | want
 
 
-def test_products_are_in_the_models_type():
+def test_the_compute_dtype_is_the_models():
     config = quantization_config(*shapes(dtype="bfloat16"))
     assert config["bnb_4bit_compute_dtype"] == "bfloat16"
 
@@ -207,7 +207,7 @@ def test_shards_keep_a_matrix_together_and_their_size(tmp_path):
 
 
 @pytest.mark.parametrize("fields", [{}, {"load_in_8bit": True}])
-def test_sharded_leaves_are_written_whole(tmp_path, fields):
+def test_sharded_leaves_are_written_in_full(tmp_path, fields):
     model, params = quantized(**fields)
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     placed = sharding.place(params, sharding.shardings(params, mesh))

@@ -57,7 +57,7 @@ def test_tensors_are_in_torchs_orientation(tmp_path):
 
 
 @pytest.mark.parametrize("layers", [None, [0, 2]])
-def test_parts_of_c_attn_are_saved_as_lora_on_the_whole(tmp_path, layers):
+def test_parts_of_c_attn_are_saved_as_one_lora_pair(tmp_path, layers):
     params = make_gpt2()
     config = LoraConfig(
         r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], init_lora_weights=False,
@@ -117,7 +117,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path):
         adapter_io.load_adapter(tmp_path / "nowhere", params)
 
 
-def test_the_least_config_that_peft_takes(tmp_path):
+def test_a_minimal_peft_config_is_read(tmp_path):
     params = saved(tmp_path, lora_alpha=8)
     least = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     before = adapter_io.load_adapter(tmp_path, params)
@@ -137,7 +137,7 @@ def test_nothing_is_written_for_a_broken_adapter(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_adapter_knows_its_base_again(tmp_path):
+def test_an_adapter_recognises_its_base(tmp_path):
     """By all weights where they are kept alike, else by the leaves that packing leaves alone."""
     params, fields = make_params(), {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     adapter = lora.init_adapter(jax.random.key(0), params, LoraConfig(**fields))

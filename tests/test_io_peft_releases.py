@@ -111,7 +111,7 @@ def test_biases_are_read_under_both_of_their_names(name, bias, tmp_path):
     assert ("v_proj" in attention_node) == (bias == "all")
 
 
-def test_biases_that_a_release_lost_are_said_to_be_lost(tmp_path):
+def test_biases_lost_by_a_release_are_reported(tmp_path):
     tensors = draw(attention("q_proj"))
     config = config_of("0.14.0", target_modules=["q_proj"], bias="lora_only")
     write(tmp_path, config, tensors)
@@ -127,7 +127,7 @@ def test_biases_that_a_release_lost_are_said_to_be_lost(tmp_path):
         adapter_io.load_adapter(tmp_path, make_params())
 
 
-def test_keys_of_releases_to_come_are_refused_where_they_may_matter(tmp_path):
+def test_keys_of_future_releases_are_refused_where_they_may_matter(tmp_path):
     tensors = draw(attention("q_proj"))
     config = config_of("0.21.2", target_modules=["q_proj"])
     off = {

@@ -60,7 +60,7 @@ def test_scripts_parse_and_can_be_executed(script):
 
 
 @pytest.mark.parametrize("script", [s for s in SCRIPTS if s.name.startswith("train")], ids=str)
-def test_without_a_config_they_say_how_they_are_used(run, script):
+def test_without_a_config_they_print_their_usage(run, script):
     code, errors, calls = run(script)
     assert code == 2 and "CONFIG.yaml" in errors and not calls
 
@@ -83,7 +83,7 @@ def test_single_node_passes_its_arguments_on(run):
 SLURM = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NTASKS": "2"}
 
 
-def test_slurm_gives_every_process_its_number(run):
+def test_slurm_gives_every_process_its_id(run):
     code, errors, calls = run("gpu_scripts/train_slurm.sh", "a b.yaml", **SLURM)
     assert code == 0, errors
     assert calls.count("JLORA_COORDINATOR=node7:23456") == 2
@@ -101,7 +101,7 @@ def test_slurm_requeues_a_run_that_saved_before_its_limit(run, returns, requeued
     assert code == int(returns) and ("requeue" in calls) == requeued
 
 
-def test_slurm_script_wants_to_be_submitted(run):
+def test_the_slurm_script_must_be_submitted(run):
     code, errors, _ = run("gpu_scripts/train_slurm.sh", "a.yaml")
     assert code != 0 and "sbatch" in errors
 

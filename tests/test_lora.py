@@ -113,7 +113,7 @@ def test_detach_and_unmerge_restore_the_base():
     assert moved > 1e-2
 
 
-def test_transforms_leave_their_arguments_alone():
+def test_transforms_do_not_modify_their_arguments():
     params = make_params()
     before = jax.tree.map(np.asarray, params)
     adapter = trained(params, LoraConfig(target_modules="all-linear"))

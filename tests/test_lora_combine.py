@@ -183,7 +183,7 @@ def test_embeddings_are_combined():
     assert set(result.weights["model"]["embed_tokens"]) == {"lora_embedding_A", "lora_embedding_B"}
 
 
-def test_one_adapter_is_treated_as_asked():
+def test_a_single_adapter_is_scaled_and_truncated():
     adapter = make_adapter(r=4, lora_alpha=6, use_rslora=True)
     cut = jlora.add_weighted_adapter([adapter], [-3], svd_rank=1)
     assert (cut.config.r, cut.config.lora_alpha, cut.config.use_rslora) == (1, 1, False)
@@ -191,13 +191,13 @@ def test_one_adapter_is_treated_as_asked():
         close(deltas(cut)[name], nearest(-3 * delta, 1)[0])
 
 
-def test_largest_keeps_exactly_so_many_where_values_are_equal():
+def test_the_magnitude_mask_keeps_the_exact_count_with_ties():
     tensor = jnp.asarray([[1.0, -2.0, 2.0], [2.0, 0.0, -2.0]])
     mask = magnitude_mask(tensor, jnp.asarray(3))
     np.testing.assert_array_equal(mask, [[False, True, True], [True, False, False]])
 
 
-def test_columns_that_a_layer_does_not_use_do_not_count():
+def test_unused_columns_of_a_layer_are_not_counted():
     adapter = make_adapter(r=4, rank_pattern={"layers.1.self_attn.q_proj": 1})
     result = jlora.add_weighted_adapter([adapter], [1.0], "magnitude_prune", density=0.5)
     a = np.asarray(result.weights["model"]["layers"]["self_attn"]["q_proj"]["lora_A"])
@@ -227,7 +227,7 @@ def all_ones():
     return [jax.tree.map(jnp.ones_like, adapter)] * 2
 
 
-def test_dare_keeps_a_part_and_its_expectation(all_ones):
+def test_dare_keeps_a_fraction_and_the_expectation(all_ones):
     def drawn(key, weights=(1.0, 4.0)):
         result = jlora.add_weighted_adapter(
             all_ones, weights, "dare_linear", density=0.3, key=jax.random.key(key)
@@ -266,12 +266,12 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("kind", "options", "message"), REFUSED)
-def test_settings_that_are_wrong_or_mean_nothing(kind, options, message):
+def test_invalid_and_meaningless_settings_are_refused(kind, options, message):
     with pytest.raises(ConfigError, match=message):
         jlora.add_weighted_adapter([make_adapter()], [1], kind, **options)
 
 
-def test_everything_against_it_is_said_at_once():
+def test_all_faults_are_reported_together():
     adapters = [
         make_adapter(r=2, bias="all"),
         make_adapter(r=3, target_modules=["q_proj", "v_proj"]),
@@ -325,7 +325,7 @@ def unstacked(tree):
         ),
     ],
 )
-def test_adapters_of_different_trees(one, two, message):
+def test_adapters_of_different_trees_are_refused(one, two, message):
     with pytest.raises(ConfigError, match=message):
         jlora.add_weighted_adapter([one, two], [1, 1], "cat")
 
@@ -342,7 +342,7 @@ def test_adapters_on_experts_are_not_combined():
             combine()
 
 
-def test_adapters_that_count_from_their_first_values_are_not_combined():
+def test_adapters_with_initial_values_are_not_combined():
     adapter = make_adapter()
     adapter = dataclasses.replace(adapter, initial=adapter.weights)
     for combine in (
@@ -364,7 +364,7 @@ def tuned_on(*paths):
     return jax.tree_util.tree_map_with_path(pick, PARAMS, other)
 
 
-def test_extraction_is_the_nearest_delta_of_every_target():
+def test_extraction_gives_the_nearest_delta_of_every_target():
     tuned = tuned_on("q_proj", "down_proj.kernel", "lm_head", "v_proj.bias")
     fields = {**MIXED, "bias": "all"}
     adapter = jlora.extract_adapter(PARAMS, tuned, LoraConfig(**fields))
@@ -383,7 +383,7 @@ def test_extraction_is_the_nearest_delta_of_every_target():
     )
 
 
-def test_extraction_at_full_rank_is_the_successor():
+def test_extraction_at_full_rank_reproduces_the_tuned_model():
     tuned = tuned_on("q_proj.kernel", "scale")
     config = LoraConfig(
         r=D, lora_alpha=3, target_modules=["q_proj"], modules_to_save=["input_layernorm"]
@@ -458,7 +458,7 @@ def test_extraction_names_what_would_be_lost():
     ]
 
 
-def test_a_bias_is_not_held_by_its_kernel():
+def test_a_changed_bias_is_not_covered_by_its_kernel():
     tuned = tuned_on("q_proj.bias", "lm_head")
     config = LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights="gaussian")
     with pytest.raises(ConfigError, match=r"cover: model.layers.\*.self_attn.q_proj.bias\n"):
@@ -490,14 +490,14 @@ def test_extraction_refuses_trees_of_another_structure():
         ({"trainable_token_indices": [1, 2]}, "trainable_tokens_delta"),
     ],
 )
-def test_neither_combining_nor_extraction_takes_other_leaves(fields, leaf):
+def test_combining_and_extraction_refuse_other_leaves(fields, leaf):
     with pytest.raises(ConfigError, match=rf"cannot hold model\.\w+\..*{leaf}"):
         jlora.extract_adapter(PARAMS, PARAMS, LoraConfig(target_modules=["q_proj"], **fields))
     with pytest.raises(ConfigError, match=rf"has leaves besides A and B: model\.\w+\..*{leaf}"):
         jlora.add_weighted_adapter([make_adapter(**fields)], [1], "cat")
 
 
-def test_extraction_from_a_quantized_base_counts_from_what_it_computes():
+def test_extraction_from_a_quantized_base_uses_its_dequantized_values():
     params = {"layer": {"kernel": jnp.asarray(normal(3, 64, 64))}}
     quantized = jlora.quantize(params, jlora.QuantConfig(bnb_4bit_compute_dtype="float32"))
     adapter = jlora.extract_adapter(quantized, params, LoraConfig(r=64, target_modules=["layer"]))

@@ -13,7 +13,7 @@ from jlora.config import LoraConfig
 from jlora.errors import ConfigError, DataError
 
 
-def test_several_adapters_add_up_and_are_rounded_once():
+def test_several_adapters_are_summed_and_rounded_once():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_params())
     one = trained(params, LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
     two = trained(params, LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only"), seed=5)
@@ -47,7 +47,7 @@ def test_dora_starts_as_the_base_and_merges_to_its_magnitudes(quantized):
     np.testing.assert_allclose(node(lora.merge(params, adapter), Q)["kernel"], want, atol=1e-5)
 
 
-def test_biases_of_b_go_into_the_modules_own_and_out_again():
+def test_lora_biases_are_merged_into_the_modules_bias_and_unmerged():
     params = make_params()
     adapter = trained(params, LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True))
     merged = lora.merge(params, adapter)
@@ -63,7 +63,7 @@ def test_biases_of_b_go_into_the_modules_own_and_out_again():
 @pytest.mark.parametrize(
     "fields", [{"use_dora": True}, {"trainable_token_indices": [1]}, {"bias": "all"}]
 )
-def test_what_unmerging_cannot_know(fields):
+def test_unmerging_cannot_restore_replaced_values(fields):
     params = make_params()
     adapter = trained(params, LoraConfig(target_modules=["q_proj"], **fields))
     with pytest.raises(DataError, match="does not have the values that this leaf replaced"):
@@ -80,7 +80,7 @@ def test_dora_is_not_added_to_others():
         lora.merge(params, plain, dora)
 
 
-def test_a_tied_embedding_is_merged_only_under_a_head_of_its_own(tmp_path):
+def test_a_tied_embedding_must_be_untied_before_merging(tmp_path):
     model, params = tiny_models.build("gpt2")
     adapter = trained(params, LoraConfig(r=2, target_modules=["wte", "c_attn"]))
     ids = tiny_models.tokens(model, 2, 24)

@@ -82,7 +82,7 @@ def close(got, want, bound):
     np.testing.assert_allclose(got, want, rtol=0, atol=bound * np.abs(want).max() + 1e-12)
 
 
-def test_each_row_is_its_adapters_and_a_row_without_one_the_bases_bitwise(alone, mixed):
+def test_each_row_matches_its_adapter_and_rows_without_one_the_base_bitwise(alone, mixed):
     base, logits = alone[0], mixed[1]
     for b, i in enumerate(ROWS):
         if i < 0:
@@ -107,7 +107,7 @@ def test_each_adapters_gradient_is_that_of_its_rows(case, alone, mixed):
     assert not any(np.any(g) for g in jax.tree.leaves(first.adapter("b", case[2][1]).weights))
 
 
-def test_swapping_compiles_nothing(case):
+def test_replacing_adapters_does_not_recompile(case):
     model, params, adapters, ids = case
     traces = []
 
@@ -139,7 +139,7 @@ def test_generation_with_a_cache_keeps_rows_apart(case):
     assert got[0] != got[2]
 
 
-def test_a_whole_projection_in_one_adapter_and_its_parts_in_another():
+def test_a_fused_projection_in_one_adapter_and_its_parts_in_another():
     kernel = jax.random.normal(jax.random.key(0), (8, 24))
     params = {"attn": {"c_attn": {"kernel": kernel}}}
     fused = make(params, {"r": 2, "target_modules": ["c_attn"]}, 0)
@@ -153,7 +153,7 @@ def test_a_whole_projection_in_one_adapter_and_its_parts_in_another():
         close(got[row], np.asarray(x[row]) @ merged, 1e-5)
 
 
-def test_what_rows_cannot_have_is_refused_all_at_once():
+def test_adapters_that_cannot_be_stacked_are_refused_with_all_reasons():
     _, params = tiny_models.build("llama")
     plain = make(params, {"target_modules": ["q_proj"]}, 0)
     odd = make(params, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"],
@@ -186,7 +186,7 @@ def test_what_rows_cannot_have_is_refused_all_at_once():
             call()
 
 
-def test_an_initial_part_is_taken_off():
+def test_initial_values_are_subtracted():
     """PiSSA's adapters mean A@B - A0@B0 on the base: so they do in a stack."""
     _, params = tiny_models.build("llama")
     one, first = (make(params, {"r": 3, "target_modules": ["o_proj"]}, seed) for seed in (0, 1))

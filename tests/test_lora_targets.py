@@ -16,7 +16,7 @@ def found(params, **fields):
     return {t.path: t.ranks for t in targets}
 
 
-def test_an_expression_that_takes_a_fused_layer_takes_it_once():
+def test_an_expression_that_matches_a_fused_layer_targets_it_once():
     assert found(make_gpt2(), target_modules=r".*_(attn|proj)") == {C_ATTN: (4,) * L}
     first = found(make_gpt2(), target_modules=r".*\.0\.attn\..*_.*")
     assert first == {C_ATTN: (4, 0, 0)}
@@ -34,7 +34,7 @@ def test_parts_and_layers_that_would_train_twice_are_refused():
 
 
 @pytest.mark.parametrize("pattern", [r".*self_attn.*", r".*norm|.*q_proj", r"model.*"])
-def test_an_expression_must_take_linear_layers_only(pattern):
+def test_an_expression_must_match_linear_layers_only(pattern):
     with pytest.raises(ConfigError, match="not a linear layer"):
         found(make_params(), target_modules=pattern)
     inside = found(make_params(), target_modules=r".*self_attn\..*")

@@ -31,7 +31,7 @@ def dense_sum(w, base=None):
     return base + float(w.scale) * np.float64(w.lora_A) @ np.float64(w.lora_B)
 
 
-def test_dora_scales_the_columns_of_the_whole_sum():
+def test_dora_scales_the_columns_of_base_plus_delta():
     w = dora()
     want = np.float64(X) @ (dense_sum(w) * np.float64(w.gain))
     np.testing.assert_allclose(dot(X, w), want, atol=2e-5)
@@ -53,7 +53,7 @@ def test_the_gain_keeps_float32_under_bfloat16():
     assert dot(x, w).dtype == jnp.bfloat16
 
 
-def test_dora_under_dropout_is_pefts():
+def test_dora_under_dropout_matches_peft():
     """peft: W x + (m - 1) W d(x) + m s B A d(x), with one mask for both."""
     w = dora(dropout_key=jax.random.key(3), dropout=0.4)
     keep = np.asarray(jax.random.bernoulli(jax.random.key(3), 0.6, X.shape))
@@ -94,7 +94,7 @@ def replaced(w):
     return table
 
 
-def test_rows_take_the_place_of_rows():
+def test_trained_rows_replace_rows_of_the_table():
     w = tokens()
     ids = jnp.asarray(RNG.permutation(IN).reshape(4, -1))
     np.testing.assert_array_equal(embed(ids, w), replaced(w)[np.asarray(ids)])
@@ -104,7 +104,7 @@ def test_rows_take_the_place_of_rows():
     np.testing.assert_array_equal(embed(ids, quantized), want[np.asarray(ids)])
 
 
-def test_the_tied_head_has_the_rows_too_in_whole_and_in_parts():
+def test_the_tied_head_uses_the_trained_rows_in_full_and_by_columns():
     w = tokens()
     x = jnp.asarray(RNG.normal(size=(5, OUT)), jnp.float32)
     want = np.asarray(x) @ replaced(w).T
@@ -115,7 +115,7 @@ def test_the_tied_head_has_the_rows_too_in_whole_and_in_parts():
         np.testing.assert_allclose(got, want[:, start : start + 32], atol=1e-5)
 
 
-def test_gradients_of_rows_are_those_of_the_whole_table():
+def test_gradients_of_rows_match_those_of_the_full_table():
     w = tokens()
     ids = jnp.asarray([[9, 9, 5, 40]])
 
@@ -129,7 +129,7 @@ def test_gradients_of_rows_are_those_of_the_whole_table():
     np.testing.assert_allclose(got, table_gradient[w.indices], atol=1e-4)
 
 
-def test_each_group_has_an_adapter_of_its_own():
+def test_each_group_has_its_own_adapter():
     base, sizes = array(3, 4, 6), jnp.asarray([2, 0, 3])
     w = LoraWeight(base, array(3, 4, R), array(3, R, 6), jnp.float32(0.5))
     x = jnp.asarray(RNG.normal(size=(5, 4)), jnp.float32)
@@ -143,14 +143,14 @@ def test_each_group_has_an_adapter_of_its_own():
     assert turned.shape == (3, 6, 4)
 
 
-def test_a_transpose_with_columns_to_scale_stands_for_the_transposed_sum():
+def test_the_transpose_of_a_dora_weight():
     w = dora()
     turned = w.mT
     assert turned.mT is w and turned.shape == w.shape[::-1] and turned.dtype == w.dtype
     np.testing.assert_array_equal(turned.dequantize(), w.dequantize().mT)
 
 
-def test_they_pass_through_transforms():
+def test_weights_pass_through_transforms():
     for w in (dora(), tokens()):
         again = jax.tree.map(lambda x: x, w)
         chex.assert_trees_all_equal(again, w)

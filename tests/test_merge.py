@@ -51,7 +51,7 @@ def close(got, expected):
     return np.abs(got - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-def test_a_merged_adapter_is_the_attached_one(here, logits, capsys):
+def test_a_merged_adapter_matches_the_attached_one(here, logits, capsys):
     assert close(merged(here), logits[0])
     (shown,) = differences(capsys.readouterr().out).values()
     assert shown[0] <= shown[1] < 1e-4
@@ -64,7 +64,7 @@ def test_a_merged_adapter_is_the_attached_one(here, logits, capsys):
 
 
 @pytest.mark.parametrize(("base", "like"), [("dequantized", 1), ("original", 0)])
-def test_a_quantized_base_is_merged_as_trained_on_or_as_it_was(here, logits, base, like, capsys):
+def test_merging_into_the_quantized_or_the_original_base(here, logits, base, like, capsys):
     got = merged(here, merge={"base": base}, quantization=QUANTIZED)
     assert close(got, logits[like]) and not close(got, logits[1 - like])
     shown = differences(capsys.readouterr().out)
@@ -77,7 +77,7 @@ def test_a_quantized_base_is_merged_as_trained_on_or_as_it_was(here, logits, bas
     np.testing.assert_allclose(shown["original base"], (gap.mean(), gap.max()), rtol=0.06)
 
 
-def test_the_default_place_is_in_the_run(here):
+def test_the_default_output_is_in_the_run_folder(here):
     tiny_results.run(here, command, model={"dtype": "bfloat16"})
     _, params = jlora.load_pretrained(str(here.output / "merged"), dtype="bfloat16")
     _, base = jlora.load_pretrained(str(here.base), dtype="bfloat16")

@@ -27,7 +27,7 @@ def assert_same(got, want):
 
 
 @EVERY
-def test_packed_documents_compute_what_they_compute_alone(name):
+def test_packed_documents_match_separate_documents(name):
     model, params = build(name)
     lengths = (9, 4, 7)
     rows = tokens(model, 3, 9)
@@ -160,7 +160,7 @@ def test_logits_are_float32_in_every_dtype(name):
         assert np.abs(got - want).max() < bound * np.abs(want).max()
 
 
-def test_models_are_hashable_and_equal_by_what_they_compute():
+def test_models_are_hashable_and_compare_by_value():
     a, b = (Model.from_config(LLAMA, "float32") for _ in range(2))
     assert a == b and hash(a) == hash(b)
     assert a != dataclasses.replace(a, gradient_checkpointing=True)
@@ -174,7 +174,7 @@ def test_trees_are_named_as_in_transformers():
     assert "transformer.h.attn.c_attn.kernel" in names and "lm_head.kernel" not in names
 
 
-def test_init_params_draws_the_configured_deviation():
+def test_init_params_uses_the_configured_standard_deviation():
     model = Model.from_config({**LLAMA, "hidden_size": 128, "initializer_range": 0.05}, "float32")
     params = init_params(jax.random.key(0), model)
     for path, leaf in paths.walk(params):

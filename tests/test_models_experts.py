@@ -60,7 +60,7 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts(name):
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_values_and_gradients_on_a_mesh_are_those_of_one_device(name):
+def test_values_and_gradients_on_a_mesh_match_one_device(name):
     model, params = build(name)
     ids = tokens(model, 8, 6)
 
@@ -132,7 +132,7 @@ def test_switches_that_are_not_supported_are_named(name, change, message):
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_quantized_experts_compute_what_dequantized_ones_do(name, tmp_path):
+def test_quantized_experts_match_dequantized_ones(name, tmp_path):
     """Read from a folder, on one device and on a mesh, with gradients, and written dense."""
     model, params = build(name)
     save_pretrained(tmp_path, model, params)

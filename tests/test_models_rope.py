@@ -48,7 +48,7 @@ def values(*shape):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_rope_turns_pairs_as_complex_numbers(interleaved):
+def test_rope_rotates_pairs_as_complex_numbers(interleaved):
     """The last two of ten dimensions are not rotary."""
     x = values(1, 5, 2, 10)
     positions = np.array([[0, 1, 2, 700, 9000]])
@@ -67,7 +67,7 @@ def test_rope_turns_pairs_as_complex_numbers(interleaved):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_no_angle_changes_no_bit(dtype, interleaved):
+def test_a_zero_angle_changes_no_bit(dtype, interleaved):
     x = jnp.asarray(values(2, 3, 2, 12)).astype(dtype)
     nothing = jnp.ones((2, 3, 4)), jnp.zeros((2, 3, 4))
     got = rotate(x, nothing, interleaved)
@@ -91,7 +91,7 @@ def test_llama3_keeps_high_and_divides_low_frequencies():
 
 
 @pytest.mark.parametrize("settings", [DYNAMIC, LONGROPE], ids=["dynamic", "longrope"])
-def test_packed_documents_turn_as_each_alone(settings):
+def test_packed_documents_are_rotated_like_separate_ones(settings):
     """Documents shorter, as long as, and longer than the context of 8, and padding between."""
     rope = rope_of(**settings)
     rows = [[(7, 12), (0, 1), (3, 8)], [(90001, 8), (0, 1), (3, 12)]]

@@ -40,7 +40,7 @@ PACKED = "made for cuda; packed rows: chunked"
         ("tpu", {"dtype": "float16", "length": 8}, "reference", "not in float16; 8 tokens"),
     ],
 )
-def test_auto_picks_what_can_do_it_and_says_why(platform, changes, backend, why):
+def test_auto_picks_a_supported_backend_and_gives_the_reason(platform, changes, backend, why):
     choice = choose(platform, dataclasses.replace(LONG, **changes))
     assert choice.backend == backend
     assert why == choice.why if backend in ("cudnn", "splash") else why in choice.why
@@ -58,7 +58,7 @@ def qkv(dtype=jnp.float32, length=16, dim=8):
         ("splash", splash, jnp.float16, {}, "not in float16"),
     ],
 )
-def test_a_backend_that_cannot_do_it_is_refused(backend, kernel, dtype, more, message, monkeypatch):
+def test_an_unsupported_backend_is_refused(backend, kernel, dtype, more, message, monkeypatch):
     monkeypatch.setattr(kernel, "available", lambda: True)
     with pytest.raises(
         ConfigError, match=rf"model.attention: {backend}[\s\S]*{message}[\s\S]*auto"
@@ -66,7 +66,7 @@ def test_a_backend_that_cannot_do_it_is_refused(backend, kernel, dtype, more, me
         attend(*qkv(dtype), scale=1.0, backend=backend, **more)
 
 
-def test_a_backend_that_is_not_here_is_refused(monkeypatch):
+def test_an_unavailable_backend_is_refused(monkeypatch):
     monkeypatch.setattr(splash, "available", lambda: False)
     with pytest.raises(ConfigError, match="support for tpu, which is not installed"):
         attend(*qkv(), scale=1.0, backend="splash")
@@ -77,7 +77,7 @@ def test_unknown_backend_is_named():
         attend(*qkv(), scale=1.0, backend="referense")
 
 
-def test_only_what_may_be_a_kernel_needs_static_windows(monkeypatch):
+def test_only_kernels_need_static_windows(monkeypatch):
     for kernel in (cudnn, splash):
         monkeypatch.setattr(kernel, "available", lambda: False)
     needing = [backend for backend in BACKENDS if needs_static_window(backend)]
@@ -109,7 +109,7 @@ def for_all_platforms(monkeypatch):
         monkeypatch.setattr(kernel, "available", lambda: True)
 
 
-def test_programs_hold_the_kernel_of_the_platform_they_are_for(for_all_platforms):
+def test_programs_contain_the_kernel_of_their_platform(for_all_platforms):
     assert lowered("tpu", jnp.bfloat16).count("tpu_custom_call") >= 3  # forward, dq, dk and dv
     assert "tpu_custom_call" not in lowered("cpu", jnp.bfloat16)
     assert "tpu_custom_call" not in lowered("tpu", jnp.float16)
@@ -124,7 +124,7 @@ def test_programs_hold_the_kernel_of_the_platform_they_are_for(for_all_platforms
     assert "__cudnn" not in lowered("cuda", jnp.float32)
 
 
-def test_the_capability_of_an_absent_gpu_is_given_by_value(for_all_platforms):
+def test_the_capability_of_an_absent_gpu_is_passed_as_a_value(for_all_platforms):
     """Two programs of one process, for two GPUs that are not here."""
     assert "__cudnn" in lowered("cuda", jnp.bfloat16, gpu_capability=AMPERE)
     assert "__cudnn" not in lowered("cuda", jnp.bfloat16, gpu_capability=TURING)

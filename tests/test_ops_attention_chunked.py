@@ -78,7 +78,7 @@ def test_results_and_gradients_match_the_reference(segments, window, softcap):
     assert_close(*everything(*qkv()))
 
 
-def test_the_start_of_a_document_is_its_first_token_wherever_the_others_are():
+def test_a_document_starts_at_its_first_token_even_if_its_tokens_are_scattered():
     got = chunked._document_start(jnp.asarray([[7, 7, 3, 3, 7, 0, 0], [0, 0, 2, 2, 1, 1, 0]]))
     assert got.tolist() == [[0, 0, 2, 2, 0, 5, 5], [0, 0, 2, 2, 4, 4, 0]]
 
@@ -96,7 +96,7 @@ def test_chunks_that_no_query_sees_are_not_computed(ids, window):
     assert np.isfinite(got[0][:, last]).all() and np.isnan(want[0][:, last]).all()
 
 
-def test_low_precision_matches_what_it_rounds():
+def test_low_precision_matches_float32_up_to_rounding():
     q, k, v = qkv(jnp.bfloat16)
     in_float32 = [x.astype(jnp.float32) for x in (q, k, v)]
     grads = [gradients(which, *x, window=6) for which, x in ((0, (q, k, v)), (1, in_float32))]

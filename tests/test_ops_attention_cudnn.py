@@ -24,7 +24,7 @@ def cudnn_attend(q, k, v, ids=None, window=None, scale=0.4):
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
-def test_causality_and_windows_are_the_references(window):
+def test_causality_and_windows_match_the_reference(window):
     q, k, v = qkv()
     want = attend(q, k, v, scale=0.4, window=window, backend="reference")
     np.testing.assert_allclose(cudnn_attend(q, k, v, window=window), want, atol=1e-6)
@@ -36,7 +36,7 @@ def test_scale_may_be_traced():
     np.testing.assert_allclose(jax.jit(cudnn_attend)(q, k, v, scale=0.4), want, atol=1e-6)
 
 
-def test_rows_of_one_document_are_computed_and_many_go_another_way():
+def test_rows_of_one_document_are_computed_and_others_fall_back():
     q, k, v = qkv()
     alone = jnp.asarray([[1] * 9, [4] * 5 + [0] * 4])
     many = alone.at[0, 6:].set(256)

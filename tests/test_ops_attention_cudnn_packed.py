@@ -59,14 +59,14 @@ def both(dtype, dim, size=1.0, **more):
     ("dtype", "dim", "atol"),
     [(jnp.float32, 80, 1e-5), (jnp.bfloat16, 64, 4e-2)],
 )
-def test_results_and_gradients_are_the_references(dtype, dim, atol):
+def test_results_and_gradients_match_the_reference(dtype, dim, atol):
     got, want = both(dtype, dim, scale=dim**-0.5)
     for a, b in zip(got, want, strict=True):
         a, b = (np.asarray(x, np.float32) for x in (a, b))
         np.testing.assert_allclose(a, b, atol=atol)
 
 
-def test_no_score_is_large_enough_to_be_seen_from_another_document():
+def test_large_scores_do_not_leak_between_documents():
     got, want = both(jnp.float32, 64, size=100.0, scale=0.125)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max())
@@ -88,8 +88,11 @@ def test_another_document_changes_no_bit():
 
     def results(q, k, v):
         weights = jnp.where(other, 0.0, 1.0)[:, :, None, None]
-        f = lambda *x: (cudnn_attend(*x, IDS, 0.125).astype(jnp.float32) * weights).sum()  # noqa: E731
-        return cudnn_attend(q, k, v, IDS, 0.125), *jax.grad(f, (0, 1, 2))(q, k, v)
+
+        def total(*qkv):
+            return (cudnn_attend(*qkv, IDS, 0.125).astype(jnp.float32) * weights).sum()
+
+        return cudnn_attend(q, k, v, IDS, 0.125), *jax.grad(total, (0, 1, 2))(q, k, v)
 
     for a, b in zip(results(q, k, v), results(*map(changed, (q, k, v))), strict=True):
         np.testing.assert_array_equal(a[~other], b[~other])
@@ -105,7 +108,7 @@ def test_gradients_stay_in_their_document():
 
 
 @pytest.mark.parametrize(("ids", "dim"), [(IDS + 1, 64), (-IDS, 64), (IDS, 120)])
-def test_what_has_no_code_goes_another_way(ids, dim):
+def test_unsupported_ids_and_head_dims_fall_back(ids, dim):
     assert np.isnan(cudnn_attend(*qkv(jnp.bfloat16, dim), ids, 0.1)).all()
 
 
@@ -126,7 +129,7 @@ def forgotten():
 
 @pytest.mark.usefixtures("forgotten")
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_gpu_is_tried_before_it_is_used(monkeypatch, packed):
+def test_a_gpu_is_tested_before_it_is_used(monkeypatch, packed):
     assert cudnn.fault("bfloat16", 64, packed) is None, "without a GPU there is nothing to try"
     by_jax(monkeypatch)
     jitted = jax.jit(lambda x: x if cudnn.fault("bfloat16", 64, packed) is None else x / 0)
@@ -151,7 +154,7 @@ def test_a_gpu_that_fails_is_not_used(monkeypatch):
 
 
 @pytest.mark.usefixtures("forgotten")
-def test_an_absent_gpu_is_chosen_for_by_value_and_never_tried(monkeypatch):
+def test_an_absent_gpu_is_judged_by_capability_and_never_tested(monkeypatch):
     def tried(*_):
         raise AssertionError("tried on a GPU that the program is not for")
 

@@ -43,7 +43,7 @@ def test_results_and_gradients_match_the_reference(segments, window, softcap, si
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 
-def test_sinks_of_another_type_than_the_queries_have_gradients_of_their_own():
+def test_gradients_of_sinks_keep_the_dtype_of_the_sinks():
     splash_attend = functools.partial(
         splash.attend, segment_ids=SEGMENTS, window=None, interpret=True
     )

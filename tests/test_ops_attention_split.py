@@ -19,7 +19,7 @@ def reference(q, k, v, segment_ids, sinks, scale):
 
 
 @pytest.mark.parametrize(("batch", "kv_heads", "divided"), [(4, 2, True), (3, 1, False)])
-def test_parts_make_the_whole(batch, kv_heads, divided):
+def test_splitting_over_devices_changes_no_gradient(batch, kv_heads, divided):
     rng = np.random.default_rng(0)
     q, k, v = (
         jnp.asarray(rng.standard_normal((batch, 9, h, 8)), jnp.float32)

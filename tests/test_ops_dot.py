@@ -109,7 +109,7 @@ def saved_shapes(f, *args):
 
 
 @pytest.mark.parametrize("name", PACKINGS)
-def test_packed_weights_save_their_codes_and_no_dequantized_matrix(name):
+def test_quantized_weights_save_their_codes_and_no_dequantized_matrix(name):
     x, w, _, _ = weights()
     leaf = PACKINGS[name](w.T).mT
     saved = saved_shapes(lambda x: dot(x, leaf), x)
@@ -143,7 +143,7 @@ def _products_of_shape(jaxpr, shape):
     return count
 
 
-def test_embed_takes_rows_of_any_weight():
+def test_embed_reads_rows_of_any_weight():
     rng = np.random.default_rng(0)
     table = jnp.asarray(rng.normal(size=(I, O)), jnp.float32)
     ids = jnp.array([[0, 5], [63, 5]])
@@ -158,7 +158,7 @@ def test_embed_takes_rows_of_any_weight():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("transpose", [False, True])
-def test_a_product_by_halves_is_the_product(dtype, transposed, transpose):
+def test_even_odd_matmul_equals_the_product(dtype, transposed, transpose):
     """Exact but for the order of the float32 sum; over either axis, of either way round."""
     rng = np.random.default_rng(0)
     q = nf4.quantize(jnp.asarray(rng.normal(size=(128, 192)), dtype))
@@ -172,7 +172,7 @@ def test_a_product_by_halves_is_the_product(dtype, transposed, transpose):
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
-def test_columns_of_any_weight_are_those_of_the_dense_one():
+def test_columns_of_any_weight_match_the_full_product():
     x, w, a, b = weights()
     from_96 = jax.jit(lambda x, w: dot(x, columns(w, jnp.int32(96), 24)))
     for leaf in (w, nf4.quantize(w.T).mT, nf4.quantize(w.T[:, :40]).mT, int8.quantize(w.T).mT):
@@ -182,7 +182,7 @@ def test_columns_of_any_weight_are_those_of_the_dense_one():
             np.testing.assert_allclose(part, full[..., 96:120], rtol=1e-5, atol=1e-5)
 
 
-def test_packed_weights_give_wide_results_unrounded():
+def test_quantized_weights_give_float32_results_unrounded():
     x, w, _, _ = weights(jnp.bfloat16)
     q = nf4.quantize(w.T).mT
     exact = np.asarray(x, np.float64) @ np.asarray(q.dequantize(), np.float64)
@@ -196,7 +196,7 @@ def test_packed_weights_give_wide_results_unrounded():
     )
 
 
-def test_wide_results_leave_the_weight_narrow():
+def test_float32_results_do_not_widen_the_weight():
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((4, I), (I, O)))
     x64, w64 = (np.asarray(a, np.float64) for a in (x, w))
@@ -240,7 +240,7 @@ def grouped(x, w):
 
 
 @pytest.mark.parametrize("packing", [None, *PACKINGS.values()], ids=["dense", *PACKINGS])
-def test_rows_meet_the_matrix_of_their_group(packing):
+def test_rows_are_multiplied_by_the_matrix_of_their_group(packing):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(10, I)), jnp.float32)
     w = jnp.asarray(rng.normal(size=(4, O, I)) / 8, jnp.float32)
@@ -260,7 +260,7 @@ def test_rows_meet_the_matrix_of_their_group(packing):
         np.testing.assert_allclose(of_w, want_w, atol=1e-4)
 
 
-def test_a_packed_group_saves_its_codes_and_a_frozen_one_no_rows():
+def test_a_quantized_group_saves_its_codes_and_a_frozen_one_no_rows():
     """Of a packed weight nothing dense; of a frozen dense one the weight alone."""
     x = jnp.ones((10, I))
     w = jax.random.normal(jax.random.key(0), (4, O, I))

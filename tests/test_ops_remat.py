@@ -68,7 +68,7 @@ def saved_arrays(length, remat, key, adapter=ADAPTER):
 
 
 @pytest.mark.parametrize("length", [16, 80], ids=["reference", "chunked"])
-def test_a_layer_keeps_its_products_and_nothing_else(length):
+def test_a_layer_saves_its_products_and_nothing_else(length):
     expected = Counter({((length, R), "bfloat16"): 7})  # x @ A of the adapter's seven
     expected.update(((length, n), "bfloat16") for n in (48, 64, 128, 128))  # v, o, gate and up
     expected.update(((length, n, 24), "bfloat16") for n in (4, 2))  # q and k, rotated
@@ -79,14 +79,14 @@ def test_a_layer_keeps_its_products_and_nothing_else(length):
     assert saved_shapes(length, False, None) == expected
 
 
-def test_dropout_keeps_what_it_drew():
+def test_dropout_saves_its_masks():
     """A mask for each of the seven, of the width that its layer reads; none is drawn again."""
     plain, dropped = (saved_shapes(16, False, key) for key in (None, jax.random.key(2)))
     masks = Counter(((16, n), "bool") for n in (64, 64, 64, 96, 64, 64, 128))
     assert dropped == plain + masks
 
 
-def test_dora_keeps_what_its_gain_multiplies():
+def test_dora_saves_the_products_that_its_gain_multiplies():
     """The base's product of each of the seven, which the gain's gradient would compute again."""
     plain, dora = (
         saved_shapes(16, False, None, adapter) for adapter in (ADAPTER, adapter_of(use_dora=True))
@@ -95,11 +95,11 @@ def test_dora_keeps_what_its_gain_multiplies():
     assert dora == plain + products
 
 
-def test_checkpointing_keeps_the_stream_alone():
+def test_checkpointing_saves_only_the_residual_stream():
     assert saved_shapes(16, True, jax.random.key(2)) == {((16, 64), "bfloat16"): 1}
 
 
-def test_offloading_keeps_the_stream_on_the_host():
+def test_offloading_saves_the_residual_stream_on_the_host():
     (host,) = saved_arrays(16, "offload", jax.random.key(2))
     (device,) = saved_arrays(16, True, jax.random.key(2))
     assert (host.shape, host.dtype) == (device.shape, device.dtype)
@@ -134,7 +134,7 @@ def test_no_stack_of_layers_is_widened_on_a_cpu():
         assert widened(None)
 
 
-def test_nor_is_one_while_tokens_are_generated(monkeypatch):
+def test_no_stack_of_layers_is_widened_during_generation(monkeypatch):
     """Every token would read its weights in twice as many bytes."""
     ids, numbers = jnp.zeros((1, 16), jnp.int32), jnp.zeros(1, jnp.int32)
 

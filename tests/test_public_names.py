@@ -24,7 +24,7 @@ def python(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_every_public_name_is_there():
+def test_every_public_name_exists():
     for name in jlora.__all__:
         assert getattr(jlora, name) is getattr(jlora, name)
         assert name in dir(jlora)

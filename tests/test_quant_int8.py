@@ -40,7 +40,7 @@ def test_codes_and_values_follow_the_formula(dtype):
     assert np.abs(expected - np.asarray(w, np.float32)).max() <= absmax.max() / 250
 
 
-def test_it_is_a_weight_like_any_other():
+def test_int8_arrays_work_as_weights():
     w, x = normal(12, 20), normal(5, 20)
     q = int8.quantize(w).mT
     assert q.shape == (20, 12) and q.mT.mT.shape == q.shape and (q.ndim, q.size) == (2, 240)

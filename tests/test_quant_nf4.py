@@ -50,7 +50,7 @@ def normal(*shape, seed=0, dtype=np.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32), dtype)
 
 
-def test_tables_are_the_published_ones():
+def test_tables_match_the_published_ones():
     digest = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
     assert hashlib.sha256(codebooks.DYNAMIC_MAP.astype("<f4").tobytes()).hexdigest() == digest
     digest = "8501941daa1b8a90ad1bbfeb632e5101b5dddbc4bb52d6e55abcfd777e60c06a"
@@ -121,7 +121,7 @@ def test_zero_blocks_stay_exactly_zero(code, double_quant):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_block_that_is_not_finite_comes_back_so(bad):
+def test_a_non_finite_block_stays_non_finite(bad):
     w = np.asarray(normal(2, 128)).copy()
     w[0, 5] = bad
     got = np.asarray(nf4.dequantize(nf4.quantize(jnp.asarray(w), double_quant=False)))
@@ -129,7 +129,7 @@ def test_a_block_that_is_not_finite_comes_back_so(bad):
     assert np.isfinite(got[0, 64:]).all() and np.isfinite(got[1]).all()
 
 
-def test_error_on_normal_weights_is_the_published_one():
+def test_error_on_normal_weights_matches_the_published_one():
     w = normal(2048, 2048)
     published = ((False, "nf4", 0.09196), (True, "nf4", 0.09199), (False, "fp4", 0.12198))
     for double_quant, code, expected in published:
@@ -162,7 +162,7 @@ def test_quantizing_needs_less_than_two_more_matrices(cols, dtype):
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (48, 40)])
-def test_transposed_stands_for_the_transpose(shape):
+def test_transposed_behaves_as_the_transpose(shape):
     q = nf4.quantize(normal(3, *shape))
     assert q.mT.shape == (3, shape[1], shape[0]) and q.mT.mT.shape == q.shape and q.ndim == 3
     np.testing.assert_array_equal(np.asarray(q.mT.dequantize()), np.asarray(q.dequantize()).mT)
@@ -191,7 +191,7 @@ def test_transforms_see_an_array(cols):
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("shape", [(48, 128), (48, 40), (9, 33)])
-def test_rows_that_are_taken_are_the_dequantized_ones(shape, double_quant):
+def test_taken_rows_equal_the_dequantized_ones(shape, double_quant):
     q = nf4.quantize(normal(*shape, dtype=jnp.bfloat16), 32, double_quant)
     ids = jnp.asarray([[0, 7], [8, 7]], jnp.int32)
     got, expected = jax.jit(nf4.take)(q, ids), np.asarray(q.dequantize())[np.asarray(ids)]
@@ -202,7 +202,7 @@ def test_rows_that_are_taken_are_the_dequantized_ones(shape, double_quant):
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_columns_of_even_and_odd_index_apart(double_quant):
+def test_even_and_odd_columns_separately(double_quant):
     """As TPUs dequantize: the same values, also where they are put together again."""
     q = nf4.quantize(normal(96, 256), 64, double_quant)
     for leaf in (q, q.mT):
@@ -222,7 +222,7 @@ def test_taking_rows_dequantizes_no_other():
     assert memory.temp_size_in_bytes < 8 * 512 * 8
 
 
-def test_checkpoints_keep_it(tmp_path):
+def test_checkpoints_preserve_quantized_arrays(tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     tree = {
         "a": nf4.quantize(normal(8, 64)),

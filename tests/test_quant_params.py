@@ -30,7 +30,7 @@ def small_tree():
     }
 
 
-def test_quantize_params_packs_kernels_as_bitsandbytes_does():
+def test_quantize_params_quantizes_the_kernels_that_bitsandbytes_does():
     params = small_tree()
     quantized = quantize_params(params, QuantConfig())
     q = quantized["model"]["layers"]["q_proj"]["kernel"]
@@ -50,7 +50,7 @@ def test_quantize_params_packs_kernels_as_bitsandbytes_does():
     assert again["model"]["layers"]["q_proj"]["kernel"] is q
 
 
-def test_embeddings_and_the_head_are_packed_when_asked():
+def test_embeddings_and_the_head_are_quantized_on_request():
     params = small_tree()
     quantized = quantize_params(params, QuantConfig(include_modules=["embed_tokens", "lm_head"]))
     table, head = quantized["model"]["embed_tokens"]["embedding"], quantized["lm_head"]["kernel"]
@@ -72,7 +72,7 @@ def test_embeddings_and_the_head_are_packed_when_asked():
         ),
     ],
 )
-def test_the_settings_choose_the_packing(settings, oracle):
+def test_the_settings_choose_the_format(settings, oracle):
     kernel = small_tree()["model"]["layers"]["q_proj"]["kernel"]
     tree = {"layers": {"q_proj": {"kernel": kernel}}}
     got = quantize_params(tree, QuantConfig(**settings))["layers"]["q_proj"]["kernel"]
@@ -80,7 +80,7 @@ def test_the_settings_choose_the_packing(settings, oracle):
     chex.assert_trees_all_equal(got, jax.tree.map(lambda *x: jnp.stack(x), *layers))
 
 
-def test_quantize_params_leaves_out_what_it_is_told_to():
+def test_quantize_params_skips_excluded_modules():
     skip = QuantConfig(llm_int8_skip_modules=["out", "lm_head"])
     quantized = quantize_params(small_tree(), skip)
     assert isinstance(quantized["model"]["out"]["kernel"], jax.Array)
@@ -101,7 +101,7 @@ def test_quantize_params_explains_a_bad_name(name, message, key):
 
 
 @pytest.mark.parametrize("settings", [{}, {"load_in_8bit": True}], ids=["nf4", "int8"])
-def test_the_matrix_of_each_expert_is_packed_for_itself(settings):
+def test_each_experts_matrix_is_quantized_separately(settings):
     experts = {"gate_up_proj": normal(2, 3, 32, 64), "down_proj_bias": normal(2, 3, 64)}
     tree = {"layers": {"gate": {"weight": normal(2, 3, 64)}, "experts": experts}}
     config = QuantConfig(**settings)

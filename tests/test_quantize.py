@@ -39,7 +39,7 @@ def test_it_writes_the_base_as_it_is_loaded(place, fields):
     assert (place.output / "quantized" / "config.json").read_bytes() == config
 
 
-def test_the_tokenizer_goes_along(place):
+def test_the_tokenizer_is_written_too(place):
     quantized(place)
     tokenizers = [
         transformers.AutoTokenizer.from_pretrained(folder)
@@ -49,13 +49,13 @@ def test_the_tokenizer_goes_along(place):
     assert ids == again and tokenizers[0].chat_template == tokenizers[1].chat_template
 
 
-def test_products_are_in_the_type_asked_for(place):
+def test_the_compute_dtype_is_the_requested_one(place):
     quantized(place, quantization={"bnb_4bit_compute_dtype": "bfloat16"})
     text = (place.output / "quantized" / "config.json").read_text()
     assert '"bnb_4bit_compute_dtype": "bfloat16"' in text and '"dtype": "float32"' in text
 
 
-def test_it_says_what_it_does_and_how_large_that_is(place, capsys):
+def test_it_reports_its_settings_and_sizes(place, capsys):
     out = place.folder / "elsewhere"
     quantized(place, quantize={"output_dir": str(out)})
     shown = capsys.readouterr().out
@@ -95,7 +95,7 @@ def test_it_says_what_it_does_and_how_large_that_is(place, capsys):
         (["quantize.output=x"], "unknown key"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_weights_are_read(
+def test_errors_are_reported_before_weights_are_read(
     place, monkeypatch, capsys, overrides, message
 ):
     monkeypatch.setattr(command, "load_pretrained", lambda *_, **__: pytest.fail("read"))

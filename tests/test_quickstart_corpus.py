@@ -40,7 +40,7 @@ def test_function_facts(resize):
     )
 
 
-def test_answers_stand_in_the_question_or_the_docstring(resize):
+def test_answers_are_in_the_question_or_the_docstring(resize):
     pairs = dict(corpus.questions(resize))
     assert pairs["What does image.resize do?"] == "Change the size of an image."
     assert pairs["Name the last argument of resize(path, size, mode, limit)."] == "limit"

@@ -13,14 +13,14 @@ FOLDER = Path(make_model.__file__).parent / "model"
 LIMIT = 4_000_000
 
 
-def test_is_small_and_whole():
+def test_is_small_and_complete():
     files = {f.name: f.stat().st_size for f in FOLDER.iterdir()}
     assert sum(files.values()) <= LIMIT
     assert {"model.safetensors", "config.json", "README.md"} <= files.keys()
     assert set(make_model.TOKENIZER_FILES) <= files.keys()
 
 
-def test_is_the_architecture_that_the_script_makes():
+def test_has_the_architecture_of_the_script():
     found = json.loads((FOLDER / "config.json").read_text())
     assert {k: found[k] for k in make_model.CONFIG if found.get(k) is not None} == {
         k: v for k, v in make_model.CONFIG.items() if v is not None

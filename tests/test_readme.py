@@ -15,7 +15,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_set_up_stands_at_the_top():
+def test_setup_is_at_the_top():
     block = re.search(r"```bash\n(.*?)```", TEXT, re.DOTALL)
     assert block.group(1).splitlines() == [
         "pip install -e . && python -m jlora.train configs/quickstart.yaml",
@@ -51,7 +51,7 @@ def _initial(names: dict) -> tuple:
     return names["jax"].random.key(0), names["params"], names["config"]
 
 
-def test_links_lead_somewhere():
+def test_links_resolve():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} → {target}"
@@ -77,18 +77,18 @@ def test_paths_in_pages_exist():
 
 
 @pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
-def test_rooms_in_the_table_of_changes_exist(page):
+def test_modules_in_the_table_of_changes_exist(page):
     table = re.findall(
         r"^\| [^|]+ \| (.+) \|$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE
     )
-    rooms = {room for cell in table for room in re.findall(r"`([a-z_]+(?:/[a-z_]*)+)`", cell)}
-    assert len(rooms) > 8
-    for room in rooms - {"jlora/"}:
-        path = ROOT / "jlora" / room
-        assert path.is_dir() or path.with_suffix(".py").is_file(), f"{page} → {room}"
+    modules = {module for cell in table for module in re.findall(r"`([a-z_]+(?:/[a-z_]*)+)`", cell)}
+    assert len(modules) > 8
+    for module in modules - {"jlora/"}:
+        path = ROOT / "jlora" / module
+        assert path.is_dir() or path.with_suffix(".py").is_file(), f"{page} → {module}"
 
 
-def test_combining_adapters_is_what_the_page_says(tmp_path, monkeypatch):
+def test_combining_adapters_matches_the_page(tmp_path, monkeypatch):
     names = run_python(ROOT / "docs/combining_adapters.md", tmp_path, monkeypatch)
     base = kernel(names["params"])
     one, two, both, less, small, found = (
@@ -110,7 +110,7 @@ def test_combining_adapters_is_what_the_page_says(tmp_path, monkeypatch):
     assert (tmp_path / "outputs/both/adapter_model.safetensors").is_file()
 
 
-def test_many_adapters_is_what_the_page_says(tmp_path, monkeypatch):
+def test_many_adapters_matches_the_page(tmp_path, monkeypatch):
     page = ROOT / "docs/many_adapters.md"
     names = run_python(page, tmp_path, monkeypatch)
     model, params, ids, jlora = (names[n] for n in ("model", "params", "ids", "jlora"))

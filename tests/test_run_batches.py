@@ -34,7 +34,7 @@ def job(vocab_size=31, position_limit=None):
     return found
 
 
-def test_rows_that_the_model_can_take():
+def test_rows_that_fit_the_model_are_accepted():
     check_rows_fit(job(), prepared())
     check_rows_fit(job(position_limit=8), prepared(length=8))
 
@@ -49,7 +49,7 @@ def test_rows_longer_than_the_model_are_refused():
         check_rows_fit(job(position_limit=7), prepared(length=8))
 
 
-def test_batches_are_the_loaders_split_over_the_devices():
+def test_the_loaders_batches_are_split_over_the_devices():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     rows = prepared()
     order = rows.order(8, seed=0)

@@ -14,7 +14,7 @@ from jlora.run.divergence import check_evaluation, check_finite, check_learning
 from jlora.run.progress import Progress
 
 
-def test_what_is_no_number_diverged():
+def test_a_non_finite_loss_has_diverged():
     progress = Progress(step=6)
     check_finite(metrics(), progress, counts_of())
     diverged = metrics(np.nan, finite=False, norm=np.inf)
@@ -45,7 +45,7 @@ TREE = {"q_proj": {"lora_A": jnp.ones(2), "lora_B": jnp.ones(2)}}
 
 
 @pytest.mark.parametrize(("warm", "updates"), [(0, 2), (5, 3)])
-def test_leaves_that_no_gradient_reaches_are_named_in_time(warm, updates):
+def test_leaves_without_a_gradient_are_named_in_time(warm, updates):
     counts, progress = counts_of(warmup_steps=warm), Progress()
     for _ in range(updates - 1):
         progress.count_step(metrics(has_gradient=(False, True)))

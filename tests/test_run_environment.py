@@ -27,7 +27,7 @@ def test_compiled_programs_are_kept_in_the_users_cache(tmp_path, cache_settings)
     assert environment.enable_compilation_cache(environ) == tmp_path / "own"
 
 
-def test_a_cache_folder_that_cannot_be_written_is_no_error(tmp_path, cache_settings):
+def test_an_unwritable_cache_folder_is_not_an_error(tmp_path, cache_settings):
     (tmp_path / "file").write_text("")
     before = jax.config.jax_compilation_cache_dir
     assert environment.enable_compilation_cache({"XDG_CACHE_HOME": str(tmp_path / "file")}) is None

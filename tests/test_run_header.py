@@ -22,7 +22,7 @@ from jlora.models import Model
 from jlora.run import header
 
 
-def test_layout_says_what_lies_on_each_device():
+def test_layout_states_what_each_device_holds():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     frozen = {"q_proj": {"kernel": jnp.zeros((64, 64)), "bias": jnp.zeros(256)}}
     trainable = {"q_proj": {"lora_A": jnp.zeros((64, 8)), "lora_B": jnp.zeros((8, 64))}}

@@ -46,13 +46,13 @@ OWN = {**CLASSIFIER, "id2label": {"1": "y", "0": "x", "2": "z"}}
         (OWN, {"id2label": ["p", "q", "r"]}, ("p", "q", "r"), "the settings"),
     ],
 )
-def test_who_names_the_classes(settings, hf, model, names, origin):
+def test_the_origin_of_the_class_names(settings, hf, model, names, origin):
     found, said = with_label_names(settings(hf, **model))
     assert (found.model.id2label, found.model.num_labels, said) == (names, len(names), origin)
     assert with_label_names(found)[0] == found
 
 
-def test_another_number_than_the_models_is_refused(settings):
+def test_another_number_of_classes_than_the_models_is_refused(settings):
     with pytest.raises(ConfigError, match="is 2, but the model has 3 classes: x, y, z") as caught:
         with_label_names(settings(OWN, num_labels=2))
     assert caught.value.where == "model.num_labels"

@@ -37,7 +37,7 @@ def test_a_line_has_the_mean_over_all_tokens_since_the_last_one():
     assert (progress.step, progress.updates) == (3, 3)
 
 
-def test_an_overflow_is_no_update_and_spoils_no_mean():
+def test_an_overflow_counts_as_no_update_and_leaves_the_mean():
     counts, progress = counts_of(), Progress()
     progress.count_step(metrics(loss=2.0))
     progress.count_step(metrics(loss=np.nan, finite=False, norm=np.inf, has_gradient=(True, True)))
@@ -91,7 +91,7 @@ def clock(*times):
     return mock.patch.object(module.time, "monotonic", mock.Mock(side_effect=times))
 
 
-def test_tokens_a_second_without_the_first_step_and_the_pauses():
+def test_tokens_per_second_exclude_the_first_step_and_pauses():
     meter = ThroughputMeter()
     with clock(100.0, 103.0, 105.0, 110.0, 112.0):
         meter.add(1000)  # ends at 100; how long it took, compiling, is not known

@@ -56,7 +56,7 @@ def test_a_terminal_shows_the_same_values():
     assert "perplexity 1.25" in text and "20/40" in text
 
 
-def test_what_is_no_terminal_is_plain_and_other_processes_are_silent():
+def test_output_without_a_terminal_is_plain_and_other_processes_are_silent():
     file = io.StringIO()
     assert Console(file=file).plain
     silent = Console(file=file, plain=False, enabled=False)
@@ -77,7 +77,7 @@ def test_an_output_that_cannot_show_a_character_shows_a_question_mark():
     file.detach()
 
 
-def test_the_time_that_remains_leaves_out_the_first_step(monkeypatch):
+def test_the_remaining_time_excludes_the_first_step(monkeypatch):
     now = iter([100.0, 110.0, 130.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
     clock = console._Clock(total=100, start=0)

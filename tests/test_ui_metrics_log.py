@@ -45,7 +45,7 @@ def test_resuming_drops_later_lines_and_a_torn_one(tmp_path):
     assert path.read_bytes() == complete
 
 
-def test_of_two_lines_of_one_step_the_uncounted_one_is_dropped(tmp_path):
+def test_a_second_line_of_one_step_is_dropped_if_not_counted(tmp_path):
     path = tmp_path / "m.jsonl"
     with MetricsLog(path) as log:
         log.write(3, loss=1.0)
@@ -54,7 +54,7 @@ def test_of_two_lines_of_one_step_the_uncounted_one_is_dropped(tmp_path):
     assert metrics_log.read_metrics(path) == [{"step": 3, "loss": 1.0}]
 
 
-def test_a_log_that_ends_there_is_left_alone(tmp_path):
+def test_a_log_without_later_lines_is_left_unchanged(tmp_path):
     path = tmp_path / "m.jsonl"
     with MetricsLog(path) as log:
         log.write(1, loss=1.0)

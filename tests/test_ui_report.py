@@ -71,7 +71,7 @@ def test_points_lie_where_the_axis_labels_say():
     assert float(dot.get("cy")) == pytest.approx(height(2.5), abs=0.06)
 
 
-def test_every_curve_of_the_log_is_there_and_told_in_words():
+def test_every_curve_of_the_log_is_drawn_and_described():
     found = charts(html())
     assert list(found) == ["Loss", "Learning rate", "Gradient norm", "Speed"]
     words = found["Loss"].find("svg").get("aria-label")
@@ -81,7 +81,7 @@ def test_every_curve_of_the_log_is_there_and_told_in_words():
     assert "step 20 · tokens/s 1,100" in shown
 
 
-def test_a_value_that_is_no_number_leaves_a_gap_and_is_said():
+def test_a_non_finite_value_leaves_a_gap_and_is_reported():
     metrics = [{"step": s, "loss": float(s)} for s in range(6)]
     metrics[2]["loss"], metrics[3]["loss"] = None, float("nan")
     section = charts(html(metrics))["Loss"]
@@ -112,7 +112,7 @@ def test_twenty_thousand_points_keep_their_spikes_and_a_small_page():
     assert min(y for _, y in band) == pytest.approx(y0 + (9 - v0) / (v1 - v0) * (y1 - y0), abs=0.06)
 
 
-def test_means_are_means():
+def test_means_of_stretches():
     points = [(s, float(s % 4)) for s in range(16)]
     assert chart.means(points, 4) == [(1.5, 1.5), (5.5, 1.5), (9.5, 1.5), (13.5, 1.5)]
     assert chart.means([(0, None), (1, None), (2, 1.0), (3, None)], 2) == [(0, None), (2.0, 1.0)]
@@ -136,7 +136,7 @@ def test_the_page_is_self_contained():
     ]
 
 
-def test_texts_are_shown_as_they_are():
+def test_texts_are_escaped_and_shown_unchanged():
     page = parse(html(config="lora:\n  r: 8 # <&>\n"))
     assert page.find(".//h1").text == "A <run>"
     assert "".join(page.find(".//pre").itertext()) == "lora:\n  r: 8 # <&>\n"
@@ -183,5 +183,5 @@ def test_tick_labels(value, step, text):
     assert chart.tick_label(value, step) == text
 
 
-def test_a_chart_without_numbers_is_no_chart():
+def test_a_chart_without_numbers_is_omitted():
     assert chart.line_chart("x", [Series("a", [(1, None)])]) == ""
