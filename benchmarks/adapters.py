@@ -1,11 +1,11 @@
-"""What each kind of adapter costs: its training step beside plain LoRA's, and beside peft's.
+"""The cost of each kind of adapter: its training step compared with plain LoRA's and with peft's.
 
     python benchmarks/adapters.py [--method lora,qlora] [--length 256] [--batch 4]
 
-The step of ``training_step.py`` with the 63-million-parameter Llama, r 16 on every linear layer;
-"jlora, LoRA" is the same step with a plain adapter, taking turns with it. QLoRA is NF4 with double
-quantization and every layer recomputed in the backward pass. peft's step is under autocast with the
-adapter in float32. Needs the extra ``parity``.
+The step is that of ``training_step.py`` with the 63-million-parameter Llama, r 16 on every linear
+layer; "jlora, LoRA" is the same step with a plain adapter, measured alternately. QLoRA is NF4 with
+double quantization and every layer recomputed in the backward pass. peft's step runs under autocast
+with the adapter in float32. Needs the extra ``parity``.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "256 tokens' rows too": {"trainable_token_indices": list(range(256))},
     "a bias on B": {"lora_bias": True},
 }
-"""Settings of ``LoraConfig``, in both libraries by the same names."""
+"""Settings of ``LoraConfig``, which have the same names in both libraries."""
 
 
 def contestants(
     method: str, sizes: dict[str, int], settings: dict[str, Any]
 ) -> list[paired.Contestant]:
-    """jlora with these settings and without, and peft with them."""
+    """jlora with and without these settings, and peft with them."""
     step, plain = "training_step:jlora_step", {"method": method, "sizes": sizes}
     arguments = {**plain, "settings": settings}
     return [

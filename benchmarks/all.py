@@ -1,9 +1,9 @@
-"""Every benchmark beside a peer, one after the other, and the page's tables: about half an hour.
+"""Runs every comparison with a peer, then makes the page's tables: about half an hour.
 
     python benchmarks/all.py [--only nf4,dot] [--anyway]
 
-The machine must be quiet, or ``--anyway``; see ``paired.py``. A benchmark that fails is named at
-the end, the others go on. Needs the extra ``parity``, and ``pip install trl`` for TRL.
+The machine must be idle unless ``--anyway`` is given; see ``paired.py``. A benchmark that fails is
+named at the end; the others still run. Needs the extra ``parity``, and ``pip install trl`` for TRL.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ COMMANDS = (
 def main() -> None:
     """Runs the commands; exits with 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="scripts, such as nf4,dot; the tables are made in any case")
-    parser.add_argument("--anyway", action="store_true", help="also while others use the machine")
+    parser.add_argument("--only", help="scripts, such as nf4,dot; the tables are always made")
+    parser.add_argument("--anyway", action="store_true", help="also while the machine is in use")
     args = parser.parse_args()
     only = set((args.only or "").split(",")) - {""}
     failed = []

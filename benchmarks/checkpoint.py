@@ -1,12 +1,12 @@
-"""What a checkpoint costs beside ``torch.save`` of the same values, and beside a training step.
+"""The cost of a checkpoint, compared with ``torch.save`` of the same values and a training step.
 
     python benchmarks/checkpoint.py [--ranks 4,16,64]
 
-Saved and restored are adapter and moments of the 63-million-parameter Llama in float32, LoRA on
-every linear layer. jlora's checkpoint is orbax's under a manifest with a digest of every leaf and
-file, which restoring compares; all of it is on the disk when it returns. ``torch.save`` writes one
-file, and has no digests; "synced" adds the fsync. The step is that of ``training_step.py``, 8 × 256
-tokens; how many bytes lie on the disk is in the results. Needs the extra ``parity``.
+The adapter and the optimizer's moments of the 63-million-parameter Llama are saved and restored in
+float32, with LoRA on every linear layer. jlora writes orbax's checkpoint and a manifest with a
+digest of every leaf and file, which restoring verifies; all of it is on disk when saving returns.
+``torch.save`` writes one file without digests; "synced" adds the fsync. The step is that of
+``training_step.py``, 8 × 256 tokens; the results also hold the bytes on disk. Needs the extra ``parity``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _bytes(path: Path) -> int:
 
 
 def jlora_unit(what: str, rank: int) -> Any:
-    """``checkpoint.save``, a new step each time, or ``checkpoint.restore``."""
+    """``checkpoint.save`` of a new step each time, or ``checkpoint.restore``."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -102,7 +102,7 @@ def torch_unit(what: str, rank: int, synced: bool) -> Any:
 
 
 def _with_cleanup(unit: Any, folder: Path) -> Any:
-    """The unit; its folder goes when the process ends."""
+    """The unit; its folder is deleted when the process ends."""
     import atexit
 
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -110,7 +110,7 @@ def _with_cleanup(unit: Any, folder: Path) -> Any:
 
 
 def main() -> None:
-    """Measures saving and restoring over the ranks."""
+    """Measures saving and restoring for each rank."""
     parser = paired.arguments(__doc__)
     parser.add_argument("--ranks", default="4,16,64")
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""How the time to compile the training step grows with depth: it should not.
+"""How the time to compile the training step grows with depth; it should not grow.
 
     python benchmarks/compile_time.py [--target cpu|h200|v5e] [--layers 4,32]
 
-Compiles the QLoRA step that ``memory.py`` measures, batch 1 x 512, width 1024, of models whose
-layers are alike and of models whose layers differ, from shapes alone. Trees and shapes are made
+Compiles the QLoRA step that ``memory.py`` measures, batch 1 x 512, width 1024, for models whose
+layers are all equal and for models whose layers differ, from shapes alone. Trees and shapes are made
 before the clock starts; tracing, lowering and compilation are timed, without a cache.
 """
 
@@ -39,7 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def compiling(model: str, layers: int, target: str) -> Any:
-    """Traces, lowers and compiles the step of a model so deep."""
+    """A unit that traces, lowers and compiles the step of a model with this many layers."""
     name = start(target)
     import jax
 
@@ -68,7 +68,7 @@ def compiling(model: str, layers: int, target: str) -> Any:
 
 
 def main() -> None:
-    """Measures every model, shallow and deep."""
+    """Measures every model at each depth."""
     parser = paired.arguments(__doc__, repeats=3)
     parser.add_argument("--target", default="cpu")
     parser.add_argument("--layers", default="4,32")

@@ -1,13 +1,13 @@
-"""Tokenizing and packing chats beside TRL's preparation and a plain ``datasets.map``.
+"""Tokenizing and packing chats, compared with TRL's preparation and a plain ``datasets.map``.
 
     python benchmarks/data.py [--rows 1600,6400,25600]
 
-Chats of three turns made from the quickstart's rows, no two alike, with its tokenizer and a
+The chats have three turns made from the quickstart's rows, all different, with its tokenizer and a
 template that marks the assistant's tokens: each side renders and tokenizes every chat, finds the
-tokens that carry loss, and packs to 256. The peers start from rows in memory, jlora from the file.
-"TRL" is what ``SFTTrainer`` does to its data set (``packing=True, assistant_only_loss=True``), left
-out where trl is not installed; "datasets" is ``map`` with the chat template, without packing. One
-process each, no cached results. Needs the extra ``parity``, and ``pip install trl`` for TRL.
+tokens that carry loss, and packs rows of 256 tokens. The peers start from rows in memory, jlora
+from the file. "TRL" is what ``SFTTrainer`` does to its data set (``packing=True,
+assistant_only_loss=True``), omitted where trl is not installed; "datasets" is ``map`` with the chat
+template, without packing. Each uses one process and no cached results. Needs the extra ``parity``, and ``pip install trl`` for TRL.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TEMPLATE = """\
 
 
 def write(file: Path, count: int) -> None:
-    """So many chats of three turns."""
+    """Writes ``count`` chats of three turns."""
     lines = (PACKAGED / "data/train.jsonl").read_text(encoding="utf-8").splitlines()
     pairs = [json.loads(line)["messages"] for line in lines]
     with file.open("w", encoding="utf-8") as out:
@@ -77,7 +77,7 @@ def jlora_unit(file: str) -> Any:
 
 
 def _data_set(file: str) -> Any:
-    """The rows in memory; nothing that is made of them is kept from call to call."""
+    """The rows in memory; nothing derived from them is cached between calls."""
     import datasets
 
     datasets.disable_caching()
@@ -87,7 +87,7 @@ def _data_set(file: str) -> Any:
 
 
 def trl_unit(file: str) -> Any:
-    """What an ``SFTTrainer`` makes of a data set."""
+    """The preparation that an ``SFTTrainer`` does."""
     from trl import SFTConfig, SFTTrainer
 
     llama.torch_threads()
@@ -130,7 +130,7 @@ def map_unit(file: str) -> Any:
 
 
 def main() -> None:
-    """Measures over the numbers of chats."""
+    """Measures each number of chats."""
     parser = paired.arguments(__doc__)
     parser.add_argument("--rows", default="1600,6400,25600")
     args = parser.parse_args()

@@ -1,10 +1,10 @@
-"""A product with a packed weight, forward and the gradient of its input, beside Linear4bit.
+"""A product with a quantized weight, forward and input gradient, compared with Linear4bit.
 
     python benchmarks/dot.py [--rows 1,16,256,2048] [--width 2048]
 
-``jlora.dot`` on an NF4 leaf with double quantization and bitsandbytes' layer, x in bfloat16
-[rows, width], the weight [width, width]. "jlora, dense" is ``dot`` on the weight as it was before
-it was packed: what packing costs. Needs the extra ``parity``.
+``jlora.dot`` on an NF4 leaf with double quantization, and bitsandbytes' layer; x is bfloat16 [rows,
+width], the weight [width, width]. "jlora, dense" is ``dot`` on the unquantized weight, which shows
+the cost of dequantizing. Needs the extra ``parity``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import llama
 import paired
 
 ROWS = 2048
-"""Rows of a unit at least: fewer rows a call are more calls."""
+"""A unit makes enough calls for this many rows in total (at most 32 calls)."""
 
 
 def jlora_unit(rows: int, width: int, quantized: bool) -> Any:
-    """The jitted product and its vector-Jacobian product."""
+    """The jitted product and its vector-Jacobian product, with a quantized or a dense weight."""
     import jax
     import jax.numpy as jnp
 
@@ -44,7 +44,7 @@ def jlora_unit(rows: int, width: int, quantized: bool) -> Any:
 
 
 def bitsandbytes_unit(rows: int, width: int) -> Any:
-    """The layer in training, and backward through it."""
+    """The layer's forward and backward pass in training mode."""
     torch = llama.torch_threads()
     layer = torch.nn.Sequential(torch.nn.Linear(width, width, bias=False, dtype=torch.bfloat16))
     layer = llama.quantize_torch_model(layer.to(llama.torch_device())).train()
@@ -62,12 +62,12 @@ def bitsandbytes_unit(rows: int, width: int) -> Any:
 
 
 def calls(rows: int) -> int:
-    """So many that a unit takes some time, at most 32: a packed weight is unpacked in each."""
+    """Calls per unit, at most 32: enough for a measurable time; each dequantizes the weight."""
     return min(32, max(1, ROWS // rows))
 
 
 def main() -> None:
-    """Measures over the numbers of rows."""
+    """Measures each number of rows."""
     parser = paired.arguments(__doc__, repeats=7)
     parser.add_argument("--rows", default="1,16,256,2048")
     parser.add_argument("--width", type=int, default=2048)

@@ -1,14 +1,14 @@
-"""The longest rows that fit: LoRA and QLoRA of Llamas on single devices, as the compiler says.
+"""The longest rows that fit: LoRA and QLoRA of Llamas on single devices, by the compiler's analysis.
 
     python benchmarks/fits.py --platform cuda [--models 1B,8B,70B] [--devices rtx4090,h100]
     python benchmarks/fits.py --platform tpu
 
 Batch 1, r 16 on every linear layer, AdamW in float32, every layer recomputed in the backward pass;
-bfloat16, NF4 with double quantization. Each cell is a length whose step was compiled for the device
-and fits, in steps of ``STEP`` tokens up to the models' 131,072; of a GPU's memory 95 % counts
-(``XLA_PYTHON_CLIENT_MEM_FRACTION=0.95``). The peak is nearly a straight line in the length: two
-compilations place it, the next ones confirm; an earlier result is where the search starts. Results
-are merged into ``benchmarks/results/fits.json``; the table goes into ``docs/plan.md``.
+bfloat16, NF4 with double quantization. Each cell is the longest length whose step, compiled for the
+device, fits, in steps of ``STEP`` tokens up to the models' 131,072; 95 % of a GPU's memory is used
+(``XLA_PYTHON_CLIENT_MEM_FRACTION=0.95``). The peak is nearly linear in the length: two compilations
+estimate the line, the next ones confirm it; the search starts from an earlier result. Results are
+merged into ``benchmarks/results/fits.json``; the table is written into ``docs/plan.md``.
 """
 
 import argparse
@@ -24,7 +24,7 @@ DEVICES = {"cuda": ("rtx4090", "a100-80", "h100", "h200"), "tpu": ("v5e",)}
 STEP, LONGEST = 1024, 131_072
 FIRST = (2048, 8192)
 REFUSED = 2**62
-"""The peak of what a compiler refuses without saying how much it would take."""
+"""Stands for the peak of a step that the compiler refuses without reporting its size."""
 RESULTS, PAGE = HERE / "results" / "fits.json", HERE.parent / "docs" / "plan.md"
 BEGIN, END = "<!-- fits: begin -->", "<!-- fits: end -->"
 NAMES = ("1B", "8B", "70B")
@@ -33,7 +33,7 @@ METHODS = ("LoRA", "QLoRA", "QLoRA, offloading")
 
 
 def longest(model: str, method: str, device: str, limit: int, guess: int) -> dict[str, Any]:
-    """The longest row whose step fits, its peak, and what was compiled on the way."""
+    """The longest row whose step fits, its peak, and the peaks of all lengths that were compiled."""
     import jax
 
     row = Row(16, quantized="QLoRA" in method, offloading="offloading" in method)
@@ -51,8 +51,8 @@ def longest(model: str, method: str, device: str, limit: int, guess: int) -> dic
 
 
 def search(peak: Callable[[int], int], limit: int, guess: int) -> tuple[int, dict[int, int]]:
-    """The longest length, in steps of STEP, whose peak is within the limit, 0 if none is; and the
-    peaks that were looked at.
+    """The longest length, in steps of STEP, whose peak is within the limit (0 if none is), and all
+    peaks that were computed.
     """
     seen: dict[int, int] = {}
     low, high = 0, LONGEST + STEP  # the longest known to fit, the shortest known not to
@@ -67,9 +67,9 @@ def search(peak: Callable[[int], int], limit: int, guess: int) -> tuple[int, dic
 
 
 def _next(seen: dict[int, int], low: int, high: int, limit: int) -> int:
-    """Where the line through the two nearest peaks meets the limit, if that is between the bounds.
+    """Where the line through the two nearest peaks reaches the limit, if between the bounds.
 
-    Halfway between them otherwise: what a compiler refuses need not say how much it would take.
+    Otherwise halfway between them: a compiler may refuse a step without reporting its size.
     """
     known = sorted(n for n in seen if seen[n] < REFUSED)
     halfway = middle = (low + high) // 2
@@ -87,7 +87,7 @@ def _next(seen: dict[int, int], low: int, high: int, limit: int) -> int:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a line for each model and method, a column for each device."""
+    """Markdown: a row for each model and method, a column for each device."""
     devices = [d for d in (*DEVICES["cuda"], *DEVICES["tpu"]) if d in results]
     titles = {d: f"{d}, {results[d]['limit'] / 1e9:.1f} GB" for d in devices}
     lines = ["| model | " + " | ".join(titles.values()) + " |", "|---" * (len(devices) + 1) + "|"]
@@ -108,7 +108,7 @@ def _cell(got: dict[str, Any] | None) -> str:
 
 
 def main() -> None:
-    """Fills the cells asked for, and writes results and table."""
+    """Computes the requested cells, and writes the results and the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--platform", choices=list(DEVICES), required=True)
     parser.add_argument("--models", default=",".join(NAMES))

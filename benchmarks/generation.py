@@ -1,10 +1,9 @@
-"""Greedy generation with a KV cache beside transformers' ``generate``.
+"""Greedy generation with a KV cache, compared with transformers' ``generate``.
 
     python benchmarks/generation.py [--batches 1,4,16] [--prompt 32] [--new 64] [--packed]
 
 The 63-million-parameter Llama in bfloat16 with random weights; every row has a prompt of 32 tokens
-and 64 tokens are generated, with no end before that. ``--packed``: NF4 on both sides. Compilation
-is not in the figure. Needs the extra ``parity``.
+and generates exactly 64 tokens. ``--packed``: NF4 on both sides. Compilation is not measured. Needs the extra ``parity``.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import paired
 
 
 def jlora_unit(batch: int, prompt: int, new: int, quantized: bool) -> Any:
-    """What ``jlora generate`` calls."""
+    """The function that ``jlora generate`` calls."""
     import numpy as np
 
     from jlora.inference import decoding
@@ -49,7 +48,7 @@ def transformers_unit(batch: int, prompt: int, new: int, quantized: bool) -> Any
 
 
 def main() -> None:
-    """Measures over the batches."""
+    """Measures each batch size."""
     parser = paired.arguments(__doc__)
     parser.add_argument("--batches", default="1,4,16")
     parser.add_argument("--prompt", type=int, default=32)
@@ -69,7 +68,7 @@ def main() -> None:
             paired.Contestant("transformers", "generation:transformers_unit", arguments),
         ]
     name = f"generation{'-nf4' if args.packed else ''}"
-    size = 2 * llama.linear_parameters(llama.shape())  # what every token reads
+    size = 2 * llama.linear_parameters(llama.shape())  # read for every token
     paired.compare(name, "batch", points, args, new=args.new, bytes_per_token=size)
 
 

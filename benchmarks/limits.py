@@ -1,10 +1,10 @@
-"""What the machine can do at most: its matrix rate and its copy bandwidth, through jax and torch.
+"""The machine's limits: its matrix-product rate and copy bandwidth, through jax and torch.
 
     python benchmarks/limits.py [--size 2048] [--megabytes 256]
 
-A square product in bfloat16, accumulated in float32, and one in float32; and adding one to a block
-of memory in place, which is read and written once. Floors in the docs are FLOPs over the better of
-the two frameworks' rates. Needs the extra ``parity``.
+The cases are a square product in bfloat16, accumulated in float32; one in float32; and adding one
+to a block of memory in place, which reads and writes it once. Floors in the docs are FLOPs divided
+by the better of the two frameworks' rates. Needs the extra ``parity``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def jax_unit(case: str, size: int, megabytes: int) -> Any:
 
 
 def torch_unit(case: str, size: int, megabytes: int) -> Any:
-    """The case, into memory that is there already."""
+    """The case, writing into preallocated memory."""
     torch = llama.torch_threads()
     device = llama.torch_device()
     if case == "copy":
@@ -64,7 +64,7 @@ def torch_unit(case: str, size: int, megabytes: int) -> Any:
 
 
 def work(case: str, size: int, megabytes: int) -> dict[str, float]:
-    """FLOPs, or bytes, of a unit."""
+    """The FLOPs, or the bytes, of a unit."""
     if case == "copy":
         return {"bytes": CALLS * 2.0 * megabytes * 2**20}
     return {"flops": CALLS * 2.0 * size**3}

@@ -1,6 +1,6 @@
-"""The Llama that benchmarks compare on, with random weights: jlora's, and transformers'.
+"""The Llama that the benchmarks use, with random weights: in jlora and in transformers.
 
-Nothing is imported before it is used: a worker holds torch or jax, never both.
+Imports are inside the functions: a worker process imports torch or jax, never both.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def shape(width: int = 768, layers: int = 8) -> dict[str, Any]:
 
 
 def linear_parameters(hf: dict[str, Any]) -> int:
-    """The weights of the linear layers, the head's included: each costs 2 FLOPs a token, a pass."""
+    """The number of weights in linear layers and the head: each costs 2 FLOPs per token and pass."""
     width, inner = hf["hidden_size"], hf["intermediate_size"]
     shared = width * hf["num_key_value_heads"] / hf["num_attention_heads"]
     layer = width * (2 * width + 2 * shared + 3 * inner)
@@ -39,7 +39,7 @@ def linear_parameters(hf: dict[str, Any]) -> int:
 
 
 def quantize(params: Any) -> Any:
-    """NF4 with double quantization, as ``jlora train`` packs a base."""
+    """NF4 with double quantization, as ``jlora train`` quantizes a base."""
     import jlora
 
     return jlora.quantize(params, jlora.QuantConfig())
@@ -56,7 +56,7 @@ def jlora_model(hf: dict[str, Any], dtype: str = "bfloat16", **options: Any) -> 
 
 
 def torch_threads() -> Any:
-    """torch, with as many threads as there are cores: what it takes by itself on most machines."""
+    """torch with one thread per core, which is its default on most machines."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -84,7 +84,7 @@ def transformers_model(hf: dict[str, Any], dtype: str = "bfloat16") -> Any:
 
 
 def quantize_torch_model(model: Any) -> Any:
-    """The model with bitsandbytes' layers in place of its linear ones, all but the head."""
+    """The model with bitsandbytes' layers in place of its linear layers, except the head."""
     import bitsandbytes as bnb
     import torch
 

@@ -1,11 +1,11 @@
-"""Loading a transformers folder, as it is and packed to NF4, beside ``from_pretrained``.
+"""Loading a transformers folder, dense and quantized to NF4, compared with ``from_pretrained``.
 
     python benchmarks/loading.py [--widths 384,768,1536]
 
-Folders of random Llamas of 8 layers in bfloat16. Every unit is a new process that has imported its
-library and has its device; the file is in the page cache. "jlora" compiles what it needs to pack;
-"jlora, programs cached" finds that in the persistent compilation cache, as every start of ``jlora
-train`` after the first does. Needs the extra ``parity``.
+The folders hold random Llamas of 8 layers in bfloat16. Every unit is a new process that has
+imported its library and initialised its device; the file is in the page cache. "jlora" compiles the
+quantization programs; "jlora, programs cached" finds them in the persistent compilation cache, as
+every start of ``jlora train`` after the first does. Needs the extra ``parity``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import paired
 
 
 def write(folder: str, width: int) -> Any:
-    """Writes the folder; no unit."""
+    """Writes the folder; the returned unit does nothing."""
     from jlora.io.hf import save_pretrained
 
     save_pretrained(folder, *llama.jlora_model(llama.shape(width)))
@@ -45,7 +45,7 @@ def jlora_unit(folder: str, quantized: bool, cached: bool) -> Any:
 
 
 def transformers_unit(folder: str, quantized: bool) -> Any:
-    """``AutoModelForCausalLM.from_pretrained``; a page of every weight is touched."""
+    """``AutoModelForCausalLM.from_pretrained``; all of the weights' pages are then touched."""
     torch = llama.torch_threads()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -70,7 +70,7 @@ def transformers_unit(folder: str, quantized: bool) -> Any:
 
 
 def main() -> None:
-    """Measures both over the widths."""
+    """Measures dense and quantized loading for each width."""
     parser = paired.arguments(__doc__)
     parser.add_argument("--widths", default="384,768,1536")
     args = parser.parse_args()
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def _millions(width: int) -> int:
-    """Parameters of the folder, norms left out."""
+    """Millions of parameters in the folder, without norms."""
     return round((llama.linear_parameters(llama.shape(width)) + width * llama.VOCAB) / 1e6)
 
 

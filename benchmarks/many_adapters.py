@@ -1,12 +1,12 @@
-"""How cost grows with the number of adapters: in one batch, and trained in one run.
+"""How cost grows with the number of adapters, in one batch and in one training run.
 
     python benchmarks/many_adapters.py [--what serve,train] [--method lora,qlora]
 
-The Llama of the training step's sweeps (width 768, 4 layers, bfloat16), 8 rows of 256 tokens, which
-the adapters share evenly; r 16 on every linear layer. ``serve`` is a forward pass in which each row
-has its own adapter, beside one adapter for all rows, and beside peft's ``adapter_names``. ``train``
-is a step of every adapter on its own rows: jlora's does all of them at once, with peft one comes
-after the other. Needs the extra ``parity``.
+The Llama of the training step's sweeps (width 768, 4 layers, bfloat16), 8 rows of 256 tokens,
+divided evenly among the adapters; r 16 on every linear layer. ``serve`` is a forward pass in which
+each row has its own adapter, compared with one adapter for all rows and with peft's
+``adapter_names``. ``train`` is a step of every adapter on its own rows: jlora trains all of them at
+once, peft one after the other. Needs the extra ``parity``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROWS = 8
 
 
 def jlora_forward(method: str, adapters: int, mixed: bool, length: int) -> Any:
-    """The logits of rows that use ``adapters`` in turn; not ``mixed``: one for all, no stack."""
+    """The logits of rows that use ``adapters`` in turn; unless ``mixed``, one adapter, unstacked."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -78,7 +78,7 @@ def peft_forward(method: str, adapters: int, length: int) -> Any:
 
 
 def serving(method: str, adapters: int, length: int) -> list[paired.Contestant]:
-    """A row each its own adapter, one for all, and peft."""
+    """jlora with an adapter per row, jlora with one for all rows, and peft."""
     arguments = {"method": method, "adapters": adapters, "length": length}
     forward = "many_adapters:jlora_forward"
     return [
@@ -91,7 +91,7 @@ def serving(method: str, adapters: int, length: int) -> list[paired.Contestant]:
 
 
 def training(method: str, adapters: int, length: int) -> list[paired.Contestant]:
-    """All at once, and one after the other."""
+    """jlora, which trains all adapters at once, and peft, which trains one after the other."""
     sizes = {**SMALL, "batch": ROWS, "length": length}
     arguments = {"method": method, "sizes": sizes, "adapters": adapters}
     return [
@@ -101,7 +101,7 @@ def training(method: str, adapters: int, length: int) -> list[paired.Contestant]
 
 
 def main() -> None:
-    """Measures over the number of adapters."""
+    """Measures each number of adapters."""
     parser = paired.arguments(__doc__)
     parser.add_argument("--what", default="serve,train")
     parser.add_argument("--method", default="lora,qlora")

@@ -1,11 +1,11 @@
-"""Peak memory of the training step, by the compiler's own analysis: no weights, no accelerator.
+"""Peak memory of the training step by the compiler's analysis, without weights or accelerator.
 
     python benchmarks/memory.py --target h200 [--models 7B,65B] [--ranks 16,64] [--length 512]
 
 The step is the one that ``jlora train`` runs, compiled from shapes alone as ``jlora plan`` does.
-Peak is arguments + temporaries + outputs - aliases, what the device holds while a step runs, in GB
+The peak is arguments + temporaries + outputs - aliases, the memory in use while a step runs, in GB
 of 1e9 bytes. Targets are those of ``plan`` (GPUs need ``jax[cuda13]``, TPUs ``jax[tpu]``, neither
-needs the device), or ``cpu``, which is what is here. Results are merged into
+needs the device), or ``cpu``, this machine. Results are merged into
 ``benchmarks/results/memory-TARGET.json``, from which ``tables.py`` makes the page's table.
 """
 
@@ -70,7 +70,7 @@ class Row:
 def program_of(
     hf: dict, row: Row, batch: int, length: int, devices: Any, compile_target: Any, **mesh: int
 ) -> Any:
-    """The run's step (``TrainStep``) on rows of ``length`` tokens, made of shapes."""
+    """The run's step (``TrainStep``) on rows of ``length`` tokens, from shapes alone."""
     from jlora.config import (
         Config,
         DataConfig,
@@ -118,9 +118,9 @@ def measure(
     limit: float = math.inf,
     **mesh: int,
 ) -> dict[str, Any]:
-    """Bytes of the compiled step, in all and by part; or why it cannot be compiled.
+    """The bytes of the compiled step, total and by part, or why it cannot be compiled.
 
-    What already exceeds ``limit`` by its weights, adapter and moments is not compiled.
+    A step whose weights, adapter and moments alone exceed ``limit`` is not compiled.
     """
     from jlora.plan.jax_cudnn_shim import jax_checks_capability
     from jlora.plan.memory import arguments, measured
@@ -145,7 +145,7 @@ def measure(
 
 
 def start(name: str) -> str | None:
-    """Prepares this process for a target, before jax is imported; ``cpu`` is what is here: None."""
+    """Prepares this process for a target, before jax is imported; returns None for ``cpu``."""
     from jlora.plan.target import parse_target, set_environment
 
     target = None if name == "cpu" else name
@@ -154,7 +154,7 @@ def start(name: str) -> str | None:
 
 
 def main() -> None:
-    """Compiles the rows asked for, and updates the target's results."""
+    """Compiles the requested rows, and updates the target's results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", required=True)
     parser.add_argument("--models", default=",".join(MODELS))

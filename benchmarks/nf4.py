@@ -1,10 +1,10 @@
-"""NF4 with double quantization beside bitsandbytes: packing and unpacking a square matrix.
+"""NF4 with double quantization: quantizing and dequantizing, compared with bitsandbytes.
 
     python benchmarks/nf4.py [--sizes 512,2048,4096] [--dtype bfloat16]
 
-A unit packs, or unpacks, 16 million weights: one matrix or several calls on a smaller one. Bits a
-parameter and the error relative to the matrix's norm are in the results; the bytes are the same on
-both sides (``tests/test_parity_quant_nf4.py``). Needs the extra ``parity``.
+A unit quantizes, or dequantizes, 16 million weights: one matrix, or several calls on a smaller one.
+The results hold the bits per parameter and the error relative to the matrix's norm; both sides
+produce the same bytes (``tests/test_parity_quant_nf4.py``). Needs the extra ``parity``.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def bitsandbytes_unit(what: str, size: int, dtype: str) -> Any:
 
 
 def main() -> None:
-    """Measures both ways over the sizes."""
+    """Measures both directions for each size."""
     parser = paired.arguments(__doc__, repeats=7)
     parser.add_argument("--sizes", default="512,2048,4096")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
@@ -92,7 +92,7 @@ def main() -> None:
                 paired.Contestant("jlora", "nf4:jlora_unit", arguments),
                 paired.Contestant("bitsandbytes", "nf4:bitsandbytes_unit", arguments),
             ]
-        grows = {"grows": False, "weights": WEIGHTS}  # the work of a unit is the same everywhere
+        grows = {"grows": False, "weights": WEIGHTS}  # all sizes do the same work per unit
         paired.compare(f"nf4-{what}", "size", points, args, **grows)
 
 

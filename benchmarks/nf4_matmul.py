@@ -1,19 +1,18 @@
-"""Products with packed matrices: the fused kernel beside dequantizing first, on this device.
+"""Products with quantized matrices: the fused kernel compared with dequantizing first.
 
     python benchmarks/nf4_matmul.py [--repeats 20]            measure, print, write JSON
     python benchmarks/nf4_matmul.py --compile h200|v5e        compile only, without the device
-    python benchmarks/nf4_matmul.py --floor                   the arithmetic, without anything
+    python benchmarks/nf4_matmul.py --floor                   compute lower bounds only
 
 Shapes are Llama-3.1-8B's, bf16, NF4 with double quantization; forward ``x @ W`` and the gradient
-``g @ W.T``. Each result is compared with the reference before anything is timed; the two ways are
-timed in turn, medians. Where the kernel is faster for all shapes up to some number of rows, that
-number is up to where the kernel may be used.
+``g @ W.T``. Each result is compared with the reference before anything is timed; the two methods
+are timed alternately, and medians are reported. The kernel may be used up to the largest number of
+rows for which it is faster with every shape.
 
-A floor is the largest of bytes over bandwidth, FLOPs over the matrix rate and decoding operations
-over the ALUs' rate. Dequantizing first moves 0.5 + 2 + 2 bytes a parameter (codes, the matrix
+A floor is the largest of bytes / bandwidth, FLOPs / matrix rate and decoding operations / ALU rate. Dequantizing first moves 0.5 + 2 + 2 bytes a parameter (codes, the matrix
 written, the matrix read) and decodes each value once; the kernel moves 0.5, and decodes each value
-again for every tile of rows of ``x``. How far its decoding hides behind the matrix unit only a
-device can say, so the kernel has two figures: all of it, and none.
+again for every tile of rows of ``x``. How much of the decoding overlaps with the matrix unit
+is only known on a device, so the kernel has two figures: full overlap, and none.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ H200's operations were counted in the PTX of both ways, v5e's in the source (15 
 
 
 def floors(device: str) -> str:
-    """Markdown: microseconds at least, for the largest shape."""
+    """Markdown: the lower bound in microseconds, for the largest shape."""
     bandwidth, rate, lanes, (first_ops, fused_ops), tile = DEVICES[device]
     size = 4096 * 14_336
     names = "dequantize, then multiply | fused, decoding hidden | not hidden | ratio"
@@ -61,7 +60,7 @@ def floors(device: str) -> str:
 
 
 def ways(platform: str, transpose: bool) -> dict[str, Any]:
-    """Both as functions (x, q)."""
+    """Both methods as functions of (x, q)."""
     from jlora.experimental.nf4_matmul import nf4_matmul
     from jlora.ops.matmul import array_matmul
 
@@ -72,7 +71,7 @@ def ways(platform: str, transpose: bool) -> dict[str, Any]:
 
 
 def measure(repeats: int) -> list[dict[str, Any]]:
-    """A line for each shape, number of rows and direction."""
+    """One result for each shape, number of rows and direction."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -104,7 +103,7 @@ def measure(repeats: int) -> list[dict[str, Any]]:
 
 
 def compile_only(target: str) -> None:
-    """Temporary bytes of both ways, compiled for a device that is not here."""
+    """Prints the temporary bytes of both methods, compiled for an absent device."""
     start(target)
     import jax
     import jax.numpy as jnp
@@ -134,7 +133,7 @@ def compile_only(target: str) -> None:
 
 
 def main() -> None:
-    """Measures, compiles or computes, as asked."""
+    """Measures, compiles, or computes the floors."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--compile", choices=list(DEVICES))
