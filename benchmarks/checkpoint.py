@@ -6,7 +6,8 @@ The adapter and the optimizer's moments of the 63-million-parameter Llama are sa
 float32, with LoRA on every linear layer. jlora writes orbax's checkpoint and a manifest with a
 digest of every leaf and file, which restoring verifies; all of it is on disk when saving returns.
 ``torch.save`` writes one file without digests; "synced" adds the fsync. The step is that of
-``training_step.py``, 8 × 256 tokens; the results also hold the bytes on disk. Needs the extra ``parity``.
+``training_step.py``, 8 × 256 tokens; the results also hold the bytes on disk. Needs the extra
+``parity``.
 """
 
 from __future__ import annotations

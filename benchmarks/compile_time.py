@@ -3,8 +3,8 @@
     python benchmarks/compile_time.py [--target cpu|h200|v5e] [--layers 4,32]
 
 Compiles the QLoRA step that ``memory.py`` measures, batch 1 x 512, width 1024, for models whose
-layers are all equal and for models whose layers differ, from shapes alone. Trees and shapes are made
-before the clock starts; tracing, lowering and compilation are timed, without a cache.
+layers are all equal and for models whose layers differ, from shapes alone. Trees and shapes are
+made before the clock starts; tracing, lowering and compilation are timed, without a cache.
 """
 
 from __future__ import annotations

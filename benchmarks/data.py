@@ -7,7 +7,8 @@ template that marks the assistant's tokens: each side renders and tokenizes ever
 tokens that carry loss, and packs rows of 256 tokens. The peers start from rows in memory, jlora
 from the file. "TRL" is what ``SFTTrainer`` does to its data set (``packing=True,
 assistant_only_loss=True``), omitted where trl is not installed; "datasets" is ``map`` with the chat
-template, without packing. Each uses one process and no cached results. Needs the extra ``parity``, and ``pip install trl`` for TRL.
+template, without packing. Each uses one process and no cached results. Needs the extra ``parity``,
+and ``pip install trl`` for TRL.
 """
 
 from __future__ import annotations

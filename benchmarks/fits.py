@@ -1,4 +1,4 @@
-"""The longest rows that fit: LoRA and QLoRA of Llamas on single devices, by the compiler's analysis.
+"""The longest rows that fit: LoRA and QLoRA of Llamas on single devices, as the compiler reports.
 
     python benchmarks/fits.py --platform cuda [--models 1B,8B,70B] [--devices rtx4090,h100]
     python benchmarks/fits.py --platform tpu
@@ -33,7 +33,7 @@ METHODS = ("LoRA", "QLoRA", "QLoRA, offloading")
 
 
 def longest(model: str, method: str, device: str, limit: int, guess: int) -> dict[str, Any]:
-    """The longest row whose step fits, its peak, and the peaks of all lengths that were compiled."""
+    """The longest row whose step fits, its peak, and the peaks of all compiled lengths."""
     import jax
 
     row = Row(16, quantized="QLoRA" in method, offloading="offloading" in method)

@@ -3,7 +3,8 @@
     python benchmarks/generation.py [--batches 1,4,16] [--prompt 32] [--new 64] [--packed]
 
 The 63-million-parameter Llama in bfloat16 with random weights; every row has a prompt of 32 tokens
-and generates exactly 64 tokens. ``--packed``: NF4 on both sides. Compilation is not measured. Needs the extra ``parity``.
+and generates exactly 64 tokens. ``--packed``: NF4 on both sides. Compilation is not measured. Needs
+the extra ``parity``.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def shape(width: int = 768, layers: int = 8) -> dict[str, Any]:
 
 
 def linear_parameters(hf: dict[str, Any]) -> int:
-    """The number of weights in linear layers and the head: each costs 2 FLOPs per token and pass."""
+    """Number of weights in linear layers and the head: each costs 2 FLOPs per token and pass."""
     width, inner = hf["hidden_size"], hf["intermediate_size"]
     shared = width * hf["num_key_value_heads"] / hf["num_attention_heads"]
     layer = width * (2 * width + 2 * shared + 3 * inner)

@@ -21,7 +21,7 @@ ROWS = 8
 
 
 def jlora_forward(method: str, adapters: int, mixed: bool, length: int) -> Any:
-    """The logits of rows that use ``adapters`` in turn; unless ``mixed``, one adapter, unstacked."""
+    """Logits of rows that use ``adapters`` in turn; unless ``mixed``, one adapter, unstacked."""
     import jax
     import jax.numpy as jnp
     import numpy as np

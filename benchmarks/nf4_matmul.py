@@ -9,10 +9,11 @@ Shapes are Llama-3.1-8B's, bf16, NF4 with double quantization; forward ``x @ W``
 are timed alternately, and medians are reported. The kernel may be used up to the largest number of
 rows for which it is faster with every shape.
 
-A floor is the largest of bytes / bandwidth, FLOPs / matrix rate and decoding operations / ALU rate. Dequantizing first moves 0.5 + 2 + 2 bytes a parameter (codes, the matrix
-written, the matrix read) and decodes each value once; the kernel moves 0.5, and decodes each value
-again for every tile of rows of ``x``. How much of the decoding overlaps with the matrix unit
-is only known on a device, so the kernel has two figures: full overlap, and none.
+A floor is the largest of bytes / bandwidth, FLOPs / matrix rate and decoding operations / ALU rate.
+Dequantizing first moves 0.5 + 2 + 2 bytes a parameter (codes, the matrix written, the matrix read)
+and decodes each value once; the kernel moves 0.5, and decodes each value again for every tile of
+rows of ``x``. How much of the decoding overlaps with the matrix unit is only known on a device, so
+the kernel has two figures: full overlap, and none.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""The harness of all benchmarks: contestants in turns, each a process of its own.
+"""The harness of all benchmarks: contestants take turns, each in its own process.
 
-torch and jax in one process share its threads, allocator and memory's high-water mark; contestants
-that run one after the other meet another machine. So each contestant is a worker process that is
-asked for one unit of work at a time, in an order that alternates; a figure is a ratio of medians.
+torch and jax in one process would share threads, allocator and peak memory; contestants that run
+one after the other would see different loads of the machine. So each contestant is a worker process
+that does one unit of work at a time, in alternating order; a figure is a ratio of medians.
 
-A worker is started as ``python paired.py MODULE:FUNCTION JSON``. It calls the function with the
-JSON's arguments, which sets up and returns the unit, a function without arguments; it does the unit
-as often as it is asked to. A unit may return a dict: ``seconds`` there replaces the clock's, the
-rest are facts (a loss, a size) that go into the results. Lines of JSON over stdin and stdout; what
-libraries print goes to stderr.
+A worker is started as ``python paired.py MODULE:FUNCTION JSON``. The function, called with
+the JSON's arguments, does the setup and returns the unit, a function without arguments; the worker
+runs the unit on request. A unit may return a dict: its ``seconds`` replaces the measured time, the
+other entries are facts (a loss, a size) for the results. The protocol is lines of JSON over stdin
+and stdout; what libraries print goes to stderr.
 
 Results are ``benchmarks/results/NAME.json``; ``tables.py`` makes the tables of the docs from them.
 """
@@ -41,11 +41,11 @@ RESULTS = HERE / "results"
 PACKAGES = ("jax", "flax", "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets")
 SETTINGS = ("JAX_PLATFORMS", "XLA_FLAGS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_AFFINITY")
 QUIET = 0.1
-"""The share of the machine that others may use before a run is refused, or marked."""
+"""The share of the machine that other processes may use before a run is refused or marked."""
 
 
 TICK = 0.1
-"""Seconds between two looks at the clock while a worker is at work."""
+"""Seconds between two readings of the clock while a worker is busy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Contestant:
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fresh: bool = False
-    """A new process for every unit, and no warm-up: for what happens once in a process."""
+    """A new process for every unit, without warm-up: for work that happens once per process."""
 
 
 class Worker:
     """A contestant's process.
 
-    Raises RuntimeError with the contestant's name when the process ends before it has answered.
+    Raises RuntimeError with the contestant's name when the process ends without answering.
     """
 
     def __init__(self, contestant: Contestant):
@@ -81,8 +81,8 @@ class Worker:
         self._hear()  # it is ready
 
     def unit(self) -> dict[str, Any] | None:
-        """Asks for one unit; ``seconds``, and the unit's facts. None if it did not count: this
-        process was suspended meanwhile, and so, it is to be feared, was the other.
+        """Runs one unit; returns ``seconds`` and the unit's facts, or None if it does not count:
+        this process was suspended meanwhile, and the worker probably too.
         """
         wall, busy, used = time.monotonic(), _busy_seconds(), _processor_seconds(self._process.pid)
         answer = self._ask("unit")
@@ -93,13 +93,13 @@ class Worker:
         return answer | {"wall": time.monotonic() - wall, "others": others}
 
     def end(self) -> dict[str, Any]:
-        """Ends the process; ``peak_bytes`` of its resident memory."""
+        """Ends the process; returns ``peak_bytes``, the peak of its resident memory."""
         last = self._ask("end")
         self._process.communicate()
         return last
 
     def kill(self) -> None:
-        """Ends the process if it is still there."""
+        """Kills the process if it is still running."""
         assert self._process.stdout is not None
         if not self._process.stdout.closed:
             self._process.kill()
@@ -129,7 +129,7 @@ class Worker:
 
 
 def work(setup: str, arguments: str) -> None:
-    """What a worker process does; see the module's header."""
+    """The worker process; see the module's docstring."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -160,13 +160,13 @@ def _peak_bytes() -> int:
 def measure(
     contestants: Sequence[Contestant], repeats: int, warmup: int = 1
 ) -> dict[str, dict[str, Any]]:
-    """Lets the contestants take turns; every second round goes backwards.
+    """Runs the contestants in turn; every second round in reverse order.
 
-    A unit during which this process was suspended is done once more.
+    A unit during which this process was suspended is repeated.
 
     Returns, for each name: ``seconds`` of every unit in the rounds' order, their ``median``,
-    ``peak_bytes`` of its process, the ``facts`` of the last unit; and over all units the seconds by
-    the clock (``wall``) and the processor seconds that others used meanwhile (``others``).
+    ``peak_bytes`` of its process, the ``facts`` of the last unit; and summed over all units the
+    elapsed seconds (``wall``) and the processor seconds of other processes (``others``).
     """
     results: dict[str, dict[str, Any]] = {c.name: {"seconds": []} for c in contestants}
 
@@ -183,7 +183,7 @@ def measure(
         result["peak_bytes"] = max(last["peak_bytes"], result.get("peak_bytes", 0))
 
     def unit(contestant: Contestant) -> dict[str, Any]:
-        """Of the contestant's worker, or of a new one; again if it did not count."""
+        """Runs a unit in the contestant's worker, or in a new one; again if it did not count."""
         while True:
             worker = workers.get(contestant.name) or start(contestant)
             answer = worker.unit()
@@ -229,14 +229,14 @@ def compare(
     """Measures every point of an axis and writes ``results/NAME.json``.
 
     Args:
-      name: of the results, and of the table in the docs.
-      axis: what grows from point to point.
+      name: the name of the results, and of the table in the docs.
+      axis: the quantity that grows from point to point.
       points: the contestants at each value of the axis, jlora's first.
       args: the options, parsed by the parser that ``arguments`` returns.
-      warmup: units of each worker that do not count.
-      facts: go into the results as they are.
+      warmup: the number of units of each worker that are not counted.
+      facts: entries of the results, stored unchanged.
 
-    Exits with 75 (a temporary failure) when others use the machine, unless ``--anyway``.
+    Exits with 75 (a temporary failure) when the machine is in use, unless ``--anyway`` is given.
     """
     conditions = {**describe(), "repeats": args.repeats}
     conditions["busy_before"] = _wait_for_quiet(args.anyway)
@@ -262,7 +262,7 @@ def write(name: str, result: Mapping[str, Any]) -> None:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats with six digits: the clock has no more to say."""
+    """Rounds floats to six digits; the clock is not more precise."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):
@@ -271,12 +271,12 @@ def _rounded(value: Any) -> Any:
 
 
 def arguments(doc: str | None, repeats: int = 5) -> argparse.ArgumentParser:
-    """A parser with the options that all benchmarks have; the module's docstring is its help."""
+    """A parser with the options that all benchmarks share; ``doc`` is its help."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=repeats, help="rounds that count")
-    parser.add_argument("--anyway", action="store_true", help="also while others use the machine")
+    parser.add_argument("--repeats", type=int, default=repeats, help="rounds that are counted")
+    parser.add_argument("--anyway", action="store_true", help="also while the machine is in use")
     return parser
 
 
@@ -302,7 +302,7 @@ def describe() -> dict[str, Any]:
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints; None where there is none, or it fails."""
+    """The output of a program; None if it does not exist or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -317,7 +317,7 @@ def _version(package: str) -> str | None:
 
 
 def _busy_seconds() -> float:
-    """Processor seconds that the whole machine has spent since it was started."""
+    """Processor seconds that the machine has spent since it was started."""
     user, nice, system, _, _, irq, softirq, steal = map(
         int, Path("/proc/stat").read_text().split(None, 9)[1:9]
     )
@@ -331,7 +331,7 @@ def _processor_seconds(pid: int) -> float:
 
 
 def _wait_for_quiet(anyway: bool, tries: int = 10, seconds: float = 1.0) -> float:
-    """The share of the machine in use now; waits for a quiet moment, and exits without one."""
+    """Waits until the machine is idle, and exits if it never is; returns the share in use."""
     busy = 0.0
     for _ in range(tries):
         start, before = time.monotonic(), _busy_seconds()
@@ -345,7 +345,7 @@ def _wait_for_quiet(anyway: bool, tries: int = 10, seconds: float = 1.0) -> floa
 
 
 def say(text: str) -> None:
-    """A line of progress."""
+    """Prints a line of progress."""
     print(text, file=sys.stderr, flush=True)
 
 

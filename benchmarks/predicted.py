@@ -1,12 +1,12 @@
-"""The memory that ``jlora plan`` predicts, beside what the device shows while the step runs.
+"""The memory that ``jlora plan`` predicts, compared with the memory measured during the step.
 
     python benchmarks/predicted.py
 
-The steps are the headline's of ``training_step.py``, and LoRA's with rows of 1024 tokens, each in a
-process of its own, as ``jlora train`` runs them, on zeros. Measured is, on an accelerator, the
-allocator's peak; on a CPU, the largest resident set during the steps less the one without their
-arrays, after the same steps have run once: the smallest of three such measurements, to which
-whatever else the process allocates meanwhile only adds.
+The steps are those of the headline of ``training_step.py``, and LoRA's with rows of 1024 tokens,
+each in its own process, as ``jlora train`` runs them, on zeros. The measurement is the allocator's
+peak on an accelerator. On a CPU it is the largest resident set during the steps minus the resident
+set without their arrays, after the same steps have run once; the smallest of three measurements is
+taken, since other allocations of the process can only add to it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CASES = {
 
 
 def steps(method: str, length: int) -> Any:
-    """A unit that plans, compiles and runs a step: its predicted and its measured bytes."""
+    """A unit that plans, compiles and runs a step: returns its predicted and measured bytes."""
 
     def unit() -> dict[str, int]:
         import jax
@@ -57,7 +57,7 @@ def steps(method: str, length: int) -> Any:
             for _ in range(STEPS):
                 state, _ = jax.block_until_ready(step(state, frozen, batch))
 
-        run()  # what a first step needs once: code, threads
+        run()  # what only a first step allocates: code, threads
         seen = []
         for _ in range(3):
             before = _resident()
@@ -78,14 +78,14 @@ def _zeros(leaf: Any) -> Any:
 
 
 def _resident() -> int:
-    """The resident set, once what was freed is given back to the system."""
+    """The resident set, after freed memory has been returned to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return _status("VmRSS")
 
 
 def _reset_peak() -> None:
-    """``VmHWM`` starts again from what is resident now."""
+    """Resets ``VmHWM`` to the current resident set."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -96,7 +96,7 @@ def _status(name: str) -> int:
 
 
 def main() -> None:
-    """Every case in a process of its own."""
+    """Measures every case in its own process."""
     args = paired.arguments(__doc__, repeats=1).parse_args()
     points = {
         case: [

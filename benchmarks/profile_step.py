@@ -1,11 +1,11 @@
-"""Where the time of jlora's training step goes on a CPU, by JAX's profiler.
+"""Where jlora's training step spends its time on a CPU, by JAX's profiler.
 
     python benchmarks/profile_step.py [--method lora,qlora,full]
 
-The steps are the headline's of ``training_step.py``. The profiler's seconds of every operation are
-added up by what the operation is for, which the compiled program's text says: its name in the
-traced code, its shapes, and what is fused into it. Operations that run at once share the clock. The
-operations that take longest are in the results, too.
+The steps are those of the headline of ``training_step.py``. The profiler's seconds of every
+operation are summed by purpose, which is read from the compiled program's text: the operation's
+name in the traced code, its shapes, and what is fused into it. Operations that run at the same time
+share the elapsed time. The results also list the longest operations.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class Op(NamedTuple):
     """An instruction of a compiled program."""
 
     text: str
-    """Its line, with shape and name in the traced code."""
+    """Its line in the program, with its shape and its name in the traced code."""
     body: str
-    """What is fused into it."""
+    """The operations that are fused into it."""
     inputs: tuple[str, ...]
     """The shapes that it reads."""
 
 
 def operations(hlo: str) -> dict[str, Op]:
-    """The instructions of a compiled program by their names."""
+    """The instructions of a compiled program by name."""
     bodies: dict[str, list[str]] = {}
     lines: list[tuple[str, str]] = []
     current: list[str] = []
@@ -62,7 +62,7 @@ def operations(hlo: str) -> dict[str, Op]:
 
 
 def group_of(name: str, op: Op, rank: int | None) -> str:
-    """What an operation is for: a key of GROUPS."""
+    """The purpose of an operation: a key of GROUPS."""
     traced = found[1] if (found := re.search(r'op_name="([^"]*)"', op.text)) else ""
     where = traced + op.body
     product = " dot(" in op.text + op.body
@@ -84,7 +84,7 @@ def group_of(name: str, op: Op, rank: int | None) -> str:
 
 
 def profiled(method: str) -> Any:
-    """A unit that profiles a few steps: the mean of their clocks, and seconds by group."""
+    """A unit that profiles a few steps: their mean elapsed time, and the seconds by group."""
 
     def unit() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +107,7 @@ def profiled(method: str) -> Any:
 
 
 def _trace(step: Any, folder: str) -> float:
-    """Writes the profile of STEPS steps; the mean of their seconds by the clock."""
+    """Writes the profile of STEPS steps; returns their mean elapsed seconds."""
     import jax
 
     for _ in range(3):
@@ -120,14 +120,14 @@ def _trace(step: Any, folder: str) -> float:
 
 
 def _seconds(folder: str) -> dict[str, float]:
-    """Of every operation in a step, from the profiler's trace; those at once share the clock."""
+    """Seconds of every operation per step, from the trace; concurrent ones share the time."""
     (trace,) = glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True)
     with gzip.open(trace) as file:
         events = [e for e in json.load(file)["traceEvents"] if "hlo_op" in e.get("args", {})]
-    marks = []  # (when, whether it begins, which, its operation)
+    marks = []  # (time, whether it begins, event's index, operation)
     for which, event in enumerate(events):
         name = event["args"]["hlo_op"]
-        if not re.match(r"while|call|conditional", name):  # those hold the others
+        if not re.match(r"while|call|conditional", name):  # these contain other operations
             marks.append((event["ts"], True, which, name))
             marks.append((event["ts"] + event["dur"], False, which, name))
     seconds: collections.Counter[str] = collections.Counter()
@@ -145,7 +145,7 @@ def _seconds(folder: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Profiles each method in a process of its own."""
+    """Profiles each method in its own process."""
     parser = paired.arguments(__doc__, repeats=1)
     parser.add_argument("--method", default="lora,qlora,full", help="or some of them")
     args = parser.parse_args()

@@ -1,13 +1,13 @@
-"""What packing costs in quality, on real weights: perplexity by code, and after fine-tuning.
+"""The loss of quality by quantization, on real weights: perplexity by code, and after fine-tuning.
 
     python benchmarks/quantization_quality.py ASSETS [OUTPUT] [--steps 300]
 
 ASSETS is a folder with ``models/stories260k`` and ``data``. Perplexity and the divergence from the
-float32 model's predictions (KL, nats a token) of two models whose linear layers are packed in
+float32 model's predictions (KL, nats a token) of two models whose linear layers are quantized in
 blocks of 64: int4 (15 even steps from -absmax to absmax), FP4 as QLoRA's paper names it (E2M1: 0,
 0.5, 1, 1.5, 2, 3, 4, 6), FP4 as bitsandbytes has it (0, 0.0625, 2, 3, 4, 6, 8, 12), NF4, and NF4
-with double quantization, in float32 arithmetic. stories260k reads 64 stories of 256 tokens that
-it wrote itself in float32 (sampled at temperature 1), the quickstart model 640 stretches of the
+with double quantization, in float32 arithmetic. stories260k reads 64 stories of 256 tokens that it
+wrote itself in float32 (sampled at temperature 1), the quickstart model 640 stretches of the
 documentation that it was trained on. Then LoRA and QLoRA with the recipe of ``stories260k.py``.
 QLoRA's order is NF4, FP4, int4 (arXiv 2305.14314, table 2). A table is printed, JSON is in OUTPUT.
 """
@@ -49,7 +49,7 @@ TABLES = {
 
 
 def rounding(table: np.ndarray) -> Callable[[Any], Any]:
-    """Rounds every kernel but the head to a table, in blocks of 64 along torch's rows."""
+    """Rounds every kernel except the head to a table, in blocks of 64 along torch's rows."""
     values = np.unique(table).astype(np.float32)
     thresholds = (values[1:] + values[:-1]) / 2
 
@@ -82,7 +82,7 @@ CODES: dict[str, Callable[[Any], Any]] = {
 
 
 def stories(model: Model, params: Any, tokenizer: Any) -> np.ndarray:
-    """(64, 257) tokens that the model drew itself."""
+    """(64, 257) tokens sampled from the model itself."""
     step = jax.jit(model.decode)
     cache = model.init_cache(STORIES, LENGTH)
     ids, key = [jnp.full((STORIES, 1), tokenizer.bos_token_id)], jax.random.key(0)
@@ -94,7 +94,7 @@ def stories(model: Model, params: Any, tokenizer: Any) -> np.ndarray:
 
 
 def documentation(model: Model, params: Any, tokenizer: Any) -> np.ndarray:
-    """(640, 257) tokens of what the quickstart model was trained on, from all over it."""
+    """(640, 257) tokens of the quickstart model's training text, evenly spaced."""
     text, _ = corpus.rows()
     ids = np.asarray(tokenizer("\n\n".join(row["text"] for row in text))["input_ids"])
     starts = np.linspace(0, len(ids) - LENGTH - 1, STRETCHES).astype(int)
@@ -102,7 +102,7 @@ def documentation(model: Model, params: Any, tokenizer: Any) -> np.ndarray:
 
 
 def perplexities(folder: Path, sample: Callable[..., np.ndarray]) -> dict[str, dict[str, float]]:
-    """Code → perplexity, and divergence from the float32 model."""
+    """Code → perplexity and divergence from the float32 model."""
     model, params = jlora.load_pretrained(folder, dtype="float32")
     ids = sample(model, params, load_tokenizer(str(folder)))
 

@@ -1,13 +1,13 @@
-"""Starting: imports, ``--help``, a mistake in the settings, and from the command to the first step.
+"""Start-up: imports, ``--help``, a mistake in the settings, and the time to the first step.
 
     python benchmarks/startup.py commands
     python benchmarks/startup.py first-step [--layers 4,16]
 
-Every unit is a process from its start. "First step" is ``python -m jlora.train`` on the 63-million-
-parameter Llama (or one of another depth) in bfloat16 with LoRA r 16, until the line of the first
-step is in ``metrics.jsonl``: once with an empty compilation cache, once with what an earlier run
-left there. Its peer is a script with transformers and peft that reads the same folder and rows, and
-does one step without a trainer. Needs the extra ``parity``.
+Every unit is a new process. "First step" is ``python -m jlora.train`` on the 63-million-parameter
+Llama (or one of another depth) in bfloat16 with LoRA r 16, until the line of the first step is in
+``metrics.jsonl``: once with an empty compilation cache, once with the cache of an earlier run. Its
+peer is a script with transformers and peft that reads the same folder and rows, and does one step
+without a trainer. Needs the extra ``parity``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COMMANDS = {
 
 
 def command_unit(text: str) -> Any:
-    """A Python process with a program, or a module's name and arguments."""
+    """Runs a Python program, or a module's name and arguments, in a new process."""
     arguments = text.split() if text.startswith("-m ") else ["-c", text]
 
     def unit() -> dict[str, float]:
@@ -51,7 +51,7 @@ def command_unit(text: str) -> Any:
 
 
 def write(folder: str, layers: int) -> Any:
-    """Writes a model with the quickstart's tokenizer; no unit."""
+    """Writes a model with the quickstart's tokenizer; the returned unit does nothing."""
     import shutil
 
     from jlora.io.hf import save_pretrained
@@ -63,7 +63,7 @@ def write(folder: str, layers: int) -> Any:
 
 
 def jlora_unit(folder: str, cached: bool) -> Any:
-    """``jlora train`` until its first step is logged; what follows is not timed."""
+    """Times ``jlora train`` until its first step is logged."""
     import yaml
 
     rows = {"path": str(PACKAGED / "data/train.jsonl"), "format": "messages"}
@@ -93,7 +93,7 @@ def jlora_unit(folder: str, cached: bool) -> Any:
 
 
 def peft_unit(folder: str) -> Any:
-    """The script below until it has done its step."""
+    """Times the script below until its step is done."""
 
     def unit() -> dict[str, float]:
         with tempfile.TemporaryDirectory() as place:
@@ -131,7 +131,7 @@ def peft_script(folder: str, done: str) -> None:
 
 
 def _until(command: list[str], file: Path, environment: dict[str, str]) -> dict[str, float]:
-    """Seconds until a process has written a line to a file, and the loss in it."""
+    """Seconds until a process has written a line to a file, and the loss in that line."""
     start = time.perf_counter()
     process = subprocess.Popen(
         command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL
@@ -146,7 +146,7 @@ def _until(command: list[str], file: Path, environment: dict[str, str]) -> dict[
 
 
 def main() -> None:
-    """Measures one of the two."""
+    """Measures the commands or the first step."""
     parser = paired.arguments(__doc__, repeats=3)
     parser.add_argument("what", choices=["commands", "first-step"])
     parser.add_argument("--layers", default="4,16")

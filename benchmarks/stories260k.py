@@ -1,10 +1,10 @@
-"""LoRA on stories260k against peft's held-out loss, with the recipe that peft was run with.
+"""LoRA on stories260k, compared with peft's held-out loss for the same recipe.
 
     python benchmarks/stories260k.py ASSETS [OUTPUT]
 
 ASSETS is a folder with ``models/stories260k`` and ``data``. Two data sets, 300 steps of 16 blocks
 of 128 tokens, r 8, alpha 16, all linear layers, AdamW 5e-3 with linear decay, float32. peft's
-figures (one seed, untuned) are 1.818 and 3.082 nats a token; the same is asked of jlora within 2 %.
+figures (one seed, untuned) are 1.818 and 3.082 nats a token; jlora must be within 2 % of them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ evaluate: {{samples: 0}}
 
 
 def texts(name: str, data: Path) -> tuple[str, str]:
-    """Training and held-out text, as peft was given them."""
+    """Training and held-out text, the same as for peft."""
     if name == "tinyshakespeare":
         text = (data / "tinyshakespeare.txt").read_text()
         return text[:300_000], text[-40_000:]

@@ -2,13 +2,13 @@
 
     python benchmarks/tables.py [--check]
 
-What stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` is made from the results of that
-name, or by the function of that name in ``OWN``. ``--check`` changes nothing and fails when the
-page differs. Where results are missing the page says so.
+The text between ``<!-- table: NAME -->`` and ``<!-- end -->`` is generated from the results of that
+name, or by the function of that name in ``TABLES``. ``--check`` changes nothing and fails when the
+page differs. Where results are missing, the page says so.
 
-In a table of ``paired.compare`` a figure is a contestant's time by jlora's: the ratio of their
-medians and, in brackets, the smallest and the largest ratio within a round. Above 1 jlora is the
-faster one.
+In a table of ``paired.compare`` a figure is a contestant's time divided by jlora's: the ratio of
+their medians and, in brackets, the smallest and the largest ratio within a round. Above 1, jlora is
+faster.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GROUPS = {
     "rest": "norms, rotations, activations, additions, casts",
     "between": "between operations",
 }
-"""What ``profile_step.py`` sorts operations into."""
+"""The groups of operations of ``profile_step.py``, and their names in the table."""
 
 
 def load(name: str, results: Path = RESULTS) -> dict[str, Any]:
@@ -48,12 +48,12 @@ def load(name: str, results: Path = RESULTS) -> dict[str, Any]:
 
 
 def made(page: str, results: Path = RESULTS) -> str:
-    """The page with its tables made anew."""
+    """The page with its tables regenerated."""
 
     def table(found: re.Match) -> str:
         start, name, end = found.groups()
         try:
-            text = OWN[name](results) if name in OWN else paired(load(name, results))
+            text = TABLES[name](results) if name in TABLES else paired(load(name, results))
         except FileNotFoundError as missing:
             text = f"Not measured yet: there is no `results/{Path(missing.filename).name}`."
         return f"{start}{text}\n{end}"
@@ -89,19 +89,19 @@ def paired(result: Mapping[str, Any]) -> str:
 
 
 def ratio(peer: Mapping[str, Any], jlora: Mapping[str, Any]) -> str:
-    """Their median by ours, and the range of the rounds."""
+    """The peer's median divided by jlora's, and the range of this ratio over the rounds."""
     rounds = [a / b for a, b in zip(peer["seconds"], jlora["seconds"], strict=True)]
     middle = peer["median"] / jlora["median"]
     return f"{short(middle)} ({short(min(rounds))}–{short(max(rounds))})"
 
 
 def short(value: float) -> str:
-    """Two decimals, or three digits of what is larger or smaller."""
+    """Two decimals, or three digits for larger and smaller values."""
     return f"{value:.2f}" if 0.1 <= value < 100 else f"{value:.3g}"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; the lines of the page are not wrapped within it."""
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -120,11 +120,11 @@ def conditions(where: Mapping[str, Any]) -> str:
 
 
 def training_step(results: Path) -> str:
-    """The three methods in one table; each was a run of its own."""
+    """The three methods in one table; each was measured in a separate run."""
     every = [load(f"training-step-{method}", results) for method in METHODS]
     joined = {**every[0], "points": [point for one in every for point in one["points"]]}
     table = paired(joined).split("\n\n")[0]
-    where = dict.fromkeys(conditions(one["conditions"]) for one in every)  # each line once
+    where = dict.fromkeys(conditions(one["conditions"]) for one in every)  # without repeated lines
     return "\n\n".join([table, *where])
 
 
@@ -142,7 +142,7 @@ def commands(results: Path) -> str:
 
 
 def rates(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Of ``limits.py``: case → framework → FLOPs, or bytes, a second."""
+    """The results of ``limits.py``: case → framework → FLOPs, or bytes, per second."""
     return {
         point["value"]: {
             name: sum(one["facts"].values()) / one["median"]
@@ -153,7 +153,7 @@ def rates(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def limits(results: Path) -> str:
-    """The machine's rates through both frameworks."""
+    """The machine's rates by framework."""
     result = load("limits", results)
     units = {"copy": "GB/s"}
     rows = [
@@ -168,7 +168,7 @@ def limits(results: Path) -> str:
 
 
 def floors(results: Path) -> str:
-    """The headline figures beside the least time that they can take on the machine."""
+    """The headline figures, compared with the least time that they can take on the machine."""
     best = {
         case: max(by_framework.values())
         for case, by_framework in rates(load("limits", results)).items()
@@ -186,7 +186,7 @@ def floors(results: Path) -> str:
         for what, flops in load(name, results)["flops"].items():
             row(f"training step, {what}", flops / best["bfloat16"], name, what)
     weights = load("nf4-dequantize", results)["weights"]
-    for what in ("quantize", "dequantize"):  # half a byte packed, two bytes unpacked
+    for what in ("quantize", "dequantize"):  # half a byte quantized, two bytes dense
         row(f"NF4 {what}, {weights:,} weights", 2.5 * weights / best["copy"], f"nf4-{what}", 4096)
     new, size = (load("generation", results)[key] for key in ("new", "bytes_per_token"))
     row(f"generation, {new} tokens", new * size / best["copy"], "generation", 1)
@@ -194,7 +194,7 @@ def floors(results: Path) -> str:
 
 
 def profile(results: Path) -> str:
-    """The seconds of each part of jlora's step, and its share."""
+    """The seconds and the share of each part of jlora's step."""
     result = load("profile-step", results)
     methods = [point["value"] for point in result["points"]]
     found = [point["results"]["jlora"]["facts"]["groups"] for point in result["points"]]
@@ -207,7 +207,7 @@ def profile(results: Path) -> str:
 
 
 def predicted(results: Path) -> str:
-    """What ``jlora plan`` says of a step's memory, and what was seen."""
+    """A step's memory as ``jlora plan`` predicts it, and as measured."""
     result = load("predicted", results)
     rows = []
     for point in result["points"]:
@@ -219,7 +219,7 @@ def predicted(results: Path) -> str:
 
 
 def memory(target: str, results: Path) -> str:
-    """Of ``memory.py``: peaks of every model and way of training, GB; in brackets on the host."""
+    """The results of ``memory.py``: peaks by model and method in GB; the host's in brackets."""
     result = load(f"memory-{target}", results)
     models, paper = result["results"], result["paper"]
     ways = list(dict.fromkeys(way for peaks in models.values() for way in peaks))
@@ -243,7 +243,7 @@ def memory(target: str, results: Path) -> str:
     return f"{markdown(head, rows)}\n\n{where}"
 
 
-OWN: dict[str, Callable[[Path], str]] = {
+TABLES: dict[str, Callable[[Path], str]] = {
     "training-step": training_step,
     "startup-commands": commands,
     "limits": limits,
@@ -253,11 +253,11 @@ OWN: dict[str, Callable[[Path], str]] = {
     "memory-h200": functools.partial(memory, "h200"),
     "memory-v5e": functools.partial(memory, "v5e"),
 }
-"""Tables that are no comparison of one benchmark: name → function of the folder of results."""
+"""Tables that are not of one ``paired.compare``: name → function of the folder of results."""
 
 
 def main() -> None:
-    """Writes the page, or compares it."""
+    """Writes the page, or checks it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="fail when the page differs")
     args = parser.parse_args()

@@ -1,11 +1,11 @@
-"""The training step beside peft's: LoRA, QLoRA and full fine-tuning, and how its cost grows.
+"""The training step compared with peft's: LoRA, QLoRA and full fine-tuning, and how costs grow.
 
     python benchmarks/training_step.py [--method lora,qlora,full]
     python benchmarks/training_step.py --sweep length|depth|rank|batch|width|all [--method lora]
 
 Without a sweep: a Llama of 63 million parameters (width 768, 8 layers), a batch of 8 × 256 tokens,
 bfloat16, LoRA r 16 on every linear layer; QLoRA is NF4 with double quantization and every layer
-recomputed in the backward pass. A sweep's points differ in one number, from a smaller model.
+recomputed in the backward pass. A sweep varies one number of a smaller model.
 
 jlora's step is that of ``jlora train``: float32 adapter, bfloat16 computing, packed batches,
 clipping, AdamW. peft's is transformers' model in training mode with fused attention, clipping and
@@ -25,7 +25,7 @@ import llama
 import paired
 
 START = 0.4
-"""How far from ln(vocabulary) the first loss may be, in nats."""
+"""The largest difference of the first loss from ln(vocabulary), in nats."""
 SWEEPS: dict[str, tuple[int, ...]] = {
     "length": (128, 512, 1024),
     "depth": (2, 4, 8),
@@ -43,8 +43,8 @@ def jlora_step(
     settings: Mapping[str, Any] | None = None,
     adapters: int = 1,
 ) -> Any:
-    """One step of ``jlora train``; ``settings`` are further ones of the adapter's config, and
-    several ``adapters`` are trained together on a part of the batch each.
+    """One step of ``jlora train``; ``settings`` are added to the adapter's config, and several
+    ``adapters`` are trained together, each on a part of the batch.
     """
     import jax
     import jax.numpy as jnp
@@ -130,7 +130,7 @@ def _peak(memory: dict[str, int]) -> int:
 
 
 def _adapter(rank: int, settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Of ``LoraConfig``, jlora's and peft's."""
+    """Fields of ``LoraConfig``, jlora's and peft's."""
     usual = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
     return {**usual, **(settings or {})}
 
@@ -142,8 +142,8 @@ def peft_step(
     settings: Mapping[str, Any] | None = None,
     adapters: int = 1,
 ) -> Any:
-    """The same step with peft, transformers and bitsandbytes; of several ``adapters`` one after the
-    other.
+    """The same step with peft, transformers and bitsandbytes; several ``adapters`` are trained one
+    after the other.
     """
     torch = llama.torch_threads()
     dtype = "float32" if method == "full" and autocast else "bfloat16"
@@ -196,7 +196,7 @@ def peft_step(
 
 
 def _checked(unit: Any) -> Any:
-    """The unit; RuntimeError unless its first loss is that of a model that knows nothing."""
+    """The unit; raises RuntimeError unless its first loss is that of an untrained model."""
     first: float | None = None
 
     def checked() -> dict[str, float]:
@@ -225,9 +225,9 @@ def contestants(method: str, sizes: dict[str, int]) -> list[paired.Contestant]:
 
 
 def flops(method: str, sizes: dict[str, int]) -> float:
-    """Of one step: 2 a weight and token forward, 2 for the gradient of the inputs, and 2 for that
-    of the weights (full) or for computing layers again (checkpointing); the half of attention that
-    is causal, with twice as much backward as forward; the adapter's own three passes.
+    """FLOPs of one step: per weight and token 2 forward, 2 for the gradient of the inputs, and 2
+    for that of the weights (full) or for recomputing layers (checkpointing); the causal half of
+    attention, with twice as many backward as forward; the adapter's own three passes.
     """
     hf, tokens = llama.shape(sizes["width"], sizes["depth"]), sizes["batch"] * sizes["length"]
     passes = 2 if method == "lora" else 3
@@ -235,7 +235,7 @@ def flops(method: str, sizes: dict[str, int]) -> float:
     attention *= 4 if method == "qlora" else 3
     total = 2.0 * passes * llama.linear_parameters(hf) + attention
     if method == "qlora":
-        total -= 2.0 * hf["hidden_size"] * hf["vocab_size"]  # the head is not computed again
+        total -= 2.0 * hf["hidden_size"] * hf["vocab_size"]  # the head is not recomputed
     if method != "full":
         width, inner = hf["hidden_size"], hf["intermediate_size"]
         kv = width // 3
@@ -248,10 +248,10 @@ def flops(method: str, sizes: dict[str, int]) -> float:
 def main() -> None:
     """Measures the headline, or a sweep."""
     parser = paired.arguments(__doc__)
-    parser.add_argument("--method", default=None, help="lora, qlora or full, or several of them")
+    parser.add_argument("--method", default=None, help="lora, qlora or full, or a list of them")
     parser.add_argument("--sweep", choices=[*SWEEPS, "all"])
     for name in HEADLINE:
-        parser.add_argument(f"--{name}", type=int, help="instead of the usual")
+        parser.add_argument(f"--{name}", type=int, help="instead of the default")
     args = parser.parse_args()
     given = {name: value for name in HEADLINE if (value := getattr(args, name)) is not None}
     if args.sweep is None:
