@@ -181,7 +181,11 @@ def read_rope(json, head_dim=8, **more):
         ({}, {"head_dim": 7}, "config.json: head_dim: 7 of 7 dimensions"),
         ({"rope_scaling": "linear"}, {}, "rope_scaling: must be an object"),
         ({"rope_theta": "x"}, {}, "config.json: rope_theta: must be float"),
-        ({"partial_rotary_factor": 0.5}, {}, "this family rotates whole heads"),
+        (
+            {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {},
+            "this family rotates whole heads",
+        ),
         ({"partial_rotary_factor": 0.4}, {"partial": 1.0}, "partial_rotary_factor: 3 of 8"),
         ({"partial_rotary_factor": 0.1}, {"partial": 1.0}, "partial_rotary_factor: 0 of 8"),
         ({"rope_scaling": DYNAMIC}, {"partial": 0.25}, "more than one pair"),

@@ -92,6 +92,18 @@ LLAMA = {
         rope_scaling={"type": "linear", "factor": 4.0},
         rope_parameters={"rope_type": "default", "rope_theta": 7e4},
     ),
+    "a factor of partial rotation, which Llama ignores": shape(
+        64, 512, rope_theta=500.0, partial_rotary_factor=0.5
+    ),
+    "the same among the settings": shape(
+        64,
+        512,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 500.0,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
     "Llama-3.1": shape(128, 131072, rope_theta=500000.0, rope_scaling=LLAMA31),
     "llama3, original at top": shape(
         64, 8192, original_max_position_embeddings=64, rope_scaling=LLAMA31

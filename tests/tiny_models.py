@@ -165,6 +165,17 @@ CONFIGS = {
         "residual_multiplier": 0.7,
         "logits_scaling": 0.25,
     },
+    "cohere": {**LLAMA, "model_type": "cohere", "logit_scale": 0.5, "pad_token_id": 0},
+    "cohere-qk-norm": {
+        **LLAMA,
+        "model_type": "cohere",
+        "head_dim": 16,
+        "logit_scale": 0.75,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+    },
     "cohere2": {
         **LLAMA,
         "model_type": "cohere2",

@@ -11,7 +11,7 @@ from jlora.errors import ConfigError, did_you_mean
 from jlora.models.config import DecoderConfig
 from jlora.models.config_reader import ConfigReader
 from jlora.models.families import (
-    cohere2,
+    cohere,
     gemma,
     gpt2,
     gpt_neox,
@@ -42,7 +42,7 @@ FAMILIES: dict[str, Family] = {
     **smollm3.FAMILIES,
     **stablelm.FAMILIES,
     **granite.FAMILIES,
-    **cohere2.FAMILIES,
+    **cohere.FAMILIES,
     **moe.FAMILIES,
     **gpt_oss.FAMILIES,
 }

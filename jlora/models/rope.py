@@ -144,8 +144,8 @@ def parse_rope(
         "full_attention", and ``rope_local_base_freq`` was theta of "sliding_attention".
       theta: the family's default.
       partial: the family's default for the fraction of a head's dimensions that is rotated. None
-        if the family always rotates whole heads; transformers ignores
-        ``partial_rotary_factor`` then, here it is an error.
+        if the family always rotates whole heads: ``partial_rotary_factor`` is ignored then, as in
+        transformers, except with a scaled rope type, where transformers fails and this is an error.
 
     Raises ConfigError for rope types that are not supported and for malformed settings.
     """
@@ -220,6 +220,8 @@ def _share(keys: ConfigReader, rope: ConfigReader, kind: str, family: float | No
     share = holder.number(key, family or 1.0, float)
     if share > 1:
         raise holder.fail(key, f"must be at most 1, not {share}")
+    if family is None and kind == "default":
+        return 1.0
     if share < 1 and family is None and kind != "proportional":
         raise holder.fail(key, f"{share} is not supported: this family rotates whole heads")
     return share
