@@ -1,11 +1,11 @@
-"""Compiles a run's step for devices that are not here, in a process of its own; prints what it is.
+"""Compiles a run's training step for absent devices in its own process, and prints a description.
 
     python aot.py CONFIG.json TARGET
 
-``CONFIG.json`` holds a model's ``config.json`` and the run's settings. Needs JAX's plugin for the
-target, not the target. What is printed: ``plan --json``'s object, with ``large``, the types of all
-arrays of the compiled step with as many elements as ``stacked``, which is the smallest of the
-base's stacked matrices, and ``copied``, the types and orders of axes of what is laid out anew.
+``CONFIG.json`` holds a model's ``config.json`` and the run's settings. JAX's plugin for the
+target is needed, the device is not. Prints the object of ``plan --json`` with two more keys:
+``large``, the types of all arrays of the compiled step with at least as many elements as the base's
+smallest stacked matrix, and ``copied``, the types and layouts of all arrays that are copied.
 """
 
 import json
@@ -28,7 +28,7 @@ LLAMA_8B = {
 
 
 def compiled_for(target: str, model: dict, length: int, **sections: dict) -> dict:
-    """What the step of a run is on a target; called by the tests."""
+    """The description of a run's compiled step on a target; the tests call this."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(model))
         settings = {

@@ -1,7 +1,7 @@
-"""Equal programs are compiled once in a test process.
+"""Compiles equal programs only once in a test process.
 
 Many tests trace the same computation from different function objects, which JAX's in-memory cache
-tells apart. Here the key is the one of JAX's persistent cache (canonical HLO, devices, options and
+distinguishes. Here the key is that of JAX's persistent cache (canonical HLO, devices, options and
 versions), and the executables stay in memory: writing them to disk has aborted whole test
 processes inside XLA (docs/log.md). Only the tests do this; the package patches nothing.
 """
@@ -15,14 +15,14 @@ from typing import Any
 from jax._src import cache_key, compiler
 
 MAX_MEMORY_MAPS = 30_000
-"""Above this many memory maps of the process all executables are dropped. Each one of XLA's CPU
-backend holds several, and Linux allows a process 65,530 (``vm.max_map_count``)."""
+"""All executables are dropped when the process has more memory maps than this. Each executable of
+XLA's CPU backend holds several, and Linux allows a process 65,530 (``vm.max_map_count``)."""
 
 _executables: dict[str, Any] = {}
 
 
 def install() -> None:
-    """Makes JAX reuse an executable that this process has compiled before."""
+    """Makes JAX reuse executables that this process has already compiled."""
     compiler.compile_or_get_cached = _reusing(compiler.compile_or_get_cached)
 
 

@@ -1,4 +1,4 @@
-"""What a traced program holds."""
+"""Searches in traced programs."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +7,7 @@ from jax.extend.core import jaxprs_in_params
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations, those of inner jaxprs included; of a jaxpr, closed or not."""
+    """All equations of a jaxpr, closed or not, including those of inner jaxprs."""
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         yield equation
         for inner in jaxprs_in_params(equation.params):

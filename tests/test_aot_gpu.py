@@ -1,4 +1,4 @@
-"""What the step is on an H200 that is not here, from its optimized HLO and XLA's analysis."""
+"""The training step compiled for an absent H200: its optimized HLO and XLA's analysis."""
 
 import functools
 import importlib.util
@@ -41,7 +41,7 @@ def test_attention_uses_cudnn(quantized):
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_flops_are_four_per_parameter_plus_recomputation(quantized):
-    again = 2 * (MATRICES - DOWN + ADAPTER - ADAPTER_DOWN) + 2 * HEAD  # the head's chunks, too
+    again = 2 * (MATRICES - DOWN + ADAPTER - ADAPTER_DOWN) + 2 * HEAD  # and the head's chunks
     products = LENGTH * (4 * (MATRICES + HEAD) + 6 * ADAPTER + again)
     attention = 16 * 32 * 4096 * LENGTH * (LENGTH + 1) / 2
     work = step("h200", quantized)["work"]
@@ -50,7 +50,7 @@ def test_flops_are_four_per_parameter_plus_recomputation(quantized):
 
 
 def test_no_dequantized_matrix_outlives_its_layer():
-    """What is as large as a stack of matrices, and no codes: the embedding, what layers read."""
+    """Floating arrays as large as a stack of matrices: only the embedding and layers' inputs."""
     large = [t for t in step("h200", True)["large"] if t.startswith(("f", "bf"))]
     sizes = {math.prod(map(int, re.findall(r"\d+", t.partition("[")[2]))) for t in large}
     assert sizes == {HEAD, 32 * LENGTH * 4096}
@@ -76,12 +76,12 @@ def test_memory_of_qlora_on_8b_is_within_its_bounds():
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_base_and_adapter_products_stay_separate(quantized):
-    """XLA would make one product of both: 355 and 308 GiB moved, see mesh.COMPILER_OPTIONS."""
+    """XLA would fuse both into one product, moving 355 and 308 GiB; see mesh.COMPILER_OPTIONS."""
     assert step("h200", quantized)["work"]["bytes_moved"] < 295 * GiB
 
 
 def test_offloading_moves_layer_inputs_off_the_device():
-    """But for two layers' worth: one that is computed, one on its way."""
+    """All but those of two layers: the one being computed and the one being transferred."""
     on, off = (step("h200", True, offloading)["memory"] for offloading in (False, True))
     inputs = 32 * LENGTH * 4096 * 2
     assert off["host"] == inputs and not on["host"]

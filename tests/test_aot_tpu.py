@@ -1,4 +1,4 @@
-"""What the step is on a TPU v5e that is not here, from its optimized HLO and XLA's analysis."""
+"""The training step compiled for an absent TPU v5e: its optimized HLO and XLA's analysis."""
 
 import functools
 import importlib.util
@@ -51,7 +51,7 @@ def test_flops_are_four_per_parameter_plus_recomputation():
 
 
 def test_no_dequantized_matrix_outlives_its_layer():
-    """Of all that is as large as a stack of matrices, only codes and layers' inputs are stacks."""
+    """Of the arrays as large as a stack of matrices, only codes and layers' inputs are stacked."""
     large = [t for t in step("v5e")["large"] if t.startswith(("f", "bf"))]
     sizes = [list(map(int, re.findall(r"\d+", t.partition("[")[2]))) for t in large]
     assert [dims for dims in sizes if dims[0] == 8] == [[8, 1, LENGTH, 1024]]
@@ -59,7 +59,7 @@ def test_no_dequantized_matrix_outlives_its_layer():
 
 
 def test_stacked_codes_are_not_copied_to_another_layout():
-    """It would be there twice: a layer's codes are turned over when the layer needs them."""
+    """A copy would double the memory: codes are transposed layer by layer, when needed."""
     copied = step("v5e")["copied"]
     assert any(re.match(r"u8\[1024,\d\d\d+\]\{0,1", t) for t in copied)
     assert not [t for t in copied if re.match(r"u8\[8,\d+,\d\d\d+\]\{1,2,0", t)]

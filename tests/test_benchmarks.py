@@ -1,4 +1,4 @@
-"""The benchmarks' harness, with workers that cost nothing, and the tables made from results."""
+"""The benchmarks' harness, with trivial workers, and the tables made from results."""
 
 import argparse
 import gzip
@@ -57,7 +57,7 @@ paired, tables = load("paired"), load("tables")
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """Makes contestants of the module above."""
+    """Makes contestants from the module above."""
     (tmp_path / "toys.py").write_text(TOYS)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
@@ -120,7 +120,7 @@ def test_a_contestant_that_dies_is_named(toy):
 
 
 def test_a_busy_machine_is_refused_or_marked(monkeypatch):
-    busy = itertools.count(step=1000)  # all cores are always taken
+    busy = itertools.count(step=1000)  # all cores are always busy
     monkeypatch.setattr(paired, "_busy_seconds", lambda: next(busy))
     with pytest.raises(SystemExit) as stopped:
         paired._wait_for_quiet(False, tries=2, seconds=0.001)
@@ -130,7 +130,7 @@ def test_a_busy_machine_is_refused_or_marked(monkeypatch):
 
 @pytest.fixture
 def result(toy, tmp_path, monkeypatch):
-    """A comparison at two points, as it is written."""
+    """A comparison at two points, as written to its file."""
     monkeypatch.setattr(paired, "RESULTS", tmp_path)
     monkeypatch.setattr(paired, "HERE", tmp_path / "benchmarks")
     monkeypatch.setattr(sys, "argv", ["/somewhere/benchmarks/toys.py", "--repeats", "3"])
@@ -157,7 +157,7 @@ def test_a_table_shows_ratios_growth_and_conditions(result):
     for name, factor in (("a", 3), ("b", 2)):
         second[name]["seconds"] = [factor * s for s in second[name]["seconds"]]
         second[name]["median"] = statistics.median(second[name]["seconds"])
-    second["b"]["seconds"][0] *= 2  # one round in which b was slow
+    second["b"]["seconds"][0] *= 2  # b was slow in one round
     for point in result["points"]:
         point["results"]["a"]["peak_bytes"], point["results"]["b"]["peak_bytes"] = 200, 300
     result["conditions"] |= {"used_by_others": 0.25, "gpu": "H200"}
@@ -198,7 +198,7 @@ WHERE = {
 
 @pytest.fixture
 def written(tmp_path):
-    """Writes results of one round: value of the axis → contestant → its seconds and facts."""
+    """Writes results of one round: value on the axis → contestant → its seconds and facts."""
 
     def write(name, points, **more):
         rows = [
@@ -232,7 +232,7 @@ def test_floors_divide_work_by_the_best_rate(written):
     assert "| bfloat16 | 4 GFLOP/s | 2 GFLOP/s |" in tables.limits(folder)
     table = tables.training_step(folder)
     assert table.count("| 2.00 (2.00–2.00) | 1.67 (1.67–1.67) |") == 3
-    assert table.count("`python benchmarks/x.py`") == 1  # three runs alike: said once
+    assert table.count("`python benchmarks/x.py`") == 1  # the three runs have the same conditions
 
 
 def test_commands_are_in_seconds_and_need_no_peer(written):
@@ -247,7 +247,7 @@ def test_a_table_without_results_says_so(tmp_path):
 
 
 def test_every_benchmark_names_existing_contestants_and_has_a_table(tmp_path, monkeypatch):
-    """The commands of ``all.py`` with nothing measured: arguments fit their functions."""
+    """Runs ``all.py``'s commands without measuring: arguments must fit their functions."""
     monkeypatch.syspath_prepend(str(FOLDER))
     setups = []
 
@@ -285,9 +285,9 @@ def test_every_benchmark_names_existing_contestants_and_has_a_table(tmp_path, mo
         monkeypatch.setattr(sys, "argv", [script, *arguments, "--anyway"])
         load(script.removesuffix(".py")).main()
     scripts = {command.split(".py")[0] for command in commands}
-    shared = {"adapters"}  # whose contestants are another's
+    shared = {"adapters"}  # it uses another script's contestants
     assert {setup.partition(":")[0] for setup in setups} == scripts - shared
-    for path in tables.RESULTS.glob("memory-*.json"):  # these need a compiler for the target
+    for path in tables.RESULTS.glob("memory-*.json"):  # these need the target's compiler
         (paired.RESULTS / path.name).write_bytes(path.read_bytes())
     page = tables.PAGE.read_text(encoding="utf-8")
     assert "Not measured yet" not in tables.made(page, paired.RESULTS)
@@ -331,7 +331,7 @@ def test_floors_of_quantized_products_need_no_device(monkeypatch, capsys):
     load("nf4_matmul").main()
     one_row = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("| 1 |"))
     size, bandwidth, lanes = 4096 * 14_336, 4.8e12, 132 * 128 * 1.98e9
-    # Decoding is slowest, in 43 operations a value and 13; the matrix is read once more after it.
+    # Decoding dominates, with 43 and 13 operations a value; the first method rereads the matrix.
     seconds = 43 * size / lanes + 2 * size / bandwidth, 13 * size / lanes
     printed = [float(cell) for cell in one_row.split("|")[2:4]]
     assert printed == pytest.approx([1e6 * s for s in seconds], abs=0.5)
@@ -375,7 +375,7 @@ ENTRY %main (x: bf16[64,32]) -> f32[64,48] {
 
 @pytest.mark.parametrize("says", [9.0, 1.0, 0.9], ids=["always", "what fits", "less than that"])
 def test_the_longest_row_is_found_in_few_compilations(monkeypatch, says):
-    """Beyond a share of the limit the compiler refuses, and names no size."""
+    """Above a share of the limit the compiler refuses without reporting a size."""
     monkeypatch.syspath_prepend(str(FOLDER))
     fits = load("fits")
     lengths, looks = range(0, fits.LONGEST + 1, fits.STEP), []

@@ -1,4 +1,4 @@
-"""A classifier from its rows to its figures: the commands, and the folders they leave."""
+"""A classifier from rows to metrics: the commands, and the folders that they write."""
 
 import importlib
 import json
@@ -26,7 +26,7 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "S
 
 
 def rows(things):
-    """Texts of which one word says which class they are of."""
+    """Texts in which one word determines the class."""
     words = [(w, "liked") for w in LIKED] + [(w, "disliked") for w in DISLIKED]
     return [{"text": f"the {t} is {w} {t}", "label": label} for t in things for w, label in words]
 
@@ -42,7 +42,7 @@ def sections(folder, **train):
 
 @pytest.fixture(scope="module")
 def here(tiny_base, tiny_cache, tmp_path_factory):
-    """A run that has learned classes of held-out rows."""
+    """A run that has learned to classify the held-out rows."""
     place = Place(tmp_path_factory.mktemp("classes"), tiny_base, tiny_cache)
     place.given = sections(place.folder)
     place.run(**place.given)
@@ -50,7 +50,7 @@ def here(tiny_base, tiny_cache, tmp_path_factory):
 
 
 def logits(model, params, texts, place):
-    """Logits at each text's last token, one text at a time, without any padding or packing."""
+    """Logits at each text's last token, one text at a time, without padding or packing."""
     tokenizer = load_tokenizer(str(place.base))
     found = []
     for text in texts:
@@ -63,7 +63,7 @@ def logits(model, params, texts, place):
 
 @pytest.fixture(scope="module")
 def scores(here):
-    """Logits of the held-out rows, by the public functions, and the classes in the data."""
+    """Logits of the held-out rows, from the public functions, and their labels."""
     model, params = load_pretrained(str(here.base), dtype="float32", num_labels=2)
     adapted = jlora.attach(params, jlora.load_adapter(here.output, params))
     held_out = rows(THINGS[8:])
@@ -87,13 +87,13 @@ def figures(scores):
 def test_held_out_rows_are_classified_and_reported(here, scores):
     last = here.log()[-1]
     want = figures(scores)
-    assert want["eval_accuracy"] > 0.9, "half of them would be chance"
+    assert want["eval_accuracy"] > 0.9, "half of them would be right by chance"
     assert {k: v for k, v in last.items() if k != "step"} == pytest.approx(want, rel=1e-4)
     assert "accuracy" in (here.output / "report.html").read_text()
 
 
 def test_evaluate_needs_only_the_run_folder(here, scores, capsys):
-    """The classes are in its config.yaml; the training rows need not be there."""
+    """The classes are in its config.yaml; the training rows may be missing."""
     given = {**here.given["data"], "train": [{"path": "org/gone", "format": "classification"}]}
     names = {"id2label": list(NAMES)}
     tiny_results.run(here, evaluate, **here.given | {"data": given, "model": names})
@@ -124,7 +124,7 @@ def test_a_merged_model_is_a_classifier_by_itself(here, merged, scores):
 
 
 def test_full_fine_tuning_starts_from_a_classifiers_own_head(here, merged, place, scores):
-    """One step of a tiny rate leaves the merged model's figures as they were."""
+    """One step with a tiny learning rate leaves the merged model's metrics unchanged."""
     given = here.given | {"lora": None, "model": {"name_or_path": str(merged)}}
     given["train"] = given["train"] | {"max_steps": 1, "learning_rate": 1e-9}
     place.run(**given)
@@ -156,7 +156,7 @@ def folder(tmp_path):
 
 
 def numbers(model):
-    """Parameters that are just numbers."""
+    """Parameters with arbitrary values."""
     rng = np.random.default_rng(0)
     return paths.map_leaves(
         lambda _, leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), model.shapes
@@ -164,7 +164,7 @@ def numbers(model):
 
 
 def change(folder, tensors=None, **keys):
-    """The folder with other tensors, None for none, and other keys."""
+    """Changes the folder's tensors (None removes one) and the keys of its config.json."""
     file, json_file = folder / "model.safetensors", folder / "config.json"
     old = load_file(file) | (tensors or {})
     save_file({k: v for k, v in old.items() if v is not None}, file, metadata={"format": "pt"})

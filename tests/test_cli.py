@@ -25,7 +25,7 @@ def file(tmp_path):
 
 @pytest.fixture
 def command(monkeypatch):
-    """Registers a command ``probe`` and returns the list of what it was called with."""
+    """Registers a command ``probe`` and returns the list of its calls' arguments."""
     calls = []
     module = types.ModuleType("probe_command")
     module.run = lambda settings, options: calls.append((settings, options))  # pyright: ignore
@@ -77,7 +77,7 @@ def test_an_invalid_setting_exits_2_before_the_command_is_imported(monkeypatch, 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["train", "--help"], ["trian"]])
 def test_help_imports_nothing_slow(argv):
-    """It is there in a quarter of a second, of which Python is a tenth: jax takes one or two."""
+    """It takes a quarter of a second, Python's start included; importing jax takes one or two."""
     code = f"""
 import sys
 from jlora import cli

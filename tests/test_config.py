@@ -35,7 +35,7 @@ train:
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Writes a config file into a folder that is not the working directory."""
+    """Writes a config file into a folder other than the working directory."""
     (tmp_path / "cwd").mkdir()
     (tmp_path / "files").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
@@ -501,7 +501,7 @@ def test_a_run_folder_is_read_as_its_config_yaml(write, tmp_path):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Disk(ConfigSection):
-    """A section with a derived property, which its check uses."""
+    """A section whose check uses a derived property."""
 
     size: Count
     used: Count = 1
@@ -561,7 +561,7 @@ def sections(section=config.Config):
 
 
 def test_defaults_have_their_fields_types():
-    """The loader takes defaults as they are."""
+    """The loader does not convert defaults."""
     assert len({*sections()}) == 15
     for section in {*sections()}:
         for field in dataclasses.fields(section):

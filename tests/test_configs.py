@@ -1,4 +1,4 @@
-"""Every file in configs/ loads, explains itself, and trains by the method that its name says."""
+"""Every file in configs/ loads, is explained by comments, and trains by the method in its name."""
 
 import argparse
 import functools
@@ -32,7 +32,7 @@ def load(name: str) -> config.Config:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_a_config_loads_and_is_explained(file, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # from anywhere
+    monkeypatch.chdir(tmp_path)  # from any working directory
     settings = config.load(file)
     assert settings.train.output_dir == f"outputs/{file.stem}"
     text = file.read_text(encoding="utf-8")
@@ -75,7 +75,7 @@ def test_dialogpt_has_the_settings_of_the_article():
 
 
 def test_the_config_of_the_quickstart_base_loads(tmp_path, monkeypatch):
-    """base.yaml names files that make_model writes before training."""
+    """base.yaml names files that make_model writes before it trains."""
     assets = Path(config.__file__).parent.parent / "assets" / "quickstart"
     (tmp_path / "init").mkdir()
     (tmp_path / "corpus").mkdir()
@@ -112,7 +112,7 @@ SHAPES = {"llama-3.1-8b-qlora": LLAMA_3_1_8B, "qwen3-8b-qlora": QWEN3_8B}
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_qlora_step_compiles_at_full_width(name):
-    """The step of a two-layer model, from abstract arrays: quantized leaves and memory."""
+    """The step of a two-layer model from abstract arrays: its quantized leaves and its memory."""
     settings = load(name)
     hf = SHAPES[name] | {"num_hidden_layers": 2, "tie_word_embeddings": False}
     remat, dtype = settings.train.gradient_checkpointing, settings.compute_dtype
@@ -142,7 +142,7 @@ def test_the_qlora_step_compiles_at_full_width(name):
     )
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
     rows = dict.fromkeys(("input_ids", "labels", "positions", "segment_ids"), tokens)
-    with jax.numpy_dtype_promotion("standard"):  # as optax needs it
+    with jax.numpy_dtype_promotion("standard"):  # optax does not promote strictly
         compiled = (
             make_train_step(model, bind_adapter, optimizer)
             .lower(state, (frozen, None), rows)
@@ -160,7 +160,7 @@ def _size(tree):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_qlora_config_trains_a_tiny_base(name, place, monkeypatch):
-    """The file's own settings: one step of 16 micro-batches."""
+    """With the file's settings: one step of 16 micro-batches."""
     monkeypatch.chdir(place.folder)
     settings = config.load(
         FOLDER / f"{name}.yaml",

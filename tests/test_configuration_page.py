@@ -1,4 +1,4 @@
-"""docs/configuration.md is what docs/configuration.py writes."""
+"""docs/configuration.md matches the output of docs/configuration.py."""
 
 import importlib.util
 from pathlib import Path

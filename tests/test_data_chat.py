@@ -1,4 +1,4 @@
-"""Spans of replies, against transformers' own mask and by reading them."""
+"""Spans of replies, compared with transformers' mask and with expected texts."""
 
 import pytest
 import tiny_tokenizer as tt
@@ -163,7 +163,7 @@ def test_a_template_that_refuses_or_hides_replies_is_an_error():
     hiding = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     )
-    # Templates of models that see images want lists of parts, and show strings as nothing.
+    # Templates of vision models expect lists of parts, and render strings as nothing.
     parts = "{% for m in messages %}{{ m.role }}:{% for p in m.content %}{{ p.text }}{% endfor %}"
     for template in (hiding, parts + "<|im_end|>{% endfor %}"):
         with pytest.raises(DataError, match="does not show the reply"):

@@ -16,7 +16,7 @@ def chat(*contents):
 
 
 def streams(examples):
-    """Each example's tokens, its last target included, and which of them are learned."""
+    """Each example's tokens, including its last target, and which of them are targets."""
     for i in range(len(examples)):
         ids, labels = examples[i]
         known = labels != IGNORE
@@ -25,7 +25,7 @@ def streams(examples):
 
 
 def learned(examples, tokenizer):
-    """What each example teaches, as a text."""
+    """The targets of each example, as text."""
     return [
         tokenizer.decode([t for t, m in zip(*pair, strict=False) if m])
         for pair in streams(examples)
@@ -50,10 +50,10 @@ def test_chat_labels_match_transformers_masks(trim):
         ids, labels = examples[i]
         np.testing.assert_array_equal(ids, tokens[: len(ids)])
         assert labels[-1] != IGNORE and (expected[len(ids) :] == IGNORE).all()
-        if not trim:  # under trimmed ranges transformers' mask itself loses leading spaces
+        if not trim:  # with trimmed ranges transformers' mask loses leading spaces
             np.testing.assert_array_equal(labels, expected[: len(ids)])
         learned_text = tokenizer.decode(labels[labels != IGNORE])
-        if i < 2:  # in the last one a token holds line breaks of the prompt and of the reply
+        if i < 2:  # in the last row one token spans the prompt's and the reply's line breaks
             assert learned_text == "".join(m["content"] + "<|im_end|>" for m in row.messages[1::2])
 
 
@@ -144,11 +144,13 @@ def test_split_and_lossy_chats_are_counted():
 
 
 def test_ranges_that_miss_a_span_are_refused():
-    """Some tokenizers report every range as empty: better to encode by segments than trust them."""
+    """Some tokenizers report every range as empty; then segments are encoded separately."""
     piece = Piece("x:1", "abcd", ((2, 4),))
     good = np.array([[0, 1], [1, 2], [2, 3], [3, 4]])
     assert target_mask(good, piece).tolist() == [False, False, True, True]
-    trimmed = np.array([[0, 1], [1, 2], [3, 3], [3, 4]])  # " " trimmed to nothing, as by Llama-3
+    trimmed = np.array(
+        [[0, 1], [1, 2], [3, 3], [3, 4]]
+    )  # " " trimmed to an empty range, as by Llama-3
     assert target_mask(trimmed, piece).tolist() == [False, False, True, True]
     assert target_mask(good[:, :1].repeat(2, 1), piece) is None
     assert target_mask(np.zeros((0, 2), np.int64), piece) is None

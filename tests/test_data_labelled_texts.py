@@ -1,4 +1,4 @@
-"""Examples of labelled texts against the tokenizer's own output, and label names of rows."""
+"""Examples of labelled texts, compared with the tokenizer's output, and label names of rows."""
 
 import json
 
@@ -23,7 +23,7 @@ def labelled(*labels):
 
 
 def encode(labels, names):
-    """The classes of rows with these labels, and the faults."""
+    """The classes of rows with these labels, and the errors."""
     examples, counts = encode_labelled(labelled(*labels), tt.tiny_tokenizer(), 64, names)
     return [examples[i][1][-1] for i in range(len(examples))], counts.bad
 
@@ -32,7 +32,9 @@ def encode(labels, names):
 def test_tokens_match_the_tokenizer_and_the_last_has_the_class(adds_bos):
     tokenizer, told = tt.tiny_tokenizer(adds_bos=adds_bos), []
     examples, counts = encode_labelled(ROWS, tokenizer, 20, NAMES, lambda *n: told.append(n))
-    assert tokenizer.backend_tokenizer.truncation is None, "it would be saved with the tokenizer"
+    assert tokenizer.backend_tokenizer.truncation is None, (
+        "the setting would be saved with the tokenizer"
+    )
     for i, row in enumerate(ROWS):
         ids, labels = examples[i]
         assert ids.tolist() == tokenizer(row.text, truncation=True, max_length=20)["input_ids"]
@@ -42,7 +44,7 @@ def test_tokens_match_the_tokenizer_and_the_last_has_the_class(adds_bos):
 
 
 def test_padding_at_the_end_is_left_out():
-    """transformers takes the class from the last token that is no padding."""
+    """transformers reads the class at the last token that is not padding."""
     tokenizer = tt.tiny_tokenizer(pad_token="<|eos|>")
     rows = [LabelledText("f:1", "a<|eos|>b<|eos|><|eos|>", 0), LabelledText("f:2", "<|eos|>", 1)]
     examples, counts = encode_labelled(rows, tokenizer, 20, NAMES)
@@ -53,7 +55,7 @@ def test_padding_at_the_end_is_left_out():
 
 def test_labels_are_names_or_numbers():
     assert encode(["good", "bad", 1, 0, "1", "0", True], NAMES) == ([1, 0, 1, 0, 1, 0, 1], [])
-    names = ("2", "1")  # names that look like numbers are names where they are text
+    names = ("2", "1")  # digits are names where they are strings
     assert encode(["1", "2", 1], names) == ([1, 0, 1], [])
 
 
@@ -138,7 +140,9 @@ def test_prepared_rows_and_their_warnings(tmp_path):
     (report,) = prepared.sources
     assert (report.rows, report.skipped, report.truncated) == (5, 1, 1)
     assert prepared.target_tokens == 5
-    skipped, cut = prepared.warnings  # and none of an end-of-sequence token never learned
+    skipped, cut = (
+        prepared.warnings
+    )  # but none about an end-of-sequence token that is never a target
     assert "1 bad rows skipped" in skipped
     assert "1 of 5 rows are longer than data.max_length=20 and cut" in cut
     at = prepared.packed.labels != IGNORE

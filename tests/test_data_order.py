@@ -9,7 +9,7 @@ from jlora.data.order import PADDING_ROW, Order, epoch_rows
 
 
 def epoch(order, number):
-    """The rows of an epoch, read step by step, without padding."""
+    """The rows of an epoch, collected step by step, without padding."""
     first = number * order.steps_per_epoch
     steps = [order.rows_at(first + k) for k in range(order.steps_per_epoch)]
     assert all(len(s) == order.batch for s in steps)
@@ -47,7 +47,7 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_sees():
 
 
 def test_resuming_late_is_not_slower():
-    """A step in epoch 10⁶ builds that epoch alone."""
+    """A step in epoch 10⁶ computes only that epoch."""
     order = Order(((30, 1.0), (11, 0.3)), batch=4, seed=9)
     assert sorted(epoch(order, 10**6))[:30] == list(range(30))
 
@@ -83,7 +83,7 @@ def test_without_shuffling_the_order_is_that_of_the_files():
 
 
 def test_golden_order():
-    """The order is part of a run's identity: changing it breaks the resuming of old runs."""
+    """The order identifies a run: changing it would break resuming old runs."""
     passes = np.random.default_rng((5, 1, 1)).permutation(6)
     wanted = passes[np.random.default_rng((5, 0)).permutation(6)]
     assert epoch(Order(((6, 1.0),), batch=4, seed=5), 0) == wanted.tolist()

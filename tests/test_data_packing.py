@@ -1,4 +1,4 @@
-"""Packed rows against the examples that went in."""
+"""Packed rows, compared with the examples that were packed."""
 
 import time
 
@@ -10,7 +10,7 @@ from jlora.data.packing import best_fit, next_fit, pack, positions
 
 
 def make(lengths, seed=0):
-    """Examples whose tokens are all different, so that each can be found again."""
+    """Examples whose tokens are all different, so that each can be identified."""
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     ids = np.arange(1, starts[-1] + 1, dtype=np.int32)
     learned = np.random.default_rng(seed).random(len(ids)) < 0.5
@@ -18,7 +18,7 @@ def make(lengths, seed=0):
 
 
 def unpack(packed):
-    """{(ids, labels, positions)} of every document, read off token by token."""
+    """The (id, label) pairs of every document, collected token by token; checks positions."""
     found = []
     places = positions(packed.segment_ids)
     for row in range(len(packed)):
@@ -52,7 +52,7 @@ def test_every_example_is_in_exactly_one_row(packing, shuffle, lengths):
 
 
 def naive_best_fit(lengths, length):
-    """How full each row is by the textbook algorithm, which looks at every row every time."""
+    """How full each row is by the textbook algorithm, which searches all rows for each example."""
     left = []
     for need in sorted(lengths, reverse=True):
         fitting = [space for space in left if space >= need]

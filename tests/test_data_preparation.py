@@ -38,7 +38,7 @@ def made(data, role="train", template=tt.CHATML, **special):
 
 
 def documents(batch):
-    """The token strings of all documents of a batch, as sorted tuples."""
+    """The tokens of all documents of a batch, as strings in sorted tuples."""
     length = batch["input_ids"].shape[-1]
     flat = {k: v.reshape(-1, length) for k, v in batch.items()}
     found = []
@@ -48,7 +48,7 @@ def documents(batch):
 
 
 def test_batches_contain_every_chat_once_per_epoch(tmp_path):
-    """Every chat of the file comes back once an epoch, decoded from the batches."""
+    """Every chat of the file is decoded from the batches once per epoch."""
     rows, tokenizer = chats(23), tt.tiny_tokenizer()
     data = config(tmp_path, rows, max_length=64)
     prepared = prepare(data.train, tokenizer, data)
@@ -163,7 +163,7 @@ def test_warnings(tmp_path):
     prepared = made(config(tmp_path, chats(3), max_length=26))
     said = "\n".join(prepared.warnings)
     assert "2 of 3 rows are longer than data.max_length=26" in said
-    assert "'<|eos|>' is never learned" in said  # the template closes turns with another token
+    assert "'<|eos|>' is never learned" in said  # the template ends turns with another token
     prepared = made(config(tmp_path, chats(3)), template=None)
     (said,) = prepared.warnings
     assert "no chat template" in said

@@ -20,7 +20,7 @@ def test_the_last_reply_of_a_chat_is_the_reference():
     made = reply_row(row, tokenizer)
     assert made.reply == "b" and made.prompt.endswith("<|im_start|>assistant\n")
     assert list(made.prompt_ids).count(tokenizer.bos_token_id) == 1
-    # Generation begins where training began to learn.
+    # Generation begins at the first training target.
     examples, _ = encode([row], tokenizer, 512)
     ids, labels = examples[0]
     n = len(made.prompt_ids)

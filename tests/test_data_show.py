@@ -1,4 +1,4 @@
-"""The batch that --show-batch prints."""
+"""The batch printed by --show-batch."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_targets_are_coloured_and_nothing_is_lost(tmp_path):
         f"a{i}<|im_end|>" for i in range(3)
     ]
     prompt = "<|im_start|>user\nq{}<|im_end|>\n<|im_start|>assistant\n"
-    # the line break that closes a turn is not learned, and the stream's last token is no input
+    # the line break after a turn is not a target, and the last token is not an input
     assert [t for style, t in spans if style == CONTEXT_STYLE] == [
         prompt.format(i) for i in range(3)
     ]

@@ -1,4 +1,4 @@
-"""Raw rows and their places."""
+"""Raw rows and their places in files."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The one line that the run header prints about the devices."""
+"""The line of the run header that describes the devices."""
 
 import jax
 

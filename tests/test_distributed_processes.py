@@ -1,4 +1,4 @@
-"""The processes of a run: what the environment says of them, and how they end."""
+"""The processes of a run: how the environment describes them, and how they end."""
 
 import jax
 import pytest
@@ -39,7 +39,7 @@ processes.exit_process(65, all_exit=False)
 
 
 def test_processes_with_the_same_error_exit_with_the_same_code(two_processes):
-    """The second would abort if the first, which coordinates, were gone."""
+    """The second would abort if the first, the coordinator, had already ended."""
     runs = two_processes(ALIKE)
     for run in runs:
         run.communicate(timeout=120)

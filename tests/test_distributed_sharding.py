@@ -1,4 +1,4 @@
-"""Layouts on eight virtual devices: what each device holds, and that it changes no value."""
+"""Layouts on eight virtual devices: what each device holds, and that values do not change."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def normal(*shape, seed=0):
 
 
 def params():
-    """Two layers; 512 = 8 blocks of 64, so that eight devices can share every dimension."""
+    """Two layers; 512 = 8 blocks of 64, so that eight devices can split every dimension."""
     layers = {
         "q_proj": {"kernel": normal(2, 512, 256), "bias": normal(2, 256)},
         "down_proj": {"kernel": normal(2, 512, 128)},
@@ -116,7 +116,7 @@ def test_placement_changes_no_value(sizes, double_quant):
 @pytest.mark.parametrize("sizes", MESHES[1:])
 @pytest.mark.parametrize("name", ["q_proj", "down_proj"])
 def test_every_shard_of_a_quantized_kernel_holds_complete_blocks(sizes, name):
-    """Each device's codes and absmax alone dequantize to its part of the kernel."""
+    """Each device's codes and absmax suffice to dequantize its part of the kernel."""
     tree = quantize_params(params(), QuantConfig(bnb_4bit_use_double_quant=False))
     mesh = mesh_of(**sizes)
     dense = np.asarray(tree["layers"][name]["kernel"].dequantize())
@@ -140,7 +140,7 @@ def test_every_shard_of_a_quantized_kernel_holds_complete_blocks(sizes, name):
 @pytest.mark.parametrize("sizes", MESHES)
 @pytest.mark.parametrize("settings", [{}, {"load_in_8bit": True}], ids=["nf4", "int8"])
 def test_products_and_gradients_of_sharded_quantized_kernels_equal_the_unsharded(settings, sizes):
-    """Against the dequantized kernels on one device, layer after layer."""
+    """Compared with the dequantized kernels on one device, layer by layer."""
     kernels = {"q_proj": {"kernel": normal(2, 512, 256)}, "o_proj": {"kernel": normal(2, 256, 512)}}
     tree = quantize_params({"layers": kernels}, QuantConfig(**settings))
     mesh = mesh_of(**sizes)
@@ -197,7 +197,7 @@ PACKINGS = {
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 1, 8), (2, 2, 2)])
 @pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS.keys())
 def test_shards_are_dequantized_without_communication(packing, sizes, module):
-    """Every device makes its part from what it holds, and exactly what one device makes."""
+    """Every device dequantizes its own part, with the same values as a single device."""
     mesh = mesh_of(**dict(zip(AXES, sizes, strict=True)))
     kernels = [packing(normal(64, 256, seed=s)).mT for s in range(2)]
     tree = {"layers": {module: {"kernel": jax.tree.map(lambda *x: jnp.stack(x), *kernels)}}}

@@ -1,4 +1,4 @@
-"""Evaluation of a run: loss by NumPy over transformers' masks, exact match of known replies."""
+"""Evaluation of a run: its loss by NumPy over transformers' masks, exact match of known replies."""
 
 import json
 
@@ -19,7 +19,7 @@ NEW = 4
 
 @pytest.fixture(scope="module")
 def here(result, tmp_path_factory):
-    """The shared run, with settings of its own folder."""
+    """The shared run, with settings that point to its folder."""
     place = Place(tmp_path_factory.mktemp("evaluate"), result.base, result.cache)
     place.output = result.output
     return place
@@ -70,7 +70,7 @@ def test_loss_and_exact_match_on_held_out_rows(here, trained, capsys):
     prompts = [f"say {word}" for word in ("one", "moon", "house", "two and three", "no")]
     replies = greedy(here, trained, prompts)
     assert all(reply.strip() for reply in replies) and len(set(replies)) > 1
-    # The model's own replies are right, but for two rows.
+    # The references are the model's own replies, except in two rows.
     rows = [chat(p, r) for p, r in zip(prompts, [*replies[:3], "x", replies[4] + "y"], strict=True)]
     got = command(here, write_rows(here.folder / "own.jsonl", rows), exact_match=True, samples=1)
 

@@ -1,4 +1,4 @@
-"""The fused products, interpreted on the CPU, against products with the dequantized matrix."""
+"""The fused products, interpreted on the CPU, compared with the dequantized matrix's."""
 
 import functools
 

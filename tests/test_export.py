@@ -1,4 +1,4 @@
-"""A checkpoint's weights as training would have written them, without the base's weights."""
+"""A checkpoint's weights, exported as training writes them, without the base's weights."""
 
 import shutil
 
@@ -23,7 +23,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory, tiny_base, tiny_cache):
-    """Two steps with a checkpoint after each, on a base whose weights are gone since."""
+    """Two steps with a checkpoint after each, on a base whose weights were then deleted."""
     place = Place(tmp_path_factory.mktemp("ran"), tiny_base, tiny_cache)
     place.settings_for_loss()
     base = shutil.copytree(tiny_base, place.folder / "base")
@@ -60,7 +60,7 @@ def test_a_checkpoint_is_named_by_step_or_folder(ran, tmp_path):
 
 
 def test_a_run_can_start_from_an_export(ran, tmp_path, tiny_base):
-    """What comes out is a whole adapter: a run begins with it, on the base with its weights."""
+    """An export is a complete adapter: a run on the base can start from it."""
     assert export(ran, "export.checkpoint=1", f"export.output_dir={tmp_path / 'one'}") == 0
     overrides = [f"lora.init_from={tmp_path / 'one'}", f"model.name_or_path={tiny_base}"]
     overrides.append("lora.lora_dropout=0.3")
@@ -109,7 +109,7 @@ def test_a_damaged_leaf_is_named_and_the_optimizer_is_not_read(ran, capsys, tmp_
 
 
 def test_a_fully_trained_model_becomes_a_transformers_folder(place):
-    """As ``write_trained`` writes the state that was saved; masters are float32, files bfloat16."""
+    """Equals ``write_trained`` of the saved state; masters are float32, files bfloat16."""
     place.settings_for_loss()
     file = place.write(lora=None, model={"dtype": "bfloat16"})
     settings = config.load(file)

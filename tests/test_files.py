@@ -1,4 +1,4 @@
-"""Files are written whole or not at all; disk errors say what to do."""
+"""Files are written atomically; disk errors state a remedy."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Replies from the command line: what the tokens before them are, and what is printed."""
+"""Replies from the command line: the tokens of the prompt, and the output."""
 
 import json
 
@@ -16,12 +16,12 @@ from jlora.data.tokenizer import load_tokenizer
 from jlora.errors import ConfigError, DataError
 
 NEW = 5
-SEPARATORS = "two\u2028lines, één"  # U+2028 ends a line for str.splitlines, not in JSON lines
+SEPARATORS = "two\u2028lines, één"  # str.splitlines splits at U+2028, JSON lines do not
 
 
 @pytest.fixture(scope="module")
 def here(result, tmp_path_factory):
-    """The shared run, with settings of its own folder."""
+    """The shared run, with settings that point to its folder."""
     place = Place(tmp_path_factory.mktemp("generate"), result.base, result.cache)
     place.output = result.output
     return place
@@ -29,7 +29,7 @@ def here(result, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reply(here):
-    """The oracle: a chat's tokens by transformers' own method, then the whole model again."""
+    """The oracle: transformers' tokens of a chat, then the model without a cache."""
     model, params = tiny_results.trained(here)
     tokenizer = load_tokenizer(str(here.base))
 

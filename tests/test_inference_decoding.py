@@ -1,4 +1,4 @@
-"""Generated tokens against the whole model run again for each; sampling against NumPy."""
+"""Generated tokens, compared with full passes of the model; sampling, compared with NumPy."""
 
 import functools
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ SAMPLED = Sampling(do_sample=True, temperature=1.5)
 
 @functools.cache
 def last_logits(name, length):
-    """Logits after some tokens by a pass over the whole row, padded on the right."""
+    """A function: logits after the last of some tokens, by a full pass of the right-padded row."""
     model, params = tiny_models.build(name)
 
     def logits(ids):
@@ -31,7 +31,7 @@ def last_logits(name, length):
 
 
 def greedy(name, prompt, new, length=32):
-    """The oracle: the most likely token, again and again."""
+    """The oracle: repeatedly appends the most likely token."""
     ids = list(prompt)
     for _ in range(new):
         ids.append(int(last_logits(name, length)(ids).argmax()))
@@ -53,7 +53,7 @@ def test_greedy_tokens_match_those_without_a_cache():
 def test_any_end_of_sequence_token_ends_its_row_only():
     model, params = tiny_models.build("llama")
     ends = [replied()[0][2], replied()[2][0]]
-    # Batches of three: the last one is filled up.
+    # Batches of three: the last one is padded.
     got = generate(model, params, PROMPTS, max_new_tokens=NEW, eos_ids=ends, batch_size=3)
     expected = []
     for reply in replied():
@@ -68,7 +68,7 @@ def test_no_prompts_give_no_replies():
 
 
 def test_replies_end_at_the_position_limit():
-    model, params = tiny_models.build("gpt2")  # it has 64
+    model, params = tiny_models.build("gpt2")  # it has 64 positions
     prompts = [list(range(3, 63)), list(range(70)), [5]]
     prompts[1] = [i % 61 for i in prompts[1]]
     got = generate(model, params, prompts, max_new_tokens=8, eos_ids=())
@@ -81,7 +81,7 @@ def test_replies_end_at_the_position_limit():
 
 
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """The distribution of the next token, tokens left out one after another."""
+    """The distribution of the next token, by removing tokens one at a time."""
     logits = np.asarray(logits, np.float64) / temperature
     order = np.argsort(-logits)
     if top_k:
@@ -142,14 +142,14 @@ def test_a_seed_reproduces_a_reply_whatever_shares_the_batch():
     assert sample(PROMPTS, seed=1) != once
     others = [[9, 9], *PROMPTS[1:3], [8, 7, 6]]
     again = sample(others)
-    assert again[1:3] == once[1:3]  # the second shares its batch with another row than before
+    assert again[1:3] == once[1:3]  # the second shares its batch with a different row
     assert sample(PROMPTS, batch_size=2) == once
     first, second = sample([PROMPTS[0]] * 2 + PROMPTS[2:])[:2]
-    assert first != second  # the same prompt, drawn twice
+    assert first != second  # the same prompt, sampled twice
 
 
 class Coin:
-    """A model for which all tokens are equally likely, always."""
+    """A model for which all tokens are always equally likely."""
 
     config = SimpleNamespace(position_limit=None)
 

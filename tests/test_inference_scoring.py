@@ -32,14 +32,14 @@ def test_perplexity_of_a_huge_loss_is_infinite():
 
 
 def precision_and_recall(labels, predictions, c):
-    """By their definitions, from single predictions."""
+    """Precision and recall by definition, from single predictions."""
     right = sum(a == b == c for a, b in zip(labels, predictions, strict=True))
     return right / max(predictions.count(c), 1), right / max(labels.count(c), 1)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_accuracy_and_f1_follow_from_single_predictions(classes):
-    """Of class 1 where there are two, else over the classes that occur; class 4 does not."""
+    """F1 is of class 1 if there are two, else the mean over classes that occur; 4 does not."""
     rng = np.random.default_rng(classes)
     labels, predictions = (rng.integers(0, min(classes, 4), 40).tolist() for _ in range(2))
     f1 = {}

@@ -1,4 +1,4 @@
-"""What ``inspect`` says, against what a run has and writes; and that it needs no weights."""
+"""The output of ``inspect``, compared with what a run holds and writes; it needs no weights."""
 
 import json
 import re
@@ -22,7 +22,7 @@ GPT2 = {
 
 
 def inspect(place, capsys, *overrides, **sections):
-    """The command's exit code and text, its tables' columns one space apart."""
+    """The command's exit code, output and errors; table columns are joined by one space."""
     code = cli.main("inspect", [str(place.write(**sections)), *overrides])
     said = capsys.readouterr()
     return code, re.sub(r" {2,}", " ", said.out), said.err
@@ -34,7 +34,7 @@ def fresh(params, **fields):
 
 
 def test_counts_and_sizes_match_the_run(place, capsys, tmp_path):
-    """A quantized base, an adapter with saved modules: by hand, from the tree, and as written."""
+    """A quantized base and an adapter with saved modules: by hand, in the tree and in the file."""
     fields = {"r": 3, "target_modules": ["q_proj", "up_proj"], "modules_to_save": ["model.norm"]}
     quantization = {"llm_int8_skip_modules": ["o_proj"]}
     code, out, _ = inspect(place, capsys, lora=fields, quantization=quantization)
@@ -112,7 +112,7 @@ def test_full_fine_tuning(place, capsys):
 
 
 def test_the_file_of_fused_parts_holds_whole_projections(tmp_path):
-    """PEFT has one pair for GPT-2's fused projection: its file is larger than what trains."""
+    """PEFT has one pair for GPT-2's fused projection, so its file is larger than the adapter."""
     model = Model.from_config(GPT2, "float32")
     adapter, size = fresh(model.shapes, r=2, target_modules=["q_proj", "v_proj"])
     jlora.save_adapter(tmp_path, adapter)

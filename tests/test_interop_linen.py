@@ -1,4 +1,4 @@
-"""Linen modules on adapted and packed weights, against the same modules on dense sums."""
+"""Linen modules with adapted and quantized weights, compared with modules on the dense sums."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ class Layer(nn.Module):
         return self.layer(x)
 
 
-# The layer, its input, and its delta from A and B with their axes apart, in its kernel's axes.
+# The layer, its input's shape, and the einsum of its delta from A and B with unflattened axes.
 LAYERS = {
     "dense": (nn.Dense(5), (2, 3, 8), "ir,ro->io", (8,), (5,)),
     "to heads": (nn.DenseGeneral((2, 3)), (2, 4, 8), "ir,rhk->ihk", (8,), (2, 3)),
@@ -61,12 +61,12 @@ IDS = np.arange(10).reshape(2, 5)
 
 
 def with_biases(variables):
-    """Flax's biases start at zero, where a lost one would not show."""
+    """Makes Flax's zero biases random: a bias that was lost would not be noticed at zero."""
     return jax.tree.map(lambda a: a + 0.1 * normal(*a.shape), variables)
 
 
 def close(got, want, tolerance=1e-5):
-    """Equal to ``tolerance`` of the largest value."""
+    """Equal up to ``tolerance`` of the largest value."""
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max())
 
@@ -104,7 +104,7 @@ def test_layers_match_the_dense_sum(name, quantized):
     )
     close(got, want)
     products = shapes_of_products(jax.make_jaxpr(factored)(adapter.weights, x).jaxpr)
-    assert (np.prod(sizes_in), np.prod(sizes_out)) not in products, "the delta was made dense"
+    assert (np.prod(sizes_in), np.prod(sizes_out)) not in products, "the dense delta was computed"
 
 
 def shapes_of_products(jaxpr):
@@ -128,7 +128,7 @@ def test_the_layers_dtype_is_respected():
 
 
 class Ensemble(nn.Module):
-    """A layer that is itself the stacked node."""
+    """A vmapped layer: the layer itself is the stacked node."""
 
     @nn.compact
     def __call__(self, x):
@@ -184,7 +184,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks that are scanned and rematerialised, below a node that Linen names."""
+    """Scanned and rematerialised blocks, below a node that Linen names."""
 
     @nn.compact
     def __call__(self, ids):
@@ -243,7 +243,7 @@ def test_scan_remat_jit_and_grad_on_quantized_and_dense_weights(transformer):
 
 
 class Twice(nn.Module):
-    """The same input through each of two scanned layers."""
+    """Applies each of two scanned layers to the same input."""
 
     @nn.compact
     def __call__(self, x):
@@ -274,7 +274,7 @@ def test_dropout_differs_between_scanned_layers():
 
 
 class Own(nn.Module):
-    """A layer that jlora does not know."""
+    """A layer type unknown to jlora."""
 
     @nn.compact
     def __call__(self, x):
@@ -282,7 +282,7 @@ class Own(nn.Module):
 
 
 class Doubled(nn.Dense):
-    """A Dense that computes something else."""
+    """A subclass of Dense that computes something else."""
 
     @nn.compact
     def __call__(self, x):
@@ -352,7 +352,7 @@ def test_a_kernel_of_many_axes_needs_from_linen(transformer):
 
 
 class Batched(nn.Module):
-    """Kernels with an axis that is neither an input nor an output, one matrix for each."""
+    """Kernels with a batch axis, which is neither input nor output: several matrices."""
 
     @nn.compact
     def __call__(self, x):

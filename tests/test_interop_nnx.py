@@ -1,4 +1,4 @@
-"""NNX modules on adapted and packed weights, against the same modules on dense sums."""
+"""NNX modules with adapted and quantized weights, compared with modules on the dense sums."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ class Layer(nnx.Module):
 
 RNGS = nnx.Rngs(0)
 
-# The layer, its input, and its delta from A and B with their axes apart, in its kernel's axes.
+# The layer, its input's shape, and the einsum of its delta from A and B with unflattened axes.
 LAYERS = {
     "linear": (nnx.Linear(8, 5, rngs=RNGS), (2, 3, 8), "ir,ro->io", (8,), (5,)),
     "to heads": (nnx.LinearGeneral(8, (2, 3), rngs=RNGS), (2, 4, 8), "ir,rhk->ihk", (8,), (2, 3)),
@@ -60,7 +60,7 @@ IDS = np.arange(10).reshape(2, 5)
 
 
 def close(got, want, tolerance=1e-5):
-    """Equal to ``tolerance`` of the largest value."""
+    """Equal up to ``tolerance`` of the largest value."""
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max())
 
@@ -72,7 +72,7 @@ def test_layers_match_the_dense_sum(name, quantized):
     promote = layer.promote_dtype
     model, params = jlora.from_nnx(module)
     close(model(params, x), module(x), 0)
-    assert layer.promote_dtype is promote, "the module is not touched"
+    assert layer.promote_dtype is promote, "the module was modified"
     if quantized:
         params = jlora.quantize(params, jlora.QuantConfig())
         assert isinstance(params["layer"]["kernel"], jlora.nf4.NF4Array)
@@ -141,7 +141,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Blocks that are scanned and rematerialised, and one more in a list."""
+    """Scanned and rematerialised blocks, and one more block in a list."""
 
     def __init__(self, rngs):
         @nnx.split_rngs(splits=3)
@@ -203,7 +203,7 @@ def test_scan_remat_jit_and_grad_on_quantized_and_dense_weights(transformer):
 
 
 class Head(nnx.Linear):
-    """A Linear that computes something else."""
+    """A subclass of Linear that computes something else."""
 
     def __call__(self, x):
         return 2 * x @ self.kernel[...]

@@ -37,7 +37,7 @@ class Scanned(nn.Module):
 
 
 class Listed(nnx.Module):
-    """NNX numbers the blocks of a list; their keys are integers."""
+    """NNX numbers the blocks of a list: their keys are integers."""
 
     def __init__(self, rngs):
         self.inp = nnx.Linear(D, D, rngs=rngs)
@@ -130,7 +130,7 @@ def test_nnx(kind):
     adapter = adapt(tree, target_modules=["inp", "blocks.1"])
     assert set(adapter.weights["blocks"]) == {"1"}
     merged = jlora.merge(tree, adapter)
-    assert set(merged["blocks"]) == {0, 1, 2}, "keys stay as they are"
+    assert set(merged["blocks"]) == {0, 1, 2}, "keys stay integers"
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(merged))
     kernel = model.blocks[1].kernel.get_value()
     want = dense_sum(kernel, adapter.weights["blocks"]["1"])
@@ -139,7 +139,7 @@ def test_nnx(kind):
     x = X @ dense_sum(model.inp.kernel.get_value(), adapter.weights["inp"])
     for i in range(L):
         x = np.tanh(x @ (want if i == 1 else np.asarray(model.blocks[i].kernel.get_value())))
-    np.testing.assert_allclose(moved, x, atol=1e-4)  # NNX's biases start at zero
+    np.testing.assert_allclose(moved, x, atol=1e-4)  # NNX's biases are initially zero
     np.testing.assert_array_equal(model(X), before)
     quantized = jlora.quantize(tree, jlora.QuantConfig())
     assert isinstance(quantized["blocks"][2]["kernel"], jlora.nf4.NF4Array)
@@ -291,7 +291,7 @@ def test_equinox_adapters_save_and_load(tmp_path):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Node:
-    """A registered dataclass with Flax's names, as penzai's or one's own."""
+    """A registered dataclass with Flax's names, such as penzai's or a user's."""
 
     kernel: jax.Array
     bias: jax.Array

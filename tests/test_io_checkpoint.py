@@ -1,4 +1,4 @@
-"""Checkpoints: what counts, what is caught, what survives a full disk."""
+"""Checkpoints: which are valid, which damage is detected, and what survives a full disk."""
 
 import json
 import os
@@ -279,7 +279,7 @@ def test_a_fingerprint_depends_on_values_and_not_on_placement():
 
 
 def checksum(bits):
-    """The fingerprint's sum, by Python integers."""
+    """The fingerprint's sum, with Python integers."""
     total = 0
     for position, value in enumerate(bits.reshape(-1).tolist()):
         weight = ((position * 0x9E3779B1) % 2**32 ^ (position >> 15)) | 1

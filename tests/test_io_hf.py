@@ -1,4 +1,4 @@
-"""Model folders: what is read, what is refused, and what is written back."""
+"""Model folders: what is read, refused and written."""
 
 import itertools
 import json
@@ -40,13 +40,13 @@ def folder(tmp_path):
 
 @pytest.fixture
 def sharded(tmp_path):
-    """The same in several shards."""
+    """The same model in several shards."""
     save_pretrained(tmp_path / "s", *build("llama"), max_shard_size="16KB")
     return tmp_path / "s"
 
 
 def edit(folder: Path, change) -> None:
-    """Rewrites ``model.safetensors`` with ``change(tensors)`` applied."""
+    """Applies ``change(tensors)`` to ``model.safetensors``."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -86,7 +86,7 @@ def test_linear_weights_are_oriented_as_in_torch(tmp_path):
 @pytest.mark.parametrize("asked", ["float32", "bfloat16"])
 @pytest.mark.parametrize("span", [2**24, 1000])
 def test_weights_are_cast_to_the_requested_dtype(folder, stored, asked, span, monkeypatch):
-    for module in (hf_folder, hf_read):  # whole, or a few rows at a time
+    for module in (hf_folder, hf_read):  # in full, or a few rows at a time
         monkeypatch.setattr(module, "CHUNK_BYTES", span)
     original = load_file(folder / "model.safetensors")
     edit(folder, lambda t: t.update({k: v.astype(stored) for k, v in t.items()}))
@@ -143,7 +143,7 @@ def test_loading_is_cancelled_between_two_tensors(sharded, monkeypatch):
 
 @pytest.mark.parametrize("transposed", [True, False])
 def test_a_part_of_several_tensors_is_joined(tmp_path, transposed):
-    """Experts (2, E, in, out) of one tensor each, or of the halves of their columns."""
+    """Experts (2, E, in, out), each in two tensors that hold halves of its columns."""
     leaf = np.random.default_rng(0).standard_normal((2, 3, 4, 6)).astype(np.float32)
     place, stored = ("model", "layers", "experts", "kernel"), {}
     column_slices = {"up": slice(3, 6), "gate": slice(0, 3)}
@@ -336,7 +336,7 @@ def test_links_out_of_the_folder_are_refused_but_for_the_hub_cache(folder, tmp_p
 
 
 class Trap:
-    """Unpickling this fails the test."""
+    """Fails the test when it is unpickled."""
 
     def __reduce__(self):
         return pytest.fail, ("something was unpickled",)

@@ -1,4 +1,4 @@
-"""MXFP4: values by the format's own formula, and folders whose parts do not belong together."""
+"""MXFP4: values by the format's formula, and folders whose tensors do not match."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_values_match_the_format():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model whose experts are in MXFP4, and its tensors to be changed."""
+    """A model's folder, and its tensors with MXFP4 experts, which the test writes there."""
     model, params = build("gpt_oss")
     *_, config = save_pretrained(tmp_path, model, params)
     hf = json.loads(config.read_text())

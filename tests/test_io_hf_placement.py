@@ -1,4 +1,4 @@
-"""Leaves are put together on their devices: the host holds one tensor at a time."""
+"""Leaves are assembled on their devices; the host holds one tensor at a time."""
 
 import itertools
 import json
@@ -59,7 +59,7 @@ def test_parts_are_placed_correctly(lead, turned, on_mesh, monkeypatch):
     monkeypatch.setattr(sharding, "place", record)
     leaf = assemble_leaf(shape_of(want), where, indices, part, turned)
     np.testing.assert_array_equal(leaf, want)
-    if on_mesh:  # every device was sent its own part only
+    if on_mesh:  # every device received only its own part
         shard_shape = where.shard_shape(want.shape)[-2:]
         assert set(placed) == {shard_shape[::-1] if turned else shard_shape}
     assert read == indices
@@ -96,7 +96,7 @@ def test_a_part_is_written_in_place_and_nothing_moves_between_devices():
     after = write(leaves, [part], (1,), True)[0]
     assert [shard.data.unsafe_buffer_pointer() for shard in after.addressable_shards] == before
     write(write(make(), [part], (0,), True), [part], (3,), True)
-    assert write._cache_size() == 1  # not one a layer
+    assert write._cache_size() == 1  # not one program per layer
 
 
 CONFIG = {
@@ -109,7 +109,7 @@ CONFIG = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-"""Kernels of 2 MiB, of which a stack has 64 MiB."""
+"""Kernels of 2 MiB; a stack of them has 64 MiB."""
 
 MEASURE = """
 import sys, threading, time
@@ -138,7 +138,7 @@ print(max(peaks) - before - sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to measure memory in")
 def test_the_host_never_holds_a_stack_of_layers(tmp_path):
-    """Beyond the parameters, which the CPU's devices keep in the same memory."""
+    """Apart from the parameters, which the CPU's devices keep in host memory."""
     model = Model.from_config(CONFIG, "float32")
     save_file(
         {t.name: np.full(t.shape, 0.5, np.float32) for t in checkpoint_tensors(model)},

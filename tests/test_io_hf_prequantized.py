@@ -1,4 +1,4 @@
-"""Quantized folders: what is read of them, what is refused, and what commands make of them."""
+"""Prequantized folders: what is read and refused, and what the commands do with them."""
 
 import importlib
 import json
@@ -33,7 +33,7 @@ STATE = f"{UP}.quant_state.bitsandbytes__nf4"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A quantized llama folder, not to be changed, and its parameters."""
+    """A quantized llama folder, which tests must not change, and its parameters."""
     folder = tmp_path_factory.mktemp("made") / "m"
     save_pretrained(folder, *build("llama"))
     return folder, quantize_folder(folder, NF4)
@@ -41,12 +41,12 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def folder(made, tmp_path):
-    """A copy of it."""
+    """A copy of the quantized folder."""
     return shutil.copytree(made[0], tmp_path / "m")
 
 
 def edit(folder, change):
-    """Rewrites ``model.safetensors`` with ``change(tensors)`` applied."""
+    """Applies ``change(tensors)`` to ``model.safetensors``."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -131,7 +131,7 @@ def test_all_faults_are_listed_at_once(folder, monkeypatch):
         "model.layers.0.self_attn.q_proj.weight is missing",
     ):
         assert f"\n  {line}" in text, line
-    assert max(value.nbytes for value in seen) <= 1024  # only tables and texts
+    assert max(value.nbytes for value in seen) <= 1024  # only tables and JSON texts
 
 
 def spy(see, original=hf_folder.Shards.read):
@@ -211,7 +211,7 @@ def test_faults_in_eight_bits(tmp_path, part, value, message):
 
 @pytest.mark.parametrize("nested_block", [256, 20])
 def test_foreign_double_quantization_is_undone(folder, made, nested_block):
-    """One layer has them; then no layer keeps 8-bit scales. NumPy rounds both operations."""
+    """One layer with other constants leaves no layer with 8-bit scales. NumPy rounds both steps."""
     table = DYNAMIC_MAP if nested_block == 20 else np.linspace(-1, 1, 256, dtype=np.float32)
     scale = np.array([0.25, 0.5, 0.125], np.float32)[: -(-48 // nested_block)]
 
@@ -299,7 +299,9 @@ def test_quantized_parameters_are_placed_on_a_mesh(made):
 
 
 def test_one_dense_matrix_at_a_time_is_in_memory_while_quantizing(tmp_path, monkeypatch):
-    save_pretrained(tmp_path, *build("gpt2", "bfloat16"))  # no cast: what is read is quantized
+    save_pretrained(
+        tmp_path, *build("gpt2", "bfloat16")
+    )  # without a cast: the tensor that is read is the one quantized
     live, counts = [], []
 
     def see(value):
@@ -322,7 +324,7 @@ def test_saving_writes_dense_weights_and_no_quantization_config(made, tmp_path):
 
 @pytest.fixture
 def quantized_base(place, tmp_path):
-    """A place whose base is quantized as the other place's would be by settings."""
+    """A place whose base is quantized as settings would quantize the other place's."""
     base = shutil.copytree(place.base, tmp_path / "quantized")
     quantize_folder(base, QuantConfig())
     other = Place(tmp_path / "other", base, place.cache)

@@ -1,4 +1,4 @@
-"""The quantized folder, key by key, against what the format says; transformers is not needed."""
+"""The quantized folder, key by key, compared with the format; transformers is not needed."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ def quantized(name="llama", **fields):
 
 
 def shapes(name="llama", dtype="float32", **fields):
-    """The same without arrays."""
+    """A quantized model and its parameters' shapes, without arrays."""
     model, params = build(name, dtype)
     config = QuantConfig(**fields)
     return model, jax.eval_shape(lambda p: quantization.quantize_params(p, config), params)
@@ -48,7 +48,7 @@ def written(folder, model, params, **options):
 
 
 def matrix():
-    """[2, 64] with blocks of absmax 2 and 0; what is 1 is the largest value or its half."""
+    """[2, 64]: one block of 2 and -2, and one of zeros."""
     return jnp.stack([jnp.tile(jnp.array([2.0, -2.0]), 32), jnp.zeros(64)])
 
 
@@ -83,7 +83,7 @@ def test_double_quantization_has_a_second_level():
     )
     want = {
         "m.weight": np.array([[0x3B]] * 32 + [[0x00]] * 32, np.uint8),
-        "m.weight.absmax": np.array([255, 0], np.uint8),  # 2 and 0, less their mean
+        "m.weight.absmax": np.array([255, 0], np.uint8),  # 2 and 0, minus their mean
         "m.weight.quant_map": FP4,
         "m.weight.nested_absmax": np.array([1], np.float32),
         "m.weight.nested_quant_map": DYNAMIC_MAP,
@@ -107,7 +107,7 @@ def test_eight_bits_have_codes_scales_and_the_rows_order():
     [
         ("llama", "model.layers.{}.self_attn.k_proj", (16, 32)),
         ("llama", "model.layers.{}.mlp.down_proj", (32, 48)),
-        ("gpt2", "transformer.h.{}.mlp.c_fc", (128, 32)),  # a dense one is [32, 128]
+        ("gpt2", "transformer.h.{}.mlp.c_fc", (128, 32)),  # the dense kernel is [32, 128]
     ],
 )
 def test_each_layer_of_a_stack_is_written_as_one_matrix(tmp_path, name, module, shape):
@@ -168,14 +168,14 @@ DOWN = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
         ("llama", PLAIN, {"bnb_4bit_use_double_quant": False}),
         ("llama", {"bnb_4bit_quant_type": "fp4"}, {"bnb_4bit_quant_type": "fp4"}),
         ("llama", {"load_in_8bit": True}, EIGHT),
-        ("llama", {"block_size": 32}, {}),  # BitsAndBytesConfig does not know; the state does
+        ("llama", {"block_size": 32}, {}),  # recorded in the quant state, not in BitsAndBytesConfig
         ("llama", {"include_modules": ["lm_head"]}, {"llm_int8_skip_modules": []}),
         (
             "llama",
             {"llm_int8_skip_modules": ["down_proj"]},
             {"llm_int8_skip_modules": [*DOWN, "lm_head"]},
         ),
-        ("llama-rope", {}, {}),  # tied: transformers has a linear head all the same
+        ("llama-rope", {}, {}),  # tied, but transformers has a linear head nevertheless
         ("gpt2", {}, {}),
     ],
 )
@@ -216,7 +216,7 @@ def test_sharded_leaves_are_written_in_full(tmp_path, fields):
 
 
 def replaced(params, leaf):
-    """The tree with another q_proj."""
+    """The tree with ``leaf`` as q_proj's kernel."""
     layers = params["model"]["layers"]
     attention = layers["self_attn"] | {"q_proj": {"kernel": leaf}}
     model = params["model"] | {"layers": layers | {"self_attn": attention}}

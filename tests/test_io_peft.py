@@ -1,4 +1,4 @@
-"""PEFT folders: round trips by value, every fault listed, and nothing read but safetensors."""
+"""PEFT folders: round trips by value, all faults listed, and only safetensors read."""
 
 import json
 
@@ -138,7 +138,7 @@ def test_nothing_is_written_for_a_broken_adapter(tmp_path):
 
 
 def test_an_adapter_recognises_its_base(tmp_path):
-    """By all weights where they are kept alike, else by the leaves that packing leaves alone."""
+    """By all weights where they are stored equally, else by leaves that are never quantized."""
     params, fields = make_params(), {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     adapter = lora.init_adapter(jax.random.key(0), params, LoraConfig(**fields))
     jlora.save_adapter(tmp_path, adapter, adapter_io.base_record(params, adapter.config))

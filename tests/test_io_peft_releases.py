@@ -1,6 +1,6 @@
-"""Folders as releases of PEFT since 0.5 wrote them: the keys of their config, their tensors' names.
+"""Folders as written by PEFT releases since 0.5: keys of the config, and names of tensors.
 
-The tables are what these releases wrote when they were run; the values are drawn here.
+The tables record the output of these releases; the tensors' values are random.
 """
 
 import json
@@ -38,13 +38,13 @@ KEYS = {
         "peft_version": "0.21.2", "use_bdlora": None, "velora_config": None,
     },
 }  # fmt: skip
-"""Release → the keys that it writes and the ones before did not, with their values."""
+"""Release → the keys that it writes and earlier releases did not, with their values."""
 
 RELEASES = list(KEYS)
 
 
 def config_of(release, **changes):
-    """The config that a release writes; of ``changes`` those that it knows."""
+    """The config that a release writes, with those of ``changes`` that it knows."""
     keys = {}
     for name in RELEASES[: RELEASES.index(release) + 1]:
         keys |= KEYS[name]
@@ -63,7 +63,7 @@ def draw(names_and_shapes):
 
 
 def attention(module, bias=None):
-    """The tensors of a module in every layer; with a bias under the name that ends in ``bias``."""
+    """Names and shapes of a module's tensors in every layer; ``bias`` ends the bias's name."""
     shapes = {}
     for i in range(L):
         name = f"base_model.model.model.layers.{i}.self_attn.{module}"
@@ -73,7 +73,7 @@ def attention(module, bias=None):
 
 
 def stacked(tensors, end):
-    """The leaf that stands for all layers' tensors of one name, in (in, out)."""
+    """The stacked leaf of all layers' tensors whose names end in ``end``, as (in, out)."""
     found = [v.T for name, v in sorted(tensors.items()) if name.endswith(end)]
     assert len(found) == L
     return np.stack(found)
@@ -81,7 +81,7 @@ def stacked(tensors, end):
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_every_release_is_read(release, tmp_path):
-    """With what each could say: defaults for the keys that came later."""
+    """Keys that a release did not write yet take their defaults."""
     tensors = draw(attention("q_proj") | attention("v_proj"))
     patterns = {"alpha_pattern": {"v_proj": 2}, "use_rslora": True}
     write(tmp_path, config_of(release, **patterns), tensors)
@@ -100,7 +100,7 @@ def test_every_release_is_read(release, tmp_path):
 def test_biases_are_read_under_both_of_their_names(name, bias, tmp_path):
     tensors = draw(attention("q_proj", name))
     config = config_of("0.5.0", target_modules=["q_proj"], bias=bias)
-    if bias == "all":  # v_proj is not adapted: its bias never had another name
+    if bias == "all":  # v_proj is not adapted: its bias always has the same name
         others = [f"base_model.model.model.layers.{i}.self_attn.v_proj.bias" for i in range(L)]
         tensors |= draw(dict.fromkeys(others, (D,)))
     write(tmp_path, config, tensors)
@@ -120,7 +120,7 @@ def test_biases_lost_by_a_release_are_reported(tmp_path):
     assert '"bias": "none"' in e.value.fix
     write(tmp_path, config | {"bias": "none"}, tensors)
     adapter_io.load_adapter(tmp_path, make_params())
-    # A file that lacks other tensors too is another model's.
+    # A file that lacks other tensors too belongs to another model.
     tensors.pop("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight")
     write(tmp_path, config, tensors)
     with pytest.raises(DataError, match="does not fit the model"):

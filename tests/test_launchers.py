@@ -1,4 +1,4 @@
-"""The shell launchers, with stand-ins for python, SLURM and gcloud that write down their calls."""
+"""The shell launchers, with stand-ins for python, SLURM and gcloud that record their calls."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ STANDINS = {
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs a script with the stand-ins; gives its exit code, its errors, and the calls."""
+    """Runs a script with the stand-ins; returns its exit code, its errors, and the calls."""
     for name, body in STANDINS.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)

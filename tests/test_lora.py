@@ -1,4 +1,4 @@
-"""LoRA transforms against NumPy's dense sum W + s·A@B, and against their own inverses."""
+"""LoRA transforms, compared with NumPy's dense sum W + s·A@B and with their inverses."""
 
 import chex
 import jax
@@ -297,7 +297,7 @@ def test_a_foreign_unstacked_tree():
 
 @pytest.mark.parametrize(("name", "quantized"), [("llama-rope", True), ("gpt2", False)])
 def test_on_a_whole_model(name, quantized):
-    """A fresh adapter is the base bitwise; merging equals attaching; unmerging restores."""
+    """A fresh adapter changes no bit; merging equals attaching; unmerging restores the base."""
     model, params = tiny_models.build(name)
     base = jlora.quantize(params, jlora.QuantConfig(block_size=32)) if quantized else params
     ids = tiny_models.tokens(model, 2, 24)

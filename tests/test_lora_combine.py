@@ -1,4 +1,4 @@
-"""Combining, truncating and extracting adapters against NumPy; what is refused, and how."""
+"""Combining, truncating and extracting adapters, compared with NumPy; and what is refused."""
 
 import dataclasses
 
@@ -47,7 +47,7 @@ PARAMS = make_params()
 
 
 def make_adapter(seed=0, params=PARAMS, **fields):
-    """Random A and B, with zeros where a layer uses fewer columns."""
+    """An adapter with random A and B, and zeros where a layer uses fewer columns."""
     config = LoraConfig(**{"target_modules": ["q_proj"], **fields}, init_lora_weights=False)
     return jlora.init_adapter(jax.random.key(seed), params, config)
 
@@ -59,13 +59,13 @@ def deltas(adapter):
         for i, name in enumerate(f.leaf.modules()):
             if r := f.ranks[i]:
                 a, b = np.asarray(f.a[i], np.float64), np.asarray(f.b[i], np.float64)
-                assert not a[:, r:].any() and not b[r:].any(), "what is not used is zero"
+                assert not a[:, r:].any() and not b[r:].any(), "unused columns are zero"
                 found[name] = f.scales[i] * a @ b
     return found
 
 
 def nearest(matrix, r):
-    """NumPy's own: the nearest matrix of rank r and the singular values dropped for it."""
+    """By NumPy: the nearest matrix of rank r, and the dropped singular values."""
     u, s, vh = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
     return u[:, :r] * s[:r] @ vh[:r], s[r:]
 
@@ -165,7 +165,9 @@ def test_the_result_resolves_to_the_union_of_targets(fields, joined):
     targets = result.config.target_modules
     assert targets == joined if joined else set(targets) == union
     again = jlora.init_adapter(jax.random.key(0), PARAMS, result.config)
-    assert jax.tree.structure(again) == jax.tree.structure(result), "it resolves to itself"
+    assert jax.tree.structure(again) == jax.tree.structure(result), (
+        "the result's config resolves to the same targets"
+    )
 
 
 def test_embeddings_are_combined():
@@ -219,7 +221,7 @@ def test_clamping_clips_at_the_quantile():
 
 @pytest.fixture(scope="module")
 def all_ones():
-    """Two adapters whose values are all one."""
+    """Two adapters in which every value is one."""
     layers = {name: {"kernel": jnp.zeros((2, 64, 96))} for name in ("q_proj", "v_proj")}
     config = LoraConfig(r=32, lora_alpha=32, target_modules=["q_proj", "v_proj"])
     params = {"model": {"layers": layers}}
@@ -236,7 +238,8 @@ def test_dare_keeps_a_fraction_and_the_expectation(all_ones):
         q, v = nodes["q_proj"], nodes["v_proj"]
         return [np.asarray(x) for x in (q["lora_A"], q["lora_B"], v["lora_A"])]
 
-    values = np.concatenate([x.ravel() for x in drawn(0)]) * 0.3  # (√1·first + √4·second) kept
+    # √1·first + √4·second, each where its mask keeps it
+    values = np.concatenate([x.ravel() for x in drawn(0)]) * 0.3
     n = values.size
     parts = [np.isclose(values, v).mean() for v in range(4)]
     want = [0.7 * 0.7, 0.3 * 0.7, 0.7 * 0.3, 0.3 * 0.3]
@@ -246,11 +249,11 @@ def test_dare_keeps_a_fraction_and_the_expectation(all_ones):
 
     (a, b, elsewhere), again, other = drawn(0, (1, 0)), drawn(0, (1, 0)), drawn(1, (1, 0))
     np.testing.assert_array_equal(a, again[0])
-    alike = 0.3**2 + 0.7**2  # of two masks that are drawn apart
+    expected = 0.3**2 + 0.7**2  # the two masks are independent
     size = a.shape[1] * a.shape[2]
     for second in (a[1], other[0][0], elsewhere[0], b[0].ravel()[:size].reshape(a[0].shape)):
         same = ((a[0] != 0) == (second != 0)).mean()
-        np.testing.assert_allclose(same, alike, atol=5 * np.sqrt(0.25 / size))
+        np.testing.assert_allclose(same, expected, atol=5 * np.sqrt(0.25 / size))
 
 
 REFUSED = [
@@ -294,7 +297,7 @@ def gpt2(layers=L):
 
 
 def unstacked(tree):
-    """Layer by layer under numbers instead of stacked."""
+    """The tree with numbered layers instead of stacked ones."""
     layers = tree["model"]["layers"]
     numbered = {str(i): jax.tree.map(lambda x, i=i: x[i], layers) for i in range(L)}
     return {"model": {"layers": numbered}}
@@ -354,7 +357,7 @@ def test_adapters_with_initial_values_are_not_combined():
 
 
 def tuned_on(*paths):
-    """The parameters of another seed at these leaves, or below these nodes."""
+    """The parameters, replaced by another seed's at these leaves or below these nodes."""
     other = make_params(1)
 
     def pick(path, original, tuned):
@@ -410,7 +413,7 @@ def test_extraction_of_parts_of_a_fused_projection():
 
 
 def phi3(seed=0):
-    """A fused projection of unequal parts: queries of D columns, keys and values of two each."""
+    """A fused projection with unequal parts: D columns for queries, two for keys and for values."""
     kernels = {"qkv_proj": (L, D, D + 4), "o_proj": (L, D, D)}
     nodes = {name: {"kernel": jnp.asarray(normal(seed, *s))} for name, s in kernels.items()}
     return {"model": {"layers": {"self_attn": nodes}}}
@@ -464,7 +467,7 @@ def test_a_changed_bias_is_not_covered_by_its_kernel():
     with pytest.raises(ConfigError, match=r"cover: model.layers.\*.self_attn.q_proj.bias\n"):
         jlora.extract_adapter(PARAMS, tuned, config)
     found = jlora.extract_adapter(PARAMS, tuned, dataclasses.replace(config, bias="lora_only"))
-    assert found.config.init_lora_weights is True, "there are no first values to speak of"
+    assert found.config.init_lora_weights is True, "an extracted adapter has no initial values"
 
 
 def test_extraction_refuses_trees_of_another_structure():

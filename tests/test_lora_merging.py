@@ -1,4 +1,4 @@
-"""Merging adapters of every kind, against NumPy's dense sums; what cannot be merged says so."""
+"""Merging adapters of every kind, compared with NumPy's dense sums; and what is refused."""
 
 import jax
 import jax.numpy as jnp

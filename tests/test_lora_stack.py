@@ -1,4 +1,4 @@
-"""Many adapters in one batch: each row against its adapter alone, and against the base."""
+"""Several adapters in one batch: each row compared with its adapter alone, and with the base."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def make(params, fields, seed):
 
 @pytest.fixture(scope="module")
 def case():
-    """(model, base, adapters, token ids); the base is packed, its layers are rematerialised."""
+    """(model, base, adapters, token ids); the base is quantized, its layers rematerialised."""
     model, params = tiny_models.build("llama", gradient_checkpointing=True)
     params = jlora.quantize(params, jlora.QuantConfig(block_size=32))
     adapters = [make(params, f, i) for i, f in enumerate(FIELDS)]
@@ -38,13 +38,13 @@ def case():
 
 
 def loss(logits):
-    """A loss of each row."""
+    """A loss for each row."""
     return jnp.sum(jnp.sin(logits), axis=(1, 2))
 
 
 @pytest.fixture(scope="module")
 def alone(case):
-    """Logits of the base; each adapter's logits, and its gradient from the rows that name it."""
+    """Logits of the base; each adapter's logits, and its gradient from its own rows."""
     model, params, adapters, ids = case
 
     def f(adapter, i):
@@ -62,7 +62,7 @@ def alone(case):
 
 @pytest.fixture(scope="module")
 def mixed(case):
-    """The stack, its logits, and the gradient from all rows."""
+    """The stack, its logits, its gradient from all rows, and the jitted function."""
     model, params, adapters, ids = case
     stack = jlora.stack_adapters(dict(zip(NAMES, adapters, strict=True)))
 
@@ -99,7 +99,7 @@ def test_each_adapters_gradient_is_that_of_its_rows(case, alone, mixed):
     for i, adapter in enumerate(case[2]):
         got = grads.adapter(NAMES[i], adapter).weights
         jax.tree.map(lambda g, w: close(g, w, 2e-5), got, alone[2][i].weights)
-    # What adapters do not have stays zero: taking the others' leaves out leaves nothing.
+    # Leaves that an adapter lacks have no gradient: the adapters' gradients add up to the total.
     total = sum(float(jnp.sum(jnp.abs(g))) for g in jax.tree.leaves(grads.weights))
     expected = sum(float(jnp.sum(jnp.abs(g))) for e in alone[2] for g in jax.tree.leaves(e.weights))
     np.testing.assert_allclose(total, expected, rtol=1e-4)
@@ -187,7 +187,7 @@ def test_adapters_that_cannot_be_stacked_are_refused_with_all_reasons():
 
 
 def test_initial_values_are_subtracted():
-    """PiSSA's adapters mean A@B - A0@B0 on the base: so they do in a stack."""
+    """PiSSA's adapters add A@B - A0@B0 to the base, also in a stack."""
     _, params = tiny_models.build("llama")
     one, first = (make(params, {"r": 3, "target_modules": ["o_proj"]}, seed) for seed in (0, 1))
     moved = jlora.Adapter(one.weights, one.config, initial=first.weights)
@@ -205,7 +205,7 @@ def test_initial_values_are_subtracted():
 
 
 def test_columns_rows_without_tokens_and_low_precision():
-    """Parts of a head, a head's input (rows, dim), and bfloat16 with float32 gradients."""
+    """Columns of a head, an input of shape (rows, dim), and bfloat16 with float32 gradients."""
     rng = np.random.default_rng(0)
     w, a, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, 6), (2, 8, 3), (2, 3, 6)))
     ids, scale = jnp.array([1, 0, -1]), jnp.array([0.5, 2.0])

@@ -1,4 +1,4 @@
-"""Targets beyond single names: expressions, parts of fused layers, and what would train twice."""
+"""Targets beyond single names: expressions, parts of fused layers, and duplicates."""
 
 import jax.numpy as jnp
 import pytest
@@ -47,7 +47,7 @@ def test_biases_of_adapted_layers():
     )
     takes = {name: is_replaced(config, name, "bias") for name in ("t.h.1.c_fc", "t.h.0.c_fc")}
     assert takes == {"t.h.1.c_fc": True, "t.h.0.c_fc": False}
-    assert is_replaced(config, "t.h.1.attn.c_attn", "bias"), "a part of it is adapted"
+    assert is_replaced(config, "t.h.1.attn.c_attn", "bias"), "a part of the fused layer is adapted"
     assert not is_replaced(config, "t.h.1.c_fc", "kernel")
 
 

@@ -1,4 +1,4 @@
-"""What stands where a weight was: LoraWeight and TokenWeight through ``dot``, against NumPy."""
+"""LoraWeight and TokenWeight in place of a weight: ``dot`` and ``embed``, compared with NumPy."""
 
 import dataclasses
 
@@ -110,7 +110,7 @@ def test_the_tied_head_uses_the_trained_rows_in_full_and_by_columns():
     want = np.asarray(x) @ replaced(w).T
     np.testing.assert_allclose(dot(x, w.mT), want, atol=1e-5)
     np.testing.assert_allclose(w.mT.dequantize(), replaced(w).T)
-    for start in (0, 8, 32):  # rows outside of the part are left out, at either end
+    for start in (0, 8, 32):  # rows outside of the part are omitted, at both ends
         got = dot(x, columns(w.mT, jnp.int32(start), 32))
         np.testing.assert_allclose(got, want[:, start : start + 32], atol=1e-5)
 
@@ -137,7 +137,7 @@ def test_each_group_has_its_own_adapter():
     want = np.einsum("ni,nio->no", np.float64(x), dense[[0, 0, 2, 2, 2]])
     np.testing.assert_allclose(grouped_dot(x, w, sizes), want, atol=1e-5)
     np.testing.assert_allclose(w.dequantize(), dense, atol=1e-6)
-    turned = w.mT  # as experts are stored: [out, in]
+    turned = w.mT  # [out, in], as experts are stored
     np.testing.assert_allclose(turned.dequantize(), dense.swapaxes(1, 2), atol=1e-6)
     np.testing.assert_allclose(grouped_dot(x, turned.mT, sizes), want, atol=1e-5)
     assert turned.shape == (3, 6, 4)

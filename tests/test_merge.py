@@ -1,4 +1,4 @@
-"""The merged model folder computes what base and adapter computed."""
+"""The merged model computes the same logits as base and adapter."""
 
 import importlib
 import re
@@ -19,7 +19,7 @@ QUANTIZED = {"bnb_4bit_compute_dtype": "float32"}
 
 @pytest.fixture
 def here(result, tmp_path):
-    """The shared run, with settings and a merged model of its own."""
+    """The shared run, with its own settings and merged model."""
     place = Place(tmp_path, result.base, result.cache)
     place.output = result.output
     return place
@@ -34,7 +34,7 @@ def logits(result):
 
 
 def merged(place, **sections):
-    """Merges, and reads the result back: its logits."""
+    """Merges, reads the result, and returns its logits."""
     out = place.folder / "merged"
     settings = {"output_dir": str(out), **sections.pop("merge", {})}
     tiny_results.run(place, command, merge=settings, train={"bf16": False}, **sections)
@@ -42,7 +42,7 @@ def merged(place, **sections):
 
 
 def differences(out):
-    """The printed differences: name → (average, most)."""
+    """The printed differences: name → (mean, maximum)."""
     found = re.findall(r"logit difference(.*?)\s*[:│ ]\s*(\S+) on average, (\S+) at most", out)
     return {name.strip(", "): (float(mean), float(most)) for name, mean, most in found}
 
@@ -56,7 +56,7 @@ def test_a_merged_adapter_matches_the_attached_one(here, logits, capsys):
     (shown,) = differences(capsys.readouterr().out).values()
     assert shown[0] <= shown[1] < 1e-4
     base = tiny_results.logits(*jlora.load_pretrained(str(here.base), dtype="float32"))
-    assert np.abs(base - logits[0]).max() > 0.5  # the adapter does something
+    assert np.abs(base - logits[0]).max() > 0.5  # the adapter has an effect
     folder = here.folder / "merged"
     text = "say one"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -69,7 +69,7 @@ def test_merging_into_the_quantized_or_the_original_base(here, logits, base, lik
     assert close(got, logits[like]) and not close(got, logits[1 - like])
     shown = differences(capsys.readouterr().out)
     assert shown["dequantized base"][1] < 1e-4
-    # Training computed with the quantized base: what the other one changes, on the tokens of merge.
+    # Training used the quantized base; the printed differences are on the tokens of merge.
     model, plain = tiny_results.trained(here)
     _, quantized = tiny_results.trained(here, quantized=True)
     ids = np.random.default_rng(0).integers(0, 336, (4, 64), dtype=np.int32)

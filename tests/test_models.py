@@ -22,7 +22,7 @@ EVERY = pytest.mark.parametrize("name", CONFIGS)
 
 
 def assert_same(got, want):
-    """Equal but for the order of float32 sums."""
+    """Equal up to the order of float32 sums."""
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
@@ -120,7 +120,7 @@ def test_rematerialised_gradients_are_the_same(policy, quantized):
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     with mock.patch("jlora.ops.remat.policy", jax.checkpoint_policies.everything_saveable):
         plain = gradient(x, model)
-    jax.clear_caches()  # else what was traced is taken again
+    jax.clear_caches()  # or JAX would reuse the trace
     remat = dataclasses.replace(model, gradient_checkpointing=policy)
     for variant in (remat, model):
         np.testing.assert_allclose(gradient(x, variant), plain, rtol=1e-4, atol=1e-5)
@@ -130,7 +130,7 @@ def test_rematerialised_gradients_are_the_same(policy, quantized):
 
 
 def policies(jaxpr):
-    """What rematerialised parts of a program keep."""
+    """The policies of a program's rematerialised parts."""
     found = [e for e in equations(jaxpr) if e.primitive.name.startswith("remat")]
     return {equation.params["policy"] for equation in found}
 

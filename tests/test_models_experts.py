@@ -1,4 +1,4 @@
-"""Mixtures of experts: routing and sums against loops in NumPy, and the same values on a mesh."""
+"""Mixtures of experts: routing and sums compared with NumPy loops, and with a mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def silu(x):
 
 
 def expert_of(layer, e, x, clamped):
-    """What expert ``e`` makes of one token, in float64."""
+    """The output of expert ``e`` for one token, in float64."""
     up, down = (
         np.asarray(layer["experts"][k][e], np.float64) for k in ("gate_up_proj", "down_proj")
     )
@@ -133,7 +133,7 @@ def test_switches_that_are_not_supported_are_named(name, change, message):
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_quantized_experts_match_dequantized_ones(name, tmp_path):
-    """Read from a folder, on one device and on a mesh, with gradients, and written dense."""
+    """Loaded from a folder, on one device and on a mesh, with gradients, and written dense."""
     model, params = build(name)
     save_pretrained(tmp_path, model, params)
     settings = QuantConfig(block_size=32, bnb_4bit_compute_dtype="float32")

@@ -1,4 +1,4 @@
-"""Rope against complex numbers, packed documents against each alone, and malformed settings."""
+"""RoPE compared with complex numbers, packed documents with separate ones; malformed settings."""
 
 import jax
 import jax.numpy as jnp

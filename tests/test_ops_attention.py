@@ -1,4 +1,4 @@
-"""Attention against loops over heads, queries and keys in float64."""
+"""Attention, compared with loops over heads, queries and keys in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +116,7 @@ def test_gradients_match_differences_of_the_oracle(backend):
             args[place] = args[place] + sign * step
             *moved, sinks = args
             sides.append((oracle(*moved, segments=SEGMENTS, sinks=sinks, **more) * direction).sum())
-        # The differences' own error is of the third order in a step of 1e-3.
+        # The error of the differences is of third order in a step of 1e-3.
         np.testing.assert_allclose((gradient * step).sum(), (sides[0] - sides[1]) / 2, rtol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Which attention is picked, on which platform, and what is said about it."""
+"""Which attention backend is chosen on which platform, and the reason given."""
 
 import dataclasses
 import re
@@ -87,7 +87,7 @@ def test_only_kernels_need_static_windows(monkeypatch):
 
 
 def lowered(platform, dtype, **more):
-    """The program of a gradient, for a platform that need not be here."""
+    """The lowered program of a gradient, for a platform that may be absent."""
     ids = jnp.ones((2, 256), jnp.int32)
 
     def loss(q, k, v):
@@ -102,7 +102,7 @@ def lowered(platform, dtype, **more):
 
 @pytest.fixture
 def for_all_platforms(monkeypatch):
-    """Kernels may be traced, although there is neither CUDA nor a TPU here."""
+    """Allows tracing of kernels although neither CUDA nor a TPU is available."""
     module = "jax._src.cudnn.fused_attention_stablehlo"
     monkeypatch.setattr(f"{module}.check_cudnn_version", lambda: 90800)
     for kernel in (cudnn, splash):
@@ -125,6 +125,6 @@ def test_programs_contain_the_kernel_of_their_platform(for_all_platforms):
 
 
 def test_the_capability_of_an_absent_gpu_is_passed_as_a_value(for_all_platforms):
-    """Two programs of one process, for two GPUs that are not here."""
+    """Two programs of one process, for two absent GPUs."""
     assert "__cudnn" in lowered("cuda", jnp.bfloat16, gpu_capability=AMPERE)
     assert "__cudnn" not in lowered("cuda", jnp.bfloat16, gpu_capability=TURING)

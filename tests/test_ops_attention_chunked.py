@@ -1,4 +1,4 @@
-"""The chunked attention against the reference: results, gradients, memory, transformations."""
+"""Chunked attention, compared with the reference: results, gradients, memory, transformations."""
 
 import functools
 
@@ -14,8 +14,8 @@ from jlora.ops.attention import chunked, reference
 
 B, T, HEADS, KV, DIM, CHUNK = 2, 13, 4, 2, 8, 4
 
-# Documents within a chunk, across chunks and of one token; an id that comes back; padding in front,
-# at the end and more of it than a chunk.
+# Documents within a chunk, across chunks and of one token; an id that recurs; padding at the front,
+# at the end, and longer than a chunk.
 SEGMENTS = jnp.asarray(
     [[1, 1, 2, 2, 2, 2, 2, 2, 3, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0]]
 )
@@ -28,7 +28,7 @@ def qkv(dtype=jnp.float32, batch=B, length=T):
 
 
 def both(q, k, v, segments=SEGMENTS, window=None, softcap=None, chunk=CHUNK, scale=0.4):
-    """What the chunked attention gives, and what the reference does."""
+    """The results of the chunked attention and of the reference."""
     index = jnp.arange(q.shape[1])[None]
     mask = reference.causal_mask(index, index, window)
     if segments is not None:
@@ -38,14 +38,14 @@ def both(q, k, v, segments=SEGMENTS, window=None, softcap=None, chunk=CHUNK, sca
 
 
 def weighed(out, logsumexp):
-    """A number that depends on all results, each one differently."""
+    """A scalar that depends on all results, with different weights."""
     weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
     return (out.astype(jnp.float32) * weights).sum() + (logsumexp * weights[..., 0]).sum()
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def gradients(which, *x, **masks):
-    """Of ``weighed`` by queries, keys and values: of the chunked attention or the reference."""
+    """Gradients of ``weighed`` by queries, keys and values: chunked (0) or reference (1)."""
     return jax.grad(lambda *x: weighed(*both(*x, **masks)[which]), (0, 1, 2))(*x)
 
 
@@ -89,7 +89,7 @@ def test_a_document_starts_at_its_first_token_even_if_its_tokens_are_scattered()
 def test_chunks_that_no_query_sees_are_not_computed(ids, window):
     q, k, v = qkv()
     segments = jnp.asarray([ids] * B)
-    # The last four tokens are a chunk, and what comes before 4 is not seen: 0 * NaN would be NaN.
+    # No query sees the chunks with NaN: if they were computed, 0 * NaN would be NaN.
     v = v.at[:, :CHUNK].set(jnp.nan)
     last = slice(3 * CHUNK, None)
     got, want = both(q, k, v, segments, window)

@@ -1,4 +1,4 @@
-"""What cuDNN is asked for, with JAX's own computation in its place: against the reference."""
+"""The calls to cuDNN, computed by JAX instead and compared with the reference."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def test_what_counts_as_one_document():
         (5, 5, 5, 5): True,
         (1, 1, 0, 0): True,
         (0, 0, 0, 0): True,
-        (0, 1, 1, 1): False,  # padding in front would be seen
+        (0, 1, 1, 1): False,  # padding at the front would be attended to
         (1, 1, 2, 2): False,
         (1, 0, 1, 0): False,
         (1, 1, 2, 0): False,

@@ -1,4 +1,4 @@
-"""Packed rows by a code in more dimensions, with JAX's own computation: against the reference."""
+"""Packed rows by a code in extra head dimensions, computed by JAX, against the reference."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ def cudnn_attend(q, k, v, segment_ids, scale, window=None):
 
 @pytest.fixture(autouse=True)
 def promotion():
-    """JAX's own computation promotes 16 bits to 32; in other threads than this one, too."""
+    """JAX's computation promotes 16 bits to 32, also in other threads."""
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     yield
     jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -113,7 +113,7 @@ def test_unsupported_ids_and_head_dims_fall_back(ids, dim):
 
 
 def by_jax(monkeypatch, after=lambda out: out):
-    """A GPU at hand, whose cuDNN computes what JAX does, and then something more."""
+    """Simulates a GPU whose cuDNN computes what JAX does, then applies ``after``."""
     computed = functools.partial(cudnn._causal, implementation="xla")
 
     monkeypatch.setattr(cudnn, "_causal", lambda *args, **more: after(computed(*args, **more)))
@@ -130,10 +130,10 @@ def forgotten():
 @pytest.mark.usefixtures("forgotten")
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_gpu_is_tested_before_it_is_used(monkeypatch, packed):
-    assert cudnn.fault("bfloat16", 64, packed) is None, "without a GPU there is nothing to try"
+    assert cudnn.fault("bfloat16", 64, packed) is None, "without a GPU there is nothing to test"
     by_jax(monkeypatch)
     jitted = jax.jit(lambda x: x if cudnn.fault("bfloat16", 64, packed) is None else x / 0)
-    assert jitted(1.0) == 1.0, "while a program is traced, too"
+    assert jitted(1.0) == 1.0, "also while a program is traced"
     by_jax(monkeypatch, lambda out: out * 1.2)
     assert "are not those of the reference" in cudnn.fault("bfloat16", 64, packed)
     by_jax(monkeypatch, lambda out: out * jnp.nan)

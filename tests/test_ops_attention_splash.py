@@ -1,4 +1,4 @@
-"""Splash attention, interpreted, against the reference; blocks of 128 are its least."""
+"""Splash attention, interpreted, compared with the reference; its smallest block is 128."""
 
 import functools
 

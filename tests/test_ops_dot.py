@@ -1,4 +1,4 @@
-"""The seam against NumPy in float64, and what its gradients save and compute."""
+"""``dot``, compared with NumPy in float64, and what its gradients save and compute."""
 
 import functools
 
@@ -103,7 +103,7 @@ def test_under_jit_vmap_scan_and_remat(packing):
 
 
 def saved_shapes(f, *args):
-    """Shapes of what the backward pass of ``f`` keeps from its forward pass."""
+    """Shapes of the arrays that the forward pass of ``f`` saves for the backward pass."""
     _, pullback = jax.vjp(f, *args)
     return [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(pullback)]
 
@@ -129,11 +129,11 @@ def test_a_frozen_weight_saves_no_activations_and_computes_no_gradient():
 
     assert _products_of_shape(jax.make_jaxpr(grad_of)(a), (I, O)) == 0
     dense = jax.make_jaxpr(jax.grad(lambda w: dot(x, w).sum()))(w)
-    assert _products_of_shape(dense, (I, O)) == 1, "the search itself finds a weight gradient"
+    assert _products_of_shape(dense, (I, O)) == 1, "the search must find a weight gradient"
 
 
 def _products_of_shape(jaxpr, shape):
-    """How many dot_generals with this output shape a jaxpr holds, inner jaxprs included."""
+    """The number of dot_generals with this output shape in a jaxpr and its inner jaxprs."""
     count = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general" and eqn.outvars[0].aval.shape == shape:
@@ -159,7 +159,7 @@ def test_embed_reads_rows_of_any_weight():
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("transpose", [False, True])
 def test_even_odd_matmul_equals_the_product(dtype, transposed, transpose):
-    """Exact but for the order of the float32 sum; over either axis, of either way round."""
+    """Exact up to the order of the float32 sum, for both axes and both orientations."""
     rng = np.random.default_rng(0)
     q = nf4.quantize(jnp.asarray(rng.normal(size=(128, 192)), dtype))
     q = q.mT if transposed else q
@@ -215,7 +215,7 @@ def test_float32_results_do_not_widen_the_weight():
 
 
 def test_one_traced_program_serves_different_gradients():
-    """JAX keeps a traced scan and differentiates it anew, with respect to other arguments."""
+    """JAX caches a traced scan and differentiates it again, by other arguments."""
     x, _, a, b = weights()
 
     @jax.jit
@@ -261,7 +261,7 @@ def test_rows_are_multiplied_by_the_matrix_of_their_group(packing):
 
 
 def test_a_quantized_group_saves_its_codes_and_a_frozen_one_no_rows():
-    """Of a packed weight nothing dense; of a frozen dense one the weight alone."""
+    """A quantized weight saves nothing dense; a frozen dense one saves only itself."""
     x = jnp.ones((10, I))
     w = jax.random.normal(jax.random.key(0), (4, O, I))
     for leaf, dense in ((jax.vmap(nf4.quantize)(w).mT, False), (w.mT, True)):

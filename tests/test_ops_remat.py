@@ -1,4 +1,4 @@
-"""What a layer leaves for the backward pass, and what XLA makes of it on a CPU."""
+"""What a layer saves for the backward pass, and how XLA compiles it on a CPU."""
 
 import dataclasses
 import functools
@@ -46,13 +46,13 @@ ADAPTER = adapter_of()
 
 
 def saved_shapes(length, remat, key, adapter=ADAPTER):
-    """Of the arrays that the forward scan gives the backward one, what follows (layers, rows)."""
+    """Counts shapes, after (layers, rows), and dtypes of the arrays of ``saved_arrays``."""
     saved = saved_arrays(length, remat, key, adapter)
     return Counter((a.shape[2:], a.dtype.name) for a in saved)
 
 
 def saved_arrays(length, remat, key, adapter=ADAPTER):
-    """The same, as they are."""
+    """The arrays that the forward scan saves for the backward scan."""
     model = dataclasses.replace(MODEL, gradient_checkpointing=remat)
     ids = jax.ShapeDtypeStruct((ROWS, length), jnp.int32)
 
@@ -61,7 +61,9 @@ def saved_arrays(length, remat, key, adapter=ADAPTER):
 
     jaxpr = jax.make_jaxpr(jax.grad(total))(adapter, BASE, ids, key)
     scans = [e for e in equations(jaxpr) if e.primitive.name == "scan"]
-    loops = [e for e in scans if e.params["length"] == LAYERS]  # DoRA's norms are one, too
+    loops = [
+        e for e in scans if e.params["length"] == LAYERS
+    ]  # the scan of DoRA's norms is included
     stacked = [[v.aval for v in e.outvars] for e in loops]
     saved = [[a for a in results if a.shape[:2] == (LAYERS, ROWS)] for results in stacked]
     return next(filter(None, saved))
@@ -69,7 +71,7 @@ def saved_arrays(length, remat, key, adapter=ADAPTER):
 
 @pytest.mark.parametrize("length", [16, 80], ids=["reference", "chunked"])
 def test_a_layer_saves_its_products_and_nothing_else(length):
-    expected = Counter({((length, R), "bfloat16"): 7})  # x @ A of the adapter's seven
+    expected = Counter({((length, R), "bfloat16"): 7})  # x @ A of the seven adapted modules
     expected.update(((length, n), "bfloat16") for n in (48, 64, 128, 128))  # v, o, gate and up
     expected.update(((length, n, 24), "bfloat16") for n in (4, 2))  # q and k, rotated
     expected.update([((length, 64), "bfloat16")])  # the residual stream
@@ -80,14 +82,14 @@ def test_a_layer_saves_its_products_and_nothing_else(length):
 
 
 def test_dropout_saves_its_masks():
-    """A mask for each of the seven, of the width that its layer reads; none is drawn again."""
+    """One mask for each of the seven modules, as wide as its input; none is drawn again."""
     plain, dropped = (saved_shapes(16, False, key) for key in (None, jax.random.key(2)))
     masks = Counter(((16, n), "bool") for n in (64, 64, 64, 96, 64, 64, 128))
     assert dropped == plain + masks
 
 
 def test_dora_saves_the_products_that_its_gain_multiplies():
-    """The base's product of each of the seven, which the gain's gradient would compute again."""
+    """The base's product of each of the seven, or the gain's gradient would recompute it."""
     plain, dora = (
         saved_shapes(16, False, None, adapter) for adapter in (ADAPTER, adapter_of(use_dora=True))
     )
@@ -110,15 +112,15 @@ def test_offloading_saves_the_residual_stream_on_the_host():
 
 
 def widened_in(text):
-    """The stacks of layers that a compiled program has in float32."""
+    """The stacked arrays that a compiled program holds in float32."""
     stacks = ("64,96", "64,128", "128,64", f"{ROWS},80,128")
-    # Only what is written to memory: a fusion's inside computes a slice, whatever it says.
+    # Only results in memory count: inside a fusion only slices are computed, whatever the shape.
     written = [line for line in text.splitlines() if "fusion(" in line or "tuple(" in line]
     return [s for s in stacks if any(f"f32[{LAYERS},{s}]" in line for line in written)]
 
 
 def test_no_stack_of_layers_is_widened_on_a_cpu():
-    """Neither the bfloat16 weights nor what layers keep: see ``mesh.COMPILER_OPTIONS``."""
+    """Neither bfloat16 weights nor arrays that layers save: see ``mesh.COMPILER_OPTIONS``."""
     optimizer = optax.sgd(0.1)
     state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), ADAPTER)
     tokens = jax.ShapeDtypeStruct((1, ROWS, 80), jnp.int32)
@@ -130,12 +132,12 @@ def test_no_stack_of_layers_is_widened_on_a_cpu():
 
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     assert not widened(compiler_options(mesh))
-    if jax.version.__version_info__ < (0, 11):  # where XLA still does it without being asked
+    if jax.version.__version_info__ < (0, 11):  # where XLA still widens them by default
         assert widened(None)
 
 
 def test_no_stack_of_layers_is_widened_during_generation(monkeypatch):
-    """Every token would read its weights in twice as many bytes."""
+    """Otherwise reading the weights would move twice as many bytes for every token."""
     ids, numbers = jnp.zeros((1, 16), jnp.int32), jnp.zeros(1, jnp.int32)
 
     def widened():

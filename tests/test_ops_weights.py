@@ -1,4 +1,4 @@
-"""What kind a weight is: dense, quantized, with an adapter on it, or both."""
+"""The kind of a weight: dense, quantized, with an adapter attached, or both."""
 
 import jax
 import jax.numpy as jnp

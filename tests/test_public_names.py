@@ -1,4 +1,4 @@
-"""The names of the Python contract, however the package's modules were imported before."""
+"""The names of the Python contract, in whatever order the package's modules are imported."""
 
 import importlib
 import os
@@ -16,7 +16,7 @@ ROOT = Path(jlora.__file__).parents[1]
 
 
 def python(code: str) -> str:
-    """What a fresh interpreter prints."""
+    """The output of a new interpreter."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
@@ -83,7 +83,7 @@ BY_CONTRACT = {"jlora.merge", "jlora.quantize"}
 
 
 def test_no_module_is_hidden_by_a_function_of_its_name():
-    """``import a.b.c as m`` reads attributes, which a package may have given to something else."""
+    """``import a.b.c as m`` reads attributes, which a package may have bound to another object."""
     found = {module.name for module in pkgutil.walk_packages(jlora.__path__, "jlora.")}
     names = {n for n in found if ".assets" not in n and not n.endswith("__main__")}
     hidden = set()

@@ -1,4 +1,4 @@
-"""Int8Array against its formula in NumPy, as a pytree, and as a weight."""
+"""Int8Array, compared with its formula in NumPy; as a pytree, and as a weight."""
 
 import chex
 import jax

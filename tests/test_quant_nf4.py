@@ -1,4 +1,4 @@
-"""NF4 against a NumPy oracle that shares no code with it, and NF4Array as a pytree."""
+"""NF4, compared with an independent NumPy oracle, and NF4Array as a pytree."""
 
 import hashlib
 import math
@@ -29,7 +29,7 @@ def oracle_codes(w, block_size):
 
 
 def oracle_nested(absmax, offset):
-    """Second level by exhaustive search for the nearest of the 256 values."""
+    """The second level, by exhaustive search for the nearest of the 256 values."""
     flat = (absmax.reshape(-1) - offset).astype(np.float32)
     codes, largest = [], []
     for start in range(0, flat.size, 256):
@@ -150,14 +150,14 @@ def test_bits_per_parameter():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("cols", [2048, 1000])
 def test_quantizing_needs_less_than_two_more_matrices(cols, dtype):
-    """The kernel as a model holds it, (in, out), packed as its transpose: the result included."""
+    """A model's kernel (in, out), quantized as its transpose; the result is included."""
     w = jax.ShapeDtypeStruct((cols, 512), dtype)
     memory = jax.jit(lambda w: nf4.quantize(w.mT).mT).lower(w).compile().memory_analysis()
     needs = memory.temp_size_in_bytes + memory.output_size_in_bytes
     assert needs <= 2 * w.size * w.dtype.itemsize
     q = jax.eval_shape(nf4.quantize, w)
     memory = jax.jit(nf4.dequantize).lower(q).compile().memory_analysis()
-    words = 2 * w.size if dtype == jnp.bfloat16 else 0  # CPUs join pairs of 16 bits there
+    words = 2 * w.size if dtype == jnp.bfloat16 else 0  # CPUs join pairs of 16-bit values
     assert memory.temp_size_in_bytes <= words + 4 * w.size / 16 + 4096
 
 
@@ -203,7 +203,7 @@ def test_taken_rows_equal_the_dequantized_ones(shape, double_quant):
 
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_even_and_odd_columns_separately(double_quant):
-    """As TPUs dequantize: the same values, also where they are put together again."""
+    """The method of TPUs: the same values, also after the columns are interleaved."""
     q = nf4.quantize(normal(96, 256), 64, double_quant)
     for leaf in (q, q.mT):
         even, odd = nf4.dequantize_even_odd(leaf)

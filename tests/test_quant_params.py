@@ -1,4 +1,4 @@
-"""Which leaves of a tree are packed, and as what."""
+"""Which leaves of a tree are quantized, and in which format."""
 
 import chex
 import jax
@@ -55,7 +55,7 @@ def test_embeddings_and_the_head_are_quantized_on_request():
     quantized = quantize_params(params, QuantConfig(include_modules=["embed_tokens", "lm_head"]))
     table, head = quantized["model"]["embed_tokens"]["embedding"], quantized["lm_head"]["kernel"]
     plain = params["model"]["embed_tokens"]["embedding"], params["lm_head"]["kernel"]
-    assert not table.transposed and head.transposed  # both as torch has them, [vocabulary, dim]
+    assert not table.transposed and head.transposed  # both as in torch, [vocabulary, dim]
     chex.assert_trees_all_equal(table, nf4.quantize(plain[0]))
     chex.assert_trees_all_equal(head, nf4.quantize(plain[1].T).mT)
     assert isinstance(quantized["model"]["layers"]["norm"]["scale"], jax.Array)

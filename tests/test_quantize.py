@@ -1,4 +1,4 @@
-"""The command writes the quantized base, its tokenizer and nothing else, and reports its size."""
+"""The command writes the quantized base and its tokenizer, and reports its size."""
 
 import importlib
 import re
@@ -19,7 +19,7 @@ NF4 = {"bnb_4bit_compute_dtype": "float32"}
 
 
 def quantized(place, *overrides, quantization=NF4, **sections):
-    """Runs the command; the tensors it wrote."""
+    """Runs the command; returns the tensors that it wrote."""
     tiny_results.run(place, command, *overrides, quantization=quantization, **sections)
     out = sections.get("quantize", {}).get("output_dir") or place.output / "quantized"
     return load_file(f"{out}/model.safetensors")

@@ -1,4 +1,4 @@
-"""What the quickstart's base model is trained on: rows made from Python source."""
+"""The training data of the quickstart's base model: rows made from Python source."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""The quickstart's data set: committed files, their script, and what is held out of training."""
+"""The quickstart's data set: committed files, the script that writes them, held-out rows."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_no_heldout_combination_or_request_is_in_training():
 
 
 def test_every_part_of_a_heldout_combination_is_in_training():
-    """Otherwise exact match would measure luck."""
+    """Otherwise exact match would depend on chance."""
     train = [turns(row)[1] for row in read("train")]
     heldout = [turns(row)[1] for row in read("heldout")]
     for part in ("device", "room", "action"):

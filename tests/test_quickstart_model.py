@@ -1,4 +1,4 @@
-"""The packaged base model: small, loadable, and with the tokenizer that it was trained with."""
+"""The packaged base model: it is small and loadable, and has its training tokenizer."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_has_the_architecture_of_the_script():
 
 
 def test_is_trained():
-    """It gives a token of a sentence it has read far more than one in 2048."""
+    """It predicts tokens of a training sentence with far more than chance, one in 2048."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)

@@ -1,4 +1,4 @@
-"""README and docs against the code: their Python runs, their links and paths exist."""
+"""README and docs agree with the code: their Python runs, their links and paths exist."""
 
 import functools
 import re
@@ -25,12 +25,12 @@ def test_setup_is_at_the_top():
 
 
 def blocks_of(page) -> list[str]:
-    """A page's blocks of Python."""
+    """A page's Python blocks."""
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def run_python(page, folder, monkeypatch):
-    """Runs a page's blocks of Python as one program in ``folder``; returns its names."""
+    """Runs a page's Python blocks as one program in ``folder``; returns its names."""
     (folder / "jlora").symlink_to(ROOT / "jlora")
     monkeypatch.chdir(folder)
     names: dict = {}
@@ -67,7 +67,7 @@ def test_commands_name_files_that_exist():
 
 
 def test_paths_in_pages_exist():
-    """Paths in backticks and in commands, except in the log, whose paths are those of the time."""
+    """Paths in backticks and in commands, except in the log, whose paths may be historical."""
     for page in PAGES:
         if page.name == "log.md":
             continue
@@ -148,7 +148,7 @@ EXAMPLES = dict(
 def test_your_own_models_are_adapted_as_the_page_says(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    with jax.numpy_dtype_promotion("standard"):  # optax.adam asks for it
+    with jax.numpy_dtype_promotion("standard"):  # required by optax.adam
         exec(
             compile(EXAMPLES[name], "your_own_model.md", "exec"), names
         )  # trusted: a page of this repository

@@ -1,4 +1,4 @@
-"""The checks that end a run which diverges or does not learn."""
+"""The checks that end a run that diverges or does not learn."""
 
 import dataclasses
 import itertools
@@ -35,7 +35,7 @@ def test_float16_may_overflow_but_not_a_hundred_times_in_a_row():
         check_finite(values, progress, counts)
     before = dataclasses.asdict(progress)
     check_finite(bad, progress, counts)
-    assert dataclasses.asdict(progress) == before  # checking counts nothing
+    assert dataclasses.asdict(progress) == before  # checking does not count
     progress.count_step(bad)
     with pytest.raises(DivergedError):
         check_finite(bad, progress, counts)
@@ -63,7 +63,7 @@ def test_a_gradient_in_any_update_is_enough():
         for of_step in has_gradient:
             progress.count_step(metrics(has_gradient=of_step))
             check_learning(progress, TREE, counts)
-    # A gradient that overflowed shows nothing, and its step is no update.
+    # An overflowed gradient is no evidence, and its step is not an update.
     progress = Progress()
     for finite, has_gradient in [(False, (True, True))] * 4 + [(True, (False, True))] * 2:
         progress.count_step(metrics(has_gradient=has_gradient, finite=finite))

@@ -1,4 +1,4 @@
-"""The persistent compilation cache: where it is, and what happens if it cannot be written."""
+"""The persistent compilation cache: its folder, and what happens if it is not writable."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""Who says what the classes are: the settings, the model, the rows."""
+"""Where class names come from: the settings, the model, or the rows."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from jlora.run.label_names import with_label_names
 
 @pytest.fixture
 def settings(tmp_path):
-    """Settings over a folder with a config.json only, and rows of the classes ``a`` and ``b``."""
+    """Settings for a folder with only a config.json, and rows with the classes ``a`` and ``b``."""
     rows = [{"text": "x", "label": "b"}, {"text": "y", "label": "a"}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     source = config.SourceConfig(path=str(path), format="classification")
@@ -38,7 +38,7 @@ OWN = {**CLASSIFIER, "id2label": {"1": "y", "0": "x", "2": "z"}}
     ("hf", "model", "names", "origin"),
     [
         ({}, {}, ("a", "b"), "the training rows"),
-        ({"id2label": OWN["id2label"]}, {}, ("a", "b"), "the training rows"),  # no classifier's
+        ({"id2label": OWN["id2label"]}, {}, ("a", "b"), "the training rows"),  # not a classifier's
         ({}, {"id2label": ["b", "a"]}, ("b", "a"), "the settings"),
         (OWN, {}, ("x", "y", "z"), "the model"),
         (OWN, {"num_labels": 3}, ("x", "y", "z"), "the model"),

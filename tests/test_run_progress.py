@@ -1,4 +1,4 @@
-"""What is counted from step to step, and the meter of tokens a second."""
+"""What is counted over steps, and the meter of tokens per second."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ def metrics(loss=1.0, targets=10, has_gradient=(True, True), finite=True, norm=0
 
 
 def test_a_line_has_the_mean_over_all_tokens_since_the_last_one():
-    counts, progress = counts_of(rows=128), Progress()  # 128 rows a step: one step an epoch
+    counts, progress = counts_of(rows=128), Progress()  # 128 rows per step: one step per epoch
     counts = dataclasses.replace(counts, steps_per_epoch=3)
     progress.count_step(metrics(loss=1.0, targets=10, norm=7.0))
     progress.count_step(metrics(loss=4.0, targets=30, norm=0.5))
@@ -87,14 +87,14 @@ def test_without_patience_nothing_stops():
 
 
 def clock(*times):
-    """``time.monotonic`` as these times, in order."""
+    """Replaces ``time.monotonic`` by these times, in order."""
     return mock.patch.object(module.time, "monotonic", mock.Mock(side_effect=times))
 
 
 def test_tokens_per_second_exclude_the_first_step_and_pauses():
     meter = ThroughputMeter()
     with clock(100.0, 103.0, 105.0, 110.0, 112.0):
-        meter.add(1000)  # ends at 100; how long it took, compiling, is not known
+        meter.add(1000)  # ends at 100; its duration, with compilation, is unknown
         assert meter.measure_and_restart() == {}
         meter.add(40)
         with meter.paused():  # from 103 to 105

@@ -43,7 +43,9 @@ def test_a_step_is_rows_of_a_device_times_devices_times_accumulation():
 
 def test_a_run_is_epochs_or_max_steps():
     batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
-    assert counts_of(num_train_epochs=0.5, **batch).total_steps == 7  # of 13 an epoch, rounded up
+    assert (
+        counts_of(num_train_epochs=0.5, **batch).total_steps == 7
+    )  # of 13 steps per epoch, rounded up
     counts = counts_of(num_train_epochs=3, max_steps=4, **batch)
     assert (counts.total_steps, counts.steps_per_epoch) == (4, 13)
 

@@ -28,7 +28,7 @@ def test_matches(name, pattern, expected):
     [
         ("model.layers.12.q", None, 12),
         ("model.layers.1.experts.7.q", None, 1),
-        ("layers.1.q", None, None),  # PEFT's expression wants something before the list
+        ("layers.1.q", None, None),  # PEFT's expression requires something before the list
         ("layers.1.q", "layers", 1),
         ("a.0.blocks.5.q", "blocks", 5),
         ("a.0.blocks.5.q", ["h", "blocks"], 5),
@@ -59,5 +59,5 @@ def test_a_table_of_patterns_gives_every_name_its_value(special):
     backwards = dict(reversed(table.items()))
     for name, value in values.items():
         assert matching.pattern_value(table, name, 4) == value
-        assert matching.pattern_value(backwards, name, 4) == value, "whatever the order"
+        assert matching.pattern_value(backwards, name, 4) == value, "in any order"
     assert len(table) == len(special) + 1

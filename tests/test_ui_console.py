@@ -1,4 +1,4 @@
-"""What is printed: the values, and nothing that moves a cursor where no terminal is."""
+"""What is printed: the values, and no control characters without a terminal."""
 
 import io
 import re
@@ -111,7 +111,7 @@ def test_loading_is_shown_when_it_takes_long(monkeypatch, plain):
 
     assert load(1.9) == load(60, enabled=False) == ""
     text = load(16)
-    if plain:  # every two seconds: a line after six and after twelve
+    if plain:  # the clock advances by two seconds: a line after six and after twelve
         assert text == "loading: 3.0 GB of 8.0 GB\nloading: 6.0 GB of 8.0 GB\n"
     else:
         assert "loading" in text and "8.0/8.0 GB" in text

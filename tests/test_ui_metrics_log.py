@@ -1,4 +1,4 @@
-"""metrics.jsonl: always JSON, no gap and no repeat after an interruption."""
+"""metrics.jsonl: always valid JSON, without gaps or repetitions after an interruption."""
 
 import json
 

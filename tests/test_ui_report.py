@@ -1,4 +1,4 @@
-"""The report: values are drawn where their scale puts them, and the page loads nothing."""
+"""The report: points are drawn to scale, and the page loads nothing."""
 
 import math
 import re
@@ -32,13 +32,13 @@ def parse(text):
 
 
 def charts(text):
-    """The section of each chart by its heading."""
+    """The sections of the charts by heading."""
     sections = parse(text).iter("section")
     return {section.find("header/h3").text: section for section in sections}
 
 
 def drawn(section, style="a", kind="curve"):
-    """The points of a curve's path, one list a stretch."""
+    """The points of a curve's path, one list per continuous stretch."""
     group = next(g for g in section.iter("g") if g.get("class") == f"series {style}")
     path = next((p for p in group.iter("path") if p.get("class") == kind), None)
     stretches = path.get("d").split("M")[1:] if path is not None else []
@@ -46,7 +46,7 @@ def drawn(section, style="a", kind="curve"):
 
 
 def grid(section):
-    """(value, height) of two horizontal lines, read off the labels."""
+    """(value, height) of two grid lines, read from their labels."""
     svg = section.find("svg")
     labels = [t for t in svg.iter("text") if t.get("text-anchor") == "end" and t.get("dy")]
     return [(float(t.text.replace(",", "")), float(t.get("y"))) for t in labels]

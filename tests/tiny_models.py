@@ -1,4 +1,4 @@
-"""Tiny configurations of every family, and random parameters that make their parts matter."""
+"""Tiny configurations of every family, and random parameters in which every part matters."""
 
 import dataclasses
 import functools
@@ -237,11 +237,11 @@ def build(name: str, dtype: str = "float32", **options):
 
 
 LENGTH = 24
-"""Beyond the sliding windows, which are 5."""
+"""Longer than the sliding windows of 5."""
 
 
 def run(model, params, ids, positions=None, segment_ids=None):
-    """Logits of (2, LENGTH) or fewer tokens, always by the same compiled program."""
+    """Logits of (2, LENGTH) or fewer tokens, always computed by the same compiled program."""
     ids = np.asarray(ids)
     B, T = ids.shape
     if positions is None:

@@ -1,7 +1,7 @@
-"""Tiny random models of transformers, PEFT's adapters on them, and both as jlora reads them.
+"""Tiny random transformers models, PEFT adapters on them, and both as loaded by jlora.
 
-Every case is a PEFT config. Its adapter has random A and B, is made by peft, and is read from the
-folder that peft saved, so that both sides hold the same values.
+Every case is a PEFT config. Its adapter has random A and B, is made by peft, and is loaded from the
+folder that peft saved, so that both sides have the same values.
 """
 
 import copy
@@ -30,10 +30,10 @@ PEERS_TALK = [
     pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Adapter .* LoRA tensor.s. have invalid shape:UserWarning"),
 ]
-"""What the peers say of each other, of GPT-2 and of heads; other warnings of theirs are errors.
+"""Ignores the peers' warnings about each other, GPT-2 and heads; their other warnings are errors.
 
-peft 0.21 says that patterns match nothing which match a bare parameter, and takes the biases of
-lora_bias for damaged.
+peft 0.21 warns that patterns match nothing when they match a bare parameter, and that the biases of
+lora_bias are damaged.
 """
 
 LLAMA = transformers.LlamaConfig(
@@ -231,12 +231,12 @@ NUMBERS = [
         "one matrix of experts",
     )
 ]
-"""The cases whose numbers differ in kind; the others differ in names."""
+"""The cases that differ in computation; the others differ only in names."""
 
 
 @dataclasses.dataclass
 class Base:
-    """One base model: as torch's module, as a folder, and as jlora reads that."""
+    """One base model: as a torch module, as a folder, and as loaded by jlora."""
 
     module: Any
     folder: Path
@@ -245,7 +245,7 @@ class Base:
 
 
 def make_base(name: str, folder: Path) -> Base:
-    """A random model whose norms and biases matter too."""
+    """A random model, with random norms and biases too."""
     torch.manual_seed(0)
     module = transformers.AutoModelForCausalLM.from_config(
         BASES[name], attn_implementation="eager", dtype=torch.float32
@@ -288,7 +288,7 @@ def jlora_logits(base: Base, params: dict, adapter: Any = None, ids: np.ndarray 
 
 
 def assert_close(got: Any, want: Any, bound: float, name: str = "") -> None:
-    """Equal up to ``bound`` of the largest value wanted."""
+    """Equal up to ``bound`` of the largest expected value."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape, name
     np.testing.assert_allclose(
@@ -297,7 +297,7 @@ def assert_close(got: Any, want: Any, bound: float, name: str = "") -> None:
 
 
 def compare(base: Base, peft_model: Any, adapter: Any) -> None:
-    """Logits, and every gradient of a function of them, to 1e-5 of the largest value."""
+    """Compares logits, and every gradient of a function of them, to 1e-5 of the largest value."""
 
     def loss(adapter):
         logits = base.model(jlora.attach(base.params, adapter), jnp.asarray(IDS))
@@ -309,7 +309,7 @@ def compare(base: Base, peft_model: Any, adapter: Any) -> None:
     out = peft_model(input_ids=torch.tensor(IDS).long()).logits
     assert_close(logits, out.detach().numpy(), 1e-5)
     moved = np.abs(torch_logits(base.module) - out.detach().numpy()).max()
-    assert moved > 1e-3 * np.abs(logits).max(), "the adapter shows"
+    assert moved > 1e-3 * np.abs(logits).max(), "the adapter has no effect"
 
     out.sin().sum().backward()
     trained = {n: p.grad for n, p in peft_model.named_parameters() if p.requires_grad}

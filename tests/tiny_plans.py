@@ -1,4 +1,4 @@
-"""Configurations that ``plan`` is asked about: loaded, opened as a run, and forecast."""
+"""Configurations for tests of ``plan``: loaded, opened as a run, and forecast."""
 
 import functools
 from unittest import mock

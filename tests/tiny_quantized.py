@@ -1,4 +1,4 @@
-"""Folders as transformers saves them with bitsandbytes weights, written from jlora's arrays."""
+"""Folders with bitsandbytes weights as transformers saves them, written from jlora's arrays."""
 
 import json
 from pathlib import Path
@@ -55,5 +55,5 @@ def parts(weight: str, q) -> dict[str, np.ndarray]:
 
 
 def as_bytes(state) -> np.ndarray:
-    """A JSON text's bytes."""
+    """The bytes of a JSON text, as an array."""
     return np.frombuffer(json.dumps(state).encode(), np.uint8).copy()

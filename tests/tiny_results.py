@@ -1,4 +1,4 @@
-"""A run's folder as training leaves it, and the commands that work on it, in this process."""
+"""A run's folder as training writes it, and the commands that use it, in this process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
 
 def make_result(place: Place) -> Place:
-    """Puts an adapter with random A and B, which changes the model much, into the run's folder."""
+    """Saves an adapter with large random A and B in the run's folder."""
     _, params = jlora.load_pretrained(str(place.base), dtype="float32")
     settings = jlora.LoraConfig(**LORA, init_lora_weights=False)
     adapter = jax.jit(jlora.init_adapter, static_argnums=2)(jax.random.key(1), params, settings)
@@ -31,7 +31,7 @@ def make_result(place: Place) -> Place:
 def run(
     place: Place, command: ModuleType, *overrides: str, lora: Any = LORA, **sections: Any
 ) -> None:
-    """The command's ``run`` on one device; errors are raised."""
+    """Calls the command's ``run`` on one device; errors are raised."""
     settings = config.load(place.write(lora=lora, **sections), [OFF, *overrides])
     mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
     with mock.patch.object(sharding, "make_mesh", mesh):
@@ -39,7 +39,7 @@ def run(
 
 
 def trained(place: Place, *, quantized: bool = False) -> tuple[Any, Any]:
-    """The model and its parameters with the adapter on them, read by jlora's public functions."""
+    """The model and its parameters with the adapter attached, by jlora's public functions."""
     quantization = jlora.QuantConfig(bnb_4bit_compute_dtype="float32") if quantized else None
     model, params = jlora.load_pretrained(
         str(place.base), dtype="float32", quantization=quantization

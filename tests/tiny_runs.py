@@ -1,4 +1,4 @@
-"""A tiny base model, its data and its settings, and training runs on them as a user starts them."""
+"""A tiny base model with data and settings, and training runs started as a user would."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class Run(NamedTuple):
 
 
 OFF = "train.compilation_cache=false"
-"""The cache would be turned on for all other tests of the process, too."""
+"""Otherwise the cache would stay enabled for all other tests of the process."""
 
 
 class Place:
-    """A folder with a model, data and one output folder; ``settings`` are the defaults here."""
+    """A folder with a model, data and an output folder, and ``settings`` with defaults."""
 
     def __init__(self, folder: Path, base: Path, cache: Path):
         self.folder, self.base, self.cache = folder, base, cache
@@ -64,7 +64,7 @@ class Place:
         self.defaults: dict[str, dict[str, Any]] = {}
 
     def settings(self, **sections: Any) -> dict[str, Any]:
-        """The settings, each section's values updated by ``sections``; None leaves one out."""
+        """The settings, each section updated by ``sections``; None removes a section or value."""
         settings: dict[str, Any] = {
             "model": {"name_or_path": str(self.base), "dtype": "float32"},
             "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear"},
@@ -94,17 +94,17 @@ class Place:
         return settings
 
     def settings_for_loss(self) -> None:
-        """From now on the training losses only: no evaluation, no replies."""
+        """Turns off evaluation and replies in later settings: only training losses are logged."""
         self.defaults = {"data": {"eval": []}, "evaluate": {"samples": 0}}
 
     def write(self, **sections: Any) -> Path:
-        """``settings`` as a file."""
+        """Writes ``settings`` to a file."""
         file = self.folder / "config.yaml"
         file.write_text(yaml.safe_dump(self.settings(**sections)))
         return file
 
     def start(self, *arguments: Any, **env: str) -> subprocess.Popen:
-        """``python -m jlora.train`` on one CPU device."""
+        """Starts ``python -m jlora.train`` on one CPU device."""
         command = [sys.executable, "-m", "jlora.train", *map(str, arguments)]
         variables = {
             "JAX_PLATFORMS": "cpu",
@@ -116,7 +116,7 @@ class Place:
         return subprocess.Popen(command, env=os.environ | variables | env, cwd=self.folder, **pipes)
 
     def _site(self) -> Path:
-        """Hides torch, which transformers would import if it were there: half of a start."""
+        """A folder whose sitecustomize hides torch; importing it takes half of a start."""
         file = self.cache / "site" / "sitecustomize.py"
         if not file.exists():
             file.parent.mkdir()
@@ -124,44 +124,44 @@ class Place:
         return file.parent
 
     def command(self, *arguments: Any, **env: str) -> Run:
-        """The same, waited for."""
+        """Starts the command and waits for its end."""
         process = self.start(*arguments, **env)
         out, err = process.communicate(timeout=300)
         return Run(process.returncode, out, err)
 
     def run(self, *overrides: str, devices: int = 1, **sections: Any) -> None:
-        """The same in this process, on its first devices; errors are raised."""
+        """Runs training in this process, on its first devices; errors are raised."""
         settings = config.load(self.write(**sections), [OFF, *overrides])
         mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
         with mock.patch.object(sharding, "make_mesh", mesh), standard_promotion():
             train.run(settings, Namespace(show_batch=False))
 
     def main(self, *arguments: str, **sections: Any) -> int:
-        """The command in this process, for what ends before a step: its exit code."""
+        """Runs the command in this process if it ends before a step; returns its exit code."""
         return cli.main("train", [str(self.write(**sections)), OFF, *arguments])
 
     def log(self) -> list[dict[str, Any]]:
-        """metrics.jsonl without what depends on the clock."""
+        """The lines of metrics.jsonl, without the speed."""
         lines = metrics_log.read_metrics(self.output / "metrics.jsonl")
         return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
 
     def losses(self) -> list[float]:
-        """The training lines' losses."""
+        """The training losses."""
         return [line["loss"] for line in self.log() if "loss" in line]
 
     def checkpoints(self) -> list[int]:
-        """The steps of the complete ones."""
+        """The steps of the complete checkpoints."""
         found = (self.output / "checkpoints").glob("*/manifest.json")
         return sorted(int(file.parent.name) for file in found)
 
     def adapter(self) -> bytes:
-        """The produced file."""
+        """The bytes of the adapter's file."""
         return (self.output / ADAPTER).read_bytes()
 
 
 @contextmanager
 def standard_promotion():
-    """As optax needs it, in the thread of a run that compiles, too."""
+    """Sets the dtype promotion that optax needs, also in the thread that compiles a run's step."""
     before = jax.config.jax_numpy_dtype_promotion
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     try:
@@ -171,7 +171,7 @@ def standard_promotion():
 
 
 def make_base(folder: Path) -> Path:
-    """A model folder with random weights and a tokenizer; rows to train and to evaluate on."""
+    """A model folder with random weights, a tokenizer, and rows for training and evaluation."""
     model = Model.from_config(LLAMA, "float32")
     save_pretrained(folder, model, init_params(jax.random.key(0), model))
     tiny_tokenizer().save_pretrained(folder)
@@ -188,6 +188,6 @@ def chat(prompt: str, reply: str) -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """A jsonl file."""
+    """Writes rows to a JSON-lines file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -1,7 +1,7 @@
 """A byte-level tokenizer of some 300 tokens, made in memory, and chat templates of known models.
 
-The templates are short versions that keep what matters of the originals: trimming, default system
-messages, dropped thinking, tools, an eos after the last message only.
+The templates are short versions with the relevant features of the originals: trimming, default
+system messages, dropped thinking, tools, an eos after the last message only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# The same text as CHATML, with the tags from which transformers computes its own mask.
+# The same text as CHATML, with the tags from which transformers computes its mask.
 GENERATION = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}"
@@ -33,7 +33,7 @@ LLAMA3 = (
     "{% if add_generation_prompt %}{{ '<|start|>assistant<|start|>\n\n' }}{% endif %}"
 )
 
-# Thinking is shown only after the last user message; the last reply always has a block of it.
+# Thinking is rendered only after the last user message; the last reply always has a block.
 QWEN3 = (
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
     "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
@@ -52,7 +52,7 @@ QWEN3 = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# The generation prompt opens a thought; what was thought is never shown afterwards.
+# The generation prompt opens a thinking block; finished thinking is never rendered.
 DEEPSEEK = (
     "{% for m in messages %}{% if m.role == 'assistant' %}"
     "{{ '<|start|>' + m.content.split('</think>')[-1].strip() + '<|eos|>' }}"
@@ -60,7 +60,7 @@ DEEPSEEK = (
     "{% if add_generation_prompt %}{{ '<|start|><think>\n' }}{% endif %}"
 )
 
-# The prompt opens a thought that the reply has to close (Qwen3.5).
+# The prompt opens a thinking block that the reply has to close (Qwen3.5).
 THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if loop.last and m.role == 'assistant' and '<think>' not in m.content %}"
@@ -68,13 +68,13 @@ THINKING = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
 
-# An eos follows the last message, and only that one.
+# An eos follows only the last message.
 PHI = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|stop|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 
-# Earlier replies end in another token than the last one.
+# Earlier replies end with a different token than the last one.
 HARMONY = (
     "{% for m in messages %}{{ '<|start|>' + m.role + '\n' + m.content }}"
     "{% if loop.last and m.role == 'assistant' %}<|eos|>{% else %}<|stop|>{% endif %}{% endfor %}"
@@ -89,7 +89,7 @@ TRAINING_TEXT = [
 
 
 def byte_tokenizer(trim_offsets: bool = False) -> Tokenizer:
-    """Byte-level BPE as GPT-2, Llama-3 and Qwen have it."""
+    """Byte-level BPE as in GPT-2, Llama-3 and Qwen."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -105,7 +105,7 @@ def byte_tokenizer(trim_offsets: bool = False) -> Tokenizer:
 def tiny_tokenizer(
     template: str | None = CHATML, *, adds_bos: bool = False, trim_offsets: bool = False, **special
 ) -> PreTrainedTokenizerFast:
-    """A transformers tokenizer; ``adds_bos``: as Llama's, it puts bos before every text."""
+    """A transformers tokenizer; with ``adds_bos`` it starts every text with bos, like Llama's."""
     tokenizer = byte_tokenizer(trim_offsets)
     if adds_bos:
         bos = ("<|begin|>", tokenizer.token_to_id("<|begin|>"))
