@@ -42,8 +42,8 @@ def longest(model: str, method: str, device: str, limit: int, guess: int) -> dic
         jax.clear_caches()
         hf = {**MODELS[model], "max_position_embeddings": LONGEST}
         got = measure(hf, row, 1, length, device, limit)
-        said = got.get("refused") or f"{got['peak'] / 1e9:.2f} GB"
-        print(f"{model} {row} {device} {length}: {said}", flush=True)
+        size_text = got.get("refused") or f"{got['peak'] / 1e9:.2f} GB"
+        print(f"{model} {row} {device} {length}: {size_text}", flush=True)
         return got.get("peak", REFUSED)
 
     low, seen = search(peak, limit, guess)

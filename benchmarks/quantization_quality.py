@@ -66,7 +66,7 @@ def rounding(table: np.ndarray) -> Callable[[Any], Any]:
     return lambda params: paths.map_leaves(change, params)
 
 
-def packing(**settings: Any) -> Callable[[Any], Any]:
+def quantizer(**settings: Any) -> Callable[[Any], Any]:
     return lambda params: quantize_params(params, QuantConfig(**settings))
 
 
@@ -74,10 +74,10 @@ CODES: dict[str, Callable[[Any], Any]] = {
     "float32": lambda params: params,
     "int4": rounding(TABLES["int4"]),
     "FP4 (E2M1)": rounding(TABLES["FP4 (E2M1)"]),
-    "FP4 (bitsandbytes)": packing(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False),
-    "NF4": packing(bnb_4bit_use_double_quant=False),
-    "NF4+DQ": packing(),
-    "int8": packing(load_in_8bit=True),
+    "FP4 (bitsandbytes)": quantizer(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False),
+    "NF4": quantizer(bnb_4bit_use_double_quant=False),
+    "NF4+DQ": quantizer(),
+    "int8": quantizer(load_in_8bit=True),
 }
 
 

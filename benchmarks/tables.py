@@ -212,8 +212,15 @@ def predicted(results: Path) -> str:
     rows = []
     for point in result["points"]:
         facts = point["results"]["jlora"]["facts"]
-        said, seen = facts["predicted"], facts["measured"]
-        rows.append([point["value"], f"{said / 1e6:.0f}", f"{seen / 1e6:.0f}", short(seen / said)])
+        predicted_bytes, measured_bytes = facts["predicted"], facts["measured"]
+        rows.append(
+            [
+                point["value"],
+                f"{predicted_bytes / 1e6:.0f}",
+                f"{measured_bytes / 1e6:.0f}",
+                short(measured_bytes / predicted_bytes),
+            ]
+        )
     head = ["step", "predicted, MB", "measured, MB", "measured / predicted"]
     return f"{markdown(head, rows)}\n\n{conditions(result['conditions'])}"
 

@@ -373,22 +373,22 @@ ENTRY %main (x: bf16[64,32]) -> f32[64,48] {
 """
 
 
-@pytest.mark.parametrize("says", [9.0, 1.0, 0.9], ids=["always", "what fits", "less than that"])
-def test_the_longest_row_is_found_in_few_compilations(monkeypatch, says):
+@pytest.mark.parametrize("share", [9.0, 1.0, 0.9], ids=["always", "what fits", "less than that"])
+def test_the_longest_row_is_found_in_few_compilations(monkeypatch, share):
     """Above a share of the limit the compiler refuses without reporting a size."""
     monkeypatch.syspath_prepend(str(FOLDER))
     fits = load("fits")
-    lengths, looks = range(0, fits.LONGEST + 1, fits.STEP), []
+    lengths, compilations = range(0, fits.LONGEST + 1, fits.STEP), []
     for start, slope, bend in itertools.product((1, 7, 20), (0.02, 0.2, 2.0), (0.0, 0.3)):
 
         def peak(n, start=start, slope=slope, bend=bend):
             size = int(start * 1e9 + slope * 1e6 * n * (1 + bend * n / fits.LONGEST))
-            return size if size < says * 17e9 else fits.REFUSED
+            return size if size < share * 17e9 else fits.REFUSED
 
         low, seen = fits.search(peak, 17e9, fits.FIRST[0])
         assert low == max(n for n in lengths if not n or peak(n) <= 17e9)
-        looks.append(len(seen))
-    assert max(looks) <= 12
+        compilations.append(len(seen))
+    assert max(compilations) <= 12
 
 
 def test_operations_are_grouped_by_purpose(monkeypatch):

@@ -53,9 +53,9 @@ def test_help_lists_every_setting(command, capsys):
         default = "required" if option.default is None else option.default
         assert f"\n  {option.field} = {default}\n" in text
         assert f"\n{option.section}: " in text
-    unbroken = " ".join(text.split())
-    assert all(option.section_help in unbroken for option in config.options())
-    assert all(" ".join(option.help.split()) in unbroken for option in config.options())
+    unwrapped = " ".join(text.split())
+    assert all(option.section_help in unwrapped for option in config.options())
+    assert all(" ".join(option.help.split()) in unwrapped for option in config.options())
 
 
 @pytest.mark.parametrize("argv", [[], ["--nonsense", "c.yaml"], ["c.yaml", "--fas"]])

@@ -456,8 +456,8 @@ def test_relative_inputs_from_the_working_directory_then_from_the_file(write, tm
     text = MINIMAL.replace("org/rows", "rows.jsonl")
     path = write(text)
     assert "did you mean 'row.jsonl'?" in fault_near(path, tmp_path / "files" / "row.jsonl")
-    beside = write("", "rows.jsonl")
-    assert config.load(path).data.train[0].path == str(beside)
+    next_to_config = write("", "rows.jsonl")
+    assert config.load(path).data.train[0].path == str(next_to_config)
     here = tmp_path / "cwd" / "rows.jsonl"
     here.write_text("")
     assert config.load(path).data.train[0].path == str(here)

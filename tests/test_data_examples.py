@@ -168,10 +168,10 @@ def test_segments_agree_with_ranges_where_no_token_crosses():
 
 
 def test_progress_and_chunks():
-    tokenizer, told = tt.tiny_tokenizer(), []
+    tokenizer, reports = tt.tiny_tokenizer(), []
     rows = [Text(f"x:{i}", f"text {i}") for i in range(1030)]
-    examples, _ = encode(rows, tokenizer, 64, progress=lambda n, m: told.append((n, m)))
-    assert told == [(512, 1030), (1024, 1030), (1030, 1030)]
+    examples, _ = encode(rows, tokenizer, 64, progress=lambda n, m: reports.append((n, m)))
+    assert reports == [(512, 1030), (1024, 1030), (1030, 1030)]
     assert len(examples) == 1030
     assert learned(examples, tokenizer)[1029] == "ext 1029<|eos|>"
 

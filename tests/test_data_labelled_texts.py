@@ -30,8 +30,8 @@ def encode(labels, names):
 
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_tokens_match_the_tokenizer_and_the_last_has_the_class(adds_bos):
-    tokenizer, told = tt.tiny_tokenizer(adds_bos=adds_bos), []
-    examples, counts = encode_labelled(ROWS, tokenizer, 20, NAMES, lambda *n: told.append(n))
+    tokenizer, reports = tt.tiny_tokenizer(adds_bos=adds_bos), []
+    examples, counts = encode_labelled(ROWS, tokenizer, 20, NAMES, lambda *n: reports.append(n))
     assert tokenizer.backend_tokenizer.truncation is None, (
         "the setting would be saved with the tokenizer"
     )
@@ -40,7 +40,7 @@ def test_tokens_match_the_tokenizer_and_the_last_has_the_class(adds_bos):
         assert ids.tolist() == tokenizer(row.text, truncation=True, max_length=20)["input_ids"]
         assert labels.tolist() == [IGNORE] * (len(ids) - 1) + [NAMES.index(row.label)]
     assert counts.truncated == 1 and not counts.dropped and not counts.bad
-    assert told == [(5, 5)]
+    assert reports == [(5, 5)]
 
 
 def test_padding_at_the_end_is_left_out():

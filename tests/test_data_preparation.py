@@ -161,17 +161,17 @@ def test_rows_that_the_template_refuses_are_bad_rows(tmp_path):
 
 def test_warnings(tmp_path):
     prepared = made(config(tmp_path, chats(3), max_length=26))
-    said = "\n".join(prepared.warnings)
-    assert "2 of 3 rows are longer than data.max_length=26" in said
-    assert "'<|eos|>' is never learned" in said  # the template ends turns with another token
+    text = "\n".join(prepared.warnings)
+    assert "2 of 3 rows are longer than data.max_length=26" in text
+    assert "'<|eos|>' is never learned" in text  # the template ends turns with another token
     prepared = made(config(tmp_path, chats(3)), template=None)
-    (said,) = prepared.warnings
-    assert "no chat template" in said
+    (warning,) = prepared.warnings
+    assert "no chat template" in warning
     assert made(config(tmp_path, chats(3)), eos_token="<|im_end|>").warnings == ()
     thinking = [{"messages": [{"role": "user", "content": "a"}]}]
     thinking[0]["messages"].append({"role": "assistant", "content": "<think>why</think>b"})
-    (said,) = made(config(tmp_path, thinking), template=tt.DEEPSEEK).warnings
-    assert "only part of the replies" in said
+    (warning,) = made(config(tmp_path, thinking), template=tt.DEEPSEEK).warnings
+    assert "only part of the replies" in warning
 
 
 def test_a_missing_template_is_saved_with_the_tokenizer(tmp_path):
@@ -222,9 +222,9 @@ def test_prefetching_keeps_order_is_bounded_and_propagates_errors():
 
 
 def test_progress(tmp_path):
-    data, told = config(tmp_path, chats(3)), []
-    prepare(data.train, tt.tiny_tokenizer(), data, progress=lambda *a: told.append(a))
-    assert told == [(data.train[0].path, 3, 3)]
+    data, reports = config(tmp_path, chats(3)), []
+    prepare(data.train, tt.tiny_tokenizer(), data, progress=lambda *a: reports.append(a))
+    assert reports == [(data.train[0].path, 3, 3)]
 
 
 def test_no_jax_is_needed():

@@ -183,7 +183,7 @@ def test_an_axis_that_would_cut_blocks_splits_the_other_dimension():
     assert got.codes == PartitionSpec("fsdp", "tensor") and got.absmax == PartitionSpec()
 
 
-PACKINGS = {
+QUANTIZERS = {
     "whole blocks": lambda w: nf4.quantize(w, 32),
     "float32 absmax": lambda w: nf4.quantize(w, 64, double_quant=False),
     "fp4": lambda w: nf4.quantize(w, 32, quant_type="fp4"),
@@ -195,11 +195,11 @@ PACKINGS = {
 
 @pytest.mark.parametrize("module", ["q_proj", "down_proj"])
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 1, 8), (2, 2, 2)])
-@pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS.keys())
-def test_shards_are_dequantized_without_communication(packing, sizes, module):
+@pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS.keys())
+def test_shards_are_dequantized_without_communication(quantizer, sizes, module):
     """Every device dequantizes its own part, with the same values as a single device."""
     mesh = mesh_of(**dict(zip(AXES, sizes, strict=True)))
-    kernels = [packing(normal(64, 256, seed=s)).mT for s in range(2)]
+    kernels = [quantizer(normal(64, 256, seed=s)).mT for s in range(2)]
     tree = {"layers": {module: {"kernel": jax.tree.map(lambda *x: jnp.stack(x), *kernels)}}}
     where = sharding.shardings(tree, mesh)
     rows, cols = where["layers"][module]["kernel"].codes.spec[-2:]
@@ -264,9 +264,9 @@ where = sharding.shardings(tree, mesh)
 placed = sharding.place(sharding.place(tree, where), where)
 codes = placed["q_proj"]["kernel"].codes
 for shard in codes.addressable_shards:
-    whole = np.asarray(tree["q_proj"]["kernel"].codes)
-    np.testing.assert_array_equal(np.asarray(shard.data), whole[shard.index])
-    assert shard.data.size * 4 == whole.size
+    expected = np.asarray(tree["q_proj"]["kernel"].codes)
+    np.testing.assert_array_equal(np.asarray(shard.data), expected[shard.index])
+    assert shard.data.size * 4 == expected.size
 assert not codes.is_fully_addressable
 total = jax.jit(lambda t: t["q_proj"]["kernel"].dequantize().sum())(placed)
 print("SUM", float(total), float(tree["q_proj"]["kernel"].dequantize().sum()))

@@ -78,12 +78,12 @@ def test_what_cannot_be_exported_is_refused(ran, capsys, tmp_path):
         code = export(ran, *overrides, f"export.output_dir={tmp_path / 'none'}")
         return code, capsys.readouterr().err
 
-    code, said = refused("export.checkpoint=7")
-    assert code == 2 and "export.checkpoint" in said and "complete here: 1, 2" in said
-    code, said = refused("lora.lora_alpha=16", "lora.r=2")
-    assert code == 2 and "lora.lora_alpha: 8 there, 16 here" in said and "lora.r: 4" in said
-    code, said = refused(f"train.output_dir={tmp_path}")
-    assert code == 2 and "holds no complete checkpoint" in said
+    code, message = refused("export.checkpoint=7")
+    assert code == 2 and "export.checkpoint" in message and "complete here: 1, 2" in message
+    code, message = refused("lora.lora_alpha=16", "lora.r=2")
+    assert code == 2 and "lora.lora_alpha: 8 there, 16 here" in message and "lora.r: 4" in message
+    code, message = refused(f"train.output_dir={tmp_path}")
+    assert code == 2 and "holds no complete checkpoint" in message
     assert not (tmp_path / "none").exists()
 
 
@@ -103,8 +103,8 @@ def test_a_damaged_leaf_is_named_and_the_optimizer_is_not_read(ran, capsys, tmp_
     data[len(data) // 2] ^= 1
     chunk.write_bytes(bytes(data))
     assert export(ran, checkpoint_option, f"export.output_dir={tmp_path / 'no'}") == 65
-    said = capsys.readouterr().err
-    assert f"{chunk}: the file is damaged" in said and f"(leaf {name})" in said
+    message = capsys.readouterr().err
+    assert f"{chunk}: the file is damaged" in message and f"(leaf {name})" in message
     assert not (tmp_path / "no").exists()
 
 

@@ -24,8 +24,8 @@ GPT2 = {
 def inspect(place, capsys, *overrides, **sections):
     """The command's exit code, output and errors; table columns are joined by one space."""
     code = cli.main("inspect", [str(place.write(**sections)), *overrides])
-    said = capsys.readouterr()
-    return code, re.sub(r" {2,}", " ", said.out), said.err
+    captured = capsys.readouterr()
+    return code, re.sub(r" {2,}", " ", captured.out), captured.err
 
 
 def fresh(params, **fields):
@@ -124,8 +124,14 @@ def test_a_prequantized_base_is_not_trained_in_full(place, capsys):
     folder = place.folder / "quantized"
     shutil.copytree(place.base, folder)
     config = json.loads((folder / "config.json").read_text())
-    packing = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": packing}))
+    quantization_config = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+    }
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": quantization_config})
+    )
     here = {"name_or_path": str(folder)}
     code, _, err = inspect(place, capsys, lora=None, model=here)
     assert code == 2 and "quantized weights cannot be trained in full" in err

@@ -64,7 +64,7 @@ def test_low_precision_products_accumulate_in_float32():
     np.testing.assert_allclose(grad, want, rtol=0.02, atol=0.1)
 
 
-PACKINGS = {
+QUANTIZERS = {
     "nf4": nf4.quantize,
     "fp4": functools.partial(nf4.quantize, block_size=32, double_quant=False, quant_type="fp4"),
     "straddling": functools.partial(nf4.quantize, block_size=128),
@@ -72,10 +72,10 @@ PACKINGS = {
 }
 
 
-@pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS.keys())
-def test_under_jit_vmap_scan_and_remat(packing):
+@pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS.keys())
+def test_under_jit_vmap_scan_and_remat(quantizer):
     x, w, a, b = weights()
-    stacked = jax.vmap(lambda s: packing(w.T * s).mT)(jnp.arange(1.0, 4.0))
+    stacked = jax.vmap(lambda s: quantizer(w.T * s).mT)(jnp.arange(1.0, 4.0))
     leaf = LoraWeight(stacked, jnp.stack([a] * 3), jnp.stack([b] * 3), jnp.ones(3))
     square = jnp.asarray(np.random.default_rng(1).normal(size=(O, I)) / 16, jnp.float32)
 
@@ -108,10 +108,10 @@ def saved_shapes(f, *args):
     return [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(pullback)]
 
 
-@pytest.mark.parametrize("name", PACKINGS)
+@pytest.mark.parametrize("name", QUANTIZERS)
 def test_quantized_weights_save_their_codes_and_no_dequantized_matrix(name):
     x, w, _, _ = weights()
-    leaf = PACKINGS[name](w.T).mT
+    leaf = QUANTIZERS[name](w.T).mT
     saved = saved_shapes(lambda x: dot(x, leaf), x)
     codes = ((O, I), "int8") if name == "int8" else ((O, I // 2), "uint8")
     assert codes in saved
@@ -239,20 +239,20 @@ def grouped(x, w):
     return grouped_dot(x, w, jnp.asarray(SIZES))
 
 
-@pytest.mark.parametrize("packing", [None, *PACKINGS.values()], ids=["dense", *PACKINGS])
-def test_rows_are_multiplied_by_the_matrix_of_their_group(packing):
+@pytest.mark.parametrize("quantizer", [None, *QUANTIZERS.values()], ids=["dense", *QUANTIZERS])
+def test_rows_are_multiplied_by_the_matrix_of_their_group(quantizer):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(10, I)), jnp.float32)
     w = jnp.asarray(rng.normal(size=(4, O, I)) / 8, jnp.float32)
-    leaf = w.mT if packing is None else jax.vmap(packing)(w).mT
-    dense = np.asarray(leaf if packing is None else leaf.dequantize(), np.float64)
+    leaf = w.mT if quantizer is None else jax.vmap(quantizer)(w).mT
+    dense = np.asarray(leaf if quantizer is None else leaf.dequantize(), np.float64)
     group, g = np.repeat(np.arange(4), SIZES), jnp.asarray(rng.normal(size=(10, O)), jnp.float32)
     want = np.einsum("ni,nio->no", np.asarray(x, np.float64), dense[group])
     np.testing.assert_allclose(grouped(x, leaf), want, atol=1e-5)
 
     of_x = jax.jit(lambda x, w: jax.vjp(lambda x: grouped(x, w), x)[1](g)[0])
     np.testing.assert_allclose(of_x(x, leaf), np.einsum("no,nio->ni", g, dense[group]), atol=1e-4)
-    if packing is None:
+    if quantizer is None:
         (of_w,) = jax.vjp(lambda w: grouped(x, w), leaf)[1](g)
         want_w = np.zeros(dense.shape)
         for row, e in enumerate(group):

@@ -58,8 +58,8 @@ from jlora import merge
 assert merge is jlora.merge and not isinstance(merge, types.ModuleType)
 from jlora.quantize import run
 assert isinstance(sys.modules["jlora.quantize"], types.ModuleType) and callable(run)
-packed = jlora.quantize(params, jlora.QuantConfig())
-assert jlora.quantize.__name__ == "quantize_params" and packed["layer"]["kernel"].nbytes < 48
+quantized = jlora.quantize(params, jlora.QuantConfig())
+assert jlora.quantize.__name__ == "quantize_params" and quantized["layer"]["kernel"].nbytes < 48
 print("fine")
 """
 

@@ -38,8 +38,8 @@ def test_layout_states_what_each_device_holds():
 
 def test_attention_is_named_with_its_reason():
     model = Model.from_config(LLAMA | {"head_dim": 64})
-    said = [header.attention_text(model, platform, 1024) for platform in ("cpu", "gpu", "tpu")]
-    assert said == [
+    texts = [header.attention_text(model, platform, 1024) for platform in ("cpu", "gpu", "tpu")]
+    assert texts == [
         "chunked: 1024 tokens are more than a chunk of 64",
         "cudnn: made for cuda",
         "splash: made for tpu",

@@ -47,8 +47,8 @@ OWN = {**CLASSIFIER, "id2label": {"1": "y", "0": "x", "2": "z"}}
     ],
 )
 def test_the_origin_of_the_class_names(settings, hf, model, names, origin):
-    found, said = with_label_names(settings(hf, **model))
-    assert (found.model.id2label, found.model.num_labels, said) == (names, len(names), origin)
+    found, source = with_label_names(settings(hf, **model))
+    assert (found.model.id2label, found.model.num_labels, source) == (names, len(names), origin)
     assert with_label_names(found)[0] == found
 
 
