@@ -89,7 +89,7 @@ def remedies_at(of_8b):
             forecast,
             tokenizer=None,
             rows=Rows(length),
-            compile_target=target.parse("rtx4090"),
+            compile_target=target.parse_target("rtx4090"),
             devices=None,
             count_work=False,
         )
@@ -106,7 +106,7 @@ def test_a_step_takes_as_long_as_its_slowest_part(of_8b):
     def seconds(*overrides):
         chosen = of_8b(2048, "train.gradient_accumulation_steps=4", *overrides)
         with jax.numpy_dtype_promotion("standard"):
-            found = forecast(chosen, None, Rows(2048), target.parse("rtx4090"), None)
+            found = forecast(chosen, None, Rows(2048), target.parse_target("rtx4090"), None)
         return found.seconds(), found.work.flops
 
     paging, offloading = "train.optim=paged_adamw_32bit", "train.activation_offloading=true"
