@@ -144,7 +144,8 @@ def _prompt_ids(prompt: PromptRow, config: Config, tokenizer: Any) -> list[int]:
         ids = bos_prefix(tokenizer) + token_ids(text, tokenizer)
         return ids or [tokenizer.eos_token_id]
     try:
-        opened = reply_row(_training_row(text, config.data.train[0].format), tokenizer)
+        row = _training_row(text, config.data.train[0].format)
+        opened = reply_row(row, tokenizer, config.data.chat_template_kwargs)
     except BadRow as error:
         raise DataError(str(error), where=prompt.where) from error
     assert opened is not None

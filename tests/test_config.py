@@ -269,6 +269,20 @@ def test_contradictions_about_classes_are_named(write, text, words):
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(
+    ("held_out", "words"),
+    [("", "needs held-out rows"), ("  eval: [{path: a, format: text}]", "have no replies")],
+)
+def test_exact_match_needs_held_out_replies(write, held_out, words):
+    text = (
+        "model: {name_or_path: org/base}\nlora: {r: 4}\ntrain: {output_dir: out}\n"
+        f"data:\n  train: [{{path: org/rows, format: text}}]\n{held_out}\n"
+        "evaluate: {exact_match: true}\n"
+    )
+    message = fault(write(text))
+    assert "evaluate.exact_match" in message and words in message
+
+
 FAULTY = """\
 model: {name_or_path: org/base, torch_dtype: bfloat16}
 quantization:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny_tokenizer as tt
 
-from jlora.data.examples import IGNORE, Counts, Piece, encode, encode_by_spans, pieces, target_mask
+from jlora.data.examples import IGNORE, Counts, encode
 from jlora.data.formats import alpaca_prompt
 from jlora.data.rows import Chat, Completion, Text
 from jlora.errors import DataError
@@ -16,7 +16,7 @@ def chat(*contents):
 
 
 def streams(examples):
-    """Each example's tokens, including its last target, and which of them are targets."""
+    """Each example's tokens, its last target included, and which of them are learned."""
     for i in range(len(examples)):
         ids, labels = examples[i]
         known = labels != IGNORE
@@ -25,7 +25,7 @@ def streams(examples):
 
 
 def learned(examples, tokenizer):
-    """The targets of each example, as text."""
+    """What each example teaches, as a text."""
     return [
         tokenizer.decode([t for t, m in zip(*pair, strict=False) if m])
         for pair in streams(examples)
@@ -38,7 +38,6 @@ def test_chat_labels_match_transformers_masks(trim):
     rows = [
         chat("hi", "  hello  you"),
         chat("2 + 2?", "The answer\n", "é😀", " 4 é😀"),
-        chat("a", "\n\nb"),
     ]
     examples, _ = encode(rows, tokenizer, 512)
     for i, row in enumerate(rows):
@@ -50,11 +49,10 @@ def test_chat_labels_match_transformers_masks(trim):
         ids, labels = examples[i]
         np.testing.assert_array_equal(ids, tokens[: len(ids)])
         assert labels[-1] != IGNORE and (expected[len(ids) :] == IGNORE).all()
-        if not trim:  # with trimmed ranges transformers' mask loses leading spaces
+        if not trim:  # under trimmed ranges transformers' mask itself loses leading spaces
             np.testing.assert_array_equal(labels, expected[: len(ids)])
         learned_text = tokenizer.decode(labels[labels != IGNORE])
-        if i < 2:  # in the last row one token spans the prompt's and the reply's line breaks
-            assert learned_text == "".join(m["content"] + "<|im_end|>" for m in row.messages[1::2])
+        assert learned_text == "".join(m["content"] + "<|im_end|>" for m in row.messages[1::2])
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
@@ -139,39 +137,107 @@ def test_split_and_lossy_chats_are_counted():
     thinking = chat("a", "<think>\nwhy\n</think>\n\nb", "c", "d")
     examples, counts = encode([thinking], tt.tiny_tokenizer(tt.QWEN3), 512)
     assert (len(examples), counts.split, counts.lossy) == (2, 1, 0)
-    examples, counts = encode([thinking], tt.tiny_tokenizer(tt.DEEPSEEK), 512)
+    dropping = tt.CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+    thinking = chat("a", "<think>why</think>b", "c", "d")
+    examples, counts = encode([thinking], tt.tiny_tokenizer(dropping), 512)
     assert (len(examples), counts.split, counts.lossy) == (1, 0, 1)
 
 
-def test_ranges_that_miss_a_span_are_refused():
-    """Some tokenizers report every range as empty; then segments are encoded separately."""
-    piece = Piece("x:1", "abcd", ((2, 4),))
-    good = np.array([[0, 1], [1, 2], [2, 3], [3, 4]])
-    assert target_mask(good, piece).tolist() == [False, False, True, True]
-    trimmed = np.array(
-        [[0, 1], [1, 2], [3, 3], [3, 4]]
-    )  # " " trimmed to an empty range, as by Llama-3
-    assert target_mask(trimmed, piece).tolist() == [False, False, True, True]
-    assert target_mask(good[:, :1].repeat(2, 1), piece) is None
-    assert target_mask(np.zeros((0, 2), np.int64), piece) is None
+# Line breaks of a prompt and of its reply form one token, which the prompt alone does not end in.
+STRADDLING = [
+    Completion("x:1", "2 + 2\n", "\n4"),
+    Completion("x:2", "Hello", "\nworld"),
+    chat("a", "\n\nb"),
+    chat("a", "\n\nb", "c", "d", "e", "\nf"),
+]
 
 
-def test_segments_agree_with_ranges_where_no_token_crosses():
-    tokenizer = tt.tiny_tokenizer()
-    rows = [chat("hi", "hello", "Hello world", "fine, thank you")]
-    (piece,) = pieces(rows, tokenizer, Counts())
-    ids, mask = encode_by_spans(piece, tokenizer)
-    examples, _ = encode(rows, tokenizer, 512)
-    n = len(examples.ids)
-    assert ids[:n] == examples.ids.tolist() and not mask[n + 1 :].any()
-    np.testing.assert_array_equal(np.where(mask, ids, IGNORE)[1 : n + 1], examples.labels)
+def merging_tokenizer():
+    """A SentencePiece-like BPE without pre-tokenization, which merges letters over line breaks.
+
+    A text begins with a piece for a space; decoding leaves it out.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = [*"▁\nabcdefghijklmnopqrstuvwxyzHT0123456789+?.'<|_>", "\ue000"]
+    merges = [("\n", "h"), ("t", "\n"), ("t\n", "\nh"), ("\n", "\n"), ("e", "l"), ("▁", "a")]
+    vocab = ["<unk>", "<s>", "</s>", *characters, *("".join(m) for m in merges)]
+    tokenizer = Tokenizer(
+        models.BPE({t: i for i, t in enumerate(vocab)}, merges, unk_token="<unk>", fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    wrapped.chat_template = (
+        "{% for m in messages %}{{ m.role + '\n' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+    )
+    return wrapped
+
+
+@pytest.mark.parametrize("make", [merging_tokenizer, tt.tiny_tokenizer])
+@pytest.mark.parametrize("row", [*STRADDLING, Completion("x:3", "a t\n", "\nhel")])
+def test_replies_have_the_tokens_of_inference(make, row):
+    """The context of each reply is its prompt's own ids; the reply has no piece for a space."""
+    tokenizer = make()
+    if isinstance(row, Completion):
+        prompts, texts = [row.prompt], [row.completion]
+    else:
+        turns = range(1, len(row.messages), 2)
+        prompts = [
+            tokenizer.apply_chat_template(
+                row.messages[:i], tokenize=False, add_generation_prompt=True
+            )
+            for i in turns
+        ]
+        texts = [row.messages[i]["content"] for i in turns]
+    examples, _ = encode([row], tokenizer, 512)
+    found = 0
+    for tokens, mask in streams(examples):
+        starts = [i for i in range(1, len(mask)) if mask[i] and not mask[i - 1]]
+        for start in starts:
+            prompt = tokenizer(prompts[found], add_special_tokens=False)["input_ids"]
+            assert tokens[:start] == prompt
+            end = next((i for i in range(start, len(mask)) if not mask[i]), len(mask))
+            reply = tokens[start:end]
+            assert tokenizer.convert_ids_to_tokens(reply[:1]) != ["▁"]
+            shown = tokenizer.decode(prompt + reply, skip_special_tokens=False)
+            assert shown.startswith((prompts[found] + texts[found]).rstrip())
+            found += 1
+    assert found == len(prompts)
+
+
+def test_rows_with_the_tokens_of_inference_are_counted():
+    _, counts = encode([*STRADDLING, chat("a", "b")], tt.tiny_tokenizer(), 512)
+    assert counts.retokenized == 2  # GPT-2's pattern keeps the line breaks of the others apart
+
+
+@pytest.mark.parametrize("make", [merging_tokenizer, tt.tiny_tokenizer])
+def test_a_loss_on_all_tokens_has_the_tokens_of_the_whole_text(make):
+    tokenizer = make()
+    rows = [*STRADDLING, Completion("x:3", "a t\n", "\nhel")]
+    examples, counts = encode(rows, tokenizer, 512, assistant_only_loss=False)
+    assert len(examples) == len(rows) and counts.retokenized == 0
+    for row, (tokens, mask) in zip(rows, streams(examples), strict=True):
+        if isinstance(row, Completion):
+            whole = tokenizer(row.prompt + row.completion)["input_ids"] + [tokenizer.eos_token_id]
+        else:
+            whole = tokenizer.apply_chat_template(row.messages, tokenize=True)["input_ids"]
+        assert tokens == whole and all(mask[1:])
 
 
 def test_progress_and_chunks():
-    tokenizer, reports = tt.tiny_tokenizer(), []
+    tokenizer, told = tt.tiny_tokenizer(), []
     rows = [Text(f"x:{i}", f"text {i}") for i in range(1030)]
-    examples, _ = encode(rows, tokenizer, 64, progress=lambda n, m: reports.append((n, m)))
-    assert reports == [(512, 1030), (1024, 1030), (1030, 1030)]
+    examples, _ = encode(rows, tokenizer, 64, progress=lambda n, m: told.append((n, m)))
+    assert told == [(512, 1030), (1024, 1030), (1030, 1030)]
     assert len(examples) == 1030
     assert learned(examples, tokenizer)[1029] == "ext 1029<|eos|>"
 

@@ -170,7 +170,9 @@ def test_warnings(tmp_path):
     assert made(config(tmp_path, chats(3)), eos_token="<|im_end|>").warnings == ()
     thinking = [{"messages": [{"role": "user", "content": "a"}]}]
     thinking[0]["messages"].append({"role": "assistant", "content": "<think>why</think>b"})
-    (warning,) = made(config(tmp_path, thinking), template=tt.DEEPSEEK).warnings
+    dropping = tt.CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+    eos = {"eos_token": "<|im_end|>"}
+    (warning,) = made(config(tmp_path, thinking), template=dropping, **eos).warnings
     assert "only part of the replies" in warning
 
 

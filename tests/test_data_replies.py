@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import tiny_tokenizer as tt
 
 from jlora.config import DataConfig, SourceConfig
@@ -9,8 +10,10 @@ from jlora.data.examples import encode
 from jlora.data.formats import FORMATS, alpaca_prompt
 from jlora.data.replies import reply_row, reply_rows
 from jlora.data.rows import Chat, Completion, Text
+from jlora.inference.scoring import Sample
 
 USER = {"role": "user", "content": "hi"}
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
 REPLY = {"role": "assistant", "content": "hello"}
 
 
@@ -39,10 +42,34 @@ def test_completions_and_alpaca_without_a_template():
     assert reply_row(row, tokenizer).prompt.startswith("<|im_start|>user\nT<|im_end|>")
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+CHATS = [
+    [USER, REPLY],
+    [USER, {"role": "assistant", "content": "<think>\nwhy\n</think>\n\nhello"}],
+    [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+]
+
+
+@pytest.mark.parametrize("messages", CHATS)
+@pytest.mark.parametrize("style", ["CHATML", "QWEN3", "DEEPSEEK", "THINKING", "MISTRAL"])
+def test_a_model_that_learned_a_reply_matches_it(style, messages):
+    """What training teaches after the prompt, decoded as generated tokens are, is the reference."""
+    tokenizer = tt.tiny_tokenizer(getattr(tt, style))
+    row = Chat("x:1", messages, TOOLS if "tool_calls" in messages[1] else None)
+    made = reply_row(row, tokenizer)
+    examples, _ = encode([row], tokenizer, 1024)
+    ids, labels = examples[0]
+    n = len(made.prompt_ids)
+    assert tuple(ids[:n]) == made.prompt_ids and (labels[: n - 1] == -100).all()
+    generated = tokenizer.decode(labels[n - 1 :], skip_special_tokens=True)
+    assert Sample(made.prompt, made.reply, generated).exact
+    assert not Sample(made.prompt, made.reply, "").exact
+
+
 def test_tool_calls_of_templates_without_tools():
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     message = {"role": "assistant", "content": "", "tool_calls": [call]}
-    row = Chat("x:1", [USER, message], [{"name": "f"}])
+    row = Chat("x:1", [USER, message], TOOLS)
     made = reply_row(row, tt.tiny_tokenizer(tt.CHATML))
     assert made.reply == '{"name": "f", "arguments": {}}' and "hi<|im_end|>" in made.prompt
 

@@ -1,7 +1,7 @@
 """A byte-level tokenizer of some 300 tokens, made in memory, and chat templates of known models.
 
-The templates are short versions with the relevant features of the originals: trimming, default
-system messages, dropped thinking, tools, an eos after the last message only.
+The templates are short versions that keep what matters of the originals: trimming, default system
+messages, dropped thinking, tools, an eos after the last message only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# The same text as CHATML, with the tags from which transformers computes its mask.
+# The same text as CHATML, with the tags from which transformers computes its own mask.
 GENERATION = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}"
@@ -33,7 +33,7 @@ LLAMA3 = (
     "{% if add_generation_prompt %}{{ '<|start|>assistant<|start|>\n\n' }}{% endif %}"
 )
 
-# Thinking is rendered only after the last user message; the last reply always has a block.
+# Thinking is shown only after the last user message; the last reply always has a block of it.
 QWEN3 = (
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
     "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
@@ -52,7 +52,7 @@ QWEN3 = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# The generation prompt opens a thinking block; finished thinking is never rendered.
+# The generation prompt opens a thought; what was thought is never shown afterwards.
 DEEPSEEK = (
     "{% for m in messages %}{% if m.role == 'assistant' %}"
     "{{ '<|start|>' + m.content.split('</think>')[-1].strip() + '<|eos|>' }}"
@@ -60,7 +60,7 @@ DEEPSEEK = (
     "{% if add_generation_prompt %}{{ '<|start|><think>\n' }}{% endif %}"
 )
 
-# The prompt opens a thinking block that the reply has to close (Qwen3.5).
+# The prompt opens a thought that the reply has to close (Qwen3.5).
 THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if loop.last and m.role == 'assistant' and '<think>' not in m.content %}"
@@ -68,13 +68,58 @@ THINKING = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
 
-# An eos follows only the last message.
+# System text and tools are shown in the last user message only; calls need ids of 9 characters.
+MISTRAL = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+    "{% set messages = messages[1:] %}{% endif %}"
+    "{% set users = messages | selectattr('role', 'equalto', 'user') | list %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% if tools and m == users[-1] %}{{ '[TOOLS] ' + tools | tojson + '[/TOOLS]' }}{% endif %}"
+    "{{ '[INST] ' }}{% if loop.last and system is defined %}{{ system + '\n\n' }}{% endif %}"
+    "{{ m.content + '[/INST]' }}{% elif m.tool_calls %}{{ '[CALLS] [' }}"
+    "{% for c in m.tool_calls %}{% if not c.id is defined or c.id | length != 9 %}"
+    "{{ raise_exception('Tool call IDs should be strings of length 9') }}{% endif %}"
+    "{% set text = c.function | tojson %}"
+    "{{ text[:-1] + ', \"id\": \"' + c.id + '\"}' }}{% endfor %}{{ ']' + eos_token }}"
+    "{% elif m.role == 'tool' %}"
+    "{% if not m.tool_call_id is defined or m.tool_call_id | length != 9 %}"
+    "{{ raise_exception('Tool call IDs should be strings of length 9') }}{% endif %}"
+    "{{ '[RESULTS] ' + m.content + m.tool_call_id + '[/RESULTS]' }}"
+    "{% else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
+)
+
+# Arguments have to be JSON text, which is copied.
+TEXT_ARGUMENTS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for c in m.tool_calls or [] %}"
+    "{{ '<call>' + c.function.name + ' ' + c.function.arguments + '</call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+# Calls are written as XML (Qwen3-Coder), and content beside them has to be null.
+XML_CALLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.content is not none %}{{ m.content }}"
+    "{% else %}{% for c in m.tool_calls %}{{ '<function=' + c.function.name + '>' }}"
+    "{% for k, v in c.function.arguments.items() %}"
+    "{{ '<parameter=' + k + '>' + v | string + '</parameter>' }}{% endfor %}"
+    "{{ '</function>' }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+# Calls are shown, the definitions of tools are not (DeepSeek R1).
+NO_TOOLS = TEXT_ARGUMENTS.replace("{% if tools %}{{ tools | tojson }}{% endif %}", "")
+
+# An eos follows the last message, and only that one.
 PHI = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|stop|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 
-# Earlier replies end with a different token than the last one.
+# Earlier replies end in another token than the last one.
 HARMONY = (
     "{% for m in messages %}{{ '<|start|>' + m.role + '\n' + m.content }}"
     "{% if loop.last and m.role == 'assistant' %}<|eos|>{% else %}<|stop|>{% endif %}{% endfor %}"
@@ -89,7 +134,7 @@ TRAINING_TEXT = [
 
 
 def byte_tokenizer(trim_offsets: bool = False) -> Tokenizer:
-    """Byte-level BPE as in GPT-2, Llama-3 and Qwen."""
+    """Byte-level BPE as GPT-2, Llama-3 and Qwen have it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -105,7 +150,7 @@ def byte_tokenizer(trim_offsets: bool = False) -> Tokenizer:
 def tiny_tokenizer(
     template: str | None = CHATML, *, adds_bos: bool = False, trim_offsets: bool = False, **special
 ) -> PreTrainedTokenizerFast:
-    """A transformers tokenizer; with ``adds_bos`` it starts every text with bos, like Llama's."""
+    """A transformers tokenizer; ``adds_bos``: as Llama's, it puts bos before every text."""
     tokenizer = byte_tokenizer(trim_offsets)
     if adds_bos:
         bos = ("<|begin|>", tokenizer.token_to_id("<|begin|>"))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from jlora.config.cross_section import (
     CLASSIFICATION,
     classification_faults,
+    exact_match_faults,
     initialization_faults,
     multi_adapter_faults,
 )
@@ -93,6 +94,7 @@ class Config(ConfigSection):
         """See ConfigSection."""
         yield from classification_faults(self)
         yield from multi_adapter_faults(self)
+        yield from exact_match_faults(self)
         if self.quantization and not self.lora:
             yield Fault(
                 ("quantization", "lora"),

@@ -37,6 +37,19 @@ def multi_adapter_faults(config: Any) -> Iterator[Fault]:
         yield Fault(("evaluate.exact_match", "data.train"), cause, fix)
 
 
+def exact_match_faults(config: Any) -> Iterator[Fault]:
+    """``evaluate.exact_match`` without rows that have replies."""
+    key = "evaluate.exact_match"
+    if not config.evaluate.exact_match:
+        return
+    if not config.data.eval:
+        fix = "name held-out rows in data.eval, or leave it out"
+        yield Fault((key, "data.eval"), "needs held-out rows", fix)
+    elif all(source.format == "text" for source in config.data.eval):
+        fix = "name held-out rows with replies, or leave it out"
+        yield Fault((key, "data.eval"), "rows of format text have no replies", fix)
+
+
 def initialization_faults(config: Any) -> Iterator[Fault]:
     """Values of ``init_lora_weights`` that a run does not support.
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from jlora.config.engine.convert import Bounds
+from jlora.config.engine.convert import Bounds, FrozenMap
 from jlora.config.engine.faults import Fault
 from jlora.config.engine.schema import ConfigSection, InputPath, LocalPath, Positive
 
@@ -66,6 +66,8 @@ class DataConfig(ConfigSection):
     """What a malformed row causes: error stops the run, skip drops and counts the row."""
     chat_template: LocalPath | None = None
     """A Jinja file to use instead of the tokenizer's chat template."""
+    chat_template_kwargs: Mapping[str, str | int | float | bool | None] = FrozenMap()
+    """Variables for the chat template, such as enable_thinking: false; those of a row prevail."""
 
     def check(self) -> Iterator[Fault]:
         """See ConfigSection."""

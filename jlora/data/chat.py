@@ -1,26 +1,29 @@
 r"""Renders chats with the tokenizer's chat template, and locates the replies in the text.
 
-Stock templates have no ``{% generation %}`` tags, from which transformers computes its mask. The
-spans are therefore found by rendering prefixes. For the assistant's message i::
+Stock templates have no ``{% generation %}`` tags, from which transformers computes its mask. Each
+reply is therefore rendered as the model will be asked for it. For the assistant's message i::
 
     prompt = render(messages[:i], add_generation_prompt=True)   <|im_start|>user … assistant\n
     text   = render(messages[:i + 1])                           … assistant\nHello<|im_end|>\n
     reply  = text[len(prompt):]                                 Hello<|im_end|>
 
-Text after the end-of-turn token is no target. Some templates render a message differently once
-the conversation continues (Qwen3 and DeepSeek drop earlier thinking). An *empty* thinking block may
-be dropped; if anything else changes, the chat becomes one text per reply, each as the model will
-see it when it generates that reply.
+What a reply is trained after is always the prompt that inference gives it. Replies share one text
+where each prompt continues the one before it and its reply. Where a template renders earlier
+messages differently later on (Qwen3 and DeepSeek drop thinking, Mistral moves the system text to
+the last user message), the chat becomes one text per reply.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from jlora.data.rows import Chat, learned_messages
+from jlora.data.shown import shows_context, shows_reply, shows_some, thinking
+from jlora.data.tool_calls import ToolSupport, uses_tools
 from jlora.errors import DataError
 
 TODAY = {
@@ -42,31 +45,100 @@ FIXED_DATE = (
 """Prepended to a template that inserts the date."""
 
 
+LONGEST_LEAD = 32
+"""Characters between a prompt and a reply's content that a template may add to the reply."""
+
+
 @dataclass(frozen=True)
 class RenderedChat:
-    """A text and the character spans [start, end) of its targets.
-
-    ``lossy``: the text lacks part of a reply.
-    """
+    """A text and the character spans [start, end) of its targets."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
     lossy: bool = False
+    """The text lacks part of a reply: of its content, thinking or tool calls."""
+    lacks_context: bool = False
+    """A prompt lacks part of what was said before it, or tools."""
 
 
+class Reply(NamedTuple):
+    """A reply after the prompt that asks for it, and what the template writes after the reply.
+
+    The reply ends with its end-of-turn token.
+    """
+
+    prompt: str
+    text: str
+    rest: str
+
+
+@dataclass(frozen=True)
 class ChatRenderer:
     """Renders chats with the template of one tokenizer.
 
-    If the template does not support tools, calls and results are rendered as JSON text.
+    Tools and calls are given to the template in its own form; what it does not show of them is
+    written as JSON text.
+
+    Args:
+      tokenizer: transformers' tokenizer, with its chat template.
+      variables: variables for the template, such as ``enable_thinking``; those of a row prevail.
     """
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-        self.special = tuple(special | set(tokenizer.all_special_tokens))
+    tokenizer: Any
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
-    def render(self, messages: list[dict], tools: list | None, prompt: bool = False) -> str:
-        """The text by the template; ``prompt`` adds the header of the assistant's next reply."""
+    @cached_property
+    def tool_support(self) -> ToolSupport:
+        """What of tools the template shows, and in which form it takes them."""
+        return ToolSupport.of(lambda m, tools, prompt: self._apply(m, tools, prompt, {}))
+
+    @cached_property
+    def special(self) -> tuple[str, ...]:
+        """The texts of the tokenizer's special tokens."""
+        special = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
+        return tuple(special | set(self.tokenizer.all_special_tokens))
+
+    def __call__(self, chat: Chat) -> list[RenderedChat]:
+        """The text or texts of a chat with the spans of its replies, up to the last of them.
+
+        Raises:
+          DataError: the template refuses the messages, or shows a reply not at all or not after
+            the prompt that asks for it.
+        """
+        return self._guarded(chat, self._texts)
+
+    def whole(self, chat: Chat) -> RenderedChat:
+        """The text of the whole chat, for a loss on all tokens; without spans.
+
+        Raises:
+          DataError: the template refuses the messages, or does not show a reply.
+        """
+        return self._guarded(chat, self._whole)
+
+    def _guarded(self, chat: Chat, rendered: Any) -> Any:
+        try:
+            return rendered(self.adapt(chat))
+        except DataError:
+            raise
+        except Exception as e:  # whatever a template raises: jinja's errors, TypeError, …
+            fix = "correct the row, or set data.chat_template to a template that takes it"
+            raise DataError(f"the chat template refuses it: {e}", where=chat.where, fix=fix) from e
+
+    def adapt(self, chat: Chat) -> Chat:
+        """The chat with tools as text where the template does not show them, else unchanged."""
+        return self.tool_support.adapt(chat) if uses_tools(chat) else chat
+
+    def _render(self, chat: Chat, count: int, prompt: bool = False) -> str:
+        """The first ``count`` messages; ``prompt`` adds the header of the next reply."""
+        messages = chat.messages[:count]
+        if uses_tools(chat):
+            messages = self.tool_support.in_form(messages)
+        variables = {**self.variables, **chat.template_variables}
+        return self._apply(messages, chat.tools, prompt, variables)
+
+    def _apply(
+        self, messages: list[dict], tools: list | None, prompt: bool, variables: Mapping[str, Any]
+    ) -> str:
         template = self.tokenizer.get_chat_template(None, tools)
         return self.tokenizer.apply_chat_template(
             messages,
@@ -74,156 +146,126 @@ class ChatRenderer:
             chat_template=FIXED_DATE + template if "strftime_now" in template else template,
             tokenize=False,
             add_generation_prompt=prompt,
+            **variables,
         )
 
-    def __call__(self, chat: Chat) -> list[RenderedChat]:
-        """The text or texts of a chat with the spans of its replies.
-
-        Raises:
-          DataError: the template refuses the messages, or a reply cannot be found in its text.
-        """
-        try:
-            return self._texts(chat)
-        except DataError:
-            raise
-        except Exception as e:  # whatever a template raises: jinja's errors, TypeError, …
-            fix = "correct the row, or set data.chat_template to a template that takes it"
-            raise DataError(f"the chat template refuses it: {e}", where=chat.where, fix=fix) from e
+    def _whole(self, chat: Chat) -> RenderedChat:
+        text, replies = self._render(chat, len(chat.messages)), list(learned_messages(chat))
+        if not all(shows_some(chat.messages[i], text) for i in replies):
+            raise _hidden(chat)
+        shown = all(shows_reply(chat.messages[i], text) for i in replies)
+        context = shows_context(chat.messages, chat.tools, text)
+        return RenderedChat(text, (), not shown, not context)
 
     def _texts(self, chat: Chat) -> list[RenderedChat]:
-        chat = self.adapt(chat)
-        messages, tools = chat.messages, chat.tools
-        text, turns = self.render(messages, tools), list(learned_messages(chat))
-        ends = {len(messages): text}
-        alone = [self._last_reply(messages[: i + 1], tools, chat.where, ends) for i in turns]
-        spans = [self._span(text, *reply) for reply in alone]
-        lossy = any(_lost(messages[i], t[s:]) for i, (t, s) in zip(turns, alone, strict=True))
-        if all(spans):
-            return [RenderedChat(text, tuple(self._trim(text, s) for s in spans if s), lossy)]
-        return [RenderedChat(t, (self._trim(t, (s, len(t))),), lossy) for t, s in alone]
+        turns = list(learned_messages(chat))
+        if not turns:
+            return [self._whole(chat)]
+        replies = [self._reply(chat, i) for i in turns]
+        lossy = not all(
+            shows_reply(chat.messages[i], r.text) for i, r in zip(turns, replies, strict=True)
+        )
+        lacks = not all(
+            shows_context(chat.messages[:i], chat.tools, r.prompt)
+            for i, r in zip(turns, replies, strict=True)
+        )
+        texts = self._joined(replies)
+        return [RenderedChat(text, tuple(spans), lossy, lacks) for text, spans in texts]
 
-    def adapt(self, chat: Chat) -> Chat:
-        """The chat without tool calls if the template does not support them, else unchanged."""
-        if "tool" in str(self.tokenizer.chat_template) or not uses_tools(chat):
-            return chat
-        return tools_as_text(chat)
+    def _joined(self, replies: list[Reply]) -> list[tuple[str, list[tuple[int, int]]]]:
+        """Texts with the spans of replies, which share one as long as prompts continue it."""
+        texts: list[tuple[str, list[tuple[int, int]]]] = []
+        for prompt, reply, rest in replies:
+            spans: list[tuple[int, int]] = []
+            if texts:
+                text, earlier = texts[-1]
+                start, end = earlier[-1]
+                ends = (end, start + self._shorter(text[start:end]))
+                if fitting := [e for e in ends if prompt.startswith(text[:e])]:
+                    spans = [*earlier[:-1], (start, fitting[0])]
+                    texts.pop()
+            spans.append((len(prompt), len(prompt) + len(reply)))
+            texts.append((prompt + reply + rest, spans))
+        return texts
 
-    def prompt(self, chat: Chat, reply: int) -> str:
-        """The prompt for message ``reply`` of an adapted chat."""
-        return self.render(chat.messages[:reply], chat.tools, prompt=True)
+    def _shorter(self, reply: str) -> int:
+        """The end of a reply without an eos that a template (Phi's) adds to the last one only."""
+        eos = self.tokenizer.eos_token
+        if eos and reply.endswith(eos):
+            shorter = reply[: -len(eos)].rstrip()
+            if shorter.endswith(self.special):
+                return len(shorter)
+        return len(reply)
 
-    def _last_reply(
-        self, messages: list[dict], tools: Any, where: str, known: dict[int, str]
-    ) -> tuple[str, int]:
-        """The text of a chat that ends in a reply, and the index where that reply starts.
-
-        ``known`` has texts that are already rendered, by their number of messages.
-        """
-        text = known.get(len(messages)) or self.render(messages, tools)
+    def _reply(self, chat: Chat, i: int) -> Reply:
+        """Message i after the prompt that asks for it."""
+        message, text = chat.messages[i], self._render(chat, i + 1)
         try:
-            prompt = self.render(messages[:-1], tools, prompt=True)
-        except Exception:  # a template may refuse a chat without messages
-            prompt = None
-        start = len(prompt) if prompt is not None and text.startswith(prompt) else None
+            prompt = self._render(chat, i, prompt=True)
+        except Exception:
+            if i:
+                raise
+            prompt = text[: self._content_start(chat, i, text)]  # some refuse an empty chat
+        reply = self._after(prompt, text, chat, i)
+        if reply is None:
+            cause = "the chat template's prompt for a reply is not how it begins the same chat"
+            fix = "set data.chat_template to a template that shows the prompt before the reply"
+            raise DataError(cause, where=chat.where, fix=fix)
+        if not shows_some(message, reply):
+            raise _hidden(chat)
+        ended = reply.rstrip()
+        if not ended.endswith(self.special):
+            ended = reply
+        return Reply(prompt, ended, reply[len(ended) :])
+
+    def _after(self, prompt: str, text: str, chat: Chat, i: int) -> str | None:
+        """What follows the prompt in a text that renders it differently; None if unclear.
+
+        A prompt that opens a thought (``<think>``) is followed by the reply's, and its end.
+        """
+        if text.startswith(prompt):
+            return text[len(prompt) :]
+        opened = re.search(r"<(\w+)>\s*$", prompt)
+        stem = (prompt[: opened.start()] if opened else prompt).rstrip()
+        start = len(stem) if text.startswith(stem) else self._end_of_prompt(stem, text, chat, i)
         if start is None:
-            start = self._first_difference(messages, tools, text)
-        if not _shown(messages[-1], text[start:]):
-            fix = "set data.chat_template to a template that shows assistant messages"
-            raise DataError("the chat template does not show the reply", where=where, fix=fix)
-        return text, start
-
-    def _first_difference(self, messages: list[dict], tools: Any, text: str) -> int:
-        """The first index at which the text changes if the reply's content is replaced."""
-        reply = messages[-1]["content"].strip()
-        other = "§" if not reply.startswith("§") else "¶"
-        varied = self.render([*messages[:-1], {**messages[-1], "content": other}], tools)
-        pairs = enumerate(zip(text, varied, strict=False))
-        return next((i for i, (a, b) in pairs if a != b), min(len(text), len(varied)))
-
-    def _span(self, full: str, text: str, start: int) -> tuple[int, int] | None:
-        """The span in ``full`` of the reply ``text[start:]``; None if ``full`` lacks part of it."""
-        if full.startswith(text):
-            return start, len(text)
-        if full[:start] != text[:start]:
             return None
-        reply, rest = text[start:], full[start:]
-        for end in self._ends(reply):
-            for cut in range(_empty_blocks(reply) + 1):
-                part = reply[cut:end]
-                if part.strip() and rest.startswith(part):
-                    return start, start + len(part)
-        return None
+        reply = text[start:] if opened is None and stem == prompt else text[start:].lstrip()
+        if opened is None:
+            return reply
+        tag = opened[1]
+        if reply.startswith(f"<{tag}>"):
+            return reply.removeprefix(f"<{tag}>").lstrip()
+        if f"</{tag}>" in reply:
+            return reply
+        return f"{thinking(chat.messages[i])}\n</{tag}>\n\n{reply}"
 
-    def _ends(self, reply: str) -> list[int]:
-        """Possible ends of a reply: some templates (Phi) add an eos after the last message only."""
-        eos, stripped = self.tokenizer.eos_token, reply.rstrip()
-        if eos and stripped.endswith(eos):
-            shorter = stripped[: -len(eos)]
-            if shorter.rstrip().endswith(self.special):
-                return [len(reply), len(shorter)]
-        return [len(reply)]
+    def _end_of_prompt(self, prompt: str, text: str, chat: Chat, i: int) -> int | None:
+        """Where a text has the end of a prompt, before the content of message i; None if nowhere.
 
-    def _trim(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
-        """The span up to its end-of-turn token, where generation stops."""
-        start, end = span
-        reply = text[start:end].rstrip()
-        return (start, start + len(reply)) if reply.endswith(self.special) else span
+        The prompt may hold what the text does not (Mistral's system text).
+        """
+        content, best, longest = self._content_start(chat, i, text), None, 0
+        for end in range(content, max(content - LONGEST_LEAD, 0) - 1, -1):
+            common = _common_prefix(prompt[::-1], text[:end][::-1])
+            if common > longest and text[end - common : end].strip():
+                best, longest = end, common
+        return best
 
-
-def _empty_blocks(reply: str) -> int:
-    """The number of leading characters in empty tags such as ``<think></think>``."""
-    return len(reply) - len(re.sub(r"^(?:<[^<>|]*>|\s)*", "", reply))
-
-
-def _said(message: dict) -> list[str]:
-    calls = message.get("tool_calls", ())
-    said = [message["content"], message.get("reasoning_content", "")]
-    return [*said, *(c["function"]["name"] for c in calls)]
+    def _content_start(self, chat: Chat, i: int, text: str) -> int:
+        """The first index at which the text changes if the reply is another."""
+        other = "§" if not chat.messages[i]["content"].lstrip().startswith("§") else "¶"
+        messages = [*chat.messages[:i], {"role": "assistant", "content": other}]
+        varied = self._render(replace(chat, messages=messages), i + 1)
+        return _common_prefix(text, varied)
 
 
-def _shown(message: dict, reply: str) -> bool:
-    """Whether a rendered reply has text, and some word of the message if that has any."""
-    words = re.findall(r"\w+", " ".join(_said(message)))
-    return bool(reply.strip()) and (not words or any(w in reply for w in words))
+def _common_prefix(a: str, b: str) -> int:
+    """The number of characters with which both texts begin."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
-def _lost(message: dict, reply: str) -> bool:
-    """Whether the rendered reply lacks part of the message, such as its thinking or tool calls.
-
-    White space and tags are ignored: templates trim, and some prompts open the thinking block.
-    """
-    shown = _words(reply)
-    return any(_words(said) not in shown for said in _said(message))
-
-
-def _words(text: str) -> str:
-    return re.sub(r"<[^<>]*>|\s", "", text)
-
-
-def uses_tools(chat: Chat) -> bool:
-    """Whether a chat has tools, tool calls or tool results."""
-    return chat.tools is not None or any(
-        "tool_calls" in m or m["role"] in ("tool", "function", "ipython") for m in chat.messages
-    )
-
-
-def tools_as_text(chat: Chat) -> Chat:
-    """The chat with tools in the system message, calls as JSON text, results as user messages."""
-    messages = []
-    for message in chat.messages:
-        plain = {k: v for k, v in message.items() if k != "tool_calls"}
-        if calls := message.get("tool_calls"):
-            lines = [json.dumps(c["function"], ensure_ascii=False) for c in calls]
-            plain["content"] = "\n".join(t for t in (message["content"], *lines) if t)
-        if message["role"] in ("tool", "function", "ipython"):
-            plain["role"] = "user"
-        messages.append(plain)
-    added = 0
-    if chat.tools:
-        listing = "Tools:\n" + json.dumps(chat.tools, ensure_ascii=False)
-        if messages[0]["role"] == "system":
-            messages[0]["content"] += f"\n\n{listing}"
-        else:
-            messages.insert(0, {"role": "system", "content": listing})
-            added = 1
-    return replace(chat, messages=messages, tools=None, first=chat.first + added)
+def _hidden(chat: Chat) -> DataError:
+    fix = "set data.chat_template to a template that shows assistant messages"
+    return DataError("the chat template does not show the reply", where=chat.where, fix=fix)

@@ -10,12 +10,12 @@ up to its last target, with labels already shifted::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Int32, Int64
 
 from jlora.data.chat import ChatRenderer
 from jlora.data.rows import Chat, Completion, Text
@@ -33,7 +33,8 @@ class Piece(NamedTuple):
     """A text to tokenize.
 
     ``spans`` are the character ranges of the targets, None for the whole text. ``add_bos_eos`` adds
-    the tokenizer's bos and eos; ``cut`` cuts a long text into windows instead of truncating it.
+    the tokenizer's bos and eos, unless the text has them; ``cut`` cuts a long text into windows
+    instead of truncating it.
     """
 
     where: str
@@ -73,9 +74,15 @@ class Counts:
     dropped: int = 0
     """Examples dropped because none of their tokens is a target."""
     split: int = 0
-    """Chats that became one example per reply (see ``chat``)."""
+    """Chats that became several examples: their replies have no common text (see ``chat``)."""
+    split_examples: int = 0
+    """How many examples these became."""
     lossy: int = 0
     """Chats whose replies the template renders only in part."""
+    lacks_context: int = 0
+    """Chats of whose context (system text, tools, results) the template shows only a part."""
+    retokenized: int = 0
+    """Rows whose ids are not those of the whole text: a token would straddle a reply's border."""
     bad: list[DataError] = field(default_factory=list)
     """Rows that the chat template refuses, or whose label is none of the classes."""
 
@@ -86,18 +93,33 @@ def encode(
     max_length: int,
     assistant_only_loss: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    template_variables: Mapping[str, Any] | None = None,
 ) -> tuple[Examples, Counts]:
     """Tokenizes rows into examples of at most ``max_length`` tokens, in row order.
 
     Chats and completions are truncated at the right; texts are cut into consecutive windows
     without losing a target. ``progress(done, total)`` is called after each chunk of rows.
+    ``template_variables`` are given to the chat template.
     """
     counts, streams = Counts(), []
+    render = ChatRenderer(tokenizer, template_variables or {}) if tokenizer.chat_template else None
     for at in range(0, len(rows), ROWS_PER_CALL):
-        found = list(pieces(rows[at : at + ROWS_PER_CALL], tokenizer, counts))
-        for piece, (ids, mask) in zip(found, tokenize(found, tokenizer), strict=True):
-            mask = mask if assistant_only_loss else np.ones_like(mask)
-            streams.extend(_windows(ids, mask, piece, max_length, counts))
+        chunk = rows[at : at + ROWS_PER_CALL]
+        found = [pieces(row, render, counts, assistant_only_loss) for row in chunk]
+        tokens = tokenize([piece for of_row in found for piece in of_row], tokenizer)
+        for of_row in found:
+            several, retokenized = 0, False
+            for piece in of_row:
+                made = next(tokens)
+                several, retokenized = several + len(made.streams), retokenized or made.retokenized
+                for ids, mask in made.streams:
+                    streams.extend(_windows(ids, mask, piece, max_length, counts))
+            counts.retokenized += retokenized
+            if several > 1:
+                counts.split, counts.split_examples = (
+                    counts.split + 1,
+                    counts.split_examples + several,
+                )
         if progress:
             progress(min(at + ROWS_PER_CALL, len(rows)), len(rows))
     return concatenate_examples(streams), counts
@@ -113,112 +135,124 @@ def concatenate_examples(streams: list[tuple[np.ndarray, np.ndarray]]) -> Exampl
 
 
 def pieces(
-    rows: Iterable[Chat | Completion | Text], tokenizer: Any, counts: Counts
-) -> Iterator[Piece]:
-    """The texts of rows; chats that the template refuses go to ``counts.bad``."""
-    render = ChatRenderer(tokenizer) if tokenizer.chat_template else None
-    for row in rows:
-        if isinstance(row, Text):
-            yield Piece(row.where, row.text, None, add_bos_eos=True, cut=True)
-        elif isinstance(row, Completion):
-            yield _completion(row.where, row.prompt, row.completion)
-        elif render is None:
-            if row.plain is None:
-                fix = "set data.chat_template"
-                raise DataError("the tokenizer has no chat template", where=row.where, fix=fix)
-            yield _completion(row.where, *row.plain)
-        else:
-            yield from _chat(row, render, counts)
+    row: Chat | Completion | Text,
+    render: ChatRenderer | None,
+    counts: Counts,
+    assistant_only_loss: bool = True,
+) -> list[Piece]:
+    """The texts of a row; none if the template refuses it, which goes to ``counts.bad``.
+
+    ``render`` is None for a tokenizer without a chat template.
+    """
+    if isinstance(row, Text):
+        return [Piece(row.where, row.text, None, add_bos_eos=True, cut=True)]
+    if isinstance(row, Completion):
+        found = [completion_piece(row.where, row.prompt, row.completion)]
+    elif render is None:
+        if row.plain is None:
+            fix = "set data.chat_template"
+            raise DataError("the tokenizer has no chat template", where=row.where, fix=fix)
+        found = [completion_piece(row.where, *row.plain)]
+    else:
+        found = _chat(row, render, counts, assistant_only_loss)
+    return found if assistant_only_loss else [piece._replace(spans=None) for piece in found]
 
 
-def _completion(where: str, prompt: str, completion: str) -> Piece:
+def completion_piece(where: str, prompt: str, completion: str) -> Piece:
+    """The text of a prompt and its completion, which is the target."""
     text = prompt + completion
     return Piece(where, text, ((len(prompt), len(text)),), add_bos_eos=True)
 
 
-def _chat(row: Chat, render: ChatRenderer, counts: Counts) -> Iterator[Piece]:
+def _chat(
+    row: Chat, render: ChatRenderer, counts: Counts, assistant_only_loss: bool
+) -> list[Piece]:
     try:
-        texts = render(row)
+        texts = render(row) if assistant_only_loss else [render.whole(row)]
     except DataError as e:
         counts.bad.append(e)
-        return
-    counts.split += len(texts) > 1
-    counts.lossy += any(t.lossy for t in texts)
-    for rendered in texts:
-        yield Piece(row.where, rendered.text, rendered.spans)
+        return []
+    counts.lossy += texts[0].lossy
+    counts.lacks_context += texts[0].lacks_context
+    return [Piece(row.where, rendered.text, rendered.spans) for rendered in texts]
 
 
-Stream = tuple[Int32[np.ndarray, " n"], Bool[np.ndarray, " n"]]
+Stream = tuple[list[int], list[bool]]
+"""Token ids, and for each whether it is a target."""
 
 
-def tokenize(found: Sequence[Piece], tokenizer: Any) -> Iterator[Stream]:
-    """(ids, target mask) of each piece.
+class Tokens(NamedTuple):
+    """The tokens of a piece: one stream, or one for each reply whose context differs."""
+
+    streams: list[Stream]
+    retokenized: bool
+    """The ids are not those of the whole text: a token would straddle a span's border."""
+
+
+def tokenize(found: Sequence[Piece], tokenizer: Any) -> Iterator[Tokens]:
+    """The tokens of each piece.
 
     Special tokens are added by ``add_bos_eos`` alone, never by the tokenizer: a rendered template
-    has its own. A token is a target if any of its characters is in a span.
+    has its own. Without spans the ids are those of the whole text. With them they are those of
+    inference: the ids of the text before a span, as of any prompt, then the span's.
     """
-    if not found:
-        return
-    before, after = bos_prefix(tokenizer), eos_suffix(tokenizer)
-    offsets = [None] * len(found)
-    if tokenizer.is_fast:
-        texts = [p.text for p in found]
-        batch = tokenizer(
-            texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        encoded, offsets = batch["input_ids"], batch["offset_mapping"]
-    else:
-        encoded = [None] * len(found)
-    for piece, ids, where in zip(found, encoded, offsets, strict=True):
-        mask = None if where is None else target_mask(np.asarray(where).reshape(-1, 2), piece)
-        ids, mask = encode_by_spans(piece, tokenizer) if mask is None else (ids, mask)
-        ids = np.asarray(ids, np.int32)
-        if piece.add_bos_eos:
-            ids = np.concatenate([before, ids, after]).astype(np.int32)
-            mask = np.concatenate([[False] * len(before), mask, [True] * len(after)]).astype(bool)
-        yield ids, mask
+    cuts = [[e for span in p.spans or () for e in span] or [len(p.text)] for p in found]
+    texts = [piece.text[:cut] for piece, ends in zip(found, cuts, strict=True) for cut in ends]
+    encoded = iter(
+        tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ()
+    )
+    bos, eos = bos_prefix(tokenizer), eos_suffix(tokenizer)
+    for piece, ends in zip(found, cuts, strict=True):
+        ids = [list(next(encoded)) for _ in ends]
+        before = bos if piece.add_bos_eos and ids[-1][: len(bos)] != bos else []
+        if piece.spans is None:
+            tokens = Tokens(
+                [(before + ids[0], [False] * len(before) + [True] * len(ids[0]))], False
+            )
+        elif not piece.spans:
+            tokens = Tokens([(ids[0], [False] * len(ids[0]))], False)
+        else:
+            tokens = _by_spans(piece, [before + i for i in ids], tokenizer)
+        last, mask = tokens.streams[-1]
+        if piece.add_bos_eos and last[-len(eos) :] != eos:
+            tokens.streams[-1] = (last + eos, mask + [True] * len(eos))
+        yield tokens
 
 
-def target_mask(offsets: Int64[np.ndarray, "n 2"], piece: Piece) -> Bool[np.ndarray, " n"] | None:
-    """Mask of targets by the tokens' character ranges; None if these do not match a span's ends.
+def _by_spans(piece: Piece, ids: list[list[int]], tokenizer: Any) -> Tokens:
+    """The tokens of a piece, from the ids of its text up to each start and end of a span."""
+    streams: list[Stream] = []
+    retokenized = False
+    for (start, end), prompt, whole in zip(piece.spans or (), ids[::2], ids[1::2], strict=True):
+        reply = whole[len(prompt) :]
+        if whole[: len(prompt)] != prompt:
+            reply, retokenized = continuation(piece.text[start:end], tokenizer), True
+        mask: list[bool] = []
+        if streams and prompt[: len(streams[-1][0])] == streams[-1][0]:
+            _, mask = streams.pop()
+        mask = mask + [False] * (len(prompt) - len(mask)) + [True] * len(reply)
+        streams.append((prompt + reply, mask))
+    return Tokens(streams, retokenized or len(streams) > 1)
 
-    Byte-level tokenizers may exclude a leading space from a token's range, hence a token is taken
-    to start where the one before it ended.
+
+def continuation(text: str, tokenizer: Any) -> list[int]:
+    """The ids of a text that continues another, without a piece for a space at its beginning.
+
+    They are what follows the ids of some other text that shares no token with this one.
     """
-    if piece.spans is None:
-        return np.ones(len(offsets), bool)
-    ends = np.maximum.accumulate(offsets[:, 1]) if len(offsets) else offsets[:, 1]
-    starts = np.minimum(offsets[:, 0], np.concatenate([[0], ends])[: len(ends)])
-    mask = np.zeros(len(offsets), bool)
-    for start, end in piece.spans:
-        low, high = np.searchsorted(ends, start, "right"), np.searchsorted(starts, end, "left")
-        if start < end and (low >= high or starts[low] > start or ends[high - 1] < end):
-            return None
-        mask[low:high] = start < end
-    return mask
-
-
-def encode_by_spans(piece: Piece, tokenizer: Any) -> tuple[list[int], np.ndarray]:
-    """(ids, target mask) by tokenizing spans and the text between them separately.
-
-    For tokenizers that do not report the character ranges of their tokens.
-    """
-    cuts = piece.spans if piece.spans is not None else ((0, len(piece.text)),)
-    ids, mask, at = [], [], 0
-    for start, end in (*cuts, (len(piece.text),) * 2):
-        for text, learn in ((piece.text[at:start], False), (piece.text[start:end], True)):
-            new = token_ids(text, tokenizer) if text else []
-            ids += new
-            mask += [learn] * len(new)
-        at = end
-    return ids, np.asarray(mask, bool)
+    for other in ("\n", "\ue000", "a", "."):
+        before, both = token_ids(other, tokenizer), token_ids(other + text, tokenizer)
+        if before and both[: len(before)] == before:
+            return both[len(before) :]
+    return token_ids(text, tokenizer)
 
 
 def _windows(
-    ids: np.ndarray, mask: np.ndarray, piece: Piece, length: int, counts: Counts
+    ids: list[int], mask: list[bool], piece: Piece, length: int, counts: Counts
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Examples (ids, labels) of a token sequence, cut after its last target; none without one."""
-    learned = np.flatnonzero(mask[1:])
+    tokens, is_target = np.asarray(ids, np.int32), np.asarray(mask, bool)
+    learned = np.flatnonzero(is_target[1:])
     if not piece.cut and len(learned) and learned[-1] >= length:
         counts.truncated += 1
         learned = learned[learned < length]
@@ -226,6 +260,6 @@ def _windows(
         counts.dropped += 1
         return
     end = learned[-1] + 1
-    labels = np.where(mask, ids, IGNORE).astype(np.int32)[1 : end + 1]
+    labels = np.where(is_target, tokens, IGNORE).astype(np.int32)[1 : end + 1]
     for at in range(0, end, length):
-        yield ids[at : min(at + length, end)], labels[at : at + length]
+        yield tokens[at : min(at + length, end)], labels[at : at + length]

@@ -40,6 +40,9 @@ class SourceReport:
     dropped: int
     split: int
     lossy: int
+    lacks_context: int
+    retokenized: int
+    """Rows whose ids are those of inference and not of the whole text (see ``examples``)."""
     examples: int
     packed_rows: int
     tokens: int
@@ -140,7 +143,14 @@ def _encode(
     """The examples of a source; either all of its rows are labelled texts or none is."""
     texts = [row for row in rows.rows if not isinstance(row, LabelledText)]
     if texts:
-        return encode(texts, tokenizer, config.max_length, config.assistant_only_loss, progress)
+        return encode(
+            texts,
+            tokenizer,
+            config.max_length,
+            config.assistant_only_loss,
+            progress,
+            config.chat_template_kwargs,
+        )
     labelled = [row for row in rows.rows if isinstance(row, LabelledText)]
     return encode_labelled(labelled, tokenizer, config.max_length, id2label, progress)
 
@@ -198,6 +208,8 @@ def _report(
         dropped=counts.dropped,
         split=counts.split,
         lossy=counts.lossy,
+        lacks_context=counts.lacks_context,
+        retokenized=counts.retokenized,
         examples=len(examples),
         packed_rows=len(packed),
         tokens=len(examples.ids),
@@ -221,6 +233,12 @@ def _warnings(
         if r.lossy:
             part = "the chat template shows only part of the replies (thinking or tool calls)"
             said.append(f"{r.path}: {part} of {r.lossy} rows")
+        if r.lacks_context:
+            part = "the chat template leaves out part of the context (system text, tools, results)"
+            said.append(f"{r.path}: {part} of {r.lacks_context} rows")
+        if r.retokenized:
+            why = "one token of the whole text has characters of a prompt and of its reply"
+            said.append(f"{r.path}: {r.retokenized} rows have the tokens of inference, since {why}")
     eos = tokenizer.eos_token_id
     texts = any(r.format != "classification" for r in reports)
     if texts and eos is not None and not (packed.labels == eos).any():

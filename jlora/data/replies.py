@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jlora.config import DataConfig, SourceConfig
 from jlora.data.chat import ChatRenderer
+from jlora.data.examples import Piece, completion_piece, tokenize
 from jlora.data.loading import load_rows
 from jlora.data.rows import Chat, Completion, Row, learned_messages
-from jlora.data.tokenizer import bos_prefix, ensure_template, token_ids
+from jlora.data.tokenizer import ensure_template
+from jlora.errors import DataError
 
 
 @dataclass(frozen=True)
 class ReplyRow:
-    """A prompt, up to where the assistant's reply begins, and the reply in the data."""
+    """A prompt, up to where the assistant's reply begins, and the reply in the data.
+
+    The reply is what training teaches after this prompt, as the chat template renders it: with
+    tool calls and thinking, but without special tokens, which generated replies are also shown
+    without.
+    """
 
     where: str
     prompt_ids: tuple[int, ...]
@@ -31,37 +38,54 @@ def reply_rows(
 ) -> list[ReplyRow]:
     """The last reply of each chat, and each completion, with its prompt; the first ``max_rows``.
 
-    Texts, and chats without a reply, are left out.
+    Texts, and chats without a reply, are left out; so are rows that the chat template refuses, if
+    ``config.on_bad_row`` is ``skip``.
     """
     found: list[ReplyRow] = []
     for source in sources:
         for row in load_rows(source, config.on_bad_row).rows:
             if max_rows is not None and len(found) >= max_rows:
                 return found
-            if (made := reply_row(row, tokenizer)) is not None:
+            try:
+                made = reply_row(row, tokenizer, config.chat_template_kwargs)
+            except DataError:
+                if config.on_bad_row == "error":
+                    raise
+                continue
+            if made is not None:
                 found.append(made)
     return found
 
 
-def reply_row(row: Row, tokenizer: Any) -> ReplyRow | None:
-    """The prompt and reply of one row, rendered as for training; None if it has no reply."""
+def reply_row(
+    row: Row, tokenizer: Any, template_variables: Mapping[str, Any] | None = None
+) -> ReplyRow | None:
+    """The prompt and reply of one row, rendered as for training; None if it has no reply.
+
+    Raises:
+      DataError: the chat template refuses the row.
+    """
+    piece = _last_reply(row, tokenizer, template_variables or {})
+    if piece is None:
+        return None
+    ((ids, mask),) = next(tokenize([piece], tokenizer)).streams
+    start = piece.spans[0][0] if piece.spans else 0
+    count = mask.index(True) if any(mask) else len(ids)
+    reply = tokenizer.decode(ids[count:], skip_special_tokens=True)
+    return ReplyRow(piece.where, tuple(ids[:count]), piece.text[:start], reply)
+
+
+def _last_reply(row: Row, tokenizer: Any, template_variables: Mapping[str, Any]) -> Piece | None:
+    """The text of a row up to the end of its last reply, which is its only span."""
     if isinstance(row, Completion):
-        return _plain(row.where, row.prompt, row.completion, tokenizer)
+        return completion_piece(row.where, row.prompt, row.completion)
     if not isinstance(row, Chat):
         return None
     if row.plain is not None and not tokenizer.chat_template:
-        return _plain(row.where, *row.plain, tokenizer)
+        return completion_piece(row.where, *row.plain)
     ensure_template(tokenizer)
-    render = ChatRenderer(tokenizer)
-    row = render.adapt(row)
     turns = list(learned_messages(row))
     if not turns:
         return None
-    prompt, reply = render.prompt(row, turns[-1]), row.messages[turns[-1]]
-    ids = token_ids(prompt, tokenizer)
-    return ReplyRow(row.where, tuple(ids), prompt, reply["content"])
-
-
-def _plain(where: str, prompt: str, reply: str, tokenizer: Any) -> ReplyRow:
-    ids = bos_prefix(tokenizer) + token_ids(prompt, tokenizer)
-    return ReplyRow(where, tuple(ids), prompt, reply)
+    (rendered,) = ChatRenderer(tokenizer, template_variables)(replace(row, first=turns[-1]))
+    return Piece(row.where, rendered.text, rendered.spans)

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 """The roles of messages: OpenAI's, and ``ipython``, which Llama 3.1 uses for tool results."""
@@ -24,6 +25,8 @@ class Chat:
     """Index of the first message that may be a training target; those before it are context."""
     plain: tuple[str, str] | None = None
     """(prompt, reply) as plain text, used if the tokenizer has no chat template."""
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, such as ``enable_thinking``."""
 
 
 @dataclass(frozen=True)
