@@ -110,6 +110,7 @@ SHAPES = {"llama-3.1-8b-qlora": LLAMA_3_1_8B, "qwen3-8b-qlora": QWEN3_8B}
 """Config file → the shapes in its model's config.json, without the number of layers."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_qlora_step_compiles_at_full_width(name):
     """The step of a two-layer model from abstract arrays: its quantized leaves and its memory."""
@@ -158,6 +159,7 @@ def _size(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_qlora_config_trains_a_tiny_base(name, place, monkeypatch):
     """With the file's settings: one step of 16 micro-batches."""

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tiny_models import CONFIGS, LLAMA, build, tokens
+from tiny_models import LLAMA, build, each_family, tokens
 
 from jlora.config import MeshConfig, QuantConfig
 from jlora.distributed import sharding
@@ -56,7 +56,7 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@each_family()
 @pytest.mark.parametrize("size", ["5GB", "16KB"])
 def test_write_and_read_round_trip(tmp_path, name, size):
     model, params = build(name)

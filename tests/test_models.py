@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxprs import equations
-from tiny_models import CONFIGS, LENGTH, LLAMA, LLAMA3_ROPE, build, decode, run, tokens
+from tiny_models import (
+    CONFIGS,
+    LENGTH,
+    LLAMA,
+    LLAMA3_ROPE,
+    build,
+    decode,
+    each_family,
+    run,
+    tokens,
+)
 
 from jlora.config import QuantConfig
 from jlora.errors import ConfigError
@@ -18,15 +28,13 @@ from jlora.models.registry import parse_config
 from jlora.quant.params import quantize_params
 from jlora.tree import paths
 
-EVERY = pytest.mark.parametrize("name", CONFIGS)
-
 
 def assert_same(got, want):
     """Equal up to the order of float32 sums."""
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
-@EVERY
+@each_family()
 def test_packed_documents_match_separate_documents(name):
     model, params = build(name)
     lengths = (9, 4, 7)
@@ -50,7 +58,7 @@ def test_documents_leak_without_segment_ids():
     assert np.abs(leaked - packed)[:, 9:].max() > 1e-2
 
 
-@EVERY
+@each_family()
 def test_padding_on_either_side_changes_nothing(name):
     model, params = build(name)
     ids = tokens(model, 1, 8)
@@ -61,7 +69,7 @@ def test_padding_on_either_side_changes_nothing(name):
         assert_same(run(model, params, *row)[:, before : before + 8], alone)
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "phi3-long"])
+@each_family(but="phi3-long")  # whose rope depends on the length of the document
 def test_decoding_token_by_token_gives_the_whole_rows_logits(name):
     model, params = build(name)
     ids = tokens(model, 2, LENGTH)
@@ -242,7 +250,7 @@ def test_unsupported_switches_are_named(change, message):
         parse_config({**LLAMA, **change})
 
 
-@EVERY
+@each_family()
 def test_malformed_values_are_config_errors(name):
     more = {"layer_types": None, "max_window_layers": 1, "pad_token_id": 0, "rope_theta": 1e4}
     hf, understood = {**CONFIGS[name], **more}, 0

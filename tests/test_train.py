@@ -91,13 +91,13 @@ def test_training_and_evaluation_are_compiled_once_each(epochs):
     [
         ("sgd", 1.0),
         ("lion", 1e-2),
-        ("lion_8bit", 1e-2),
-        ("paged_lion_32bit", 1e-2),
-        ("paged_lion_8bit", 1e-2),
+        pytest.param("lion_8bit", 1e-2, marks=pytest.mark.slow),
+        pytest.param("paged_lion_32bit", 1e-2, marks=pytest.mark.slow),
+        pytest.param("paged_lion_8bit", 1e-2, marks=pytest.mark.slow),
         ("adafactor", 3e-2),
         ("adamw", 3e-2),
         ("adamw_8bit", 3e-2),
-        ("paged_adamw_32bit", 3e-2),
+        pytest.param("paged_adamw_32bit", 3e-2, marks=pytest.mark.slow),
         ("optax.adan", 3e-2),
     ],
 )
@@ -123,7 +123,7 @@ def float32(tmp_path_factory, tiny_base, tiny_cache):
     return place.losses()
 
 
-@pytest.mark.parametrize("setting", ["bf16", "fp16"])
+@pytest.mark.parametrize("setting", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_half_precision_computes_nearly_the_same_and_keeps_a_float32_adapter(
     place, float32, setting
 ):
@@ -142,7 +142,7 @@ def test_gradient_checkpointing_changes_nothing(place, float32):
     np.testing.assert_allclose(place.losses(), float32, rtol=1e-5)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_activation_offloading_changes_no_bit(place, float32, devices):
     place.settings_for_loss()
     mesh = {"data": 1, "fsdp": 2, "tensor": 2} if devices > 1 else {}

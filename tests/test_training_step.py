@@ -372,8 +372,15 @@ def quantized_model(name):
     return model, quantized, lora.init_adapter(jax.random.key(3), quantized, adapter)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("elements", [2**24, B * T * 17])
+@pytest.mark.parametrize(
+    ("name", "elements"),
+    [
+        ("llama", B * T * 17),
+        pytest.param("llama", 2**24, marks=pytest.mark.slow),
+        pytest.param("gpt2", B * T * 17, marks=pytest.mark.slow),
+        pytest.param("gpt2", 2**24, marks=pytest.mark.slow),
+    ],
+)
 def test_a_quantized_head_in_vocab_chunks_gives_the_same_loss(name, elements):
     """A vocabulary of 61 in overlapping chunks of 17, against the dequantized head."""
     model, quantized, adapter = quantized_model(name)

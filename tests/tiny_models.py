@@ -5,6 +5,7 @@ import functools
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jlora.models import Model
 from jlora.tree import paths
@@ -217,6 +218,20 @@ CONFIGS = {
         },
     },
 }
+
+
+REPRESENTATIVES = (
+    "llama", "qwen2", "gpt2", "gemma3", "phi", "opt-350m", "cohere2", "qwen2_moe", "gpt_oss",
+)  # fmt: skip
+"""Between them they use every option of the decoder; plain ``pytest`` leaves the others out."""
+
+
+def each_family(*, but: str = ""):
+    """Parametrizes a test by ``name``: every configuration ``but`` one."""
+    slow = pytest.mark.slow
+    names = [name for name in CONFIGS if name != but]
+    values = [n if n in REPRESENTATIVES else pytest.param(n, marks=slow) for n in names]
+    return pytest.mark.parametrize("name", values)
 
 
 @functools.cache
