@@ -21,11 +21,10 @@ from jlora.distributed import processes
 from jlora.errors import ConfigError
 from jlora.files import storage_errors
 from jlora.io.hf import save_pretrained
-from jlora.models import untie
+from jlora.models import head_differs, untie
 from jlora.run.job import Job, open_tokenizer
 from jlora.run.label_names import with_label_names
 from jlora.run.open_job import open_job
-from jlora.tree import paths
 from jlora.ui.console import Console
 
 main = functools.partial(cli.main, "merge")
@@ -64,7 +63,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
         expected = _logits(job, job.params)
         base = "dequantized (the base model has no original weights)" if prequantized else "dense"
         rows = {"merged model": out, "base": base}
-        if untied := _needs_untied_head(job):
+        if untied := head_differs(job.model, job.params):
             job = _untie_head(job)
             rows["output head"] = "no longer tied: the adapter changes the embedding only"
         merged = lora.merge(job.base, job.trainable)
@@ -84,15 +83,6 @@ def run(config: Config, options: argparse.Namespace) -> None:
         with storage_errors(out):
             tokenizer.save_pretrained(out)
     console.card("merged", rows)
-
-
-def _needs_untied_head(job: Job) -> bool:
-    """Whether the adapter is on an embedding that the output head is tied to.
-
-    Merged into a tied embedding its delta would change the head, too, and with it the logits.
-    """
-    kinds = {path[-1] for path, _ in paths.walk(job.trainable.weights)}
-    return job.model.config.tie_word_embeddings and not kinds.isdisjoint(lora.EMBEDDING_DELTA)
 
 
 def _untie_head(job: Job) -> Job:

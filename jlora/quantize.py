@@ -53,7 +53,12 @@ def run(config: Config, options: argparse.Namespace) -> None:
     with jax.set_mesh(sharding.make_mesh(config.mesh)) as mesh:
         with console.loading() as progress:
             model, params = load_pretrained(
-                source, config.model.dtype, asked, mesh, progress=progress
+                source,
+                config.model.dtype,
+                asked,
+                mesh,
+                progress=progress,
+                untie=config.model.untie,
             )
         console.note(f"writing {out}")
         model = dataclasses.replace(model, dtype=asked.bnb_4bit_compute_dtype)

@@ -80,9 +80,13 @@ def torch_losses(model, config, batches):
 
 
 @pytest.mark.parametrize(
-    ("name", "targets"), [("stories260k", "all-linear"), ("slm4096-gpt2", "[c_attn, c_proj]")]
+    ("name", "targets", "saved"),
+    [
+        ("stories260k", "all-linear", ["embed_tokens"]),  # the head is tied to it
+        ("slm4096-gpt2", "[c_attn, c_proj]", None),
+    ],
 )
-def test_twenty_losses_and_the_adapter_match_peft(tmp_path, assets, name, targets):
+def test_twenty_losses_and_the_adapter_match_peft(tmp_path, assets, name, targets, saved):
     folder, out = assets / "models" / name, tmp_path / "out"
     rows = [
         {"prompt": f"say {w}: ", "completion": f"the word is {w} and not {w[::-1]}"}
@@ -92,9 +96,8 @@ def test_twenty_losses_and_the_adapter_match_peft(tmp_path, assets, name, target
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(0)
     modules = "all-linear" if targets == "all-linear" else ["c_attn", "c_proj"]
-    model = peft.get_peft_model(
-        base, peft.LoraConfig(r=8, lora_alpha=16, target_modules=modules, task_type="CAUSAL_LM")
-    )
+    fields = {"target_modules": modules, "modules_to_save": saved, "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(base, peft.LoraConfig(r=8, lora_alpha=16, **fields))
     model.save_pretrained(tmp_path / "init")
     file = tmp_path / "config.yaml"
     file.write_text(

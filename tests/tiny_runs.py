@@ -170,9 +170,9 @@ def standard_promotion():
         jax.config.update("jax_numpy_dtype_promotion", before)
 
 
-def make_base(folder: Path) -> Path:
+def make_base(folder: Path, **config: Any) -> Path:
     """A model folder with random weights, a tokenizer, and rows for training and evaluation."""
-    model = Model.from_config(LLAMA, "float32")
+    model = Model.from_config(LLAMA | config, "float32")
     save_pretrained(folder, model, init_params(jax.random.key(0), model))
     tiny_tokenizer().save_pretrained(folder)
     rows = [chat(f"say {a} and {b}", f"{a}, {b}") for a in NUMBERS for b in THINGS]

@@ -27,6 +27,9 @@ class ModelConfig(ConfigSection):
     attention: str = "auto"
     """Attention implementation: reference, chunked, cudnn (GPU) or splash (TPU); auto picks one,
     which is printed when a run starts."""
+    untie: bool = False
+    """Give an output head that is tied to the embedding its own copy of it, so that either can be
+    trained or merged without the other."""
     num_labels: Annotated[int, Bounds(2)] | None = None
     """Number of classes of a classifier; null: the model's, or else the number in the training
     data."""

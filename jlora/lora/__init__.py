@@ -18,7 +18,7 @@ from jlora.lora.explained_variance import eva
 from jlora.lora.init import init_adapter
 from jlora.lora.merging import merge, unmerge
 from jlora.lora.stack import AdapterStack, stack_adapters
-from jlora.lora.weight import LoraWeight, TokenWeight
+from jlora.lora.weight import LoraWeight, ReplacedEmbedding, TokenWeight
 
 __all__ = [
     "DELTA",
@@ -28,6 +28,7 @@ __all__ = [
     "Adapter",
     "AdapterStack",
     "LoraWeight",
+    "ReplacedEmbedding",
     "TokenWeight",
     "attach",
     "detach",

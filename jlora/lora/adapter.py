@@ -8,7 +8,8 @@ Its leaves have PEFT's names and lie below the node of the module that they chan
     lora_embedding_B (…, r, dim)
     lora_bias (…, out)                          added to x@A@B (``lora_bias=True``)
     lora_magnitude_vector (…, out)              the norm of every column of W + s·A@B (DoRA)
-    trainable_tokens_delta (n, dim)             n rows of an embedding (``trainable_token_indices``)
+    trainable_tokens_delta (n, dim)             n rows of an embedding, or n columns of an output
+                                                head (``trainable_token_indices``)
 
 A leaf of another name (``bias``, or any leaf of ``modules_to_save``) replaces the base's leaf of
 that name. All leaves are float32 (bfloat16 rounds small updates away) and all are trainable. Layers

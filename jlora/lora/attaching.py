@@ -19,7 +19,7 @@ from jlora.lora import terms
 from jlora.lora.adapter import Adapter, Tree, changed_leaf
 from jlora.lora.stack import BIAS_SCALING, SCALING, AdapterStack
 from jlora.lora.targets import is_replaced, rank_of, token_indices
-from jlora.lora.weight import LoraWeight, TokenWeight, base_of, dense
+from jlora.lora.weight import LoraWeight, ReplacedEmbedding, TokenWeight, base_of, dense
 from jlora.tree import paths
 
 
@@ -111,7 +111,8 @@ def _attach_stack(
 def detach(attached: Tree) -> Tree:
     """The tree without its adapters: ``detach(attach(params, adapter))`` has ``params``' leaves.
 
-    Leaves that the adapter replaced (``bias``, ``modules_to_save``) keep the adapter's values.
+    Leaves that the adapter replaced (``bias``, ``modules_to_save``) keep the adapter's values,
+    except embeddings.
     """
     return paths.map_leaves(lambda _, leaf: base_of(leaf), attached)
 
@@ -139,7 +140,7 @@ def path_key(key: Array, path: paths.Path) -> Array:
     return jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
 
 
-def _replace(leaf: paths.Leaf, value: Array, config: LoraConfig) -> Array:
+def _replace(leaf: paths.Leaf, value: Array, config: LoraConfig) -> Array | ReplacedEmbedding:
     """``value`` in the base's dtype in the layers that train, the base's values in the others.
 
     The gradients of the others are then exactly zero.
@@ -148,16 +149,17 @@ def _replace(leaf: paths.Leaf, value: Array, config: LoraConfig) -> Array:
     if value.shape != tuple(leaf.value.shape):
         raise _unfit(leaf, f"value {tuple(value.shape)} does")
     value = value.astype(leaf.value.dtype)
-    if trains.all():
-        return value
-    return jnp.where(trains.reshape(-1, *(1 for _ in leaf.shape)), value, dense(leaf.value))
+    if not trains.all():
+        trains = trains.reshape(-1, *(1 for _ in leaf.shape))
+        value = jnp.where(trains, value, dense(leaf.value))
+    return ReplacedEmbedding(leaf.value, value) if leaf.kind == "embedding" else value
 
 
 def _with_rows(leaf: paths.Leaf, base: Any, rows: Array, config: LoraConfig) -> TokenWeight:
-    indices = token_indices(config, leaf.module())
-    if rows.shape != (len(indices), leaf.shape[-1]):
+    indices, is_head = token_indices(config, leaf.module()), leaf.kind == "kernel"
+    if rows.shape != (len(indices), leaf.shape[0 if is_head else -1]):
         raise _unfit(leaf, f"rows {rows.shape} of {len(indices)} tokens do")
-    return TokenWeight(base, rows, jnp.asarray(indices, jnp.int32))
+    return TokenWeight(base, rows, jnp.asarray(indices, jnp.int32), transposed=is_head)
 
 
 def _with_delta(

@@ -71,7 +71,9 @@ def init_adapter(
         taken = {path: leaf for path, leaf in flat.items() if path[-1] in DELTA}
         initial = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), paths.nest(taken)) or None
     for leaf, rows in token_rows(params, config):
-        values = jnp.take(dense(leaf.value), jnp.asarray(rows), axis=0)
+        table = dense(leaf.value)
+        table = table if leaf.kind == "embedding" else table.mT
+        values = jnp.take(table, jnp.asarray(rows), axis=0)
         flat[(*leaf.path[:-1], TOKENS)] = values.astype(jnp.float32)
     for leaf in replaced_leaves(params, config):
         flat[leaf.path] = jnp.array(dense(leaf.value), jnp.float32, copy=True)

@@ -8,8 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from jlora.errors import ConfigError, DataError
-from jlora.lora.adapter import ADDED, EMBEDDING_DELTA, MAGNITUDE, TOKENS, Adapter, Tree
+from jlora.lora.adapter import ADDED, MAGNITUDE, TOKENS, Adapter, Tree, changed_leaf
 from jlora.lora.attaching import attach
+from jlora.lora.targets.rules import POSITION_EMBEDDINGS
 from jlora.lora.weight import LoraWeight, delta, dense, to_float32
 from jlora.tree import paths
 
@@ -91,10 +92,20 @@ def _check_summable(adapters: tuple[Adapter, ...]) -> None:
 
 
 def _check_tied(params: Tree, adapter: Adapter) -> None:
-    """DataError if merging into an embedding would also change an output head tied to it."""
-    heads = {path[-2] for path, _ in paths.walk(params) if len(path) > 1} & {*paths.OUTPUT_HEADS}
+    """DataError if merging into an embedding would also change an output head tied to it.
+
+    A head of its own is recognised by its name, or by its columns: one for each row.
+    """
+    leaves = {leaf.path: leaf for leaf in paths.leaves(params)}
+    kernels = [leaf for leaf in leaves.values() if leaf.kind == "kernel" and leaf.stack is None]
+    named = any({*leaf.path[-2:-1]} & {*paths.OUTPUT_HEADS} for leaf in kernels)
+    widths = {leaf.shape[-1] for leaf in kernels}
     for path, _ in paths.walk(adapter.weights):
-        if path[-1] in EMBEDDING_DELTA and not heads:
+        table = leaves.get(changed_leaf(path, leaves))
+        if table is None or table.kind != "embedding" or path[-1] == TOKENS:
+            continue
+        of_positions = bool({*table.path[-2:-1]} & {*POSITION_EMBEDDINGS})
+        if not (named or of_positions or table.shape[0] in widths):
             raise DataError(
                 "the output head may be tied to this embedding: merging would change it too, "
                 "unlike the adapter",

@@ -100,7 +100,7 @@ class Transposed:
 class TokenWeight(WeightWrapper):
     """An embedding with a few trained rows: ``rows[i]`` replaces row ``indices[i]`` of ``base``.
 
-    If ``transposed``, it is the output head tied to that embedding: (dim, vocabulary).
+    If ``transposed``, it is an output head, (dim, vocabulary), and those are its columns.
     """
 
     base: Any
@@ -112,6 +112,23 @@ class TokenWeight(WeightWrapper):
     def mT(self) -> TokenWeight:
         """The transpose: an output head."""
         return dataclasses.replace(self, base=self.base.mT, transposed=not self.transposed)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ReplacedEmbedding(WeightWrapper):
+    """An embedding that is trained in full (``modules_to_save``): ``value`` is looked up.
+
+    ``base`` stays the weight of an output head that is tied to the embedding, as in PEFT.
+    """
+
+    base: Any
+    value: Float[Array, "*layers vocabulary dim"]
+
+    @property
+    def mT(self) -> Array:
+        """The transpose of the trained embedding."""
+        return self.value.mT
 
 
 def is_weight_leaf(leaf: Any) -> bool:
@@ -143,6 +160,8 @@ def to_float32(leaf: Any) -> Float[Array, "..."]:
         table = to_float32(leaf.base)
         place = (..., leaf.indices) if leaf.transposed else leaf.indices
         return table.at[place].set(leaf.rows.mT if leaf.transposed else leaf.rows)
+    if isinstance(leaf, ReplacedEmbedding):
+        return leaf.value.astype(jnp.float32)
     if isinstance(leaf, WeightWrapper):
         return to_float32(leaf.base)
     return dense(leaf).astype(jnp.float32)

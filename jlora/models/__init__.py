@@ -7,6 +7,14 @@
 from jlora.models.config import DecoderConfig
 from jlora.models.model import Model, init_params
 from jlora.models.registry import as_classifier
-from jlora.models.tying import untie
+from jlora.models.tying import head_differs, untie, with_untied_head
 
-__all__ = ["DecoderConfig", "Model", "as_classifier", "init_params", "untie"]
+__all__ = [
+    "DecoderConfig",
+    "Model",
+    "as_classifier",
+    "head_differs",
+    "init_params",
+    "untie",
+    "with_untied_head",
+]

@@ -113,6 +113,8 @@ class DecoderConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    untied: bool = False
+    """The head is separate, and initially the embedding's copy: the files are a tied model's."""
     num_labels: int | None = None
     """Number of classes of a classifier, whose score head replaces the language model's head."""
 
@@ -136,6 +138,11 @@ class DecoderConfig:
     def position_limit(self) -> int | None:
         """The number of positions of a learned table; None if positions are not limited."""
         return None if self.learned_positions is None else self.max_position_embeddings
+
+    @property
+    def head_is_tied(self) -> bool:
+        """Whether the logits are computed with the embedding; a classifier's are not."""
+        return self.tie_word_embeddings and self.num_labels is None
 
     @property
     def num_outputs(self) -> int:

@@ -6,7 +6,8 @@ Models are written in terms of them and do not know about adapters or quantizati
 - a quantized array (``NF4Array``, ``Int8Array``), dequantized for the product and again for its
   gradient, so that no dequantized matrix outlives the product;
 - a ``LoraWeight`` on either: ``x @ W + scale * (dropout(x) @ A) @ B``, the delta kept factored;
-- a ``TokenWeight`` (an embedding with trained rows) or an ``InputProbe`` (EVA) on either.
+- a ``TokenWeight`` (an embedding with trained rows), a ``ReplacedEmbedding`` (one trained in full)
+  or an ``InputProbe`` (EVA) on either.
 
 Products accumulate in float32 and have the dtype of ``x``. ``products`` and ``grouped`` have the
 rules of differentiation, which save a frozen dense weight, or the codes of a quantized one, and the
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jlora.errors import DataError
-from jlora.lora import LoraWeight, TokenWeight
+from jlora.lora import LoraWeight, ReplacedEmbedding, TokenWeight
 from jlora.lora.probe import InputProbe, observe
 from jlora.ops.grouped import grouped_product, grouped_quantized_product, per_row_product
 from jlora.ops.matmul import barrier_after
@@ -50,6 +51,8 @@ def dot(x: Float[Array, "*batch in"], w: Weight, dtype: Any = None) -> Float[Arr
         return _lora_dot(x, w, dtype)
     if isinstance(w, TokenWeight):
         return _token_dot(x, w, dtype)
+    if isinstance(w, ReplacedEmbedding):
+        return dot(x, w.value, dtype)
     if isinstance(w, InputProbe):
         return observe(dot(x, w.base, dtype), x, w.slot, w.directions, w.mask)
     if is_quantized(w):
@@ -84,6 +87,8 @@ def embed(ids: Int[Array, "*batch"], w: Weight) -> Float[Array, "*batch dim"]:
         return _lora_embed(ids, w)
     if isinstance(w, TokenWeight):
         return _token_embed(ids, w)
+    if isinstance(w, ReplacedEmbedding):
+        return embed(ids, w.value)
     return w.take(ids) if is_quantized(w) else jnp.take(w, ids, axis=0)
 
 
@@ -177,7 +182,7 @@ def _dropout(x: Array, w: LoraWeight) -> Array:
 
 
 def _token_dot(x: Array, w: TokenWeight, dtype: Any) -> Array:
-    """Logits of an output head that is tied to an embedding with trained rows."""
+    """Logits of an output head with trained columns: its own, or a tied embedding's rows."""
     logits = dot(x, w.base, dtype)
     trained = dot(x, w.rows.mT, dtype)
     return logits.at[..., w.indices].set(trained, mode="drop")

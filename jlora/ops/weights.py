@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from jlora.lora.weight import LoraWeight, Transposed, WeightWrapper, base_of
+from jlora.lora.weight import (
+    LoraWeight,
+    ReplacedEmbedding,
+    Transposed,
+    WeightWrapper,
+    base_of,
+)
 from jlora.quant.params import is_quantized
 
 Weight = Any
@@ -26,9 +32,9 @@ def has_quantized_base(weight: Weight) -> bool:
 
 
 def output_embedding(table: Weight) -> Weight:
-    """The embedding as an output head tied to it reads it: without its low-rank delta.
+    """The embedding as an output head tied to it reads it.
 
-    As in PEFT, LoRA on an embedding changes the lookup of input tokens only; rows that are trained
-    as a whole (``TokenWeight``) are the head's, too.
+    As in PEFT, LoRA on an embedding and an embedding that is trained in full change the lookup of
+    input tokens only; single rows that are trained (``TokenWeight``) are the head's, too.
     """
-    return table.base if isinstance(table, LoraWeight) else table
+    return table.base if isinstance(table, LoraWeight | ReplacedEmbedding) else table

@@ -22,7 +22,7 @@ from jlora.io.hf.folder import CONFIG_FILES, find_folder, open_shards
 from jlora.io.hf.names import checkpoint_tensors
 from jlora.io.hf.read import match_tensors, with_score_head
 from jlora.io.peft import abstract_adapter_from_folder
-from jlora.models import Model, as_classifier
+from jlora.models import Model, as_classifier, with_untied_head
 from jlora.quant.params import quantize_params
 from jlora.run.job import Job, build_job, check_trainable, configure_model, with_base_name
 
@@ -96,6 +96,8 @@ def abstract_model(config: Config, tokenizer: Any) -> Model:
     folder = find_folder(name, revision, CONFIG_FILES)
     model = read_model(folder, dtype=config.model.dtype, attention=config.model.attention)
     check_trainable(config, model)
+    if config.model.untie:
+        model = with_untied_head(model)
     if (classes := config.model.num_labels) is not None:
         model = dataclasses.replace(model, config=as_classifier(model.config, classes))
     return configure_model(config, model, tokenizer)

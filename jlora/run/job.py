@@ -17,7 +17,7 @@ from jlora import lora
 from jlora.config import Config
 from jlora.data import load_tokenizer
 from jlora.errors import ConfigError
-from jlora.lora.targets import Target, find_targets
+from jlora.lora.targets import Target, find_targets, token_rows
 from jlora.models import Model, as_classifier
 from jlora.models.layer_scan import OFFLOAD
 from jlora.training.optim import without_gradient_of_a
@@ -111,6 +111,7 @@ def build_job(*, config: Config, tokenizer: Any, source: ArraySource) -> Job:
     else:
         base, adapter = source.adapter(base)
         adapter = with_base_name(config, adapter)
+        check_rows_of_untied(config, base, adapter)
         _, targets = find_targets(base, adapter.config)
         trainable, initial = dataclasses.replace(adapter, initial=None), adapter.initial
         if count := len(config.adapters):
@@ -192,6 +193,19 @@ def check_trainable(config: Config, model: Model) -> None:
             "the base model is already quantized, and quantized weights cannot be trained in full",
             where=f"model.name_or_path: {config.model.name_or_path}",
             fix="add a lora section, or name the model that it was quantized from",
+        )
+
+
+def check_rows_of_untied(config: Config, base: Any, adapter: lora.Adapter) -> None:
+    """ConfigError when rows of an embedding are trained that ``model.untie`` separates."""
+    tables = [leaf for leaf, _ in token_rows(base, adapter.config) if leaf.kind == "embedding"]
+    if config.model.untie and tables:
+        raise ConfigError(
+            f"the tokens of {tables[0].module()} are trained: in PEFT a tied head follows them, "
+            "an untied one does not, so the adapter would give other logits on the tied base",
+            where="model.untie",
+            fix="leave it out, or save the untied base (jlora.untie, jlora.save_pretrained) and "
+            "name its folder",
         )
 
 

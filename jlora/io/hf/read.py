@@ -35,6 +35,7 @@ from jlora.io.hf.prequantized import Problems, StoredMatrix
 from jlora.io.hf.score_head import ScoreHeadShards
 from jlora.models.model import Model
 from jlora.models.registry import as_classifier, family_of, parse_config
+from jlora.models.tying import with_untied_head
 from jlora.quant.params import is_quantized, quantize_matrix, quantize_params, scheme_text
 from jlora.tree import paths
 
@@ -54,6 +55,7 @@ def load_pretrained(
     num_labels: int | None = None,
     seed: int = 0,
     cancel: Callable[[], bool] | None = None,
+    untie: bool = False,
 ) -> tuple[Model, dict[str, Any]]:
     """The model in a transformers folder or hub repository, and its frozen parameters.
 
@@ -72,6 +74,7 @@ def load_pretrained(
       seed: for the initialisation of the score head.
       cancel: asked before every tensor, such as the ``is_set`` of a ``threading.Event``; when it
         returns True, nothing more is read.
+      untie: gives a tied output head its own copy of the embedding, as ``jlora.untie`` does.
 
     Raises:
       ConfigError: the model is not there, its configuration is not supported, or the folder is
@@ -82,6 +85,8 @@ def load_pretrained(
     """
     folder = find_folder(path_or_hub_id, revision)
     model = read_model(folder, dtype=dtype, attention=attention)
+    if untie:
+        model = with_untied_head(model)
     fresh = num_labels is not None and model.config.num_labels is None
     if num_labels is not None:
         model = dataclasses.replace(model, config=as_classifier(model.config, num_labels))
@@ -179,7 +184,7 @@ def _find(
     names, problems = {}, list(shards.problems)
     table, head = embedding_name(model), head_name(model)
     known = {name for group in parts.values() for name in group.values()}
-    if model.config.tie_word_embeddings:
+    if tied_files := _is_tied_in_files(model):
         known.add(head)
     for name in shards.files:
         full = name if name in expected else f"{table.split('.')[0]}.{name}"
@@ -189,9 +194,16 @@ def _find(
             names[full] = name
         elif name not in known and not re.fullmatch(family_of(model.config).buffers, name):
             problems.append((name, "is not part of this model"))
-    if model.config.tie_word_embeddings and head in shards.files:
+    if tied_files and head in shards.files:
         names.setdefault(table, head)
+    if model.config.untied and table in names:
+        names.setdefault(head, names[table])
     return names, problems
+
+
+def _is_tied_in_files(model: Model) -> bool:
+    """Whether the files may have the embedding's tensor under either name, or both."""
+    return model.config.tie_word_embeddings or model.config.untied
 
 
 def _check_tied_head(
@@ -202,7 +214,7 @@ def _check_tied_head(
     Their values are compared only if there is no other problem.
     """
     head, table = head_name(model), names.get(embedding_name(model))
-    if not model.config.tie_word_embeddings or head not in shards.files or table in (None, head):
+    if not _is_tied_in_files(model) or head not in shards.files or table in (None, head):
         return []
     if (shape := shards.shape(head)) != shards.shape(table):
         expected = list(shards.shape(table))

@@ -27,6 +27,7 @@ from jlora.io.hf.names import CheckpointTensor, checkpoint_tensors
 from jlora.lora.weight import dense
 from jlora.models.model import Model
 from jlora.models.registry import family_of
+from jlora.models.tying import head_differs
 from jlora.quant.params import is_quantized
 from jlora.tree import paths
 
@@ -106,6 +107,12 @@ def _check(model: Model, params: Mapping[str, Any]) -> list[CheckpointTensor]:
     ]
     if problems:
         raise DataError("these parameters are not the model's:\n" + "\n".join(problems))
+    if head_differs(model, params):
+        raise DataError(
+            "an adapter changes the embedding, but not the output head that is tied to it",
+            where="tie_word_embeddings",
+            fix="untie the head first: model, params = jlora.untie(model, params)",
+        )
     return checkpoint_tensors(model)
 
 

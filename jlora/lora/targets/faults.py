@@ -11,6 +11,14 @@ from jlora.lora.targets.rules import is_saved, is_target, token_indices
 from jlora.lora.targets.target import Target
 from jlora.tree import matching, paths
 
+TIED_HEADS = ("lm_head", "embed_out")
+"""Names of heads that models without one tie to the embedding."""
+
+NO_HEAD = (
+    " does not exist: the output head is tied to the embedding; untie it with model.untie: true, "
+    "in Python with model, params = jlora.untie(model, params)"
+)
+
 
 def target_faults(
     config: LoraConfig,
@@ -41,7 +49,11 @@ def _unmatched(
     adapted = [n for t in targets for n, r in zip(t.names, t.ranks, strict=True) if r]
 
     def check(key: str, pattern: str, hits: Iterator[bool], names: Sequence[str]) -> Iterator[str]:
-        if not any(hits):
+        if any(hits):
+            return
+        if pattern in TIED_HEADS and not any(n.endswith(paths.OUTPUT_HEADS) for n in modules):
+            yield f"{key}: {pattern}{NO_HEAD}"
+        else:
             yield f"{key}: {pattern!r} matches nothing{_near(pattern, names)}"
 
     for key in ("target_modules", "exclude_modules"):
@@ -139,23 +151,32 @@ def _tokens(
     wanted = config.trainable_token_indices
     if not wanted:
         return
-    tables = [leaf for leaf in leaves if leaf.kind == "embedding" and leaf.stack is None]
+    tables = [leaf for leaf in leaves if has_token_rows(leaf)]
     names = [leaf.module() for leaf in tables]
     for end in wanted if isinstance(wanted, Mapping) else ():
         if not any(matching.matches(name, (end,)) for name in names):
-            yield f"trainable_token_indices: {end!r} is no embedding{_near(end, names)}"
+            tied = end in TIED_HEADS
+            cause = NO_HEAD if tied else f" is no embedding or output head{_near(end, names)}"
+            yield f"trainable_token_indices: {end!r}{cause}"
     if not isinstance(wanted, Mapping) and not any(token_indices(config, n) for n in names):
         known = ", ".join(names)
         yield f"trainable_token_indices: name the embedding, as in {{name: [1, 2]}} ({known})"
     adapted = {name for t in targets for name in t.names}
     for leaf in tables:
         name, rows = leaf.module(), token_indices(config, leaf.module())
-        if missing := [i for i in rows if i >= leaf.shape[0]]:
-            yield f"trainable_token_indices: {name} has {leaf.shape[0]} rows, not {missing}"
+        tokens = leaf.shape[0] if leaf.kind == "embedding" else leaf.shape[1]
+        if missing := [i for i in rows if i >= tokens]:
+            yield f"trainable_token_indices: {name} has {tokens} rows, not {missing}"
         if rows and (
             name in adapted or any(is_saved(name, m) for m in config.modules_to_save or ())
         ):
             yield f"trainable_token_indices: {name} is trained already, by LoRA or in full"
+
+
+def has_token_rows(leaf: paths.Leaf) -> bool:
+    """Whether a leaf is an embedding or an output head, with a row or column for each token."""
+    is_head = leaf.kind == "kernel" and leaf.path[-2:-1] in [(h,) for h in paths.OUTPUT_HEADS]
+    return leaf.stack is None and (leaf.kind == "embedding" or is_head)
 
 
 def _near(pattern: str, names: Sequence[str]) -> str:

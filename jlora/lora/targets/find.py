@@ -8,7 +8,7 @@ from typing import Any
 
 from jlora.config import LoraConfig
 from jlora.errors import ConfigError
-from jlora.lora.targets.faults import target_faults
+from jlora.lora.targets.faults import has_token_rows, target_faults
 from jlora.lora.targets.names import resolve, with_score_heads
 from jlora.lora.targets.rules import (
     is_replaced,
@@ -70,9 +70,10 @@ def replaced_leaves(params: Any, config: LoraConfig) -> list[paths.Leaf]:
 
 
 def token_rows(params: Any, config: LoraConfig) -> list[tuple[paths.Leaf, Sequence[int]]]:
-    """The embeddings of which single rows are trained, and the indices of those rows."""
-    found = [(leaf, token_indices(config, leaf.module())) for leaf in paths.leaves(params)]
-    return [(leaf, rows) for leaf, rows in found if leaf.kind == "embedding" and rows]
+    """The embeddings and heads of which tokens are trained, and the indices of those tokens."""
+    tables = (leaf for leaf in paths.leaves(params) if has_token_rows(leaf))
+    found = [(leaf, token_indices(config, leaf.module())) for leaf in tables]
+    return [(leaf, rows) for leaf, rows in found if rows]
 
 
 def _candidates(leaves: Sequence[paths.Leaf]) -> list[Target]:

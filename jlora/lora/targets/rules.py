@@ -14,6 +14,9 @@ from jlora.tree import matching, paths
 INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
 """Names of input embeddings, to which a plain list of ``trainable_token_indices`` refers."""
 
+POSITION_EMBEDDINGS = ("wpe", "embed_positions")
+"""Names of tables of positions, to which no output head is tied."""
+
 
 def is_target(config: LoraConfig, name: str) -> bool:
     """Whether PEFT would adapt the module ``name``."""
