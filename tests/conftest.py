@@ -38,6 +38,26 @@ checked = [f"jlora.{m.name}" for m in pkgutil.iter_modules(folders) if m.name !=
 install_import_hook(checked, "checker.check")
 
 
+LONGEST = (
+    "test_train_resume.py",
+    "test_train.py",
+    "test_train_mesh.py",
+    "test_devices.py",
+    "test_plan_command.py",
+    "test_models.py",
+    "test_training_step.py",
+    "test_parity_train.py",
+    "test_parity_models_logits.py",
+)
+"""Files that take minutes. They come first, or one of them would run alone at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts the files; within a file tests stay in their order."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs():
     """A file's traced functions go with it; its executables stay while there is room for them.

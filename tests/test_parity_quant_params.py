@@ -23,8 +23,9 @@ def script():
     sys.path.remove(str(FOLDER))
 
 
+@pytest.mark.short
 def test_nf4_costs_less_than_int4(script, assets, monkeypatch):
-    """A short form of the next test: two formats, 16 stories of 64 tokens."""
+    """Two formats, 16 stories of 64 tokens."""
     monkeypatch.setattr(script, "STORIES", 16)
     monkeypatch.setattr(script, "LENGTH", 64)
     monkeypatch.setattr(script, "CODES", {name: script.CODES[name] for name in ("int4", "NF4")})

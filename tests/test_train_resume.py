@@ -103,8 +103,9 @@ def test_ten_kills_leave_no_trace(place, whole):
     assert_no_trace(place, config, whole)
 
 
+@pytest.mark.short
 def test_two_kills_leave_no_trace(place, whole):
-    """The short form: after a step, and while a checkpoint is being written."""
+    """After a step, and while a checkpoint is being written."""
     rng, config = random.Random(0), place.write(train=LONG)
     for kind, target in (("step", 6), ("save", 18)):
         assert kill_run(place, config, kind, target, rng) == -signal.SIGKILL
