@@ -219,8 +219,8 @@ def test_show_batch_prints_and_trains_nothing(place, capsys):
 def test_lorafa_and_loraplus_train_b_alone(place, capsys):
     """A is as it was drawn, no check stops that, and 8-bit moments and LoRA+ go with it."""
     place.settings_for_loss()
-    own = {"lorafa": True, "loraplus_lr_ratio": 4.0, "optim": "adamw_8bit", "max_steps": 4}
-    place.run(train={**own, "save_steps": None}, lora={"lora_dropout": 0.0})
+    options = {"lorafa": True, "loraplus_lr_ratio": 4.0, "optim": "adamw_8bit", "max_steps": 4}
+    place.run(train={**options, "save_steps": None}, lora={"lora_dropout": 0.0})
     said = capsys.readouterr().out
     assert "adamw_8bit with LoRA+ (B's learning rate is 4 times A's) with LoRA-FA" in said
     _, params = jlora.load_pretrained(place.base, "float32")
@@ -231,8 +231,8 @@ def test_lorafa_and_loraplus_train_b_alone(place, capsys):
     assert set(trained) == set(drawn)
     for name, value in trained.items():
         assert np.array_equal(value, drawn[name]) == ("lora_A" in name), name
-    moving = sum(value.size for name, value in trained.items() if "lora_B" in name)
-    assert f"{moving:,} of" in said
+    trainable = sum(value.size for name, value in trained.items() if "lora_B" in name)
+    assert f"{trainable:,} of" in said
     job = open_job(settings, open_tokenizer(settings), trained=True)
 
     def total(adapter):
@@ -249,11 +249,11 @@ def test_the_base_is_fingerprinted_once(place):
     from jlora.io.peft import base_model
     from jlora.tree import fingerprint
 
-    whole = []
+    fingerprinted = []
 
     def counted(params, compute=fingerprint.fingerprint):
         if "kernel" in str(jax.tree.structure(params)):
-            whole.append(params)
+            fingerprinted.append(params)
         return compute(params)
 
     place.settings_for_loss()
@@ -262,8 +262,8 @@ def test_the_base_is_fingerprinted_once(place):
         mock.patch.object(base_model, "fingerprint", counted),
     ):
         place.run(train={"max_steps": 1, "save_steps": 1, "logging_steps": 1})
-    assert len(whole) == 1
+    assert len(fingerprinted) == 1
     record = json.loads((place.output / "base_model.json").read_text())
     manifest = json.loads((place.output / "checkpoints/1/manifest.json").read_text())
     assert record["weights"] == manifest["base_fingerprint"]
-    assert record["weights"] == fingerprint.fingerprint(whole[0])
+    assert record["weights"] == fingerprint.fingerprint(fingerprinted[0])

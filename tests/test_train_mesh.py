@@ -56,10 +56,10 @@ def assert_same_run(place, expected, tolerance=1e-5):
     for name in ("loss", "grad_norm", "eval_loss"):
         values = [[line[name] for line in lines if name in line] for lines in (got, wanted)]
         np.testing.assert_allclose(*values, rtol=tolerance, err_msg=name)
-    ours, theirs = load(place.adapter()), load(expected.adapter())
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        np.testing.assert_allclose(value, theirs[name], atol=2e-4, err_msg=name)
+    trained, wanted = load(place.adapter()), load(expected.adapter())
+    assert trained.keys() == wanted.keys()
+    for name, value in trained.items():
+        np.testing.assert_allclose(value, wanted[name], atol=2e-4, err_msg=name)
 
 
 # Two of the six stay in plain pytest: with them every axis of the mesh and both methods are run.
@@ -165,7 +165,18 @@ def test_processes_that_read_different_rows_are_told(place):
     assert "data.train: processes 1 have read other rows than process 0" in said[0]
 
 
+WAIT_5_SECONDS = """
+import sys
+from jlora import cli
+from jlora.distributed import processes
+processes.FAILURE_BARRIER_SECONDS = 5
+cli.leave(cli.main("train", sys.argv[1:]))
+"""
+"""The command, but a failed process waits for the others for less than half a minute."""
+
+
 def with_other_rows(place, process, row):
+    place.program = ("-c", WAIT_5_SECONDS)
     rows = write_rows(place.folder / "rows.jsonl", [row] * 3)
     place.write(**settings("lora", per_device=2))
     arguments = [(), ()]

@@ -83,10 +83,10 @@ def test_activation_offloading_changes_nothing(here, together):
 def test_each_adapter_is_what_it_is_alone(here, together, name):
     """Losses and weights, with dropout, clipping and accumulation; evaluation too."""
     (lines, out), (alone, folder) = together, run(here, name)
-    mine, his = load_file(out / name / ADAPTER), load_file(folder / ADAPTER)
-    assert set(mine) == set(his)
-    for key, value in his.items():
-        np.testing.assert_allclose(mine[key], value, atol=1e-5, err_msg=key)
+    actual, expected = load_file(out / name / ADAPTER), load_file(folder / ADAPTER)
+    assert set(actual) == set(expected)
+    for key, value in expected.items():
+        np.testing.assert_allclose(actual[key], value, atol=1e-5, err_msg=key)
     for key, other in (("loss", f"loss/{name}"), ("eval_loss", f"eval_loss/{name}")):
         got = [line[other] for line in lines if other in line]
         want = [line[key] for line in alone if key in line]
@@ -106,9 +106,9 @@ def test_the_runs_loss_is_over_all_tokens_and_the_adapters_differ(together):
 def test_each_folder_is_a_run_of_its_own(together):
     """It is what jlora evaluate, generate and merge take."""
     _, out = together
-    own = config.load(out / "down")
-    assert own.adapters == () and own.train.output_dir == str(out / "down")
-    assert [s.path for s in own.data.train] == [str(out.parent / "down.jsonl")]
+    down_settings = config.load(out / "down")
+    assert down_settings.adapters == () and down_settings.train.output_dir == str(out / "down")
+    assert [s.path for s in down_settings.data.train] == [str(out.parent / "down.jsonl")]
     assert (out / "down" / "tokenizer.json").is_file()
 
 
@@ -117,10 +117,10 @@ def test_on_two_devices(here, together):
     changed = {"per_device_train_batch_size": 1, "output_dir": str(here.folder / "split")}
     lines, split = run(here, None, "data.eval=[]", devices=2, **changed)
     for name in NAMES:
-        mine, theirs = (load_file(out / name / ADAPTER) for out in (together[1], split))
-        for key, value in mine.items():
-            np.testing.assert_allclose(theirs[key], value, atol=1e-5, err_msg=key)
-        losses = [[each[f"loss/{name}"] for each in run[:5]] for run in (together[0], lines)]
+        actual, expected = (load_file(out / name / ADAPTER) for out in (together[1], split))
+        for key, value in actual.items():
+            np.testing.assert_allclose(expected[key], value, atol=1e-5, err_msg=key)
+        losses = [[line[f"loss/{name}"] for line in run[:5]] for run in (together[0], lines)]
         np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
@@ -150,11 +150,11 @@ def test_each_folder_loads_in_peft(here, together):
     peft = pytest.importorskip("peft")
     out, ids = together[1], np.arange(24, dtype=np.int32).reshape(3, 8) + 6
     base = transformers.AutoModelForCausalLM.from_pretrained(here.base, dtype=torch.float32)
-    theirs = peft.PeftModel.from_pretrained(base, out / "up", "up")
-    theirs.load_adapter(out / "down", "down")
+    peft_model = peft.PeftModel.from_pretrained(base, out / "up", "up")
+    peft_model.load_adapter(out / "down", "down")
     with torch.no_grad():
         tokens, names = torch.tensor(ids).long(), ["down", "__base__", "up"]
-        want = theirs.eval()(input_ids=tokens, adapter_names=names).logits.numpy()
+        want = peft_model.eval()(input_ids=tokens, adapter_names=names).logits.numpy()
     model, params = jlora.load_pretrained(here.base, dtype="float32")
     stack = jlora.stack_adapters({n: jlora.load_adapter(out / n, params) for n in NAMES})
     rows = stack.ids(["down", None, "up"])

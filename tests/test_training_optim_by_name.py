@@ -50,16 +50,16 @@ def after_three_steps(transform):
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_a_name_gives_what_optax_gives(name, args, direct):
-    ours = after_three_steps(optim.make_optimizer(settings(name, args), 10, draw(0)))
-    chex.assert_trees_all_close(ours, after_three_steps(direct), rtol=1e-6, atol=1e-7)
+    actual = after_three_steps(optim.make_optimizer(settings(name, args), 10, draw(0)))
+    chex.assert_trees_all_close(actual, after_three_steps(direct), rtol=1e-6, atol=1e-7)
 
 
 def test_weight_decay_is_the_settings_own_and_off_for_biases():
     config = settings("optax.lamb", weight_decay=0.3)
-    ours = after_three_steps(optim.make_optimizer(config, 10, draw(0)))
+    actual = after_three_steps(optim.make_optimizer(config, 10, draw(0)))
     for name, decay in (("lora_A", 0.3), ("bias", 0.0)):
         alone = after_three_steps(optax.lamb(RATE, weight_decay=decay))
-        np.testing.assert_allclose(ours[name], alone[name], rtol=1e-6)
+        np.testing.assert_allclose(actual[name], alone[name], rtol=1e-6)
     with pytest.raises(ConfigError, match=r"adabelief has no weight decay\n.*set it to 0"):
         optim.check_optimizer(settings("optax.adabelief", weight_decay=0.1))
 
@@ -86,7 +86,7 @@ def test_what_cannot_be_is_refused_before_the_run(name, args, where, message):
     assert caught.value.exit_code == 2 and caught.value.fix
 
 
-def test_every_optimizer_of_ours_and_nearly_every_one_of_optax_passes_the_check():
+def test_every_built_in_optimizer_and_nearly_every_one_of_optax_passes_the_check():
     refused = {}
     for name in optim.OPTIMIZERS:
         optim.check_optimizer(settings(name))

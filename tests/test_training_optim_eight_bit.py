@@ -110,25 +110,25 @@ def test_the_step_uses_the_moments_before_they_are_rounded():
     rng = np.random.default_rng(0)
     g = {"kernel": jnp.asarray(rng.standard_normal((64, 128)).astype(np.float32))}
     for inner in (optax.scale_by_adam(), optax.scale_by_lion()):
-        packed = eight_bit.eight_bit(inner)
+        in_8_bits = eight_bit.eight_bit(inner)
         with jax.numpy_dtype_promotion("standard"):
-            ours, _ = packed.update(g, packed.init(g))
-            whole, _ = inner.update(g, inner.init(g))
-        chex.assert_trees_all_equal(ours, whole)
+            actual, _ = in_8_bits.update(g, in_8_bits.init(g))
+            expected, _ = inner.update(g, inner.init(g))
+        chex.assert_trees_all_equal(actual, expected)
 
 
 def test_a_small_second_moment_never_becomes_zero():
     """Beside gradients e**14 times as large a block's small ones would be divided by nothing."""
     rng = np.random.default_rng(0)
     inner = optax.scale_by_adam(0.9, 0.95)
-    packed = eight_bit.eight_bit(inner)
+    in_8_bits = eight_bit.eight_bit(inner)
     p = jnp.zeros((32, 256))
-    states, sums = [packed.init(p), inner.init(p)], [p, p]
+    states, sums = [in_8_bits.init(p), inner.init(p)], [p, p]
     with jax.numpy_dtype_promotion("standard"):
         for _ in range(20):
             tails = np.exp(2 * rng.standard_normal(p.shape))
             g = jnp.asarray((rng.standard_normal(p.shape) * tails).astype(np.float32))
-            for i, transform in enumerate((packed, inner)):
+            for i, transform in enumerate((in_8_bits, inner)):
                 updates, states[i] = jax.jit(transform.update)(g, states[i])
                 sums[i] = sums[i] + updates
     assert (np.asarray(states[0].nu.codes) > 0).all()
@@ -161,8 +161,8 @@ def test_blocks_are_split_as_their_parameter():
     chex.assert_trees_all_equal_shapes_and_dtypes(spread, alone)
     chex.assert_trees_all_close(sharding.gather(spread[0]), sharding.gather(alone[0]), rtol=1e-6)
     pairs = zip(*(jax.tree.leaves(sharding.gather(x[1])) for x in (spread, alone)), strict=True)
-    for ours, wanted in pairs:  # a value at a threshold may take either code
-        apart = np.abs(ours.astype(np.float64) - wanted)
+    for actual, wanted in pairs:  # a value at a threshold may take either code
+        apart = np.abs(actual.astype(np.float64) - wanted)
         assert (apart > 1e-5).mean() < 1e-3 and apart.max() <= 1
     moments = spread[1][1].inner_states["decay"].inner_state[0].mu["q_proj"]
     for name, axis, parts in (("lora_A", 1, 2), ("lora_B", 2, 2)):

@@ -66,27 +66,30 @@ def kinds(state):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_paging_changes_no_bit_and_keeps_the_moments_on_the_host(plain, paged, mesh):
     mesh = mesh_of(mesh)
-    ours, wanted = run(paged, mesh), run(plain, mesh)
-    chex.assert_trees_all_equal(sharding.gather(ours), sharding.gather(wanted))
-    chex.assert_trees_all_equal_shapes_and_dtypes(ours, wanted)
+    actual, wanted = run(paged, mesh), run(plain, mesh)
+    chex.assert_trees_all_equal(sharding.gather(actual), sharding.gather(wanted))
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, wanted)
     expected = [
-        "pinned_host" if leaf.ndim else "device" for leaf in jax.tree.leaves(ours.opt_state)
+        "pinned_host" if leaf.ndim else "device" for leaf in jax.tree.leaves(actual.opt_state)
     ]
-    assert kinds(ours) == expected and set(expected) == {"pinned_host", "device"}
+    assert kinds(actual) == expected and set(expected) == {"pinned_host", "device"}
     assert set(kinds(wanted)) == {"device"}
-    assert all(x.sharding.memory_kind == "device" for x in jax.tree.leaves(ours.trainable))
-    layouts = [[leaf.sharding.spec for leaf in jax.tree.leaves(s)] for s in (ours, wanted)]
+    assert all(x.sharding.memory_kind == "device" for x in jax.tree.leaves(actual.trainable))
+    layouts = [[leaf.sharding.spec for leaf in jax.tree.leaves(s)] for s in (actual, wanted)]
     assert layouts[0] == layouts[1]
 
 
 def test_a_step_that_overflows_leaves_paged_moments_as_they_were():
     mesh = mesh_of("data")
-    ours, before = run("paged_adamw_8bit", mesh, True), run("adamw_8bit", mesh, False, steps=(1, 2))
+    actual, before = (
+        run("paged_adamw_8bit", mesh, True),
+        run("adamw_8bit", mesh, False, steps=(1, 2)),
+    )
     chex.assert_trees_all_equal(
-        sharding.gather((ours.trainable, ours.opt_state)),
+        sharding.gather((actual.trainable, actual.opt_state)),
         sharding.gather((before.trainable, before.opt_state)),
     )
-    assert "pinned_host" in kinds(ours) and ours.loss_scale.scale == 2.0**15
+    assert "pinned_host" in kinds(actual) and actual.loss_scale.scale == 2.0**15
 
 
 def test_a_checkpoint_gives_paged_moments_back_to_the_host(tmp_path):

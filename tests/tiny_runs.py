@@ -62,6 +62,7 @@ class Place:
         self.output = folder / "out"
         self.rows, self.held_out = base / "train.jsonl", base / "eval.jsonl"
         self.defaults: dict[str, dict[str, Any]] = {}
+        self.program = ("-m", "jlora.train")
 
     def settings(self, **sections: Any) -> dict[str, Any]:
         """The settings, each section updated by ``sections``; None removes a section or value."""
@@ -104,8 +105,8 @@ class Place:
         return file
 
     def start(self, *arguments: Any, **env: str) -> subprocess.Popen:
-        """Starts ``python -m jlora.train`` on one CPU device."""
-        command = [sys.executable, "-m", "jlora.train", *map(str, arguments)]
+        """Starts ``program``, the command, on one CPU device."""
+        command = [sys.executable, *self.program, *map(str, arguments)]
         variables = {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "",
