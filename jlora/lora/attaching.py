@@ -101,6 +101,7 @@ def _attach_stack(
         delta_scales = [scales[(*c.module, SCALING)] for c in columns]
         a, b, scale = terms.concat_factors(leaf, changes, columns, delta_scales)
         ids = jnp.asarray(adapter_ids, jnp.int32)
+        # lax.scan slices every child of a stacked leaf, so each layer has a copy of the ids.
         ids = jnp.broadcast_to(ids, (leaf.layers, *ids.shape)) if leaf.layers else ids
         bias = _bias(changes, columns, [scales.get((*c.module, BIAS_SCALING)) for c in columns])
         return LoraWeight(value, a, b, scale, bias=bias, adapter_ids=ids)
@@ -137,6 +138,7 @@ def group_by_base_leaf(
 
 def path_key(key: Array, path: paths.Path) -> Array:
     """A random key for a path: independent of what else is in the tree."""
+    # Not hash(), which Python salts: processes of one run would draw different values.
     return jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
 
 
@@ -227,6 +229,8 @@ def _gain(
         magnitude = changes[(*c.module, kinds.MAGNITUDE)]
         part = slice(c.start, c.start + magnitude.shape[-1])
         usable = trains & (norm[..., part] > 0)  # a column of zeros has no direction to scale
+        # The divisor is replaced, too: the gradient of a division by zero is NaN even where the
+        # result is not selected.
         factor = magnitude / jnp.where(usable, norm[..., part], 1.0)
         gain = gain.at[..., part].set(jnp.where(usable, factor, 1.0))
     return gain

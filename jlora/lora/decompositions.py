@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+# The default on accelerators, TF32 or bfloat16, is too coarse: A @ B is subtracted from the weight,
+# and has to be its best approximation, not one within 0.4 %.
 _matmul = functools.partial(jnp.matmul, precision="highest")
 
 
@@ -73,7 +75,10 @@ def orthogonal(
     """
     key_q, key_a, key_b = jax.random.split(key, 3)
     noise = jax.random.normal(key_q, (r, r))
+    # The ranks in use and the others are separate blocks, so that Q is orthogonal within those in
+    # use, and A @ B stays zero once the others are zeroed.
     q, _ = jnp.linalg.qr(jnp.where(used & used[:, None], noise, jnp.eye(r)))
     a = _matmul(jax.random.normal(key_a, (fan_in, r // 2)), q[0::2])
     b = _matmul(q[1::2].mT, jax.random.normal(key_b, (r // 2, fan_out)))
+    # PEFT's constant.
     return a / 10, b / 10

@@ -124,6 +124,8 @@ def _principal_components(
 
     def start(path: paths.Path) -> Array:
         *lead, fan_in, _ = leaves[path].value.shape
+        # Twice as many as wanted, since the last wanted direction converges with the ratio of its
+        # variance to that of the first one left out.
         width = min(
             fan_in, 2 * wanted[path]
         )  # the same start for all leaves that have the same inputs
@@ -191,6 +193,7 @@ def _ritz(directions: Array, sums: Array, count: Array) -> tuple[Array, Array, A
 def _converged(before: Mapping, now: Mapping, wanted: Mapping[paths.Path, int], tau: float) -> bool:
     """Whether every direction that may be used is nearly that of the pass before."""
     cosines = [
+        # The absolute value: an eigenvector's sign is arbitrary, and may change in every pass.
         jnp.min(jnp.abs(jnp.sum(before[p][0][..., :k] * now[p][0][..., :k], -2)))
         for p, k in wanted.items()
     ]
@@ -212,6 +215,8 @@ def _distribute(
                 shares += [(float(s / total), t.names[layer]) for s in scatter[:limit]]
     budget = sum(sum(t.ranks) for t in targets)
     ranks = {name: 0 for t in targets for name in t.names}
+    # A stable sort: q, k and v have the same inputs, so equal shares, and the first one gets the
+    # rank.
     for _, name in sorted(shares, key=lambda share: -share[0])[:budget]:
         ranks[name] += 1
     return ranks

@@ -76,6 +76,8 @@ def init_adapter(
         values = jnp.take(table, jnp.asarray(rows), axis=0)
         flat[(*leaf.path[:-1], TOKENS)] = values.astype(jnp.float32)
     for leaf in replaced_leaves(params, config):
+        # A copy of float32 leaves, too: the step donates what is trained, and the base must
+        # survive.
         flat[leaf.path] = jnp.array(dense(leaf.value), jnp.float32, copy=True)
     widths = {t.path[-2]: t.widths for t in targets if paths.is_part(t.path)}
     if config.init_lora_weights == "loftq":  # no different from then on

@@ -100,6 +100,8 @@ def _check_tied(params: Tree, adapter: Adapter) -> None:
     kernels = [leaf for leaf in leaves.values() if leaf.kind == "kernel" and leaf.stack is None]
     named = any({*leaf.path[-2:-1]} & {*paths.OUTPUT_HEADS} for leaf in kernels)
     widths = {leaf.shape[-1] for leaf in kernels}
+    # PEFT's gradient does not pass through a tied head, but its merge writes into the tensor that
+    # both share: the merged model's logits are not the adapted one's.
     for path, _ in paths.walk(adapter.weights):
         table = leaves.get(changed_leaf(path, leaves))
         if table is None or table.kind != "embedding" or path[-1] == TOKENS:

@@ -46,6 +46,7 @@ def _observe_bwd(saved, cotangent):
     x, directions, mask = saved
     x = jnp.where(mask[..., None], x.astype(jnp.float32), 0.0).reshape(-1, x.shape[-1])
     projected = jnp.matmul(x, directions, precision="highest")
+    # Two thin products: xᵀ @ x would be (in, in), for every layer at once under scan.
     sketch = jnp.matmul(x.T, projected, precision="highest")
     sums = jnp.stack([x.sum(0), (x * x).sum(0)], -1)
     return cotangent, None, jnp.concatenate([sketch, sums], -1), None, None

@@ -103,6 +103,7 @@ def concat_factors(
 ) -> Delta:
     """``composed_factors`` of the modules ``columns``, with one scale for each."""
     key_a, key_b = factor_names(leaf)
+    # The usual case: A and B stay the trained leaves, without a copy, and the scale apart.
     if len(columns) == 1 and columns[0].total is None:
         module = columns[0].module
         return changes[(*module, key_a)], changes[(*module, key_b)], scales[0]
@@ -111,6 +112,7 @@ def concat_factors(
         for c, scale in zip(columns, scales, strict=True)
     ]
     a = jnp.concatenate([changes[(*c.module, key_a)] for c in columns], -1)
+    # Parts may have different scales (alpha_pattern), so these are in the parts' Bs.
     return a, jnp.concatenate(placed, -2), jnp.ones_like(scales[0])
 
 
@@ -118,6 +120,8 @@ def subtract_factors(delta: Delta, initial: Delta) -> Delta:
     """The difference of two deltas as one of the sum of their ranks."""
     (a, b, scale), (a0, b0, scale0) = delta, initial
     b, b0 = scale[..., None, None] * b, scale0[..., None, None] * b0
+    # Twice the rank, but the adapter applies to the unchanged base: PEFT's way, subtracting from
+    # the base's weight, would give every PiSSA adapter a base of its own.
     a, b = jnp.concatenate([a, a0], -1), jnp.concatenate([b, -b0], -2)
     return a, b, jnp.ones_like(scale)
 
@@ -142,9 +146,12 @@ def column_norms(
     def one_layer(layer: tuple[Any, Array, Array, Array]) -> Array:
         w, a, b, scale = layer
         w, b = dense(w).astype(jnp.float32), b * scale
+        # The magnitude over this norm is close to 1: with the three digits of a default product on
+        # an accelerator, step 0 would not be the base model.
         a_w = jnp.matmul(a.mT, w, precision="highest")
         a_delta = jnp.matmul(jnp.matmul(a.mT, a, precision="highest"), b, precision="highest")
         squares = jnp.sum(w * w, 0) + jnp.sum(b * (2 * a_w + a_delta), 0)
+        # The sum of a column that the delta nearly cancels may round to less than zero.
         return jnp.sqrt(jnp.maximum(squares, 0.0))
 
     values = jax.lax.stop_gradient((base, a, b, scale))

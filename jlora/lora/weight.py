@@ -170,5 +170,6 @@ def to_float32(leaf: Any) -> Float[Array, "..."]:
 def delta(w: LoraWeight) -> Float[Array, "..."]:
     """``scale * lora_A @ lora_B``, dense, in float32."""
     assert w.adapter_ids is None, "each row has its own delta"
+    # For merged files: the default of accelerators, TF32 or bfloat16, would add its own error.
     product = jnp.matmul(w.lora_A, w.lora_B, precision="highest")
     return product * w.scale.reshape(*w.scale.shape, *(1,) * (product.ndim - w.scale.ndim))

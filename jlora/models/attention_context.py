@@ -72,6 +72,7 @@ class AttentionContext:
             return self._attend_rows(q, k, v, index, window, options), kv
         rows = jnp.arange(q.shape[0])[:, None]
         kv = KV(
+            # Dropped: padding has the slot after the last one (`cache_slots`).
             kv.k.at[index, rows, self.slots].set(k.astype(kv.k.dtype), mode="drop"),
             kv.v.at[index, rows, self.slots].set(v.astype(kv.v.dtype), mode="drop"),
         )

@@ -74,6 +74,7 @@ class DecoderConfig:
     """Per layer: the rotary embedding; None for layers without one."""
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    # Text, not a dict, which would not be hashable.
     hf_json: str = dataclasses.field(repr=False)
     """The original ``config.json``, as sorted JSON."""
 

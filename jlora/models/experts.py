@@ -44,6 +44,7 @@ class Router(nnx.Module):
         Weights are the softmax over all experts, or, if ``normalized``, over the chosen ones (equal
         to the softmax over all, divided by its sum over the chosen).
         """
+        # Rounded to bfloat16, close logits become equal, and another expert would be chosen.
         logits = dot(x, self.weight.get_value().mT, jnp.float32)
         if self.bias is not None:
             logits = logits + self.bias.get_value().astype(jnp.float32)
@@ -124,6 +125,7 @@ class MixtureOfExperts(nnx.Module):
         def mix(x: Array, weights: Any) -> Array:
             return _mixture(x, *nnx.merge(graph, weights))
 
+        # Each device sorts its own tokens: XLA would gather all activations to sort them together.
         mixed = shard_map_rows(mix, x, weights)
         if self.shared_expert is None or self.shared_expert_gate is None:
             return mixed

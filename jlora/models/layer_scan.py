@@ -59,6 +59,8 @@ def scan_layers(
     # prevent_cse adds is not needed.
     body = jax.checkpoint(body, policy=checkpoint_policy(checkpointing), prevent_cse=False)
     index = jnp.arange(context.config.num_hidden_layers)
+    # The cache is carried, and so updated in place: as the scan's input and output, one layer at a
+    # time, it would exist twice.
     (x, kv), _ = jax.lax.scan(body, (x, kv), (index, state))
     return x, kv
 

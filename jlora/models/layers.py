@@ -30,6 +30,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*B in"]) -> Float[Array, "*B out"]:
         """The product plus the bias, in ``x.dtype``."""
         y = dot(x, self.kernel.get_value())
+        # Named after the bias is added, so that the backward pass does not add it again.
         return saveable(y if self.bias is None else y + self.bias.get_value().astype(y.dtype))
 
 
@@ -90,6 +91,7 @@ class RMSNorm(nnx.Module):
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         if self.offset:
             return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+        # Rounded before it is scaled, as in transformers' LlamaRMSNorm; Gemma's rounds after.
         return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
@@ -107,6 +109,7 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*B dim"]) -> Float[Array, "*B dim"]:
         """The normalised ``x``, in its dtype."""
         x32 = x.astype(jnp.float32)
+        # In two passes: mean(x²) - mean(x)² cancels where the mean is large.
         centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
         scaled = centred * jax.lax.rsqrt(variance + self.eps) * _float32(self.scale)

@@ -172,6 +172,7 @@ class Model:
         slots, length = kv_cache.cache_slots(cache, positions >= 0)
         context = AttentionContext(self.config, self.attention, slots=slots)
         module, kv = self._module(params), kv_cache.KV(cache.k, cache.v)
+        # Padding's -1 would read a learned table of positions from its end.
         x, kv = module.features(ids, jnp.maximum(positions, 0), context, kv, False)
         if last_only:
             steps = jnp.arange(ids.shape[1])

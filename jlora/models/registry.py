@@ -98,6 +98,7 @@ def as_classifier(
             where="model.num_labels",
             fix="leave it out, or start from a language model",
         )
+    # transformers counts the names in id2label; a num_labels beside them could contradict it.
     hf = {k: v for k, v in config.hf.items() if k not in ("num_labels", "problem_type")}
     config = dataclasses.replace(config, num_labels=num_labels)
     names = config.id2label if id2label is None else id2label

@@ -63,6 +63,7 @@ def yarn(
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
+    # transformers' guard against a ramp of no width.
     if low == high:
         high += 0.001
     whole = periods(theta, dim)

@@ -34,6 +34,9 @@ def _ragged(x: Array, y: Array, sizes: Array, axes: tuple[int, int], groups: lis
     ``groups`` is the group axis of ``y``. If it is empty, the rows of ``y`` are sorted by group
     too, and the result has one matrix for each group.
     """
+    # One instruction on TPUs. For GPUs and CPUs jax 0.10.2 compiles one masked product over all
+    # experts: correct, with E times the work (docs/log.md). The general form, since the gradient of
+    # w contracts the ragged axis.
     return jax.lax.ragged_dot_general(
         x,
         y,
@@ -94,12 +97,16 @@ def per_row_product(x: Array, w: Array, ids: Array) -> Array:
 def _per_row_matmul(x: Array, w: Array, ids: Array, w_axis: int) -> Array:
     """Contracts the last axis of ``x`` (rows, …) with ``w_axis`` of each row's matrix."""
     dims = (((x.ndim - 1,), (w_axis,)), ((0,), (0,)))
+    # Gathered by row: 7.8 ms a layer on two cores. A product with all adapters concatenated, then
+    # masked, takes 10.7, a loop over rows 10.2.
     out = jax.lax.dot_general(x, w.astype(x.dtype)[ids], dims, preferred_element_type=jnp.float32)
     return out.astype(x.dtype)
 
 
 def _per_row_fwd(x, w, ids):
     saved = saved_if(w.perturbed, x.value), saved_if(x.perturbed, w.value)
+    # The last residual tells the gradient how many matrices there are, and their dtype: w itself is
+    # saved only if x is differentiated.
     return _per_row_matmul(x.value, w.value, ids.value, 1), (*saved, ids.value, w.value[:, 0, 0])
 
 

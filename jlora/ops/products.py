@@ -41,6 +41,8 @@ def _dense_bwd(_, saved, g):
     x, w = saved
     if isinstance(g, SymbolicZero):
         return None, None
+    # In the compute dtype, also where the result was float32 (logits): autodiff's own transpose
+    # would multiply float32 by bf16, and convert the whole head to float32 in every backward pass.
     g = g.astype(x.dtype)
     dx = array_matmul(g, w, 1) if w.ndim else None
     return dx, _weight_gradient(x, g, w.dtype) if x.ndim else None
@@ -59,6 +61,8 @@ def _weight_gradient(x: Array, g: Array, dtype) -> Array:
     return (jax.lax.optimization_barrier(out).mT if narrow else out).astype(dtype)
 
 
+# With symbolic_zeros the forward rule sees which inputs are differentiated. A plain custom_vjp
+# saves x for a frozen weight's gradient, which nobody wants: one copy a layer under scan.
 dense_product.defvjp(_dense_fwd, _dense_bwd, symbolic_zeros=True)
 
 
@@ -73,11 +77,13 @@ def quantized_product(x: Array, w: Any, dtype: Any) -> Array:
 
 
 def _quantized_fwd(x, w, dtype):
+    # The gradient needs the dtype of x, not its values; a residual has to be an array.
     return quantized_product(x, w, dtype), (w, jnp.zeros((), x.dtype))
 
 
 def _quantized_bwd(_, saved, g):
     w, like_x = saved
+    # None, since the cotangent of uint8 codes would have to be float0.
     return quantized_matmul(g.astype(like_x.dtype), w, True), None
 
 

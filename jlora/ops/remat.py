@@ -39,4 +39,6 @@ offloaded = jax.checkpoint_policies.save_and_offload_only_these_names(
 
 def policy(primitive, *avals, **params) -> bool:
     """Policy of ``jax.checkpoint``: save what ``saveable`` marked, and the results of kernels."""
+    # By name, not everything that is a product: saving the residuals of all operations took 1081 MB
+    # and a tenth more time in a 63M model's step, the named ones 454 MB.
     return primitive.name in SAVED_PRIMITIVES or _named(primitive, *avals, **params)

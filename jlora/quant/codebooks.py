@@ -30,6 +30,8 @@ NF4 = np.array(
 )
 """Quantiles of the normal distribution (QLoRA, arXiv 2305.14314); code 7 is exactly zero."""
 
+# bitsandbytes' FP4, not the E2M1 of QLoRA's table, which errs less (0.106 instead of 0.122 on
+# normal weights): files have to mean here what they mean there.
 _FP4_HALF = np.array([0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4], np.float32)
 
 FP4 = np.concatenate([_FP4_HALF, 0 - _FP4_HALF])  # both zeros are +0
@@ -96,6 +98,8 @@ def _unsigned_map() -> np.ndarray:
 UNSIGNED_MAP = _unsigned_map()
 """bitsandbytes' 8-bit map of [0, 1]."""
 
+# With plain midpoints one parameter of a heavy-tailed trial ended 84 away from 32-bit AdamW's, with
+# these 0.06.
 UNSIGNED_THRESHOLDS = np.concatenate([np.zeros(1, np.float32), midpoints(UNSIGNED_MAP)[1:]])
 """Midpoints, but no value above 0 gets the code of 0, as it does in bitsandbytes: with a second
 moment of 0 and a first moment that is not, Adam's next step would divide by epsilon."""

@@ -224,6 +224,7 @@ def nearest_code(thresholds: np.ndarray, v: Float[Array, "*n"]) -> UInt8[Array, 
     """
     table, index = jnp.asarray(thresholds), jnp.where(v > thresholds[127], 128, 0)
     for step in (64, 32, 16, 8, 4, 2, 1):
+        # At most 254 by construction; the default mode would clamp every index in every round.
         edge = table.at[index + (step - 1)].get(mode="promise_in_bounds")
         index = jnp.where(v > edge, index + step, index)
     return index.astype(jnp.uint8)
@@ -240,6 +241,8 @@ def dequantize(q: NF4Array, dtype: Any = None) -> Float[Array, "..."]:
 @functools.partial(jax.jit, static_argnames="dtype")
 def _dequantize(q: NF4Array, dtype):
     if q.rowwise:
+        # By blocks except on TPUs: repeating absmax for each column takes 31 to 40 ms on two cores,
+        # where reshaping the codes to blocks takes 13 (4096 × 4096 values).
         w = jax.lax.platform_dependent(
             q,
             tpu=functools.partial(_columns, dtype=dtype),
@@ -314,6 +317,7 @@ def take(q: NF4Array, ids: Int[Array, "*ids"]) -> Float[Array, "*ids cols"]:
 def _straddling_rows(q: NF4Array, absmax: Array, rows: Array, dtype: Any) -> Array:
     """Values (*rows, cols) of the rows in ``q.codes``; ``absmax`` is that of all blocks."""
     cols = grid(q.matrix_shape)[1]
+    # Unsigned: int32 ends at 2³¹ values, and JAX has no int64 by default.
     first = rows[..., None] * cols + 2 * jnp.arange(q.codes.shape[-1], dtype=jnp.uint32)
     scales = [absmax.at[(first + i) // q.block_size].get(mode="clip") for i in (0, 1)]
     return _values(q, q.codes, scales, dtype)[..., :cols]
@@ -357,6 +361,8 @@ def _joined(even: Array, odd: Array) -> Array:
 
 def look_up(table: Array | np.ndarray, codes: Array) -> Array:
     """``table[codes]`` of 16 values, by selects on each bit, which vectorize unlike a gather."""
+    # For 4096 × 4096 values on two cores: a gather 20.4 ms, these 15 selects 12.7, a table of pairs
+    # of values 16.0.
     values = list(table)
     for bit in range(4):
         odd = (codes >> bit & 1).astype(bool)
@@ -372,6 +378,8 @@ def dequantize_absmax(q: NF4Array) -> Float[Array, "*blocks"]:
     # By each block's position, so that a shard finds its scales without communication.
     position = [jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(len(shape))]
     index = position[0] if len(shape) == 1 else position[0] * shape[1] + position[1]
+    # (With `repeat` and a reshape XLA computed parts elsewhere and sent them.) `clip`, since the
+    # default mode also computes where to put NaN.
     scale = jnp.take(q.nested_absmax, index // NESTED_BLOCK, axis=-1, mode="clip")
     return _denest(q.absmax, scale, q.nested_offset.reshape(*q.lead, *(1 for _ in shape)))
 

@@ -33,6 +33,7 @@ def is_quantized(leaf: Any) -> bool:
 def quantize_matrix(w: Float[Array, "*lead rows cols"], config: QuantConfig) -> QuantizedArray:
     """A quantized matrix; stacked matrices are quantized one after the other."""
     if w.ndim > 2:
+        # Not vmap, which would hold the float32 values of all matrices at once.
         return jax.lax.map(functools.partial(quantize_matrix, config=config), w)
     if config.load_in_8bit:
         return int8.quantize(w)
@@ -122,6 +123,8 @@ def _check_names(leaves: Sequence[paths.Leaf], config: QuantConfig) -> None:
     modules = [module for leaf in leaves for module in leaf.modules()]
     for key in ("llm_int8_skip_modules", "include_modules"):
         for name in getattr(config, key):
+            # Configurations name lm_head also for models whose head is tied; heads are skipped
+            # anyway.
             harmless = key == "llm_int8_skip_modules" and name in paths.OUTPUT_HEADS
             if harmless or any(_names(name, m) for m in modules):
                 continue

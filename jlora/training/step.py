@@ -87,6 +87,8 @@ def cross_entropy(
     """The summed negative log-likelihood of the labels that are not -100; 0 if there are none."""
     # The barrier keeps these constants, broadcast to the logits' shape, inside a loop over chunks.
     tokens, zero = barrier_after((jnp.arange(logits.shape[-1]), jnp.float32(0.0)), logits)
+    # Not take_along_axis: its gradient is a scatter, and logits that are sharded over the
+    # vocabulary would be gathered for it.
     picked = jnp.sum(jnp.where(labels[..., None] == tokens, logits, zero), axis=-1)
     losses = jax.nn.logsumexp(logits, axis=-1) - picked
     return jnp.sum(jnp.where(labels == IGNORE, 0.0, losses))
@@ -151,6 +153,8 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, frozen: Any, batch: Batch):
+        # Of the whole step: the mean of micro-batches' means would weigh a token by how many others
+        # are in its micro-batch.
         count = jnp.sum(batch["labels"] != IGNORE)
         scale = state.loss_scale.scale if state.loss_scale else jnp.float32(1.0)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -164,6 +168,7 @@ def make_train_step(
         loss = loss / scale
         grads = jax.tree.map(lambda g: g / scale, grads) if state.loss_scale else grads
         norm = optax.tree.norm(grads)
+        # A NaN or an infinity in any gradient reaches the norm.
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         state = _apply_update(state, grads, optimizer, finite)
         metrics = {
@@ -179,6 +184,8 @@ def make_train_step(
         }
         return state, metrics
 
+    # Fixed, so that the donated buffers fit the results, and the next step's arguments are those
+    # that the step was compiled for.
     shardings = None if state_shardings is None else (state_shardings, None)
     if multi_adapter:  # loss, clipping, moments and dropout are then per adapter without more ado
         train_step = jax.vmap(train_step, in_axes=(0, None, 0))
@@ -223,6 +230,7 @@ def class_counts(
 def _accumulate(value_and_grad, trainable, batch: Batch, key: Array):
     """Loss and gradients summed over the micro-batches, which are computed one after another."""
     steps = batch["labels"].shape[0]
+    # Without the scan, which would hold a sum of gradients beside those of the one micro-batch.
     if steps == 1:
         micro = {k: v[0] for k, v in batch.items()}
         return value_and_grad(trainable, micro, jax.random.fold_in(key, 0))
@@ -233,6 +241,8 @@ def _accumulate(value_and_grad, trainable, batch: Batch, key: Array):
         return jax.tree.map(jnp.add, total, result), None
 
     zero = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, trainable))
+    # Each micro-batch reduces its gradients over `data`. Once a step would do, but saves less than
+    # a hundredth: 168 MB, 0.7 of a micro-batch's 90 ms, for 8B with r 16 on 8 H200.
     return jax.lax.scan(add, zero, (jnp.arange(steps), dict(batch)))[0]
 
 
@@ -267,5 +277,6 @@ def _chunk_length(rows: int, length: int, vocab_size: int) -> int:
     ``rows`` are those of one device: with the rows of all devices the chunks get so short that a
     sharded head is gathered once for each of many.
     """
+    # With all rows counted, 8 H200 gathered the head 128 times a pass: 69 GiB a step instead of 14.
     fits = max(1, CHUNK_ELEMENTS // (rows * vocab_size))
     return next(c for c in range(min(fits, length), 0, -1) if length % c == 0)

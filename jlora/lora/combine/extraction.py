@@ -121,6 +121,7 @@ def _require_same(base: BaseLeaves, tuned: BaseLeaves) -> None:
 def _lost(base: BaseLeaves, tuned: BaseLeaves, config: LoraConfig) -> Iterator[str]:
     """Names of leaves, or parts of fused ones, that differ in a layer that nothing covers."""
     for path, leaf in base.items():
+        # Exactly: a leaf that fine-tuning changed ever so little would be lost without a word.
         differs = np.asarray(_dense(leaf) != _dense(tuned[path]))
         covered = np.array([is_replaced(config, name, leaf.kind) for name in leaf.modules()])
         if leaf.kind in ("kernel", "embedding"):

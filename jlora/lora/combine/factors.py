@@ -84,6 +84,7 @@ def _with_ranks(config: LoraConfig, modules: Mapping[paths.Path, ModuleFactors])
         for name, r, scale in layers:
             if r:
                 alpha = scale * (math.sqrt(r) if config.use_rslora else r)
+                # Whole alphas are written as integers, which PEFT declares them to be.
                 ranks[name], alphas[name] = r, int(alpha) if alpha == int(alpha) else alpha
     r, alpha = max(ranks.values()), max(alphas.values())
     return replace(

@@ -48,12 +48,14 @@ def merge_tensors(
         return weighted.sum(0)
     signs = jnp.sign(tensors)
     votes = (tensors if rule.elect == "total" else signs).sum(0)
+    # A tie elects plus, as in PEFT; the sign of a pruned value is 0, which agrees with neither.
     agree = signs == jnp.where(votes >= 0, 1.0, -1.0)
     return jnp.where(agree, weighted, 0.0).sum(0) / jnp.maximum(agree.sum(0), 1).astype(jnp.float32)
 
 
 def magnitude_mask(tensor: Float[Array, "in out"], size: Int[Array, ""]) -> Bool[Array, "in out"]:
     """True at the ``size`` values of largest magnitude; the first of equal values win."""
+    # By rank, not by a threshold, which would keep more than `size` where values are equal.
     order = jnp.argsort(jnp.abs(tensor).ravel(), descending=True, stable=True)
     mask = jnp.zeros(tensor.size, bool).at[order].set(jnp.arange(tensor.size) < size)
     return mask.reshape(tensor.shape)

@@ -37,6 +37,8 @@ def truncate_product(
     a: Float[Array, "*layers in r"], b: Float[Array, "*layers r out"], rank: int
 ) -> tuple[Float[Array, "*layers in k"], Float[Array, "*layers k out"]]:
     """``truncate(a @ b, rank)`` without computing the product: QR of both, SVD of (r, r)."""
+    # Accelerators compute float32 products in TF32 or bfloat16 by default, with errors larger than
+    # the singular values that decide what is dropped.
     with jax.default_matmul_precision("highest"):
         left, core_a = jnp.linalg.qr(a)
         right, core_b = jnp.linalg.qr(b.mT)

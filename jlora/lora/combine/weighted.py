@@ -93,6 +93,8 @@ def add_weighted_adapter(
         else:
             a, b, ranks = _merge_deltas(terms, term_weights, module_key, rule, rank, svd_clamp)
         combined[path] = ModuleFactors(terms[0].leaf, a, b, ranks, np.ones(len(ranks)))
+    # The scales are in A and B already. PEFT keeps the first adapter's use_rslora: with it the
+    # result is √r too strong.
     plain = {"use_rslora": False, "init_lora_weights": True}
     config = dataclasses.replace(joined_target_config(adapters, combined), **plain)
     parts = {name: widths for adapter in adapters for name, widths in adapter.parts.items()}
@@ -118,6 +120,7 @@ def _merge_factors(
     scaled = weights * _scales(terms)  # (layers, n)
     root = jnp.sqrt(jnp.abs(scaled))
     keys = [None, None] if key is None else jax.random.split(key, (2, len(a)))
+    # Of the ranks in use: PEFT prunes tensors without the padding that is in `a` and `b` here.
     sizes = [(rule.density * ranks * width).astype(np.int32) for width in (a.shape[2], b.shape[3])]
     a = _merge_layers(a, jnp.where(scaled < 0, -root, root), sizes[0], keys[0], rule)
     return a, _merge_layers(b, root, sizes[1], keys[1], rule), ranks.max(1)
@@ -142,6 +145,7 @@ def _merge_deltas(
         a, b = _merge_products(a, b, scales, weights, keys, rule, rank)
     if clamp is not None:
         values = jnp.concatenate([a.reshape(len(a), -1), b.reshape(len(b), -1)], 1)
+        # One bound for A and B together, a quantile of signed values, as in PEFT.
         high = jnp.quantile(values, clamp, axis=1)[:, None, None]
         a, b = jnp.clip(a, -high, high), jnp.clip(b, -high, high)
     return a, b, np.where(np.any([f.ranks for f in terms], 0), a.shape[-1], 0)

@@ -72,6 +72,7 @@ def _unmatched(
     if config.task_type == "SEQ_CLS":
         if not any(is_saved(n, head) for n in modules for head in SCORE_HEADS):
             yield "task_type: SEQ_CLS needs a model with a score head (load it with num_labels)"
+        # PEFT adds both names to modules_to_save, and a model has one of them at most.
         saved = [m for m in saved if m not in SCORE_HEADS]
     for m in saved:
         yield from check("modules_to_save", m, (is_saved(n, m) for n in modules), modules)

@@ -12,6 +12,7 @@ from jlora.errors import ConfigError
 from jlora.tree import paths
 
 DEFAULT_TARGETS: tuple[tuple[set[str], tuple[str, ...]], ...] = (
+    # First, since it has the marks of the next line as well.
     ({"q_proj", "v_proj", "dense"}, ("q_proj", "v_proj", "fc1", "fc2")),  # Phi
     ({"q_proj", "v_proj"}, ("q_proj", "v_proj")),
     ({"c_attn"}, ("c_attn",)),
@@ -37,6 +38,7 @@ def resolve(config: LoraConfig, linear: Sequence[paths.Path]) -> LoraConfig:
       ConfigError: there is no default for the architecture, or a preset matches nothing.
     """
     wanted = config.target_modules
+    # PEFT's all-linear leaves the output head out, too.
     inner = [path for path in linear if path[-1] not in paths.OUTPUT_HEADS]
     names = sorted({path[-1] for path in inner})
     if isinstance(wanted, str) and wanted.lower() in PRESETS:
@@ -81,6 +83,7 @@ def _preset(wanted: str, linear: Sequence[paths.Path]) -> tuple[str, ...]:
         in_attention = any(ATTENTION.fullmatch(node) for node in path[:-1])
         in_layers = any(node in paths.STACKED for node in path)
         wants = in_attention if wanted == "attention" else in_layers and not in_attention
+        # With the parent's name: GPT-2 has a c_proj in attention and another in the MLP.
         (chosen if wants else others).add(path[-2:])
     other_names = {path[-1] for path in others}
     return tuple(

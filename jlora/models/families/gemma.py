@@ -100,6 +100,7 @@ def _gemma_config(keys: ConfigReader, **differences) -> DecoderConfig:
         norm="rms_offset",
         qkv_bias=bias,
         out_bias=bias,
+        # `_scaled` rounds it to the compute dtype as transformers does: √3072 is 55.5 in bfloat16.
         embedding_scale=keys.number("hidden_size") ** 0.5,
         **differences,
     )

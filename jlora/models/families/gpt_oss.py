@@ -65,6 +65,7 @@ def _gpt_oss(keys: ConfigReader) -> DecoderConfig:
 
 def _rope(keys: ConfigReader, head_dim: int, positions: int) -> Rope:
     if not keys.hf.get("rope_parameters") and not keys.hf.get("rope_scaling"):
+        # GptOssConfig's default is YaRN, not plain rope.
         keys = ConfigReader({**keys.hf, "rope_parameters": YARN}, keys.where)
     return parse_rope(keys, head_dim, positions, theta=150000.0)
 

@@ -69,6 +69,7 @@ def _qwen2_moe(keys: ConfigReader) -> DecoderConfig:
     keys = keys.of(names=RMS, **QWEN2_MOE)
     window = keys.optional("sliding_window") if keys.flag("use_sliding_window") else None
     first_full = keys.number("max_window_layers")
+    # Qwen2MoeConfig's rule; Qwen2Config's is the layers from max_window_layers on.
     slides = is_sliding(keys, lambda i: window is not None and i % 2 == 0 and i < first_full)
     if window is None and any(slides):
         raise keys.fail("layer_types", "sliding_attention without use_sliding_window")

@@ -46,6 +46,7 @@ def _opt(keys: ConfigReader) -> DecoderConfig:
         out_bias=bias,
         mlp_bias=bias,
         mlp="plain",
+        # transformers' table keeps fairseq's two rows before position 0 (its padding index is 1).
         learned_positions=2,
         projected_embedding=width if width != keys.number("hidden_size") else None,
     )

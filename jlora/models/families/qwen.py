@@ -34,6 +34,7 @@ def _qwen3(keys: ConfigReader) -> DecoderConfig:
 def _windows(keys: ConfigReader) -> list[int | None]:
     """Per layer: the window, by ``layer_types`` or from layer ``max_window_layers`` on."""
     window = keys.optional("sliding_window") if keys.flag("use_sliding_window") else None
+    # Not `number`, which refuses 0: windows from the first layer on.
     first = keys.get("max_window_layers")
     if type(first) is not int:
         raise keys.fail("max_window_layers", f"must be int, not {first!r}")

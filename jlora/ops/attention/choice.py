@@ -11,6 +11,8 @@ from jlora.ops.attention.case import Case
 BACKENDS = ("auto", "reference", "chunked", "cudnn", "splash")
 """Values of ``model.attention``; ``auto`` picks one of the others."""
 
+# JAX's Pallas Triton attention is not among them: JAX has deprecated it, and has had the test of
+# its gradients off on all GPUs since September 2025.
 KERNELS = {"cuda": ("cudnn", cudnn), "tpu": ("splash", splash)}
 """Lowering platform of JAX → the name and the module of its attention kernel."""
 

@@ -73,9 +73,11 @@ def _by_device(
 ) -> Any:
     """``compute(chunk, inputs, *others)``; the device decides the chunk size if it is None."""
     B, T, heads, _ = inputs.q.shape
+    # 64 tokens for 8 rows of 12 heads, 256 for one row. Other sizes were slower from 512 tokens on.
     fits = (c for c in CPU_CHUNKS if B * heads * c * c <= CPU_SCORES)
     cpu_chunk = min(chunk or next(fits, CPU_CHUNKS[-1]), T)
     other_chunk = min(chunk or CHUNK, T)
+    # Each branch of platform_dependent is traced: one is enough if they are equal.
     if cpu_chunk == other_chunk:
         return compute(cpu_chunk, inputs, *others)
     cpu, default = (functools.partial(compute, c) for c in (cpu_chunk, other_chunk))
@@ -88,6 +90,7 @@ def _masks(inputs: _Inputs, chunk: int) -> _Masks:
     segment_ids = inputs.segment_ids
     if segment_ids is not None:
         segment_ids = _padded(segment_ids, chunk)
+        # Also over the rows of the batch, since the loop over keys has one start for all of them.
         documents = _chunks(_document_start(segment_ids), chunk).min(axis=(1, 2))
         first = jnp.maximum(first, documents)
         segment_ids = _chunks(segment_ids, chunk)
@@ -96,6 +99,7 @@ def _masks(inputs: _Inputs, chunk: int) -> _Masks:
 
 def _document_start(ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """For each token, the index of the first token with its id; ids need not be contiguous."""
+    # Stable, so that the first of equal ids in this order is the first token with that id.
     order = jnp.argsort(ids, axis=1, stable=True)
     place = jax.vmap(jnp.searchsorted)(jnp.take_along_axis(ids, order, axis=1), ids)
     return jnp.take_along_axis(order, place, axis=1)
@@ -175,6 +179,8 @@ def _forward(softcap: float | None, chunk: int, inputs: _Inputs) -> tuple[Array,
             return total * decay[..., None] + added, denominator, higher
 
         nothing = jnp.zeros(queries.shape[1:], jnp.float32)
+        # In a chunk of which a query sees nothing its weights are exp(MASKED - MASKED) = 1. The
+        # next chunk's decay multiplies them by 0; the last one always has the query's own token.
         start = nothing, nothing[..., 0], nothing[..., 0] + MASKED
         total, denominator, peak = jax.lax.fori_loop(masks.first[i], i + 1, add, start)
         out = (total / denominator[..., None]).astype(q.dtype)
@@ -185,6 +191,7 @@ def _forward(softcap: float | None, chunk: int, inputs: _Inputs) -> tuple[Array,
 
 
 def _forward_saving(inputs, softcap, chunk):
+    # Named here because a name inside a custom_vjp counts in its forward rule only.
     out, logsumexp = map(saveable, _attend(inputs, softcap, chunk))
     return (out, logsumexp), (inputs, out, logsumexp)
 
@@ -192,6 +199,8 @@ def _forward_saving(inputs, softcap, chunk):
 def _backward(softcap, chunk, saved, gradients):
     inputs, out, logsumexp = saved
     d_out, d_logsumexp = gradients
+    # Both terms are one number for each query that the gradient of its scores subtracts, so that
+    # the sum over keys is not needed in the loop (FlashAttention's backward pass).
     mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_logsumexp
     compute = functools.partial(_gradients, softcap)
     dq, dk, dv = _by_device(compute, chunk, inputs, logsumexp, mean, d_out)
@@ -209,6 +218,8 @@ def _gradients(
     )
     keys, values = (_key_chunks(x, chunk) for x in (k, v))
     # XLA's CPU backend has no fast product that contracts rows: transpose once, before the loops.
+    # (63 ms a step for each where products of this size take 24.) The barrier keeps XLA from
+    # folding the transpositions back into the products.
     queries_T, d_outs_T = jax.lax.optimization_barrier((queries.mT, d_outs.mT))
 
     def of_queries(so_far, i):

@@ -34,6 +34,7 @@ BITS = 8
 """Bits of a segment id that are encoded: up to 255 documents per packed row."""
 CODE = 2 * BITS
 """Extra head dimensions that encode the segment id."""
+# A power of two, so that bfloat16 holds it exactly.
 FAR = 2**15
 """Magnitude of the code: scores between documents are lowered by its square times the scale, 1e8
 for a head dimension of 64."""
@@ -106,12 +107,14 @@ def _try(dtype: jnp.dtype, head_dim: int, packed: bool) -> str | None:
     except Exception as error:  # of XLA's, of cuDNN's, or of JAX's checks
         return f"cuDNN fails on this GPU ({str(error).strip().splitlines()[0][:200]})"
     for a, b in zip(got, run(by_reference), strict=True):
+        # Not `>`: a NaN has to count as a fault.
         if not np.abs(a - b).max() <= 0.05 * np.abs(b).max():
             return "cuDNN's numbers on this GPU are not those of the reference"
     return None
 
 
 def _max_head_dim(capability: tuple[int, int] | None) -> int:
+    # The limits that JAX checks: it raises for a larger head.
     return 256 if capability is not None and capability >= (9, 0) else 128
 
 
@@ -130,6 +133,7 @@ def available() -> bool:
 def capability() -> tuple[int, int] | None:
     """The compute capability of this process's GPU; None without one."""
     device = jax.devices()[0]
+    # Not by `device.platform`: AMD's GPUs are "gpu" as well.
     if "cuda" not in device.client.platform_version:
         return None
     major, minor = device.compute_capability.split(".")
@@ -155,6 +159,7 @@ def attend(
     that of ``jax.nn.dot_product_attention``: "xla" computes the same on any device, for tests.
     """
     if not isinstance(scale, float | int):
+        # JAX's scale has to be a Python number; one that is looked up by layer is traced.
         q, scale = q * scale.astype(q.dtype), 1.0
     causal = functools.partial(_causal, window=window, scale=scale, implementation=implementation)
     if segment_ids is None:
@@ -164,6 +169,7 @@ def attend(
         return causal(*_with_document_code(q, k, v, segment_ids))[..., : q.shape[3]]
 
     branches = [causal, fall_back]
+    # One branch for all rows: under vmap a switch would compute every branch.
     branch = jnp.where(jnp.all(one_document(segment_ids)), 0, 1)
     if packed:
         branches.append(with_documents)

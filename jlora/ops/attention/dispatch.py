@@ -59,6 +59,8 @@ def attend(
     """
     check_backend(backend)
     if isinstance(scale, jax.Array):
+        # A scale that is looked up by layer is an array; the backward passes have no gradient for
+        # it.
         scale = jax.lax.stop_gradient(scale)
     case = Case(
         dtype=q.dtype.name,
@@ -86,6 +88,8 @@ def attend(
     }
     if not kernels:
         return plain(*operands)
+    # Chosen when the program is lowered, not by this process's devices: `plan` compiles for GPUs
+    # and TPUs on machines that have none.
     return jax.lax.platform_dependent(*operands, default=plain, **kernels)
 
 
@@ -146,5 +150,7 @@ def _with_sinks(
     """Rescales outputs as if ``exp(sink)`` were added to the softmax denominator."""
     if sinks is None:
         return out
+    # exp(lse) / (exp(lse) + exp(sink)): a factor on finished outputs, so that a backend needs to
+    # return log-sum-exps only. The sigmoid cannot overflow.
     share = jax.nn.sigmoid(logsumexp - sinks.astype(jnp.float32))
     return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)

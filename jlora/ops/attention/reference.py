@@ -47,7 +47,9 @@ def attend(
     ``jax.nn.dot_product_attention`` computes the same and was four times slower on CPU.
     """
     B, T, heads, dim = q.shape
+    # Queries are grouped by their key head; repeating keys and values instead would copy them.
     grouped = q.reshape(B, T, k.shape[2], heads // k.shape[2], dim)
+    # Float32 scores: a bfloat16 score near 100 is off by up to 0.25, its weight by a quarter.
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
     # A bias of shape (B, T, S), without heads: it is all that the scanned layers save of the mask.
     bias = jnp.where(mask, 0.0, MASKED)

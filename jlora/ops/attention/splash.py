@@ -58,6 +58,7 @@ def attend(
     T, heads = q.shape[1:3]
     mask = splash.CausalMask((T, T))
     if window is not None and window < T:
+        # JAX's window counts the tokens to the left, without the query's own.
         mask = splash.LocalMask((T, T), (window - 1, 0), 0)
     block = next(block for block in BLOCKS if T % block == 0)
     kernel = splash.make_splash_mha(
@@ -70,9 +71,11 @@ def attend(
             block_q_dq=block,
             block_kv_dq=block,
         ),
+        # Within on_each_device the kernel sees one device's heads and whole rows.
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=softcap,
+        # The rematerialisation policy cannot see residuals inside the kernel unless they are named.
         residual_checkpoint_name=SAVED,
         interpret=interpret,
     )

@@ -29,9 +29,12 @@ def on_each_device(compute: Callable[..., Array]) -> Callable[..., Array]:
         if mesh.size <= 1:
             return part(q, k, v, segment_ids, sinks)
         rows = _dividing(BATCH_AXES, q.shape[0], mesh)
+        # By the key heads: where the axis divides the query heads only, a device's query heads
+        # would lack their key head.
         heads = _dividing(("tensor",), k.shape[2], mesh)
         whole = PartitionSpec(rows, None, heads)
         given = whole, whole, whole, PartitionSpec(rows), PartitionSpec(heads)
+        # No check: Pallas kernels do not declare over which mesh axes their results vary.
         part = jax.shard_map(part, in_specs=given, out_specs=whole, check_vma=False)
         return part(q, k, v, segment_ids, sinks)
 

@@ -49,8 +49,10 @@ def make_optimizer(
         if config.max_grad_norm
         else optax.identity()
     )
+    # Clipped before the groups: the norm is that of all gradients together.
     steps = [clip, optax.partition(groups, group_labels(config, trainable))]
     if config.lorafa:
+        # After clipping: PEFT's optimizer preconditions gradients that the trainer has clipped.
         steps.insert(1, precondition_b())
     return optax.chain(*steps)
 
@@ -65,6 +67,7 @@ def check_optimizer(config: TrainConfig) -> None:
     Raises ConfigError: see ``from_optax``.
     """
     params = {"kernel": jnp.zeros((1, 2, 2)), "bias": jnp.zeros((1, 2))}
+    # LoRA-FA needs an Adapter, and no setting of it can be wrong.
     optimizer = make_optimizer(dataclasses.replace(config, lorafa=False), 1, params)
     try:
         with jax.numpy_dtype_promotion("standard"):  # optax does not promote strictly
@@ -87,6 +90,7 @@ def _decoupled(moments: Callable[[TrainConfig], optax.GradientTransformation], *
 
     def make(config: TrainConfig, rate: optax.Schedule, decay: float):
         scaled = moments(config)
+        # The first wrapper is the innermost: paged 8-bit moments are quantized before they move.
         for wrapper in storage:
             scaled = wrapper(scaled)
         return optax.chain(
@@ -97,6 +101,7 @@ def _decoupled(moments: Callable[[TrainConfig], optax.GradientTransformation], *
 
 
 def _sgd(config: TrainConfig, rate: optax.Schedule, decay: float):
+    # As in torch's SGD, where decay is a part of the gradient.
     return optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate))
 
 

@@ -66,6 +66,7 @@ def quantize_blockwise(values: Float[Array, "..."], signed: bool) -> Blockwise:
     """
     blocks = _blocks(values.astype(jnp.float32))
     absmax = jnp.max(jnp.abs(blocks), axis=-1)
+    # The reciprocal of a subnormal is infinite, or that of zero where subnormals are flushed.
     scale = jnp.where(absmax >= jnp.finfo(jnp.float32).tiny, 1 / absmax, 0)
     thresholds = DYNAMIC_THRESHOLDS if signed else UNSIGNED_THRESHOLDS
     codes = nearest_code(thresholds, blocks * scale[..., None])

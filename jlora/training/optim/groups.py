@@ -26,6 +26,7 @@ def lr_multipliers(config: TrainConfig) -> Mapping[str, float]:
     """
     if config.loraplus_lr_ratio is None:
         return {"": 1.0}
+    # A rate in PEFT, here a factor, so that the schedule applies to it.
     embedding = config.loraplus_lr_embedding / config.learning_rate
     return {"": 1.0, "B_": config.loraplus_lr_ratio, "embedding_": embedding}
 

@@ -74,4 +74,5 @@ def _inverse(a: jax.Array, scale: jax.Array) -> jax.Array:
     r = a.shape[-1]
     gram = jnp.matmul(a.mT, a, precision="highest") + RIDGE * jnp.eye(r, dtype=a.dtype)
     scale = scale.reshape(scale.shape + (1,) * (a.ndim - scale.ndim))
+    # torch's tolerance (JAX's is ten times that): PEFT calls torch's pinv.
     return jnp.linalg.pinv(gram, rtol=r * jnp.finfo(a.dtype).eps, hermitian=True) / scale**2

@@ -32,6 +32,8 @@ def paged(inner: optax.GradientTransformation) -> optax.GradientTransformation:
         # The redundant move to the host: without it XLA for TPU assumes a wrong layout of uint8.
         state = _move(_move(state, HOST), DEVICE)
         updates, state = inner.update(updates, state, params)
+        # On GPUs XLA streams the moments one by one. For TPUs it fetches all ahead of the step;
+        # chains of optimization_barrier did not hold it back (docs/log.md).
         return updates, _move(state, HOST)
 
     return optax.GradientTransformation(init, update)

@@ -31,6 +31,7 @@ def schedule(config: TrainConfig, total_steps: int) -> Callable[[Any], jax.Array
         progress = jnp.clip((step - warm) / max(1, total_steps - warm), 0.0, 1.0)
         rising = step / max(1, warm)
         factor = decay(config, step, progress, warm, **kwargs)
+        # As in transformers, "constant" has no warm-up, even with warmup_steps.
         if config.lr_scheduler_type == "constant":
             return jnp.asarray(config.learning_rate, jnp.float32)
         return config.learning_rate * jnp.where(step < warm, rising, factor)
