@@ -156,7 +156,7 @@ def alone(architecture: str, quantized: bool):
     return train(architecture, quantized, mesh)
 
 
-SHORT = [("llama", False, MESHES[1]), ("llama", True, MESHES[2])]
+SHORT = [("llama", False, MESHES[1])]
 CASES = [("llama", quantized, sizes) for quantized in (False, True) for sizes in MESHES]
 CASES += [(name, True, MESHES[2]) for name in list(ARCHITECTURES)[1:]]
 CASES = [c if c in SHORT else pytest.param(*c, marks=pytest.mark.slow) for c in CASES]
@@ -180,7 +180,7 @@ def test_training_on_a_mesh_is_training_on_one_device(architecture, quantized, s
         ("llama", True, MESHES[1]),
         ("llama", True, MESHES[2]),
         ("llama", False, MESHES[1]),
-        ("gpt2", True, MESHES[1]),
+        pytest.param("gpt2", True, MESHES[1], marks=pytest.mark.slow),
     ],
 )
 def test_a_layer_gathers_its_codes_and_no_activations(architecture, quantized, sizes, capfd):
