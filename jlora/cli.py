@@ -147,7 +147,7 @@ def readable(error: Exception) -> errors.JloraError:
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
         fix = "lower train.per_device_train_batch_size or data.max_length, or use quantization"
         return errors.JloraError(f"out of memory: {_first_line(text)}", fix=fix)
-    if isinstance(error, OSError) or files.is_disk_full(error):
+    if files.is_storage_error(error):
         where = getattr(error, "filename", None)
         return files.storage_error(error, where if isinstance(where, str) else "a file")
     fix = "run the same command with --debug for the traceback; please report it"

@@ -15,12 +15,12 @@ import jax
 
 from jlora.config import Config
 from jlora.errors import ConfigError
-from jlora.files import write_atomic
+from jlora.files import check_output, write_atomic
 from jlora.io import checkpoint
 from jlora.io.peft import BASE_FILE
 from jlora.models import Model
 from jlora.run.abstract_job import abstract_adapter, abstract_model
-from jlora.run.artifacts import write_trained
+from jlora.run.artifacts import note_local_base, write_trained
 from jlora.run.checkpoints import find_checkpoint, fixed_settings
 from jlora.run.job import open_tokenizer, split_adapters
 from jlora.run.label_names import with_label_names
@@ -46,6 +46,14 @@ def run(config: Config, options: argparse.Namespace) -> None:
     if not from_weights:  # nothing is computed: do not occupy an accelerator
         jax.config.update("jax_platforms", "cpu")
     folder, step = _chosen_checkpoint(config)
+    run_folder = Path(config.train.output_dir)
+    out = Path(config.export.output_dir or run_folder / "exported" / str(step))
+    inputs = {
+        "the folder of the run": run_folder,
+        "the checkpoint": folder / str(step),
+        "the folder of the base model": config.model.name_or_path,
+    }
+    check_output("export.output_dir", out, inputs)
     config, _ = with_label_names(config)
     tokenizer = open_tokenizer(config)
     model = abstract_model(config, tokenizer)
@@ -53,8 +61,6 @@ def run(config: Config, options: argparse.Namespace) -> None:
     like = _abstract_trained(config, model)
     trained = checkpoint.restore_part(folder, step, TRAINED, like, settings)
     initial = _compute_initial(config, tokenizer) if from_weights else None
-    run_folder = Path(config.train.output_dir)
-    out = Path(config.export.output_dir or run_folder / "exported" / str(step))
     written = []
     for adapter_config, tree in split_adapters(config, trained):
         if config.lora:
@@ -65,7 +71,8 @@ def run(config: Config, options: argparse.Namespace) -> None:
             write_atomic(target / BASE_FILE, (run_folder / BASE_FILE).read_bytes())
     kind = "adapter" if config.lora else "model"
     rows = {"checkpoint": folder / str(step), "step": step, kind: ", ".join(written)}
-    Console().card("exported", rows | {"tokenizer": out})
+    note_local_base(console := Console(), trained)
+    console.card("exported", rows | {"tokenizer": out})
 
 
 def _abstract_trained(config: Config, model: Model) -> Any:

@@ -19,12 +19,16 @@ from jlora import lora
 from jlora.config import Config
 from jlora.distributed import processes
 from jlora.errors import ConfigError
-from jlora.files import storage_errors
+from jlora.files import check_output
 from jlora.io.hf import save_pretrained
+from jlora.io.hf.folder import find_folder
+from jlora.io.hf.write import common_dtype, staged_model, stored_dtypes
+from jlora.io.peft import CONFIG_FILE
 from jlora.models import head_differs, untie
 from jlora.run.job import Job, open_tokenizer
 from jlora.run.label_names import with_label_names
 from jlora.run.open_job import open_job
+from jlora.tree import paths
 from jlora.ui.console import Console
 
 main = functools.partial(cli.main, "merge")
@@ -36,7 +40,8 @@ def run(config: Config, options: argparse.Namespace) -> None:
     The merged weights are dense and never quantized again, which would lose what was learned. Of a
     quantized base either the dequantized weights are used, those that the adapter was trained on,
     or the original ones (``merge.base``); the logit difference of both is shown. A prequantized
-    base has no original.
+    base has no original. The file has the data types of the base's own files, unless
+    ``merge.dtype`` says otherwise.
     """
     del options
     if config.lora is None:
@@ -47,6 +52,9 @@ def run(config: Config, options: argparse.Namespace) -> None:
         )
     processes.initialize()
     console = Console(enabled=jax.process_index() == 0)
+    out = Path(config.merge.output_dir or Path(config.train.output_dir) / "merged")
+    source = find_folder(config.model.name_or_path, config.model.revision)
+    _check_output(out, source, config.train.output_dir)
     config, _ = with_label_names(config)
     tokenizer = open_tokenizer(config)
     with console.loading() as progress:
@@ -58,31 +66,70 @@ def run(config: Config, options: argparse.Namespace) -> None:
             where="merge.base",
             fix="use dequantized, or name the model that it was quantized from",
         )
-    out = Path(config.merge.output_dir or Path(config.train.output_dir) / "merged")
+    dtypes = _file_dtypes(config, source)
+    quantized = bool(config.quantization) and not prequantized
+    # What the file can hold and the loaded base has lost must be read again.
+    wide = common_dtype([config.model.dtype, *dtypes.values()])
+    again = quantized or (not prequantized and wide != jnp.dtype(config.model.dtype))
     with jax.set_mesh(job.mesh):
         expected = _logits(job, job.params)
         base = "dequantized (the base model has no original weights)" if prequantized else "dense"
-        rows = {"merged model": out, "base": base}
+        rows: dict[str, Any] = {"merged model": out, "base": base}
         if untied := head_differs(job.model, job.params):
             job = _untie_head(job)
             rows["output head"] = "no longer tied: the adapter changes the embedding only"
-        merged = lora.merge(job.base, job.trainable)
-        if config.quantization and not prequantized:
+        merged = _in_dtypes(lora.merge(job.base, job.trainable), dtypes)
+        rows["data type"] = ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(merged)}))
+        if again:
+            wider = dataclasses.replace(config.model, dtype=wide.name)
             with console.loading() as progress:
-                dense = open_job(config, tokenizer, trained=True, dense=True, progress=progress)
+                dense = open_job(
+                    dataclasses.replace(config, model=wider),
+                    tokenizer,
+                    trained=True,
+                    dense=True,
+                    progress=progress,
+                )
             dense = _untie_head(dense) if untied else dense
-            merged_original = lora.merge(dense.base, job.trainable)
-            rows["base"] = config.merge.base
-            rows["logit difference, dequantized base"] = _difference(job, expected, merged)
-            rows["logit difference, original base"] = _difference(job, expected, merged_original)
-            merged = merged_original if config.merge.base == "original" else merged
-        else:
+            original = _in_dtypes(lora.merge(dense.base, job.trainable), dtypes)
+            if quantized:
+                rows["base"] = config.merge.base
+                rows["logit difference, dequantized base"] = _difference(job, expected, merged)
+                rows["logit difference, original base"] = _difference(job, expected, original)
+            if not quantized or config.merge.base == "original":
+                merged = original
+        if not quantized:
             rows["logit difference"] = _difference(job, expected, merged)
-        save_pretrained(out, job.model, merged)
-    if jax.process_index() == 0:
-        with storage_errors(out):
-            tokenizer.save_pretrained(out)
+        with staged_model(out) as folder:
+            save_pretrained(folder, job.model, merged)
+            if jax.process_index() == 0:
+                tokenizer.save_pretrained(folder)
     console.card("merged", rows)
+
+
+def _check_output(out: Path, source: Path, adapter: str) -> None:
+    """ConfigError if the merged model would overwrite what it is made of, or lie beside it."""
+    inputs = {"the folder of the base model": source, "the folder of the adapter": adapter}
+    check_output("merge.output_dir", out, inputs)
+    if (out / CONFIG_FILE).exists():
+        raise ConfigError(
+            f"{out} holds an adapter, which transformers would put on the merged model again",
+            where="merge.output_dir",
+            fix="name another folder",
+        )
+
+
+def _file_dtypes(config: Config, source: Path) -> dict[paths.Path, Any]:
+    """Leaf → the type to write it in: ``merge.dtype``, or the base's own, from its files."""
+    stored = stored_dtypes(source)
+    told = config.merge.dtype
+    return stored if told is None else dict.fromkeys(stored, jnp.dtype(told))
+
+
+def _in_dtypes(params: Any, dtypes: dict[paths.Path, Any]) -> Any:
+    """The tree in these types; leaves that the base does not have (dense) in the widest of them."""
+    widest = common_dtype(dtypes.values())
+    return paths.map_leaves(lambda path, leaf: leaf.astype(dtypes.get(path, widest)), params)
 
 
 def _untie_head(job: Job) -> Job:

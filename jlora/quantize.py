@@ -17,10 +17,11 @@ import jax
 from jlora.config import Config, QuantConfig
 from jlora.distributed import processes, sharding
 from jlora.errors import ConfigError
-from jlora.files import storage_errors
+from jlora.files import check_output, storage_errors
 from jlora.io.hf import load_pretrained, prequantized_write, save_pretrained
 from jlora.io.hf.folder import find_folder, shard_files
 from jlora.io.hf.read import read_model
+from jlora.io.hf.write import staged_model
 from jlora.quant.params import is_quantized, quantize_params, scheme_text
 from jlora.run.job import open_tokenizer
 from jlora.tree import paths
@@ -62,28 +63,25 @@ def run(config: Config, options: argparse.Namespace) -> None:
             )
         console.note(f"writing {out}")
         model = dataclasses.replace(model, dtype=asked.bnb_4bit_compute_dtype)
-        files = save_pretrained(out, model, params, quantized=True)
+        with staged_model(out) as folder:
+            save_pretrained(folder, model, params, quantized=True)
+            if jax.process_index() == 0:
+                tokenizer.save_pretrained(folder)
     if jax.process_index() == 0:
+        rows = {
+            "quantized model": out,
+            "format": scheme_text(asked),
+            **_quantized_share(params),
+        }
         with storage_errors(out):
-            tokenizer.save_pretrained(out)
-            rows = {
-                "quantized model": out,
-                "format": scheme_text(asked),
-                **_quantized_share(params),
-            }
             rows["weights before"] = _size(shard_files(source)[0])
-            rows["weights after"] = _size(file for file in files if file.suffix == ".safetensors")
+            rows["weights after"] = _size(shard_files(out)[0])
         console.card("quantized", rows)
 
 
 def _check_output(source: Path, out: Path, asked: QuantConfig) -> None:
     """ConfigError for an output that cannot be written or loaded, before any weight is read."""
-    if out.expanduser().resolve() == source.resolve():
-        raise ConfigError(
-            "is the folder of the base model, which would be overwritten",
-            where="quantize.output_dir",
-            fix="name another folder",
-        )
+    check_output("quantize.output_dir", out, {"the folder of the base model": source})
     shapes = read_model(source).shapes
     prequantized_write.check_writable(jax.eval_shape(lambda p: quantize_params(p, asked), shapes))
 

@@ -19,6 +19,7 @@ from jlora.data.labelled_texts import first_ten
 from jlora.distributed import processes, sharding
 from jlora.distributed.lock import RunLock
 from jlora.distributed.signals import StopSignals
+from jlora.files import check_output
 from jlora.plan.check import compiled_beside
 from jlora.run import environment
 from jlora.run.abstract_job import abstract_job
@@ -50,6 +51,11 @@ def run(config: Config, options: argparse.Namespace) -> None:
         environment.enable_compilation_cache()
     is_first, out = jax.process_index() == 0, Path(config.train.output_dir)
     console = Console(enabled=is_first)
+    inputs = {
+        "the folder of the base model": config.model.name_or_path,
+        "lora.init_from": config.lora and config.lora.init_from,
+    }
+    check_output("train.output_dir", out, inputs, above=False)
     check_optimizer(config.train)
     config, origin = with_label_names(config)
     tokenizer = open_tokenizer(config)

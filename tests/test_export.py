@@ -1,5 +1,6 @@
 """A checkpoint's weights, exported as training writes them, without the base's weights."""
 
+import json
 import shutil
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from tiny_runs import Place
 
 from jlora import cli, config
+from jlora.run.abstract_job import abstract_adapter, abstract_model
 from jlora.run.artifacts import write_trained
 from jlora.run.checkpoints import Checkpoints, identity
 from jlora.run.job import open_tokenizer
@@ -71,6 +73,44 @@ def test_a_run_can_start_from_an_export(ran, tmp_path, tiny_base):
     write_trained(out, "float32", job.model, job.tokenizer, job.trainable)
     weights = "adapter_model.safetensors"
     assert (out / weights).read_bytes() == (tmp_path / "one" / weights).read_bytes()
+
+
+def test_the_bases_hub_name_is_written_if_it_is_known(ran, capsys, tmp_path):
+    """A path of this machine is for this machine only, and is said to be there."""
+
+    def base_of(*overrides):
+        out = tmp_path / str(len(overrides))
+        assert export(ran, f"export.output_dir={out}", *overrides) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        written = json.loads((out / "adapter_config.json").read_text())
+        return written["base_model_name_or_path"], written["revision"], "a path of this" in said
+
+    base = ran.folder / "base"
+    assert base_of() == (str(base), None, True)
+    assert base_of("lora.base_model_name_or_path=org/base") == ("org/base", None, False)
+    snapshot = tmp_path / "models--org--base-it" / "snapshots" / "abc123"
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(base, snapshot)
+    settings = config.load(ran.output, [f"model.name_or_path={snapshot}"])
+    adapter = abstract_adapter(settings, abstract_model(settings, None).shapes)
+    assert adapter.config.base_model_name_or_path == "org/base-it"
+    assert adapter.config.revision == "abc123"
+
+
+def test_the_runs_own_folders_are_not_written_to(ran, capsys):
+    before = content(ran.output)
+    folders = ran.output, ran.output / "checkpoints", ran.output / "checkpoints" / "2", ran.folder
+    for folder in (*folders, ran.folder / "base"):
+        assert export(ran, f"export.output_dir={folder}") == 2
+        assert "would be overwritten" in capsys.readouterr().err
+    assert content(ran.output) == before
+
+
+def test_training_does_not_write_to_its_base(ran, capsys):
+    assert ran.main(f"train.output_dir={ran.folder / 'base'}") == 2
+    assert "would be overwritten" in capsys.readouterr().err
+    assert ran.main(f"lora.init_from={ran.output}") == 2
+    assert "is lora.init_from" in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported_is_refused(ran, capsys, tmp_path):

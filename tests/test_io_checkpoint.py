@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 from typing import NamedTuple
 
@@ -347,3 +348,21 @@ def test_two_processes_save_one_checkpoint_and_one_process_reads_it(tmp_path, tw
     assert checkpoint.steps(tmp_path) == [2]
     restored, _ = checkpoint.restore(tmp_path, 2, tree, identity={}, base_fingerprint=base)
     assert_same(restored, tree)
+
+
+def test_a_write_that_is_cut_short_is_a_storage_error(tmp_path):
+    """A limit on the size of files, below that of a leaf, as a quota would be."""
+    large = {"a": jax.random.normal(jax.random.key(0), (512, 256))}
+    checkpoint.save(tmp_path, 1, large, {}, **RUN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256 << 10, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=r"0\.5 MiB needed, .* MiB free") as caught:
+            checkpoint.save(tmp_path, 2, like(large), {}, **RUN)
+            checkpoint.save(tmp_path, 3, jax.tree.map(jnp.sqrt, large), {}, **RUN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.where == str(tmp_path / "3")
+    assert checkpoint.steps(tmp_path) == [1, 2]
+    restored, _ = checkpoint.restore(tmp_path, 1, like(large), **RUN)
+    assert_same(restored, large)

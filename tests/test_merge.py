@@ -1,17 +1,24 @@
 """The merged model computes the same logits as base and adapter."""
 
+import errno
 import importlib
+import json
+import os
 import re
+import shutil
+import stat
 
-import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny_results
 import transformers
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from tiny_runs import Place
 
 import jlora
-from jlora.errors import ConfigError
+from jlora.errors import ConfigError, StorageError
 
 command = importlib.import_module("jlora.merge")  # jlora.merge is the function
 QUANTIZED = {"bnb_4bit_compute_dtype": "float32"}
@@ -77,14 +84,106 @@ def test_merging_into_the_quantized_or_the_original_base(here, logits, base, lik
     np.testing.assert_allclose(shown["original base"], (gap.mean(), gap.max()), rtol=0.06)
 
 
-def test_the_default_output_is_in_the_run_folder(here):
-    tiny_results.run(here, command, model={"dtype": "bfloat16"})
-    _, params = jlora.load_pretrained(str(here.output / "merged"), dtype="bfloat16")
-    _, base = jlora.load_pretrained(str(here.base), dtype="bfloat16")
-    adapter = jlora.load_adapter(here.output, base)
-    jax.tree.map(np.testing.assert_array_equal, params, jlora.merge(base, adapter))
+def test_the_default_output_is_in_the_run_folder(here, logits):
+    tiny_results.run(here, command)
+    got = tiny_results.logits(*jlora.load_pretrained(str(here.output / "merged"), dtype="float32"))
+    assert close(got, logits[0])
 
 
 def test_full_fine_tuning_has_nothing_to_merge(here):
     with pytest.raises(ConfigError, match="no adapter to merge"):
         tiny_results.run(here, command, lora=None)
+
+
+@pytest.mark.parametrize("way", ["itself", "a link", "dots", "its parent"])
+@pytest.mark.parametrize("input", ["base", "run"])
+def test_the_folders_that_are_read_are_not_written_to(here, tmp_path, way, input):
+    read = here.base if input == "base" else here.output
+    before = {file: file.read_bytes() for file in read.iterdir() if file.is_file()}
+    out = {"itself": read, "dots": read / "x" / "..", "its parent": read.parent}.get(way)
+    if out is None:
+        out = tmp_path / "link" / read.name
+        out.parent.symlink_to(read.parent)
+    with pytest.raises(ConfigError, match="would be overwritten"):
+        merged(here, merge={"output_dir": str(out)})
+    assert {file: file.read_bytes() for file in read.iterdir() if file.is_file()} == before
+
+
+def test_a_folder_with_another_adapter_is_refused(here, tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds an adapter"):
+        merged(here)
+
+
+def test_a_merge_that_fails_leaves_the_earlier_one(here, tmp_path, monkeypatch):
+    """The tokenizer comes after the weights: without it, neither weights nor links are replaced."""
+    out = tmp_path / "merged"
+    out.mkdir()
+    (out / "model.safetensors").write_text("earlier")
+    (out / "tokenizer.json").symlink_to(here.base / "tokenizer.json")
+    linked = (here.base / "tokenizer.json").read_bytes()
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", fail)
+        with pytest.raises(StorageError, match="the disk is full"):
+            merged(here)
+    assert sorted(file.name for file in out.iterdir()) == ["model.safetensors", "tokenizer.json"]
+    assert (out / "model.safetensors").read_text() == "earlier"
+    merged(here)
+    assert not (out / "tokenizer.json").is_symlink()
+    assert (here.base / "tokenizer.json").read_bytes() == linked
+
+
+def dtypes(folder):
+    with safe_open(folder / "model.safetensors", "numpy") as file:
+        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+
+
+def copy_base(here, change):
+    """The base with its tensors changed, and the run's record of the base left out."""
+    base = shutil.copytree(here.base, here.folder / "base")
+    tensors = load_file(base / "model.safetensors")
+    save_file({k: change(k, v) for k, v in tensors.items()}, base / "model.safetensors")
+    return base
+
+
+@pytest.mark.parametrize(("computed", "told"), [("float32", None), ("bfloat16", "float16")])
+def test_the_file_has_the_bases_types(here, computed, told):
+    def mixed(name, value):
+        return value if "norm" in name else value.astype(ml_dtypes.bfloat16)
+
+    model = {"name_or_path": str(copy_base(here, mixed)), "dtype": computed}
+    merged(here, model=model, merge={"dtype": told})
+    stored = dtypes(here.folder / "merged")
+    if told:
+        assert set(stored.values()) == {"F16"}
+    else:
+        assert stored == dtypes(here.folder / "base")
+    text = (here.folder / "merged" / "config.json").read_text()
+    assert json.loads(text)["dtype"] == (told or "bfloat16")
+
+
+def test_a_wider_base_keeps_what_the_run_rounded(here, logits):
+    """A float32 base of a bfloat16 run: merged in float32, as peft would on that base."""
+    assert close(merged(here, model={"dtype": "bfloat16"}), logits[0])
+    one, base = (load_file(f / "model.safetensors") for f in (here.folder / "merged", here.base))
+    same = [name for name in base if np.array_equal(one[name], base[name])]
+    assert "model.norm.weight" in same and "model.embed_tokens.weight" in same
+
+
+def test_generation_settings_and_modes_are_kept(here):
+    base = copy_base(here, lambda _, value: value)
+    settings = {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1, "eos_token_id": [5, 7]}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    before = os.umask(0o027)
+    try:
+        merged(here, model={"name_or_path": str(base)})
+    finally:
+        os.umask(before)
+    out = here.folder / "merged"
+    assert json.loads((out / "generation_config.json").read_text()) == settings
+    assert {stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()} == {0o640}

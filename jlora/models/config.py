@@ -77,6 +77,8 @@ class DecoderConfig:
     # Text, not a dict, which would not be hashable.
     hf_json: str = dataclasses.field(repr=False)
     """The original ``config.json``, as sorted JSON."""
+    generation_json: str = dataclasses.field(default="", repr=False)
+    """The text of ``generation_config.json``; empty without one."""
 
     norm: Literal["rms", "rms_offset", "layer", "layer_no_bias"] = "rms"
     """Kind of norm; see ``layers.make_norm``."""

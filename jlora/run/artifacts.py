@@ -14,9 +14,10 @@ import jax
 
 from jlora.config import to_yaml
 from jlora.distributed import sharding
-from jlora.files import storage_errors, write_atomic
+from jlora.files import staged_folder, write_atomic
 from jlora.io.hf import save_pretrained
-from jlora.io.peft import save_adapter, write_base_record
+from jlora.io.hf.write import staged_model
+from jlora.io.peft import CONFIG_FILE, TENSOR_FILE, save_adapter, write_base_record
 from jlora.lora import Adapter
 from jlora.models import Model
 from jlora.run.job import Job
@@ -53,15 +54,25 @@ def write_trained(out: Path, dtype: str, model: Model, tokenizer: Any, trained: 
     if jax.process_index() != 0:
         return ""
     if isinstance(tree, Adapter):
-        size = save_adapter(out, tree)
-        written = f"{out / 'adapter_model.safetensors'} ({size / 2**20:,.1f} MiB)"
-    else:
-        saved_dtype = jax.numpy.dtype(dtype)
-        save_pretrained(out, model, jax.tree.map(lambda leaf: leaf.astype(saved_dtype), tree))
-        written = str(out / "model.safetensors")
-    with storage_errors(out):
-        tokenizer.save_pretrained(out)
-    return written
+        with staged_folder(out, last=CONFIG_FILE) as folder:
+            size = save_adapter(folder, tree)
+            tokenizer.save_pretrained(folder)
+        return f"{out / TENSOR_FILE} ({size / 2**20:,.1f} MiB)"
+    saved_dtype = jax.numpy.dtype(dtype)
+    with staged_model(out) as folder:
+        save_pretrained(folder, model, jax.tree.map(lambda leaf: leaf.astype(saved_dtype), tree))
+        tokenizer.save_pretrained(folder)
+    return str(out / "model.safetensors")
+
+
+def note_local_base(console: Console, trained: Any) -> None:
+    """Says that an adapter names its base by a path, which other machines do not have."""
+    name = trained.config.base_model_name_or_path if isinstance(trained, Adapter) else None
+    if name and Path(name).is_dir():
+        console.note(
+            f"{CONFIG_FILE} names the base model by a path of this machine ({name}); for others, "
+            "set lora.base_model_name_or_path to its name on the hub"
+        )
 
 
 def write_results(
@@ -84,6 +95,7 @@ def write_results(
         written.append(write_trained(out, dtype, job.model, job.tokenizer, tree))
     if jax.process_index() != 0:
         return
+    note_local_base(console, trained)
     console.samples(samples)
     html = _write_report(job, counts, samples)
     _show_final_card(console, job, ", ".join(written), html)

@@ -22,6 +22,7 @@ from jlora.ui.console import Console
 
 FREE_TO_CHANGE = {
     "model": ("attention",),
+    "lora": ("base_model_name_or_path", "revision"),
     "train": (
         "output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume",
         "compilation_cache", "check_memory",
@@ -52,7 +53,7 @@ def fixed_settings(config: Config, *sections: str) -> dict[str, Any]:
     for section in sections:
         fixed[section] = settings.get(section)
         for name in FREE_TO_CHANGE.get(section, ()):
-            fixed[section].pop(name)
+            (fixed[section] or {}).pop(name, None)
     return fixed
 
 

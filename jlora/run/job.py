@@ -17,6 +17,7 @@ from jlora import lora
 from jlora.config import Config
 from jlora.data import load_tokenizer
 from jlora.errors import ConfigError
+from jlora.io.hf.folder import hub_snapshot
 from jlora.lora.targets import Target, find_targets, token_rows
 from jlora.models import Model, as_classifier
 from jlora.models.layer_scan import OFFLOAD
@@ -174,14 +175,20 @@ def configure_model(config: Config, model: Model, tokenizer: Any) -> Model:
 
 
 def with_base_name(config: Config, adapter: lora.Adapter) -> lora.Adapter:
-    """The adapter with the base's name in its config, and with the dropout of the settings."""
+    """The adapter with the base's name in its config, and with the dropout of the settings.
+
+    The name is that on the hub if it is known: from the settings, or because the base is in the
+    hub's cache.
+    """
     asked = config.lora
     assert asked is not None
+    name, revision = config.model.name_or_path, config.model.revision
+    name, revision = hub_snapshot(name) or (name, revision)
     adapter_config = dataclasses.replace(
         adapter.config,
         lora_dropout=asked.lora_dropout,
-        base_model_name_or_path=asked.base_model_name_or_path or config.model.name_or_path,
-        revision=asked.revision or config.model.revision,
+        base_model_name_or_path=asked.base_model_name_or_path or name,
+        revision=asked.revision or revision,
     )
     return dataclasses.replace(adapter, config=adapter_config)
 

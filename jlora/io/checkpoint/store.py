@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from jlora.distributed import sharding
 from jlora.errors import DataError, JloraError, StorageError
-from jlora.files import is_disk_full, storage_error, storage_errors
+from jlora.files import is_storage_error, storage_error, storage_errors
 from jlora.io.checkpoint import manifest as manifests
 
 
@@ -65,11 +65,9 @@ def save(
         except Exception as error:
             if not manifests.is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, JloraError):
+            if isinstance(error, JloraError) or not is_storage_error(error):
                 raise
-            if isinstance(error, OSError) or is_disk_full(error):
-                raise storage_error(error, folder) from error
-            raise
+            raise storage_error(error, folder, _total_bytes(leaves)) from error
     if keep is not None and jax.process_index() == 0:
         for old in manifests.steps(folder.parent)[: -max(keep, 1)]:
             manifests.remove(folder.parent / str(old))
@@ -160,7 +158,7 @@ def _check_space(folder: Path, leaves: Mapping[str, Any]) -> None:
     with storage_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder.parent).free
-    needed = sum(_size(leaf) * leaf.dtype.itemsize for leaf in leaves.values())
+    needed = _total_bytes(leaves)
     if needed > free:
         raise StorageError(
             f"the disk is full: a checkpoint takes {needed / 2**20:,.1f} MiB, "
@@ -170,15 +168,19 @@ def _check_space(folder: Path, leaves: Mapping[str, Any]) -> None:
         )
 
 
+def _total_bytes(leaves: Mapping[str, Any]) -> int:
+    return sum(_size(leaf) * leaf.dtype.itemsize for leaf in leaves.values())
+
+
 def _read(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     arguments = {name: _restore_args(leaf) for name, leaf in wanted.items()}
     args = ocp.args.PyTreeRestore(dict(wanted), restore_args=arguments, partial_restore=True)
     try:
         with _quiet(), ocp.Checkpointer(_handler()) as reader:
             return reader.restore(folder / "state", args=args)
-    except OSError as error:
-        raise storage_error(error, folder) from error
     except Exception as error:  # orbax raises this class itself; the files are as they were written
+        if is_storage_error(error):
+            raise storage_error(error, folder) from error
         raise DataError(f"cannot be restored: {error}", where=str(folder)) from error
 
 

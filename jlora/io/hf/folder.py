@@ -21,6 +21,7 @@ from jlora.errors import ConfigError, DataError, JloraError, StorageError
 from jlora.files import storage_errors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """CheckpointTensor types that can be a model's weights, and NumPy's names for them."""
@@ -32,7 +33,7 @@ CHUNK_BYTES = 2**24
 """Approximate number of bytes that are compared or cast at a time, to bound host memory."""
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-CONFIG_FILES = ["config.json", "generation_config.json"]
+CONFIG_FILES = ["config.json", GENERATION]
 IGNORED_FILES = ["*/*", "consolidated*"]
 """Files that are downloaded from a hub repository: weights and tokenizer in its top folder
 (MODEL_FILES), or the configuration only (CONFIG_FILES); IGNORED_FILES never."""
@@ -85,6 +86,15 @@ def _download(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
             where=name,
             fix="connect to the network, or name a local folder",
         ) from error
+
+
+def hub_snapshot(name: str | Path) -> tuple[str, str] | None:
+    """The repository and the commit, if ``name`` is a folder in the hub's local cache."""
+    folder = Path(name).expanduser().resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/"), folder.name
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,7 +23,15 @@ from jlora.config import QuantConfig
 from jlora.distributed import sharding
 from jlora.errors import ConfigError, DataError
 from jlora.io.hf import mxfp4, prequantized
-from jlora.io.hf.folder import CHUNK_BYTES, FLOATS, Shards, find_folder, open_shards, read_json
+from jlora.io.hf.folder import (
+    CHUNK_BYTES,
+    FLOATS,
+    GENERATION,
+    Shards,
+    find_folder,
+    open_shards,
+    read_json,
+)
 from jlora.io.hf.names import (
     SCORE_HEAD,
     CheckpointTensor,
@@ -113,11 +122,13 @@ def read_model(folder: Path, **options: Any) -> Model:
     Its end-of-sequence ids are those of ``config.json`` and ``generation_config.json`` combined.
     """
     config = parse_config(read_json(folder / "config.json"), where=str(folder / "config.json"))
-    if (folder / "generation_config.json").exists():
-        more = read_json(folder / "generation_config.json").get("eos_token_id")
+    if (folder / GENERATION).exists():
+        generation = read_json(folder / GENERATION)
+        more = generation.get("eos_token_id")
         more = more if isinstance(more, list) else [] if more is None else [more]
         ids = tuple(dict.fromkeys((*config.eos_token_ids, *more)))
-        config = dataclasses.replace(config, eos_token_ids=ids)
+        text = json.dumps(generation, indent=2) + "\n"
+        config = dataclasses.replace(config, eos_token_ids=ids, generation_json=text)
     return Model(config, **options)
 
 

@@ -1,29 +1,32 @@
 """Saving a model as a transformers folder: ``config.json`` and safetensors shards.
 
-Every shard is written to a temporary name, read back and renamed; ``config.json`` is written last.
-transformers loads the folder without missing or unexpected tensors.
+The files are written to a temporary folder and read back, then moved to their names,
+``config.json`` last. transformers loads the folder without missing or unexpected tensors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jlora.distributed import sharding
 from jlora.errors import ConfigError, DataError, StorageError
-from jlora.files import storage_error, storage_errors, write_atomic
-from jlora.io.hf import prequantized_write
-from jlora.io.hf.folder import INDEX, SINGLE
+from jlora.files import staged_folder, storage_errors
+from jlora.io.hf import mxfp4, prequantized_write
+from jlora.io.hf.folder import FLOATS, GENERATION, INDEX, SINGLE, open_shards
 from jlora.io.hf.names import CheckpointTensor, checkpoint_tensors
+from jlora.io.hf.read import match_tensors, read_model
 from jlora.lora.weight import dense
 from jlora.models.model import Model
 from jlora.models.registry import family_of
@@ -45,7 +48,8 @@ def save_pretrained(
     """Writes ``model`` and ``params`` to ``directory``; returns the files, ``config.json`` last.
 
     Quantized leaves are dequantized unless ``quantized``; adapters are merged; dtypes are those of
-    the leaves. Shards of an earlier save in the folder are removed. In a multi-process run all
+    the leaves. ``generation_config.json`` is the one that the model was loaded with. Weights of an
+    earlier save in the folder are replaced when the new ones are whole. In a multi-process run all
     processes must call it; the first one writes.
 
     Args:
@@ -61,37 +65,66 @@ def save_pretrained(
       ConfigError: transformers could not load the quantized leaves, or the size is not valid.
     """
     folder = Path(directory)
-    names = _check(model, params)
+    tensors = _check(model, params)
     if quantized:
         prequantized_write.check_writable(params)
-    shards = _plan(names, params, _bytes(max_shard_size), quantized)
-    files = [folder / SINGLE]
+    shards = _plan(tensors, params, _bytes(max_shard_size), quantized)
+    names = [SINGLE]
     if len(shards) > 1:
-        files = [_numbered(folder, i + 1, len(shards)) for i in range(len(shards))]
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     writes = jax.process_index() == 0
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     weight_map, total = {}, 0
-    for file, shard in zip(files, shards, strict=True):
-        arrays = {}
-        for tensor in shard:
-            arrays |= _arrays(params, tensor, quantized)
-        weight_map |= dict.fromkeys(arrays, file.name)
-        total += sum(value.nbytes for value in arrays.values())
-        if writes:
-            _write_shard(file, arrays)
-    if writes:
+    with staged_model(folder) as staging:
+        for name, shard in zip(names, shards, strict=True):
+            arrays = {}
+            for tensor in shard:
+                arrays |= _arrays(params, tensor, quantized)
+            weight_map |= dict.fromkeys(arrays, name)
+            total += sum(value.nbytes for value in arrays.values())
+            if writes:
+                _write_shard(staging / name, arrays)
+        texts = {"config.json": _config(model, params, quantized)}
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_atomic(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
-            files.append(folder / INDEX)
-        write_atomic(folder / "config.json", _config(model, params, quantized))
-        _remove_stale(folder, {f.name for f in files})
-    return [*files, folder / "config.json"]
+            texts[INDEX] = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        if model.config.generation_json:
+            texts[GENERATION] = model.config.generation_json
+        for name, text in texts.items() if writes else ():
+            (staging / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in (*names, *sorted(texts, reverse=True))]
 
 
-def _numbered(folder: Path, i: int, n: int) -> Path:
-    return folder / f"model-{i:05d}-of-{n:05d}.safetensors"
+def stored_dtypes(folder: Path) -> dict[paths.Path, np.dtype]:
+    """Leaf → the type of its tensors in a model folder, which a merged model keeps.
+
+    Leaves that are quantized in the folder are left out; float64, which is never loaded, counts as
+    float32.
+    """
+    model, found = read_model(folder), {}
+    with open_shards(folder) as stored:
+        shards = mxfp4.DecodedShards(stored) if model.config.quant_method == "mxfp4" else stored
+        source = match_tensors(shards, model, folder)
+        for tensor in checkpoint_tensors(model):
+            if tensor.name not in source.prequantized:
+                name = FLOATS[shards.dtype(source.names[tensor.name])]
+                found.setdefault(tensor.path, []).append("float32" if name == "float64" else name)
+    return {path: common_dtype(names) for path, names in found.items()}
+
+
+def common_dtype(dtypes: Iterable[Any]) -> np.dtype:
+    """The type that holds the values of all of these: float32 unless they are the same."""
+    different = {jnp.dtype(dtype) for dtype in dtypes}
+    return different.pop() if len(different) == 1 else np.dtype(np.float32)
+
+
+def staged_model(directory: str | Path) -> AbstractContextManager[Path]:
+    """Where to write the files of a model folder, see ``staged_folder``; for process 0.
+
+    In other processes, which write nothing, it is the folder itself.
+    """
+    if jax.process_index() != 0:
+        return contextlib.nullcontext(Path(directory))
+    return staged_folder(directory, last="config.json", stale=STALE)
 
 
 def _check(model: Model, params: Mapping[str, Any]) -> list[CheckpointTensor]:
@@ -164,25 +197,13 @@ def _arrays(params: Any, tensor: CheckpointTensor, quantized: bool) -> dict[str,
 
 
 def _write_shard(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes one shard, reads it back and renames it."""
-    temporary = file.with_name(f".{file.name}.partial")
-    try:
-        with storage_errors(file):
-            save_file(arrays, temporary, metadata={"format": "pt"})
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
-        with safe_open(temporary, framework="numpy") as back:
+    """Writes one shard and reads it back."""
+    with storage_errors(file, sum(value.nbytes for value in arrays.values())):
+        save_file(arrays, file, metadata={"format": "pt"})
+        with safe_open(file, framework="numpy") as back:
             for name, value in arrays.items():
                 if back.get_tensor(name).tobytes() != value.tobytes():
                     raise StorageError(f"{name} reads back differently", where=str(file))
-        with storage_errors(file):
-            os.replace(temporary, file)
-    except StorageError:
-        raise
-    except Exception as error:  # safetensors reports a full disk as its own error
-        raise storage_error(error, file) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _config(model: Model, params: Any, quantized: bool) -> str:
@@ -193,18 +214,6 @@ def _config(model: Model, params: Any, quantized: bool) -> str:
     if quantized:
         hf["quantization_config"] = prequantized_write.quantization_config(model, params)
     hf.setdefault("architectures", [family_of(model.config).architecture])
-    if sorted(model.config.eos_token_ids) != sorted(_ids(hf.get("eos_token_id"))):
-        hf["eos_token_id"] = list(model.config.eos_token_ids)  # includes generation_config.json's
     embedding = next(leaf for path, leaf in paths.walk(params) if path[-1] == "embedding")
     hf["dtype"] = str(np.dtype(embedding.dtype))
     return json.dumps(hf, indent=2, sort_keys=True) + "\n"
-
-
-def _ids(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else value if isinstance(value, list) else [value]
-
-
-def _remove_stale(folder: Path, written: set[str]) -> None:
-    for file in folder.iterdir():
-        if STALE.fullmatch(file.name) and file.name not in written:
-            file.unlink()
