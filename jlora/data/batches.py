@@ -63,6 +63,7 @@ def prefetch(make: Callable[[int], Any], steps: Iterable[int], depth: int = 2) -
 
     An exception in ``make`` is raised where its result would have been yielded.
     """
+    # One thread: batches keep their order, and one at a time is copied to the devices.
     with ThreadPoolExecutor(1, "jlora-data") as pool:
         ahead: deque = deque()
         try:

@@ -139,6 +139,7 @@ class ChatRenderer:
     def _apply(
         self, messages: list[dict], tools: list | None, prompt: bool, variables: Mapping[str, Any]
     ) -> str:
+        # A tokenizer may have another template for chats with tools.
         template = self.tokenizer.get_chat_template(None, tools)
         return self.tokenizer.apply_chat_template(
             messages,
@@ -254,6 +255,8 @@ class ChatRenderer:
 
     def _content_start(self, chat: Chat, i: int, text: str) -> int:
         """The first index at which the text changes if the reply is another."""
+        # A text that differs in its first character: the two renderings part where the content
+        # begins.
         other = "§" if not chat.messages[i]["content"].lstrip().startswith("§") else "¶"
         messages = [*chat.messages[:i], {"role": "assistant", "content": other}]
         varied = self._render(replace(chat, messages=messages), i + 1)

@@ -199,6 +199,7 @@ def tokenize(found: Sequence[Piece], tokenizer: Any) -> Iterator[Tokens]:
     cuts = [[e for span in p.spans or () for e in span] or [len(p.text)] for p in found]
     texts = [piece.text[:cut] for piece, ends in zip(found, cuts, strict=True) for cut in ends]
     encoded = iter(
+        # Not verbose: it warns of texts longer than the model's maximum, which are cut later.
         tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ()
     )
     bos, eos = bos_prefix(tokenizer), eos_suffix(tokenizer)

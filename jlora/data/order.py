@@ -56,6 +56,7 @@ def _rows_in_epoch(rows: int, weight: float) -> int:
     return max(1, round(rows * weight)) if rows else 0
 
 
+# Two, since batches of the next epoch are prefetched while the last ones of this are used.
 @functools.lru_cache(maxsize=2)
 def epoch_rows(
     sources: tuple[tuple[int, float], ...], seed: int, shuffle: bool, epoch: int
@@ -64,6 +65,8 @@ def epoch_rows(
     parts, first = [], 0
     for number, (n, weight) in enumerate(sources):
         count = _rows_in_epoch(n, weight)
+        # NumPy ignores zeros at the end of a seed: without + 1, here and in `_from_passes`, a pass
+        # would be the same permutation as an epoch's.
         rows = _from_passes(
             n, epoch * count, (epoch + 1) * count, (seed, number + 1) if shuffle else None
         )

@@ -58,6 +58,7 @@ def best_fit(lengths: Int64[np.ndarray, " n"], length: int) -> Int64[np.ndarray,
     rows = np.zeros(len(lengths), np.int64)
     spaces: dict[int, list[int]] = {}
     free, used = 0, 0
+    # Stable, so that the same rows are made wherever a run is resumed.
     for i in np.argsort(-lengths, kind="stable").tolist():
         need = int(lengths[i])
         fitting = free >> need

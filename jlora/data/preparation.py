@@ -127,6 +127,7 @@ def prepare(
     if role == "eval" and config.eval_packing is not None:
         packing = config.eval_packing
     length = config.max_length if packing else row_length([e for e, _ in encoded], config)
+    # A mean does not depend on the order: held-out rows may be packed tightly in any case.
     shuffle = config.shuffle or role == "eval"
     parts = [pack(e, length, packing=packing, shuffle=shuffle) for e, _ in encoded]
     reports = tuple(map(_report, sources, loaded, encoded, parts))

@@ -87,5 +87,6 @@ def _last_reply(row: Row, tokenizer: Any, template_variables: Mapping[str, Any])
     turns = list(learned_messages(row))
     if not turns:
         return None
+    # Only the last reply as a target: earlier ones could split the chat into several texts.
     (rendered,) = ChatRenderer(tokenizer, template_variables)(replace(row, first=turns[-1]))
     return Piece(row.where, rendered.text, rendered.spans)

@@ -56,6 +56,7 @@ def find_files(path: str) -> list[Path] | None:
     if place.is_file():
         return [place]
     if place.is_dir():
+        # Sorted: file systems list in different orders, and a resumed run needs the same one.
         files = sorted(p for p in place.rglob("*") if p.suffix in SUFFIXES and p.is_file())
     elif any(c in path for c in "*?["):
         files = sorted(Path(p) for p in glob.glob(str(place), recursive=True) if Path(p).is_file())
@@ -124,6 +125,8 @@ def _line_of_byte(file: Path, error: UnicodeDecodeError) -> int:
 
 
 def _json_lines(file: Path) -> Iterator[RawRow]:
+    # "-sig" drops the byte order mark that Windows programs write. A lone carriage return is white
+    # space in JSON and does not end a line.
     with file.open(encoding="utf-8-sig", newline="\n") as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
@@ -156,6 +159,7 @@ def _json(file: Path) -> Iterator[RawRow]:
             return
         line, counted = line + text.count("\n", counted, at), at
         try:
+            # Row by row: json.loads of the whole would lose on which line each begins.
             value, at = decoder.raw_decode(text, at)
         except (json.JSONDecodeError, RecursionError) as e:
             at_line = getattr(e, "lineno", line)
@@ -191,8 +195,10 @@ def _damaged(where: str, cause: str) -> DataError:
 
 
 def _csv(file: Path) -> Iterator[RawRow]:
+    # Python's own limit, 128 KiB a field, is less than a long document.
     csv.field_size_limit(2**31 - 1)
     with file.open(encoding="utf-8-sig", newline="") as f:
+        # Strict: without it an open quotation mark swallows the rows up to the next one.
         reader = csv.reader(f, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
         try:
             header = next(reader, None)

@@ -68,6 +68,7 @@ def read_template(path: str) -> str:
 def bos_prefix(tokenizer: Any) -> list[int]:
     """The tokens that the tokenizer adds before a text: ``[bos]`` for Llama, ``[]`` for GPT-2."""
     bos = tokenizer.bos_token_id
+    # Tried out: what a fast tokenizer adds is in its post-processor, whatever add_bos_token says.
     ids = tokenizer("a")["input_ids"]
     return [bos] if bos is not None and ids[:1] == [bos] and len(ids) > 1 else []
 

@@ -51,6 +51,7 @@ def shard_map_rows(
     """
     if _row_shards(x.shape[0]) is None:
         return f(x, weights)
+    # Only these axes are manual: over `tensor` XLA still partitions the matrices.
     rows, axes = PartitionSpec(BATCH_AXES), set(BATCH_AXES)
     specs = {"in_specs": (rows, PartitionSpec()), "out_specs": rows}
     return jax.shard_map(f, **specs, axis_names=axes, check_vma=False)(x, weights)

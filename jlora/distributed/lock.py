@@ -31,6 +31,7 @@ class RunLock:
             return self
         with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Not "w", which would erase the holder's name before the lock is taken.
             self._file = self.path.open("a+", encoding="utf-8")
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -79,6 +79,7 @@ def exit_process(code: int, *, all_exit: bool) -> NoReturn:
       code: the exit code.
       all_exit: every process ends here (the run is done or was stopped); no barrier is needed.
     """
+    # os._exit does not flush.
     sys.stdout.flush()
     sys.stderr.flush()
     failed = not all_exit and process_count() > 1
@@ -94,8 +95,10 @@ def _disconnect_together() -> None:
     import jax
     from orbax.checkpoint import multihost
 
+    # The barrier raises when the time is up: then this process failed alone, and leaves alone.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         timeout_ms = round(1000 * FAILURE_BARRIER_SECONDS)
+        # orbax's, since JAX's sync_global_devices has no time limit.
         multihost.get_barrier_sync_fn()(key="jlora failed", timeout_ms=timeout_ms)
         jax.distributed.shutdown()
 

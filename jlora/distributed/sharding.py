@@ -146,6 +146,7 @@ def output_types(function: Any, *arguments: Any) -> Any:
 
     ``eval_shape`` does not say that optimizer moments are paged to the host; the traced types do.
     """
+    # Traced, not compiled: this costs as much as eval_shape.
     traced = jax.jit(function).trace(*arguments)
     return jax.tree.unflatten(jax.tree.structure(traced.out_info), traced.jaxpr.out_avals)
 

@@ -87,6 +87,7 @@ def write_results(
     written = []
     for adapter_job, tree in job.per_adapter(trained):
         if isinstance(tree, Adapter):
+            # The file holds the difference from what the adapter started from.
             tree = dataclasses.replace(tree, initial=job.initial)
         if job.adapters:  # each folder is a run of its own to the other commands
             write_settings(adapter_job, base_record)

@@ -83,6 +83,7 @@ def eval_device_batches(
 def check_rows_fit(job: Job, rows: data.Prepared) -> None:
     """Raises if rows hold tokens that the model has no embedding for, or are too long for it."""
     largest, size = int(rows.packed.input_ids.max()), job.model.config.vocab_size
+    # Compiled, the look-up of such a token is no error: it gives NaN.
     if largest >= size:
         raise DataError(
             f"the tokenizer makes token {largest}, but the model has {size} embeddings",

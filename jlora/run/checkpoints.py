@@ -41,6 +41,7 @@ def identity(config: Config, counts: StepCounts, data_fingerprint: str) -> dict[
     steps: what counts is the number of rows in a step and the number of steps.
     """
     common = fixed_settings(config, "model", "quantization", "lora", "train")
+    # With it a checkpoint has one tree more; how much patience there is may change.
     common["train"]["early_stopping"] = bool(config.train.early_stopping_patience)
     plan = {"rows_per_step": counts.rows_per_step, "total_steps": counts.total_steps}
     rows = {"fingerprint": data_fingerprint, "shuffle": config.data.shuffle}

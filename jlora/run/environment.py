@@ -39,11 +39,14 @@ def enable_compilation_cache(environ: Mapping[str, str] = os.environ) -> Path | 
     folder = Path(chosen) if chosen else Path(cache) / "jlora" / f"xla-{_cpu_digest()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # mkdir succeeds on a folder that is there, even if nothing can be written to it.
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"x")
     except OSError:
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    # By default JAX does not store programs that compile within a second: loading and quantizing
+    # have dozens of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     return folder

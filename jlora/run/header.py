@@ -86,6 +86,7 @@ def attention_text(model: Model, platform: str, length: int) -> str:
         capability=model.gpu_capability or cudnn.capability(),
         gpu_is_absent=model.gpu_capability is not None,
     )
+    # Devices say "gpu", programs are lowered for "cuda".
     platform = "cuda" if platform == "gpu" else platform
     return ": ".join(choose(platform, case, model.attention))
 

@@ -114,6 +114,8 @@ def build_job(*, config: Config, tokenizer: Any, source: ArraySource) -> Job:
         adapter = with_base_name(config, adapter)
         check_rows_of_untied(config, base, adapter)
         _, targets = find_targets(base, adapter.config)
+        # Apart: the optimizer would decay the initial factors, and the step donates what is
+        # trained.
         trainable, initial = dataclasses.replace(adapter, initial=None), adapter.initial
         if count := len(config.adapters):
             trainable = source.compute(lambda tree: _repeat(tree, count), trainable)

@@ -119,7 +119,9 @@ def train_loop(
     """
     settings, total = run.job.config.train, run.counts.total_steps
     run.state, run.progress = run.checkpoints.resume(run.state, run.progress, run.console)
+    # Not before: a checkpoint of other settings is refused, and then keeps its config.yaml.
     write_settings(run.job, run.base_record)
+    # The lines after the checkpoint are of steps that are now done again.
     run.log.truncate_to(run.progress.log_lines)
     if run.progress.step == 0:
         evaluate_untrained(run)
@@ -140,6 +142,7 @@ def train_loop(
             finish_step(run, unfetched)
             unfetched = None
             with run.meter.paused():
+                # finish_run evaluates after the last step.
                 if evaluating and not last and run.held_out:
                     record_line(run, evaluate(run))
                 if saving or stop or run.progress.stopped_early:
@@ -188,6 +191,7 @@ def finish_step(run: RunState, metrics: dict[str, Any]) -> None:
     logging = progress.step % job.config.train.logging_steps == 0
     if logging or progress.step == counts.total_steps:
         learning_rate = schedule(job.config.train, counts.total_steps)
+        # By updates, from 0, as the optimizer counts: a step that overflowed in float16 is none.
         rate = float(learning_rate(max(progress.updates - 1, 0)))
         line = progress.training_line(rate, counts)
         progress.start_interval()
@@ -232,6 +236,7 @@ def finish_run(run: RunState) -> None:
         save_checkpoint(run)
     shown = [
         {"prompt": s.prompt, "before": before, "after": s.reply, "expected": s.expected}
+        # With exact match there are more replies afterwards than samples before.
         for before, s in zip(progress.replies_before, samples, strict=False)
     ]
     write_results(run.job, run.counts, trained, run.base_record, shown, run.console)

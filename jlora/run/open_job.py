@@ -85,6 +85,7 @@ class LoadedArrays:
             dtype=dtype,
             quantization=None if self.dense or loftq else config.quantization,
             mesh=self.mesh,
+            # A revision of the hub's repository; the result of a run is a local folder.
             revision=config.model.revision if name == config.model.name_or_path else None,
             attention=config.model.attention,
             progress=self.progress,

@@ -64,6 +64,7 @@ class Progress:
         """Adds one step's metrics, fetched from the devices."""
         self.step += 1
         self.tokens += int(metrics["tokens"])
+        # One float16 step that overflowed would make the mean of the whole interval infinite.
         if math.isfinite(metrics["loss"]):
             self.interval_loss += float(metrics["loss"]) * int(metrics["target_tokens"])
             self.interval_targets += int(metrics["target_tokens"])

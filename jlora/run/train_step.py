@@ -43,6 +43,7 @@ class TrainStep:
         optimizer = make_optimizer(settings, counts.total_steps, job.trainable)
         init = functools.partial(init_state, optimizer=optimizer, fp16=counts.fp16)
         init = jax.vmap(init) if job.adapters else init
+        # Not jax.eval_shape, which forgets that paged moments are in host memory.
         state = sharding.abstract_arrays(sharding.output_types(init, job.trainable), mesh)
         state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         step = make_train_step(

@@ -120,6 +120,7 @@ def check_settings(folder: Path, manifest: Mapping[str, Any], sections: Mapping)
     different = [
         f"{key}: {old.get(key, 'unset')!r} there, {new.get(key, 'unset')!r} here"
         for key in sorted({**old, **new})
+        # Not None, which is the value of a setting that is unset.
         if old.get(key, ...) != new.get(key, ...)
     ]
     if different:
@@ -172,6 +173,7 @@ def _file_digests(folder: Path, without: Collection[str] = ()) -> dict[str, str]
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
+    # hashlib releases the GIL, so threads do read and digest at the same time.
     with storage_errors(folder), ThreadPoolExecutor(8) as pool:
         digests = list(pool.map(digest, files))
     names = [str(file.relative_to(folder)) for file in files]

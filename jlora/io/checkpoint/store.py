@@ -46,6 +46,7 @@ def save(
     Returns when everything is on the disk. Raises StorageError (disk full); what was saved before
     stays whole. Saving the same tree at the same step again writes the manifest only.
     """
+    # Absolute: orbax refuses other paths.
     folder = Path(directory).resolve() / str(step)
     leaves = _named_leaves(tree)
     content = {
@@ -95,6 +96,7 @@ def restore(
     manifests.check_identity(folder, manifest, identity, base_fingerprint)
     wanted = _named_leaves(like)
     _check_leaves(folder, manifest["leaves"], wanted)
+    # Files once; every process compares the digests of the leaves that it restored.
     if jax.process_index() == 0:
         manifests.check_files(folder, manifest)
     return _restored(folder, manifest, wanted, like), manifest["extra"]
@@ -174,6 +176,7 @@ def _total_bytes(leaves: Mapping[str, Any]) -> int:
 
 def _read(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     arguments = {name: _restore_args(leaf) for name, leaf in wanted.items()}
+    # Partial, for restore_part: else orbax demands that every leaf in the folder is wanted.
     args = ocp.args.PyTreeRestore(dict(wanted), restore_args=arguments, partial_restore=True)
     try:
         with _quiet(), ocp.Checkpointer(_handler()) as reader:
@@ -233,6 +236,7 @@ def _describe(leaf: Any) -> dict[str, Any]:
 
 def _digest(leaf: Any) -> str:
     """SHA-256 of the whole leaf's bytes in C order, the same for every sharding."""
+    # A scalar cannot be viewed as bytes, and arrays of bfloat16 export no buffer to hashlib.
     flat = np.ascontiguousarray(sharding.gather(leaf)).reshape(-1).view(np.uint8)
     return hashlib.sha256(flat.data).hexdigest()
 

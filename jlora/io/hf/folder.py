@@ -34,6 +34,8 @@ CHUNK_BYTES = 2**24
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 CONFIG_FILES = ["config.json", GENERATION]
+# Repositories of Meta and Mistral have the weights a second time, in `original/` and
+# `consolidated*`.
 IGNORED_FILES = ["*/*", "consolidated*"]
 """Files that are downloaded from a hub repository: weights and tokenizer in its top folder
 (MODEL_FILES), or the configuration only (CONFIG_FILES); IGNORED_FILES never."""
@@ -214,6 +216,7 @@ class Shards:
     def spans(self, name: str) -> Iterator[slice]:
         """Slices of the first axis of about ``CHUNK_BYTES`` bytes."""
         rows, *rest = self.shape(name)
+        # 8 bytes: the widest type, F64.
         step = max(1, CHUNK_BYTES // (8 * math.prod(rest)))
         return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
 

@@ -215,6 +215,7 @@ def _read_state(
         ]
     try:
         state = json.loads(shards.read(name).tobytes())
+    # Deeply nested brackets exhaust Python's stack.
     except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict):
@@ -233,11 +234,13 @@ def _read_state(
     problems = []
     for key in (key for key in good if not good[key]):
         why = f"expected {expected[key]}" if key in expected else "which is not valid"
+        # Cut: the text is a stranger's, up to LONGEST_STATE bytes of it.
         problems.append((name, f"says {key} {json.dumps(state.get(key))[:80]}, {why}"))
     return {key: state[key] for key in good if good[key]}, problems
 
 
 def _is_count(value: Any) -> bool:
+    # Not isinstance: JSON's `true` is an int in Python.
     return type(value) is int and value > 0
 
 

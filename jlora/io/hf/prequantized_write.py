@@ -118,6 +118,7 @@ def quantization_config(model: Model, params: Mapping[str, Any]) -> dict[str, An
     eight = code == "int8"
     dense = [leaf for leaf in leaves if leaf.kind == "kernel" and not is_quantized(leaf.value)]
     skipped = [module for leaf in dense for module in leaf.modules()]
+    # In torch a tied head is a Linear, too, and is quantized if it is not named.
     if model.config.tie_word_embeddings:
         skipped.append(TIED_HEAD)
     return {

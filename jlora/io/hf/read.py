@@ -353,6 +353,7 @@ def _read(
     value = _dense(shards, source.names, group, shape)
     if quantization is None or not is_quantized(shape):
         return value
+    # Rounded to the model's dtype before: transformers casts first, then bitsandbytes quantizes.
     matrix = jnp.asarray(value)
     return quantize_matrix(matrix if prequantized.is_out_in(first) else matrix.mT, quantization)
 

@@ -124,6 +124,8 @@ def staged_model(directory: str | Path) -> AbstractContextManager[Path]:
     """
     if jax.process_index() != 0:
         return contextlib.nullcontext(Path(directory))
+    # transformers prefers model.safetensors to an index: a stale one would be loaded in place of
+    # the new shards.
     return staged_folder(directory, last="config.json", stale=STALE)
 
 
@@ -192,6 +194,7 @@ def _arrays(params: Any, tensor: CheckpointTensor, quantized: bool) -> dict[str,
         return prequantized_write.quantized_tensors(module, jax.tree.map(sharding.gather, leaf))
     value = sharding.gather(dense(leaf))[tensor.index[len(lead) :]]
     return {
+        # safetensors writes an array's memory as it lies, whatever its strides.
         tensor.name: np.ascontiguousarray(value.swapaxes(-1, -2) if tensor.transposed else value)
     }
 
@@ -199,9 +202,11 @@ def _arrays(params: Any, tensor: CheckpointTensor, quantized: bool) -> dict[str,
 def _write_shard(file: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes one shard and reads it back."""
     with storage_errors(file, sum(value.nbytes for value in arrays.values())):
+        # Without this format transformers refuses the file.
         save_file(arrays, file, metadata={"format": "pt"})
         with safe_open(file, framework="numpy") as back:
             for name, value in arrays.items():
+                # Bytes, since a NaN does not equal itself.
                 if back.get_tensor(name).tobytes() != value.tobytes():
                     raise StorageError(f"{name} reads back differently", where=str(file))
 
@@ -209,6 +214,7 @@ def _write_shard(file: Path, arrays: dict[str, np.ndarray]) -> None:
 def _config(model: Model, params: Any, quantized: bool) -> str:
     """The original ``config.json`` with the ``dtype`` of the weights as written."""
     hf = model.config.hf
+    # The name of `dtype` before transformers 5: two of them could contradict each other.
     hf.pop("torch_dtype", None)
     hf.pop("quantization_config", None)
     if quantized:

@@ -42,6 +42,7 @@ def base_record(
     }
     if base_fingerprint is None or len(leaves) < len(paths.leaves(params)):
         base_fingerprint = fingerprint(paths.nest(leaves))
+    # In bfloat16, so that a base loaded in float32 matches the same one loaded in bfloat16.
     small = {
         p: jnp.asarray(x).astype(jnp.bfloat16)
         for p, x in leaves.items()

@@ -63,6 +63,7 @@ def read_config(directory: str | Path) -> LoraConfig:
     ]
     if used:
         raise ConfigError(f"uses {', '.join(used)}, which jlora does not support", where=str(file))
+    # PEFT writes null for settings that are not used, some of which have another default here.
     fields = {k: v for k, v in raw.items() if k in known and v is not None}
     return LoraConfig(**fields)
 

@@ -63,6 +63,7 @@ def to_peft_form(adapter: Adapter) -> Adapter:
         [name for name in settings if name not in experts],
         rank_pattern=matching.pattern_table(ranks, adapter.config.r),
         alpha_pattern=matching.pattern_table(alphas, adapter.config.lora_alpha),
+        # Otherwise PEFT would subtract the initial factors from its base once more.
         init_lora_weights=True if first else adapter.config.init_lora_weights,
     )
     return Adapter(paths.nest(weights), config)

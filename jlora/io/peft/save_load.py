@@ -76,6 +76,7 @@ def save_adapter(
             fix="go back to an earlier checkpoint and lower the learning rate",
         )
     file = Path(directory) / TENSOR_FILE
+    # "pt", as in files that PEFT writes itself.
     data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
     write_atomic(file, data)
     write_config(directory, adapter.config)
@@ -134,6 +135,7 @@ def abstract_adapter_from_folder(directory: str | Path, params: Any) -> Adapter:
 
 def _abstract_adapter(config: LoraConfig, params: Any) -> Adapter:
     """The abstract adapter of this config, without initial factors."""
+    # Shapes are the same for every kind of initial values, and this one needs no base values.
     plain = dataclasses.replace(config, init_lora_weights=True)
     fresh = functools.partial(init_adapter, config=plain)
     arrays = paths.nest({leaf.path: leaf.value for leaf in paths.leaves(params)})
@@ -144,6 +146,7 @@ def file_bytes(adapter: Adapter) -> int:
     """Bytes of the tensors that ``save_adapter`` writes for an abstract adapter."""
     whole = jax.eval_shape(to_peft_form, adapter)
     zero = np.float32(0)
+    # Views of one number: shapes without memory.
     arrays = {path: np.broadcast_to(zero, x.shape) for path, x in paths.walk(whole.weights)}
     return sum(4 * math.prod(view.shape) for view in tensor_views(arrays, whole.config).values())
 

@@ -158,6 +158,7 @@ def drop_base_weights(
         weight = np.asarray(leaf.value)
         weight = weight if leaf.kind == "embedding" else weight.T
         same_shape = weight.shape == value.shape
+        # The file has the dtype that PEFT trained in, the model the one that it was loaded in.
         if not same_shape or not np.array_equal(value.astype(weight.dtype), weight):
             raise DataError(
                 f"{name} is not the model's weight",
