@@ -45,6 +45,49 @@ def test_every_kind_of_file_gives_the_same_rows_with_their_lines(tmp_path, kind,
     assert [r.where for r in rows] == [f"{path}:{n}" for n in lines]
 
 
+CALLS = [
+    {"messages": [{"role": "assistant", "calls": [{"name": "f", "arguments": {"city": "Paris"}}]}]},
+    {
+        "messages": [
+            {"role": "assistant", "calls": [{"name": "g", "arguments": {"a": 1, "b": [2]}}]}
+        ]
+    },
+    {"messages": [{"role": "user", "content": "hi"}], "tools": [{"name": "f"}, {"about": "g"}]},
+]
+
+
+def test_structs_of_arrow_tables_have_only_the_keys_of_their_rows(tmp_path, monkeypatch):
+    """Arrow gives all structs of a column the same keys, and null to those a row did not have."""
+    import datasets
+
+    names = ("messages", "tools")
+    table = pyarrow.table({name: [row.get(name) for row in CALLS] for name in names})
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(table, path)
+    wanted = [{**row, "tools": row.get("tools")} for row in CALLS]  # a column, not a struct's key
+    assert [r.value for r in read_raw_rows(str(path))] == wanted
+    dataset = datasets.Dataset(datasets.table.InMemoryTable(table))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: dataset)
+    assert [r.value for r in read_raw_rows("owner/name")] == wanted
+
+
+def test_json_columns_of_arrow_tables_keep_the_nulls_of_their_rows(tmp_path, monkeypatch):
+    """``datasets`` reads JSON lines whose objects differ into columns of JSON text."""
+    import datasets
+
+    rows = [{"messages": [{"arguments": {"a": None, "b": 1}}]}, {"messages": [{"x": [None]}]}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [r.value for r in read_raw_rows(str(tmp_path / "rows.jsonl"))] == rows
+    cells = [[json.dumps(m) for m in row["messages"]] for row in rows]
+    column = pyarrow.array(cells).cast(pyarrow.list_(pyarrow.json_()))
+    table = pyarrow.table({"messages": column})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert [r.value for r in read_raw_rows(str(tmp_path / "rows.parquet"))] == rows
+    dataset = datasets.Dataset(datasets.table.InMemoryTable(table))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: dataset)
+    assert [r.value for r in read_raw_rows("owner/name")] == rows
+
+
 def test_txt_is_one_document(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one\n\ntwo")

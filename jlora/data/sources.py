@@ -21,6 +21,9 @@ from jlora.errors import ConfigError, DataError, StorageError, nearest
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 """The suffixes of data files."""
 
+ROWS_PER_BATCH = 1024
+"""Rows of an Arrow table that are converted at once."""
+
 
 class RawRow(NamedTuple):
     """One row of a file, not yet converted; ``fault`` is the reason if it cannot be parsed."""
@@ -219,15 +222,44 @@ def _parquet(file: Path) -> Iterator[RawRow]:
     import pyarrow.parquet
 
     try:
-        number = 0
         with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                for value in batch.to_pylist():
-                    yield RawRow(f"{file}:{number + 1}", value)
-                    number += 1
+            yield from arrow_rows(str(file), table.iter_batches(batch_size=ROWS_PER_BATCH))
     except pyarrow.ArrowException as e:
         fix = "write the file again"
         raise DataError(f"damaged parquet file: {e}", where=str(file), fix=fix) from e
+
+
+def arrow_rows(where: str, batches: Iterable[Any]) -> Iterator[RawRow]:
+    """The rows of Arrow tables or record batches, numbered from 1, as JSON would hold them."""
+    number = 0
+    for batch in batches:
+        types = {field.name: field.type for field in batch.schema}
+        for row in batch.to_pylist():
+            number += 1
+            values = {name: json_value(value, types[name]) for name, value in row.items()}
+            yield RawRow(f"{where}:{number}", values)
+
+
+def json_value(value: Any, arrow_type: Any) -> Any:
+    """A value of an Arrow column without the nulls that fill up its structs.
+
+    All structs of a column have the same keys; one that a row did not have is null, which cannot be
+    told from a null that was written. Nulls elsewhere stay. Columns of JSON text are parsed.
+    """
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if types.is_struct(arrow_type):
+        given = ((f.name, f.type) for f in arrow_type if value[f.name] is not None)
+        return {name: json_value(value[name], field_type) for name, field_type in given}
+    if types.is_map(arrow_type):
+        return {key: json_value(item, arrow_type.item_type) for key, item in value}
+    if isinstance(value, list):
+        return [json_value(item, arrow_type.value_type) for item in value]
+    if getattr(arrow_type, "extension_name", None) == "arrow.json":
+        return json.loads(value)
+    return value
 
 
 def _txt(file: Path) -> Iterator[RawRow]:
@@ -249,7 +281,8 @@ def hub_rows(path: str, split: str | None, name: str | None) -> Iterator[RawRow]
         raise ConfigError(cause, where=f"{path}[{split}]", fix=fix) from e
     if not len(table):
         raise DataError("the data set holds no rows", where=f"{path}[{split}]")
-    return (RawRow(f"{path}[{split}]:{i}", value) for i, value in enumerate(table, 1))
+    batches = table.with_format("arrow").iter(ROWS_PER_BATCH)
+    return arrow_rows(f"{path}[{split}]", batches)
 
 
 def _first_line(error: Exception) -> str:
