@@ -11,6 +11,7 @@ from jlora.data.rows import Chat, Completion, Text, learned_messages
 from jlora.errors import DataError
 
 USER = {"role": "user", "content": "hi"}
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
 REPLY = {"role": "assistant", "content": "hello"}
 
 
@@ -23,7 +24,7 @@ def source(tmp_path, rows, format="messages", **options):
 def test_messages():
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     row = {"messages": [{"role": "user", "content": parts}, REPLY], "tools": '[{"name": "f"}]'}
-    assert FORMATS["messages"]("x:1", row) == Chat("x:1", [USER, REPLY], [{"name": "f"}])
+    assert FORMATS["messages"]("x:1", row) == Chat("x:1", [USER, REPLY], TOOLS)
 
 
 def test_tool_calls_become_objects_and_nulls_go():
@@ -33,6 +34,89 @@ def test_tool_calls_become_objects_and_nulls_go():
     wanted = {"type": "function", "id": "1", "function": {"name": "f", "arguments": {"a": 1}}}
     assert chat.messages[1] == {"role": "assistant", "content": "", "tool_calls": [wanted]}
     assert chat.tools is None
+
+
+def test_legacy_calls_and_functions_become_tool_calls_and_tools():
+    """OpenAI's older form; without it the reply would be empty and the tools unsaid."""
+    legacy = {"role": "assistant", "content": None}
+    legacy["function_call"] = {"name": "f", "arguments": '{"a": 1}'}
+    result = {"role": "function", "name": "f", "content": "2"}
+    row = {"messages": [USER, legacy, result, REPLY], "functions": [{"name": "f"}]}
+    chat = FORMATS["messages"]("x:1", row)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    assert chat.messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert chat.messages[2] == {"role": "tool", "name": "f", "content": "2"}
+    assert chat.tools == TOOLS
+    wrapped = FORMATS["messages"]("x:1", {"messages": [USER, REPLY], "tools": TOOLS})
+    assert wrapped.tools == TOOLS
+
+
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [
+        ("messages", {"messages": [USER, REPLY]}),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "hi"}]}),
+        ("prompt_completion", {"prompt": [USER], "completion": [REPLY]}),
+    ],
+)
+def test_every_chat_may_have_a_system_text_tools_and_template_variables(format, row):
+    row = {**row, "system": "be brief", "tools": [{"name": "f"}], "enable_thinking": False}
+    chat = FORMATS[format]("x:1", {**row, "chat_template_kwargs": {"date": "today"}})
+    assert chat.messages[:2] == [{"role": "system", "content": "be brief"}, USER]
+    assert chat.tools == TOOLS
+    assert chat.template_variables == {"date": "today", "enable_thinking": False}
+    assert list(learned_messages(chat)) == ([2] if len(chat.messages) > 2 else [])
+
+
+@pytest.mark.parametrize("untrained", [{"weight": 0}, {"train": False}])
+def test_messages_and_turns_that_are_not_trained(untrained):
+    quiet = {**REPLY, **untrained}
+    chat = FORMATS["messages"]("x:1", {"messages": [USER, quiet, USER, REPLY]})
+    assert list(learned_messages(chat)) == [3]
+    human, gpt = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}
+    turns = [human, {**gpt, **untrained}, human, {**gpt, "train": True, "weight": 1}]
+    chat = FORMATS["sharegpt"]("x:1", {"conversations": turns})
+    assert list(learned_messages(chat)) == [3]
+
+
+def test_keys_that_no_format_reads_are_counted(tmp_path):
+    call = {"id": "1", "index": 0, "function": {"name": "f", "arguments": {}}}
+    rows = [
+        {"messages": [USER, {**REPLY, "mood": "good"}], "source": "web", "id": None},
+        {"messages": [USER, {**REPLY, "tool_calls": [call], "mood": None}], "source": "book"},
+        {"messages": [USER, REPLY], "chat_template_kwargs": {"date": "x"}, "enable_thinking": True},
+    ]
+    unknown = load_rows(source(tmp_path, rows)).unknown_keys
+    wanted = {
+        "source": 2,
+        "messages[].mood": 1,
+        "messages[].tool_calls[].index": 1,
+        "chat_template_kwargs.date": 1,
+        "enable_thinking": 1,
+    }
+    assert unknown.rows == wanted and unknown.first["source"].endswith(":1")
+    left = unknown.not_read_by("{% if enable_thinking %}{{ date }}{{ source }}{{ m.mood }}")
+    assert list(left) == ["source", "messages[].tool_calls[].index"]
+    for format, row in (
+        ("sharegpt", {"conversations": [{"from": "human", "value": "hi", "mood": "good"}]}),
+        ("prompt_completion", {"prompt": "a", "completion": "b", "system": "S"}),
+        ("text", {"text": "a", "title": "A"}),
+        ("alpaca", {"instruction": "a", "output": "b", "context": "c"}),
+    ):
+        unknown = load_rows(source(tmp_path, [row], format)).unknown_keys
+        assert len(unknown.not_read_by("mood system title context")) == 1, format
+
+
+def test_a_lone_surrogate_makes_a_bad_row(tmp_path):
+    half = '{"messages": [{"role": "user", "content": "\\ud83d"}]}'
+    config = source(tmp_path, [{"messages": [USER, REPLY]}, half])
+    with pytest.raises(DataError, match="lone surrogate") as e:
+        load_rows(config)
+    assert e.value.where == f"{config.path}:2"
+    assert len(load_rows(config, "skip").rows) == 1
+    row = {"messages": [USER, REPLY], "tools": '[{"name": "f", "description": "\\udc00"}]'}
+    with pytest.raises(DataError, match="lone surrogate"):
+        load_rows(source(tmp_path, [row]))
 
 
 def test_sharegpt_with_calls_and_observations():
@@ -48,7 +132,7 @@ def test_sharegpt_with_calls_and_observations():
     assert roles == ["system", "user", "assistant", "tool", "assistant"]
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
     assert chat.messages[2] == {"role": "assistant", "content": "", "tool_calls": [call]}
-    assert chat.tools == [{"name": "f"}]
+    assert chat.tools == TOOLS
 
 
 def test_alpaca():
@@ -110,6 +194,20 @@ BAD = [
     ("messages", {"messages": [{"from": "human", "value": ""}]}, "'role'", "format: sharegpt"),
     ("messages", {"conversations": []}, "no 'messages' (the row has 'con", "format: sharegpt"),
     ("messages", {"instruction": "", "output": ""}, "no 'messages'", "format: alpaca"),
+    ("messages", {"messages": [{**REPLY, "weight": 0.5}]}, "the weight 0.5", "0 or 1"),
+    ("messages", {"messages": [{**REPLY, "train": "no"}]}, "'train': 'no'", "true or false"),
+    ("messages", {"messages": [USER], "tools": ["f"]}, "tools[0] is not valid JSON", None),
+    ("messages", {"messages": [USER], "tools": [{"n": 1}]}, "tools[0] has no function", "write"),
+    ("messages", {"messages": [USER], "tools": [1], "functions": [1]}, "both", "'tools'"),
+    ("messages", {"messages": [USER], "chat_template_kwargs": [1]}, "must be an object", None),
+    (
+        "messages",
+        {"messages": [{"role": "system", "content": "a"}, USER], "system": "b"},
+        "its 'system' and its system message differ",
+        "write it once",
+    ),
+    ("messages", {"messages": [{"role": "user"}], "text": "a"}, "no text 'content'", "correct the"),
+    ("sharegpt", {"conversations": [{"from": ["a"], "value": ""}]}, "is from ['a']", "use one of"),
     ("sharegpt", {"messages": []}, "no 'conversations'", "format: messages"),
     (
         "sharegpt",

@@ -176,6 +176,38 @@ def test_warnings(tmp_path):
     assert "only part of the replies" in warning
 
 
+def test_unknown_keys_are_listed_once_or_refused(tmp_path):
+    rows = [{**row, "origin": "web", "enable_thinking": False} for row in chats(3)]
+    eos = {"eos_token": "<|im_end|>"}
+    (warning,) = made(config(tmp_path, rows), **eos).warnings
+    assert "'origin' (3 of 3 rows), 'enable_thinking' (3 of 3 rows)" in warning
+    data = config(tmp_path, rows, on_unknown_key="error")
+    with pytest.raises(DataError, match="'origin'") as e:
+        made(data)
+    assert e.value.where == f"{data.train[0].path}:1"
+    template = tt.CHATML + "{% if enable_thinking %}think{% endif %}"
+    (warning,) = made(config(tmp_path, rows), template=template, **eos).warnings
+    assert "enable_thinking" not in warning
+    data = config(tmp_path, chats(3), chat_template_kwargs={"thinking": True})
+    (warning,) = made(data, **eos).warnings
+    assert "does not read 'thinking'" in warning
+
+
+def test_template_variables_of_the_settings_and_of_rows(tmp_path):
+    template = (
+        tt.CHATML + "{% if add_generation_prompt and short %}{{ '<think></think>' }}{% endif %}"
+    )
+    template = template.replace(
+        "+ m.content",
+        "+ ('<think></think>' if short and m.role == 'assistant' else '') + m.content",
+    )
+    rows = [*chats(1), {**chats(1)[0], "chat_template_kwargs": {"short": False}}]
+    data = config(tmp_path, rows, chat_template_kwargs={"short": True}, packing=False)
+    prepared = made(data, template=template)
+    texts = [tt.tiny_tokenizer().decode(ids) for ids in prepared.packed.input_ids]
+    assert ["<think></think>" in text for text in texts] == [True, False]
+
+
 def test_a_missing_template_is_saved_with_the_tokenizer(tmp_path):
     tokenizer, data = tt.tiny_tokenizer(None), config(tmp_path, chats(3))
     prepare(data.train, tokenizer, data)

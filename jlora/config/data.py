@@ -64,6 +64,8 @@ class DataConfig(ConfigSection):
     """Compute the loss on assistant messages or completions only; false: on all tokens."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What a malformed row causes: error stops the run, skip drops and counts the row."""
+    on_unknown_key: Literal["warn", "error"] = "warn"
+    """What keys of rows cause that are not read: warn lists them with their numbers of rows."""
     chat_template: LocalPath | None = None
     """A Jinja file to use instead of the tokenizer's chat template."""
     chat_template_kwargs: Mapping[str, str | int | float | bool | None] = FrozenMap()

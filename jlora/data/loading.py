@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from jlora.config import SourceConfig
-from jlora.data.formats import FORMATS, BadRow, detect_format
+from jlora.data.formats import FORMATS, detect_format
+from jlora.data.messages import BadRow
+from jlora.data.row_keys import UnknownKeys
 from jlora.data.rows import Row
 from jlora.data.sources import read_raw_rows
 from jlora.errors import DataError
@@ -20,6 +23,8 @@ class LoadedRows:
 
     rows: list[Row] = field(default_factory=list)
     bad: list[DataError] = field(default_factory=list)
+    unknown_keys: UnknownKeys = field(default_factory=UnknownKeys)
+    """Keys that the source's format does not read."""
 
 
 def load_rows(source: SourceConfig, on_bad_row: str = "error") -> LoadedRows:
@@ -35,16 +40,34 @@ def load_rows(source: SourceConfig, on_bad_row: str = "error") -> LoadedRows:
         try:
             if raw.fault:
                 raise BadRow(raw.fault)
-            result.rows.append(convert(raw.where, raw.value))
+            row = convert(raw.where, raw.value)
+            if has_lone_surrogate([v for k, v in vars(row).items() if k != "where"]):
+                fix = "write the character whole, or remove it"
+                raise BadRow("it has half of a character: a lone surrogate, such as \\ud83d", fix)
+            result.rows.append(row)
+            result.unknown_keys.add(raw.where, source.format, raw.value)
         except BadRow as e:
             other = detect_format(raw.value, source.format)
-            fix = e.fix or (f"it looks like `format: {other}`" if other else None)
+            fix = e.fix or (f"it looks like `format: {other}`" if other else "correct the row")
             result.bad.append(DataError(str(e), where=raw.where, fix=fix))
     if result.bad and (on_bad_row == "error" or not result.rows):
         raise bad_rows_error(result.bad, len(result.rows))
     if not result.rows:
         raise DataError("the split selects no rows", where=source.path, fix="widen `split`")
     return result
+
+
+def has_lone_surrogate(value: Any) -> bool:
+    """Whether some string of a value, or of its parts, has no UTF-8 form."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return True
+        return False
+    if isinstance(value, dict):
+        return any(map(has_lone_surrogate, (*value, *value.values())))
+    return isinstance(value, list | tuple) and any(map(has_lone_surrogate, value))
 
 
 def bad_rows_error(bad: list[DataError], good: int) -> DataError:
@@ -56,4 +79,4 @@ def bad_rows_error(bad: list[DataError], good: int) -> DataError:
     cause = "\n".join([bad[0].cause, *lines]) + count
     skip = "set data.on_bad_row=skip to skip such rows" if good else None
     fix = "; ".join(f for f in (bad[0].fix, skip) if f)
-    return DataError(cause, where=bad[0].where, fix=fix or "check the source's `format`")
+    return DataError(cause, where=bad[0].where, fix=fix)

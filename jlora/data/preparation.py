@@ -11,13 +11,14 @@ import numpy as np
 
 from jlora.config import DataConfig, SourceConfig
 from jlora.data.examples import IGNORE, Counts, Examples, encode
-from jlora.data.labelled_texts import encode_labelled
+from jlora.data.labelled_texts import encode_labelled, first_ten
 from jlora.data.loading import LoadedRows, bad_rows_error, load_rows
 from jlora.data.order import Order
 from jlora.data.packing import PackedRows, pack
+from jlora.data.row_keys import is_read
 from jlora.data.rows import Chat, LabelledText
 from jlora.data.tokenizer import ensure_template
-from jlora.errors import DataError
+from jlora.errors import ConfigError, DataError, JloraError
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called with a source's path, the rows tokenized so far, and how many there are."""
@@ -117,6 +118,7 @@ def prepare(
     """
     loaded = [load_rows(source, config.on_bad_row) for source in sources]
     warnings = _templates(loaded, tokenizer)
+    warnings += _unknown_keys(sources, loaded, str(tokenizer.chat_template or ""), config)
     encoded = []
     for source, rows in zip(sources, loaded, strict=True):
         told = None if progress is None else lambda n, m, p=source.path: progress(p, n, m)
@@ -175,6 +177,32 @@ def _templates(loaded: Sequence[LoadedRows], tokenizer: Any) -> list[str]:
             "'### Assistant:' (data.chat_template names another)"
         ]
     return []
+
+
+def _unknown_keys(
+    sources: Sequence[SourceConfig],
+    loaded: Sequence[LoadedRows],
+    template: str,
+    config: DataConfig,
+) -> list[str]:
+    """What is said of keys that nothing reads; an error with ``on_unknown_key: error``."""
+    errors: list[JloraError] = []
+    for name in config.chat_template_kwargs:
+        if not is_read(f"chat_template_kwargs.{name}", template):
+            cause, where = f"the chat template does not read {name!r}", "data.chat_template_kwargs"
+            errors.append(ConfigError(cause, where=where, fix="leave it out"))
+    for source, rows in zip(sources, loaded, strict=True):
+        keys = rows.unknown_keys.not_read_by(template)
+        if not keys:
+            continue
+        named = [f"{key!r} ({n} of {len(rows.rows)} rows)" for key, n in keys.items()]
+        cause = f"keys that format {source.format} does not read: {first_ten(named)}"
+        where = rows.unknown_keys.first[next(iter(keys))]
+        fix = "remove or rename them, or set data.on_unknown_key=warn"
+        errors.append(DataError(cause, where=where, fix=fix))
+    if errors and config.on_unknown_key == "error":
+        raise errors[0]
+    return [f"{error.where}: {error.cause}" for error in errors]
 
 
 def _check(
