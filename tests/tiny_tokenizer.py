@@ -98,11 +98,11 @@ TEXT_ARGUMENTS = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# Calls are written as XML (Qwen3-Coder), and content beside them has to be null.
+# Calls are written as XML (Qwen3-Coder), and content beside them has to be absent.
 XML_CALLS = (
     "{% if tools %}{{ tools | tojson }}{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
-    "{% if m.content is not none %}{{ m.content }}"
+    "{% if m.content is defined and m.content is not none %}{{ m.content }}"
     "{% else %}{% for c in m.tool_calls %}{{ '<function=' + c.function.name + '>' }}"
     "{% for k, v in c.function.arguments.items() %}"
     "{{ '<parameter=' + k + '>' + v | string + '</parameter>' }}{% endfor %}"

@@ -81,6 +81,8 @@ class Counts:
     """Chats whose replies the template renders only in part."""
     lacks_context: int = 0
     """Chats of whose context (system text, tools, results) the template shows only a part."""
+    tools_as_text: int = 0
+    """Chats whose tools or calls are JSON text, since the template does not show them."""
     retokenized: int = 0
     """Rows whose ids are not those of the whole text: a token would straddle a reply's border."""
     bad: list[DataError] = field(default_factory=list)
@@ -168,6 +170,7 @@ def _chat(
     row: Chat, render: ChatRenderer, counts: Counts, assistant_only_loss: bool
 ) -> list[Piece]:
     try:
+        counts.tools_as_text += render.adapt(row) is not row
         texts = render(row) if assistant_only_loss else [render.whole(row)]
     except DataError as e:
         counts.bad.append(e)

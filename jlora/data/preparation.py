@@ -42,6 +42,7 @@ class SourceReport:
     split: int
     lossy: int
     lacks_context: int
+    tools_as_text: int
     retokenized: int
     """Rows whose ids are those of inference and not of the whole text (see ``examples``)."""
     examples: int
@@ -238,6 +239,7 @@ def _report(
         split=counts.split,
         lossy=counts.lossy,
         lacks_context=counts.lacks_context,
+        tools_as_text=counts.tools_as_text,
         retokenized=counts.retokenized,
         examples=len(examples),
         packed_rows=len(packed),
@@ -265,6 +267,9 @@ def _warnings(
         if r.lacks_context:
             part = "the chat template leaves out part of the context (system text, tools, results)"
             said.append(f"{r.path}: {part} of {r.lacks_context} rows")
+        if r.tools_as_text:
+            part = "the chat template does not show all of tools and calls: they are JSON text"
+            said.append(f"{r.path}: {part} in {r.tools_as_text} rows")
         if r.retokenized:
             why = "one token of the whole text has characters of a prompt and of its reply"
             said.append(f"{r.path}: {r.retokenized} rows have the tokens of inference, since {why}")

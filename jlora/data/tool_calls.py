@@ -1,7 +1,7 @@
 """Tool calls in the form that a chat template takes, found by rendering a small conversation.
 
 Templates differ in what they expect: arguments as an object or as JSON text, an id of nine
-characters for each call (Mistral), null content beside calls (DeepSeek). Some show no tools or no
+characters for each call (Mistral), no content beside calls (DeepSeek). Some show no tools or no
 calls at all; these are written as JSON text then.
 """
 
@@ -145,6 +145,8 @@ def tools_as_text(chat: Chat) -> Chat:
 
 def calls_as_text(chat: Chat) -> Chat:
     """The chat with tool calls as JSON text, one a line, and their results as user messages."""
+    if not any(m.get("tool_calls") or m["role"] in RESULT_ROLES for m in chat.messages):
+        return chat
     messages = []
     for message in chat.messages:
         plain = {k: v for k, v in message.items() if k != "tool_calls"}
