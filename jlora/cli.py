@@ -144,6 +144,7 @@ def readable(error: Exception) -> errors.JloraError:
     if isinstance(error, errors.JloraError):
         return error
     text = f"{type(error).__name__}: {error}".strip()
+    # By its words: XLA has no exception of its own for it.
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
         fix = "lower train.per_device_train_batch_size or data.max_length, or use quantization"
         return errors.JloraError(f"out of memory: {_first_line(text)}", fix=fix)

@@ -154,6 +154,8 @@ def staged_folder(
 
 
 def _move_up(temporary: Path, target: Path, last: str, stale: re.Pattern[str] | None) -> None:
+    # The mode of a new file shows the umask. os.umask would have to set it to read it, for other
+    # threads as well.
     probe = temporary / ".mode"
     probe.touch()
     mode = probe.stat().st_mode & 0o777

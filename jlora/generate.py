@@ -142,6 +142,7 @@ def _prompt_ids(prompt: PromptRow, config: Config, tokenizer: Any) -> list[int]:
     text = prompt.text
     if isinstance(text, str) and not config.generate.chat:
         ids = bos_prefix(tokenizer) + token_ids(text, tokenizer)
+        # An empty prompt still needs a token whose successor is predicted.
         return ids or [tokenizer.eos_token_id]
     try:
         row = _training_row(text, config.data.train[0].format)

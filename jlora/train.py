@@ -64,6 +64,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
             console.text(text)
         return
     with (
+        # First: whoever does not get the lock has not touched the log of the run that has it.
         RunLock(out, enabled=is_first),
         MetricsLog(out / "metrics.jsonl", enabled=is_first) as log,
         StopSignals() as signals,

@@ -61,6 +61,8 @@ class TrainConfig(ConfigSection):
     """Rows per forward pass in evaluation; null: as in training."""
     gradient_accumulation_steps: Count = 4
     """Forward and backward passes (micro-batches) per optimizer step."""
+    # QLoRA's for models of 7B and 13B (arXiv 2305.14314); transformers' 5e-5 is for training in
+    # full.
     learning_rate: Positive = 2e-4
     """Peak learning rate."""
     lr_scheduler_type: Literal[

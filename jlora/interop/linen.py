@@ -91,6 +91,7 @@ def from_linen(
         key = (*path, LEAF[kind]) if kind else ()
         if key in shapes and context.method_name in METHODS:
             layout = _layout(layer, shapes[key], args, kwargs)
+            # A layer that is called with different axes has no matrix of its own.
             layouts[key] = layout if layouts.get(key, layout) == layout else None
         return next_fun(*args, **kwargs)
 
@@ -113,6 +114,7 @@ def _layer(module: nn.Module) -> type[nn.Module] | None:
         return None
     of = type(module)
     for kind in LEAF:
+        # A subclass with its own methods computes something else, which dot would not.
         same = (getattr(of, method, None) is getattr(kind, method, None) for method in METHODS)
         if issubclass(of, kind) and all(same):
             return kind
@@ -138,6 +140,8 @@ def _factor(next_fun: Callable, args: Any, kwargs: Any, context: Any) -> Any:
     """Computes a layer whose weight is a ``Kernel`` as Flax does, with the product by ``dot``."""
     module, method = context.module, context.method_name
     kind = _layer(module)
+    # Not by the layer's self.param, which compares the first array of what is stored with the
+    # kernel's shape: a quantized weight cannot pass through it.
     weight = module.get_variable("params", LEAF[kind]) if kind else None
     if not isinstance(weight, Kernel):
         return next_fun(*args, **kwargs)
@@ -149,6 +153,7 @@ def _factor(next_fun: Callable, args: Any, kwargs: Any, context: Any) -> Any:
     if kind is nn.Embed:
         return _attend(module, weight, x) if method == "attend" else _embed(module, weight, x)
     bias = module.get_variable("params", "bias") if module.use_bias else None
+    # Flax promotes arrays only: a scalar of the kernel's dtype takes part in its place.
     stand_in = jnp.zeros((), weight.dtype)
     x, _, bias = module.promote_dtype(x, stand_in, bias, dtype=module.dtype)
     if kind is nn.Einsum:

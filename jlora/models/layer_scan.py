@@ -58,6 +58,8 @@ def scan_layers(
     # Within a scan, XLA cannot merge the recomputation with the forward pass, so the barrier that
     # prevent_cse adds is not needed.
     body = jax.checkpoint(body, policy=checkpoint_policy(checkpointing), prevent_cse=False)
+    # Not unrolled: two or eight layers at a time, or a Python loop, took 1.02 to 1.04 of the time
+    # on a CPU, and up to 1.7 times the memory.
     index = jnp.arange(context.config.num_hidden_layers)
     # The cache is carried, and so updated in place: as the scan's input and output, one layer at a
     # time, it would exist twice.

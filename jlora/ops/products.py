@@ -57,7 +57,7 @@ def _weight_gradient(x: Array, g: Array, dtype) -> Array:
     sides = (g, x) if narrow else (x, g)
     out = jax.lax.dot_general(*sides, dims, preferred_element_type=jnp.float32)
     # The barrier keeps the transposition out of the product, for which XLA for CPU would then have
-    # no fast routine.
+    # no fast routine, or none at all ("Unsupported element type for DotThunk").
     return (jax.lax.optimization_barrier(out).mT if narrow else out).astype(dtype)
 
 

@@ -84,6 +84,7 @@ def _count(jaxpr: Any, batched: int) -> tuple[float, float]:
             weights += _ragged(equation)
         elif name == "cond":
             branches = [_count(branch.jaxpr, batched) for branch in params["branches"]]
+            # cuDNN's attention is a switch between branches, of which one runs.
             most = max(branches, key=sum)
             weights, attention = weights + most[0], attention + most[1]
         else:

@@ -53,7 +53,10 @@ class CompileTarget:
             return {}
         stand_ins = {"JAX_NUM_CPU_DEVICES": str(self.count)}
         if self.hardware.platform == "tpu":
+            # libtpu would wait for the metadata server of a cloud machine.
             return stand_ins | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+        # cuda for its plugin, whose compiler needs no GPU; cpu first, so that arrays are on the
+        # CPU.
         cuda = {"JAX_PLATFORMS": "cpu,cuda", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
         return stand_ins | cuda
 

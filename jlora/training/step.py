@@ -180,6 +180,7 @@ def make_train_step(
             "weights_finite": jnp.stack(
                 [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state.trainable)]
             ).all(),
+            # A NaN is a gradient, too: `finite` reports it.
             "has_gradient": jnp.stack([jnp.max(jnp.abs(g)) != 0 for g in jax.tree.leaves(grads)]),
         }
         return state, metrics

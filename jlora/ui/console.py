@@ -71,6 +71,7 @@ class Console:
         self._rich = rich.console.Console(
             file=self._file,
             width=width,
+            # rich would colour the numbers and paths in a user's text.
             highlight=False,
             force_terminal=not plain if plain is not None else None,
         )

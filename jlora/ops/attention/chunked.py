@@ -182,6 +182,8 @@ def _forward(softcap: float | None, chunk: int, inputs: _Inputs) -> tuple[Array,
         # In a chunk of which a query sees nothing its weights are exp(MASKED - MASKED) = 1. The
         # next chunk's decay multiplies them by 0; the last one always has the query's own token.
         start = nothing, nothing[..., 0], nothing[..., 0] + MASKED
+        # The bounds are traced, so JAX cannot differentiate the loop in reverse: hence the
+        # custom_vjp.
         total, denominator, peak = jax.lax.fori_loop(masks.first[i], i + 1, add, start)
         out = (total / denominator[..., None]).astype(q.dtype)
         return None, (out, peak + jnp.log(denominator))

@@ -63,6 +63,7 @@ def ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> tu
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     if whole:
         step = max(step, 1.0)
+    # 0.3 / 0.1 is less than 3 in binary: without the margin there would be a tick too many.
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return tuple(i * step for i in range(first, last + 1))
 
