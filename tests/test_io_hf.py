@@ -22,6 +22,7 @@ from jlora.errors import ConfigError, DataError, StorageError
 from jlora.io.hf import folder as hf_folder
 from jlora.io.hf import load_pretrained, save_pretrained
 from jlora.io.hf import read as hf_read
+from jlora.io.hf.match import TensorMap
 from jlora.io.hf.names import CheckpointTensor
 from jlora.io.hf.placement import assemble_leaf
 from jlora.quant import nf4
@@ -156,7 +157,7 @@ def test_a_part_of_several_tensors_is_joined(tmp_path, transposed):
         group.append(CheckpointTensor(name, place, layer, transposed, stored[name].shape, within))
     save_file(stored, tmp_path / "model.safetensors")
     shape = jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
-    source = hf_read.TensorMap({name: name for name in stored}, {})
+    source = TensorMap({name: name for name in stored}, {})
     parts = hf_read._parts(group)
     with hf_folder.open_shards(tmp_path) as shards:
         read = lambda index: hf_read._read(shards, source, parts[index], shape, None)  # noqa: E731

@@ -16,11 +16,14 @@ from tiny_models import build, tokens
 from tiny_quantized import as_bytes, parts, quantize_folder
 from tiny_runs import Place
 
-from jlora.config import MeshConfig, QuantConfig
+import jlora
+from jlora.config import LoraConfig, MeshConfig, QuantConfig
 from jlora.distributed import sharding
 from jlora.errors import ConfigError, DataError
+from jlora.io import peft as adapter_io
 from jlora.io.hf import folder as hf_folder
 from jlora.io.hf import load_pretrained, save_pretrained
+from jlora.io.hf.names import checkpoint_tensors
 from jlora.quant.codebooks import DYNAMIC_MAP
 from jlora.quant.nf4 import quantize
 from jlora.quant.params import is_quantized
@@ -240,19 +243,82 @@ def remove(t, weight):
         del t[name]
 
 
-@pytest.mark.parametrize("other", ["not quantized", "fp4 with double quantization, blocks of 32"])
-def test_layers_quantized_in_different_ways_are_refused(folder, other):
-    w = jnp.ones((48, 32))
-    quantized = parts(UP, jax.tree.map(np.array, quantize(w, 32, quant_type="fp4")))
+def test_layers_quantized_in_different_formats_are_refused(folder):
+    quantized = parts(
+        UP, jax.tree.map(np.array, quantize(jnp.ones((48, 32)), 32, quant_type="fp4"))
+    )
 
     def change(t):
         remove(t, UP)
-        t.update({UP: np.array(w)} if other == "not quantized" else quantized)
+        t.update(quantized)
 
     edit(folder, change)
     text = fault(folder)
-    assert f"{UP} is {other}, but model.layers.0.mlp.up_proj.weight is nf4 with" in text
+    assert f"{UP} is fp4 with double quantization, blocks of 32" in text
+    assert "but model.layers.0.mlp.up_proj.weight is nf4 with" in text
     assert "all layers must be quantized alike" in text
+
+
+def by_name(model, params):
+    """The tensors of a file, dense, by name."""
+    dense = paths.map_leaves(lambda _, x: x.dequantize() if is_quantized(x) else x, params)
+    return {
+        t.name: np.asarray(paths.get(dense, t.path)[t.index]) for t in checkpoint_tensors(model)
+    }
+
+
+@pytest.fixture
+def uneven(folder, made):
+    """A folder whose second layer has a dense matrix, and its tensors by name."""
+    dense = np.random.default_rng(3).normal(size=(48, 32)).astype(np.float32)
+
+    def change(t):
+        remove(t, UP)
+        t[UP] = dense
+
+    edit(folder, change)
+    want = by_name(build("llama")[0], made[1])
+    return folder, {**want, UP: dense.T}
+
+
+def test_a_matrix_may_be_quantized_in_some_layers_only(uneven, tmp_path):
+    """Such layers are not stacked together; nothing else is dequantized, and all is written."""
+    folder, want = uneven
+    model, params = load_pretrained(folder, dtype="float32")
+    layers = params["model"]["layers"]
+    assert layers.keys() == {"0-0", "1-1"}
+    assert is_quantized(layers["0-0"]["mlp"]["up_proj"]["kernel"])
+    assert isinstance(layers["1-1"]["mlp"]["up_proj"]["kernel"], jax.Array)
+    assert is_quantized(layers["1-1"]["mlp"]["gate_proj"]["kernel"])
+    same(by_name(model, params), want)
+    save_pretrained(tmp_path / "quantized", model, params, quantized=True)
+    again, again_params = load_pretrained(tmp_path / "quantized", dtype="float32")
+    same(again_params, params)
+    assert again.config.runs == model.config.runs
+    save_pretrained(tmp_path / "dense", model, params)
+    uniform, uniform_params = load_pretrained(tmp_path / "dense", dtype="float32")
+    same(by_name(uniform, uniform_params), want)
+    ids = tokens(model, 2, 12)
+    logits = uniform(uniform_params, ids)
+    np.testing.assert_allclose(model(params, ids), logits, atol=1e-5 * np.abs(logits).max())
+
+
+def test_an_adapter_does_not_depend_on_which_layers_are_stacked(uneven, tmp_path):
+    """Trained on unevenly quantized layers, it is recognised and used on the dense base."""
+    model, params = load_pretrained(uneven[0], dtype="float32")
+    save_pretrained(tmp_path / "dense", model, params)
+    uniform, uniform_params = load_pretrained(tmp_path / "dense", dtype="float32")
+    config = LoraConfig(target_modules=["up_proj", "q_proj"], layers_to_transform=[1])
+    adapter = jlora.init_adapter(jax.random.key(0), params, config)
+    adapter.weights["model"]["layers"]["1-1"]["mlp"]["up_proj"]["lora_B"] += 0.1
+    record = adapter_io.base_record(params, adapter.config)
+    jlora.save_adapter(tmp_path / "adapter", adapter, record)
+    loaded = jlora.load_adapter(tmp_path / "adapter", uniform_params)
+    ids = tokens(model, 2, 12)
+    want = uniform(jlora.attach(uniform_params, loaded), ids)
+    got = model(jlora.attach(params, adapter), ids)
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+    assert np.abs(want - uniform(uniform_params, ids)).max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -238,8 +238,6 @@ def test_init_params_uses_the_configured_standard_deviation():
             "layer_norm_elementwise_affine",
         ),
         ({"model_type": "mixtral", "router_jitter_noise": 0.1}, "router_jitter_noise"),
-        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step: layers with"),
-        ({"model_type": "qwen2_moe", "mlp_only_layers": [0]}, "mlp_only_layers: layers with"),
         ({"model_type": "cohere2", "layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers: must be a list of 2"),
         ({"model_type": "gpt_oss", "hidden_act": "no"}, "hidden_act"),

@@ -38,6 +38,14 @@ CASES = {
         "llama",
         NF4 | {"bnb_4bit_quant_storage": "bfloat16", "llm_int8_skip_modules": ["o_proj"]},
     ),
+    "llama, some left out in some layers": (
+        "llama",
+        NF4 | DOUBLE | {"llm_int8_skip_modules": ["model.layers.1.mlp", "2.self_attn.q_proj"]},
+    ),
+    "llama, a layer left out, 8 bits": (
+        "llama",
+        {"load_in_8bit": True, "llm_int8_skip_modules": ["model.layers.0", "lm_head"]},
+    ),
     "llama, 8 bits": ("llama", {"load_in_8bit": True}),
     "qwen2, nf4": ("qwen2", NF4),
     "qwen2, fp4 with double quantization": ("qwen2", FP4 | DOUBLE),

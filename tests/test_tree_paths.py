@@ -44,6 +44,24 @@ def test_leaves_of_stacked_layers_stand_for_their_modules(llama):
     assert leaves[("model", "norm", "scale")].modules() == ["model.norm"]
 
 
+def test_runs_of_layers_are_stacked_each_by_itself():
+    mlp = {"mlp": {"up_proj": {"kernel": a(1, 4, 6)}}}
+    experts = {"mlp": {"experts": {"down_proj": a(2, 5, 6, 4)}}}
+    tree = {"model": {"layers": {"0-0": mlp, "1-2": experts, "3-3": mlp}}}
+    assert paths.stacked_nodes(tree) == [
+        ("model", "layers", f"{i}-{j}") for i, j in ((0, 0), (1, 2), (3, 3))
+    ]
+    first, middle, last = paths.leaves(tree)
+    assert first.modules() == ["model.layers.0.mlp.up_proj"]
+    assert middle.modules() == ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
+    assert (middle.layers, middle.shape, middle.module()) == (
+        2,
+        (5, 6, 4),
+        "model.layers.1-2.mlp.experts",
+    )
+    assert last.module(0) == "model.layers.3.mlp.up_proj"
+
+
 def test_only_nodes_with_a_common_leading_axis_are_stacked(llama):
     assert paths.stacked_nodes(llama) == [("model", "layers")]
     assert paths.stacked_nodes({"transformer": {"h": {"w": a(2, 3)}}}) == [("transformer", "h")]

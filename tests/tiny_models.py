@@ -193,6 +193,20 @@ CONFIGS = {
         "num_experts_per_tok": 2,
     },
     "qwen2_moe": {**QWEN_MOE, "model_type": "qwen2_moe", "shared_expert_intermediate_size": 24},
+    "qwen2_moe-mlp-first": {
+        **QWEN_MOE,
+        "model_type": "qwen2_moe",
+        "num_hidden_layers": 3,
+        "shared_expert_intermediate_size": 24,
+        "mlp_only_layers": [0],
+    },
+    "qwen3_moe-every-second": {
+        **QWEN_MOE,
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 4,
+        "head_dim": 16,
+        "decoder_sparse_step": 2,
+    },
     "qwen3_moe": {
         **QWEN_MOE,
         "model_type": "qwen3_moe",

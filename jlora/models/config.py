@@ -10,6 +10,7 @@ naming its key; keys that are not read stay available in ``hf``. Dropout of the 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -99,6 +100,10 @@ class DecoderConfig:
     """``down(act(gate) * up)`` with separate or fused projections, or ``down(act(up))``."""
     experts: ExpertsConfig | None = None
     """A sparse mixture of experts in place of the MLP."""
+    mlp_only_layers: tuple[int, ...] = ()
+    """With ``experts``: the layers that have an MLP all the same."""
+    unquantized: tuple[frozenset[str], ...] = ()
+    """Per layer: the modules that a prequantized folder does not quantize; () if all agree."""
     qk_norm: Literal["head", "each_head", "all"] | None = None
     """Norm of queries and keys before rotation: per head with one scale, per head with separate
     scales, or over all heads together."""
@@ -120,6 +125,17 @@ class DecoderConfig:
     """The head is separate, and initially the embedding's copy: the files are a tied model's."""
     num_labels: int | None = None
     """Number of classes of a classifier, whose score head replaces the language model's head."""
+
+    @property
+    def runs(self) -> tuple[range, ...]:
+        """Runs of consecutive layers with the same kinds of weights; each is stacked by itself."""
+
+        def kind(layer: int) -> Any:
+            return layer in self.mlp_only_layers, self.unquantized and self.unquantized[layer]
+
+        groups = itertools.groupby(range(self.num_hidden_layers), kind)
+        runs = [list(layers) for _, layers in groups]
+        return tuple(range(run[0], run[-1] + 1) for run in runs)
 
     @property
     def hf(self) -> dict[str, Any]:

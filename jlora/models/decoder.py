@@ -32,6 +32,7 @@ from jlora.models.layers import (
 )
 from jlora.ops.remat import saveable
 from jlora.ops.weights import Weight, output_embedding
+from jlora.tree.paths import run_key
 
 
 class Attention(nnx.Module):
@@ -125,9 +126,9 @@ class MLP(nnx.Module):
         return self.down_proj(act(self.gate_proj(x)) * self.up_proj(x))
 
 
-def _mlp(c: DecoderConfig, dtype: jnp.dtype) -> MLP | MixtureOfExperts:
-    """A block's MLP, or the mixture of experts in its place."""
-    if c.experts is None:
+def _mlp(c: DecoderConfig, dtype: jnp.dtype, sparse: bool) -> MLP | MixtureOfExperts:
+    """A block's MLP, or, if ``sparse``, the mixture of experts in its place."""
+    if c.experts is None or not sparse:
         return MLP(c, dtype)
     inner = c.experts.shared_size
     return MixtureOfExperts(c, c.experts, MLP(c, dtype, inner) if inner else None, dtype)
@@ -136,14 +137,14 @@ def _mlp(c: DecoderConfig, dtype: jnp.dtype) -> MLP | MixtureOfExperts:
 class Block(nnx.Module):
     """Attention and MLP, each added to the residual stream."""
 
-    def __init__(self, c: DecoderConfig, dtype: jnp.dtype):
+    def __init__(self, c: DecoderConfig, dtype: jnp.dtype, sparse: bool = True):
         def norm(place: str) -> Norm | None:
             if place not in c.norms:
                 return None
             return make_norm(c.norm, c.hidden_size, eps=c.norm_eps, dtype=dtype)
 
         self.self_attn = Attention(c, dtype)
-        self.mlp = _mlp(c, dtype)
+        self.mlp = _mlp(c, dtype, sparse)
         self.input_layernorm = norm("before_attention")
         self.attention_out_norm = norm("after_attention")
         self.post_attention_layernorm = norm("before_mlp")
@@ -167,6 +168,17 @@ class Block(nnx.Module):
         return x + _scaled(out, c.residual_scale), kv
 
 
+def _stacks(c: DecoderConfig, dtype: jnp.dtype) -> Any:
+    """All blocks, stacked; or a stack for each run of blocks with the same kinds of weights."""
+
+    def stack(run: range) -> nnx.Module:
+        sparse = run[0] not in c.mlp_only_layers
+        return stack_layers(lambda: Block(c, dtype, sparse), len(run))
+
+    first, *others = c.runs
+    return nnx.Dict({run_key(run): stack(run) for run in c.runs}) if others else stack(first)
+
+
 class Backbone(nnx.Module):
     """Embeddings, stacked blocks and final norm; transformers' base model, without the head."""
 
@@ -177,7 +189,7 @@ class Backbone(nnx.Module):
         self.embed_tokens = Embedding(c.vocab_size, width, dtype=dtype)
         self.embed_positions = Embedding(rows, hidden, dtype=dtype) if rows else None
         self.project_in = Linear(width, hidden, bias=False, dtype=dtype) if narrow else None
-        self.layers = stack_layers(lambda: Block(c, dtype), c.num_hidden_layers)
+        self.layers = _stacks(c, dtype)
         norm = make_norm(c.norm, hidden, eps=c.norm_eps, dtype=dtype)
         self.norm = norm if c.final_norm else None
         self.project_out = Linear(hidden, width, bias=False, dtype=dtype) if narrow else None
@@ -197,7 +209,10 @@ class Backbone(nnx.Module):
             x = self.project_in(x)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions + (c.learned_positions or 0))
-        x, kv = scan_layers(self.layers, x, context.at_positions(positions), kv, checkpointing)
+        context = context.at_positions(positions)
+        for run in c.runs:
+            layers = self.layers if len(c.runs) == 1 else self.layers[run_key(run)]
+            x, kv = scan_layers(layers, run, x, context, kv, checkpointing)
         x = _apply_norm(self.norm, x)
         return (x if self.project_out is None else self.project_out(x)), kv
 

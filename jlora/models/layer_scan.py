@@ -34,12 +34,13 @@ def stack_layers(block: Callable[[], nnx.Module], layers: int) -> nnx.Module:
 
 def scan_layers(
     layers: nnx.Module,
+    run: range,
     x: Array,
     context: AttentionContext,
     kv: KV | None,
     checkpointing: bool | str,
 ) -> tuple[Array, KV | None]:
-    """Runs stacked layers in order; one layer is compiled, whatever the depth.
+    """Computes the stacked layers of a run in order; one is compiled, whatever the depth.
 
     ``checkpointing`` says what the backward pass recomputes of each layer: True everything from its
     input, False only what lies between its matrix products (``ops.remat``), OFFLOAD as True with
@@ -60,10 +61,9 @@ def scan_layers(
     body = jax.checkpoint(body, policy=checkpoint_policy(checkpointing), prevent_cse=False)
     # Not unrolled: two or eight layers at a time, or a Python loop, took 1.02 to 1.04 of the time
     # on a CPU, and up to 1.7 times the memory.
-    index = jnp.arange(context.config.num_hidden_layers)
     # The cache is carried, and so updated in place: as the scan's input and output, one layer at a
     # time, it would exist twice.
-    (x, kv), _ = jax.lax.scan(body, (x, kv), (index, state))
+    (x, kv), _ = jax.lax.scan(body, (x, kv), (jnp.arange(run.start, run.stop), state))
     return x, kv
 
 

@@ -19,8 +19,9 @@ from jlora.distributed import sharding
 from jlora.errors import ConfigError
 from jlora.io.hf import prequantized, read_model
 from jlora.io.hf.folder import CONFIG_FILES, find_folder, open_shards
+from jlora.io.hf.match import match_tensors
 from jlora.io.hf.names import checkpoint_tensors
-from jlora.io.hf.read import match_tensors, with_score_head
+from jlora.io.hf.read import with_score_head
 from jlora.io.peft import abstract_adapter_from_folder
 from jlora.models import Model, as_classifier, with_untied_head
 from jlora.quant.params import quantize_params
@@ -69,9 +70,10 @@ class AbstractArrays:
     def model_and_params(self) -> tuple[Model, Any]:
         """The model, and the shapes of the parameters that a run would load."""
         model = abstract_model(self.config, self.tokenizer)
-        model = dataclasses.replace(model, gpu_capability=self.gpu_capability)
         if self.download and model.config.prequantized:
             find_folder(self.config.model.name_or_path, self.config.model.revision)
+            model = abstract_model(self.config, self.tokenizer)  # which now has the headers
+        model = dataclasses.replace(model, gpu_capability=self.gpu_capability)
         return model, abstract_base(self.config, model)
 
     def adapter(self, params: Any) -> tuple[Any, lora.Adapter]:

@@ -17,18 +17,28 @@ leading axis of length L. Such a leaf belongs to L modules::
     path    ("model", "layers", "self_attn", "q_proj", "kernel")      value (L, in, out)
     module  "model.layers.0.self_attn.q_proj" … "model.layers.{L-1}.self_attn.q_proj"
 
+Layers with different leaves cannot be stacked together. Runs of consecutive layers with the same
+leaves are, each below a node that is named after its first and last layer::
+
+    path    ("model", "layers", "1-3", "mlp", "up_proj", "kernel")    value (3, in, out)
+    module  "model.layers.1.mlp.up_proj" … "model.layers.3.mlp.up_proj"
+
 Everything here works on names and shapes; the only arrays touched are Equinox matrices, transposed.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Path = tuple[str, ...]
 
 STACKED = ("layers", "h", "blocks")
-"""Keys of nodes whose leaves are stacked, unless the node's children are numbered layers."""
+"""Keys of nodes whose leaves are stacked, unless the node's children are layers or runs."""
+
+RUN = re.compile(r"(\d+)-(\d+)")
+"""Keys of the runs of layers below such a node: the numbers of the first and the last layer."""
 
 OUTPUT_HEADS = ("lm_head", "score", "classifier", "embed_out", "output")
 """Last names of output heads, which ``all-linear`` and quantization skip."""
@@ -72,14 +82,16 @@ class ModuleStack(NamedTuple):
     def name(self, layer: int | None = None) -> str:
         """``("model", "layers", "q")`` stacked at ``("model", "layers")`` → ``model.layers.3.q``.
 
-        ``layer`` is the number of a stacked module; None gives ``*``.
+        ``layer`` is the index of a stacked module; None gives ``*``, or the layers of the run.
         """
         # PEFT names a part as the projection of an unfused model, without the fused one's name.
         path = (*self.path[:-2], self.path[-1]) if is_part(self.path) else self.path
         if self.stack is None:
             return ".".join(path)
-        number = "*" if layer is None else str(layer)
-        return ".".join((*self.stack, number, *path[len(self.stack) :]))
+        run = RUN.fullmatch(self.stack[-1])
+        front, every = (self.stack[:-1], run[0]) if run else (self.stack, "*")
+        number = every if layer is None else str(first_layer(self.stack) + layer)
+        return ".".join((*front, number, *path[len(self.stack) :]))
 
     def names(self) -> list[str]:
         """The dotted names of all its modules, in layer order."""
@@ -117,6 +129,17 @@ class Leaf(NamedTuple):
     def modules(self) -> list[str]:
         """The dotted names of the leaf's modules, one a layer if it is stacked."""
         return self.modules_at(self.path[:-1]).names()
+
+
+def run_key(layers: range) -> str:
+    """The key of the node of a run of layers."""
+    return f"{layers[0]}-{layers[-1]}"
+
+
+def first_layer(stack: Path) -> int:
+    """The number of the first layer of a stacked node."""
+    run = RUN.fullmatch(stack[-1])
+    return int(run[1]) if run else 0
 
 
 def is_part(module: Path) -> bool:
@@ -261,7 +284,7 @@ def stacked_nodes(tree: Any) -> list[Path]:
 
     def visit(node: Any, path: Path) -> None:
         children = _children(node) or []
-        if path and path[-1] in STACKED and not any(str(key).isdigit() for key, _ in children):
+        if _may_be_stacked(path, [str(key) for key, _ in children]):
             below = dict(walk(node)) if children else {}
             layers = {leaf.shape[0] if leaf.shape else None for leaf in below.values()}
             axes = (len(leaf.shape) > LEAST_AXES.get(p[-1], 0) for p, leaf in below.items())
@@ -273,6 +296,14 @@ def stacked_nodes(tree: Any) -> list[Path]:
 
     visit(tree, ())
     return found
+
+
+def _may_be_stacked(path: Path, children: Sequence[str]) -> bool:
+    """Whether a node's name and its children's say that its leaves are stacked."""
+    if len(path) > 1 and path[-2] in STACKED and RUN.fullmatch(path[-1]):
+        return True
+    numbered = any(key.isdigit() or RUN.fullmatch(key) for key in children)
+    return bool(path) and path[-1] in STACKED and not numbered
 
 
 def leaves(tree: Any) -> list[Leaf]:

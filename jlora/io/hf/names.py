@@ -55,6 +55,17 @@ def checkpoint_tensors(model: Model) -> list[CheckpointTensor]:
     ]
 
 
+def tensors_by_layer(model: Model) -> list[dict[paths.Path, list[CheckpointTensor]]]:
+    """For each layer the tensors of its leaves, by the leaf's path within the layer."""
+    found: list[dict] = [{} for _ in range(model.config.num_hidden_layers)]
+    for leaf in paths.leaves(model.shapes):
+        if leaf.stack is not None:
+            first, path = paths.first_layer(leaf.stack), leaf.path[len(leaf.stack) :]
+            for layer in range(leaf.layers or 0):
+                found[first + layer][path] = list(_of_leaf(leaf, layer, model))
+    return found
+
+
 def _of_leaf(leaf: paths.Leaf, layer: int | None, model: Model) -> Iterator[CheckpointTensor]:
     """The tensors that hold one layer of a leaf."""
     conventions = family_of(model.config)
@@ -71,7 +82,7 @@ def _of_leaf(leaf: paths.Leaf, layer: int | None, model: Model) -> Iterator[Chec
         shape = _swap_last_axes(leaf.shape) if flip else leaf.shape
         yield CheckpointTensor(name, leaf.path, layer, flip, shape)
         return
-    front = "" if leaf.stack is None else ".".join((*leaf.stack, str(layer), ""))
+    front = "" if leaf.stack is None else f"{leaf.modules_at(leaf.stack).name(layer)}."
     for piece in pieces:
         for within, shape, number in _parts(piece, leaf.shape):
             name = f"{front}{piece.name.format(number)}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,18 +31,17 @@ from jlora.io.hf.folder import (
     open_shards,
     read_json,
 )
+from jlora.io.hf.match import TensorMap, match_tensors, tensors_by_leaf, unquantized_matrices
 from jlora.io.hf.names import (
     SCORE_HEAD,
     CheckpointTensor,
     checkpoint_tensors,
-    embedding_name,
     head_name,
 )
 from jlora.io.hf.placement import Index, assemble_leaf
-from jlora.io.hf.prequantized import Problems, StoredMatrix
 from jlora.io.hf.score_head import ScoreHeadShards
 from jlora.models.model import Model
-from jlora.models.registry import as_classifier, family_of, parse_config
+from jlora.models.registry import as_classifier, parse_config
 from jlora.models.tying import with_untied_head
 from jlora.quant.params import is_quantized, quantize_matrix, quantize_params, scheme_text
 from jlora.tree import paths
@@ -120,6 +118,8 @@ def read_model(folder: Path, **options: Any) -> Model:
     """The model that a folder's ``config.json`` describes, without its parameters.
 
     Its end-of-sequence ids are those of ``config.json`` and ``generation_config.json`` combined.
+    The headers of a prequantized folder's weights, if they are there, say which layers differ in
+    the modules that are quantized: these are not stacked together.
     """
     config = parse_config(read_json(folder / "config.json"), where=str(folder / "config.json"))
     if (folder / GENERATION).exists():
@@ -129,110 +129,11 @@ def read_model(folder: Path, **options: Any) -> Model:
         ids = tuple(dict.fromkeys((*config.eos_token_ids, *more)))
         text = json.dumps(generation, indent=2) + "\n"
         config = dataclasses.replace(config, eos_token_ids=ids, generation_json=text)
-    return Model(config, **options)
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorMap:
-    """Where the tensors of a model are in its files."""
-
-    names: Mapping[str, str]
-    """CheckpointTensor of the model → the one in the file."""
-    prequantized: Mapping[str, StoredMatrix]
-    """The layout of each tensor that is quantized in the files."""
-
-
-def match_tensors(shards: Shards, model: Model, folder: Path) -> TensorMap:
-    """Maps the tensors of the model to those of the files; DataError if they do not fit.
-
-    Names differ in checkpoints without the head's prefix and in tied models that store the head.
-    If ``config.json`` has a ``quantization_config``, the prequantization layout (which tensors are
-    quantized, and how) is read from the safetensors headers.
-    """
-    expected = {t.name: t for t in checkpoint_tensors(model)}
-    parts = (
-        prequantized.find_quantization_tensors(shards.files) if model.config.prequantized else {}
-    )
-    names, problems = _find(shards, model, expected, parts)
-    layouts, prequantized_folder = {}, model.config.prequantized
-    for name, tensor in expected.items():
-        weight_parts = parts.get(names.get(name, ""), {})
-        if name not in names:
-            problems.append((name, "is missing"))
-        elif prequantized_folder and prequantized.is_prequantized(
-            shards, names[name], weight_parts, tensor
-        ):
-            layouts[name], faults = prequantized.read_layout(
-                shards, names[name], weight_parts, tensor
-            )
-            problems += faults
-            parts.pop(names[name], None)
-        elif shards.shape(names[name]) != tensor.shape:
-            shape = list(shards.shape(names[name]))
-            problems.append((name, f"has shape {shape}, expected {list(tensor.shape)}"))
-        elif shards.dtype(names[name]) not in FLOATS:
-            problems.append((name, f"is of type {shards.dtype(names[name])}, not a float"))
-    orphans = (name for group in parts.values() for name in group.values())
-    problems += [(name, "is not part of this model") for name in orphans]
-    if prequantized_folder and not layouts:
-        problems.append(("quantization_config", "is in config.json, but no tensor is quantized"))
-    if None not in layouts.values():
-        problems += prequantized.mixed_layouts(_groups(model).values(), layouts)
-    problems += _check_tied_head(shards, model, names, bool(problems))
-    if problems:
-        raise DataError(
-            f"the weights do not fit config.json:\n{_listing(problems)}",
-            where=str(folder),
-            fix="use the config.json and the weights of one model",
-        )
-    return TensorMap(names, layouts)
-
-
-def _find(
-    shards: Shards, model: Model, expected: Iterable[str], parts: Mapping[str, Mapping[str, str]]
-) -> tuple[dict[str, str], Problems]:
-    """{tensor of the model: its name in the files}, and unexpected or duplicate tensors."""
-    names, problems = {}, list(shards.problems)
-    table, head = embedding_name(model), head_name(model)
-    known = {name for group in parts.values() for name in group.values()}
-    if tied_files := _is_tied_in_files(model):
-        known.add(head)
-    for name in shards.files:
-        full = name if name in expected else f"{table.split('.')[0]}.{name}"
-        if full in names:
-            problems.append((name, f"is also there as {names[full]}"))
-        elif full in expected:
-            names[full] = name
-        elif name not in known and not re.fullmatch(family_of(model.config).buffers, name):
-            problems.append((name, "is not part of this model"))
-    if tied_files and head in shards.files:
-        names.setdefault(table, head)
-    if model.config.untied and table in names:
-        names.setdefault(head, names[table])
-    return names, problems
-
-
-def _is_tied_in_files(model: Model) -> bool:
-    """Whether the files may have the embedding's tensor under either name, or both."""
-    return model.config.tie_word_embeddings or model.config.untied
-
-
-def _check_tied_head(
-    shards: Shards, model: Model, names: Mapping[str, str], has_problems: bool
-) -> Problems:
-    """Problems of a stored head that is tied to the embedding.
-
-    Their values are compared only if there is no other problem.
-    """
-    head, table = head_name(model), names.get(embedding_name(model))
-    if not _is_tied_in_files(model) or head not in shards.files or table in (None, head):
-        return []
-    if (shape := shards.shape(head)) != shards.shape(table):
-        expected = list(shards.shape(table))
-        return [(head, f"has shape {list(shape)}, expected {expected}")]
-    if has_problems or shards.same(table, head):
-        return []
-    return [(head, f"differs from {table}, but tie_word_embeddings says that they are the same")]
+    model = Model(config, **options)
+    if config.prequantized and any(folder.glob("*.safetensors")):
+        with open_shards(folder) as shards:
+            config = dataclasses.replace(config, unquantized=unquantized_matrices(shards, model))
+    return dataclasses.replace(model, config=config)
 
 
 def _check_same_quantization(source: TensorMap, model: Model, quantization: QuantConfig) -> None:
@@ -259,28 +160,6 @@ def _check_same_quantization(source: TensorMap, model: Model, quantization: Quan
             )
 
 
-def _listing(problems: Iterable[tuple[str, str]]) -> str:
-    """One line per problem; the same problem in several layers is one line with their number."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, cause in problems:
-        groups.setdefault((re.sub(r"\.\d+\.", ".*.", name), cause), []).append(name)
-    lines = []
-    for (pattern, cause), names in groups.items():
-        if len(names) > 1:
-            lines.append(f"  {pattern} {cause} ({len(names)}×)")
-        else:
-            lines.append(f"  {names[0]} {cause}")
-    return "\n".join(lines)
-
-
-def _groups(model: Model) -> dict[paths.Path, list[CheckpointTensor]]:
-    """The tensors of each leaf, in the order of its layers."""
-    groups: dict[paths.Path, list[CheckpointTensor]] = {}
-    for tensor in checkpoint_tensors(model):
-        groups.setdefault(tensor.path, []).append(tensor)
-    return groups
-
-
 def read_params(
     shards: Shards,
     source: TensorMap,
@@ -291,7 +170,7 @@ def read_params(
     cancel: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """The parameter tree, read tensor by tensor; ``source`` is from ``match_tensors``."""
-    groups, shapes = _groups(model), model.shapes
+    groups, shapes = tensors_by_leaf(model), model.shapes
     if source.prequantized:
         shapes = prequantized.prequantized_shapes(shapes, groups, source.prequantized)
     elif quantization is not None:

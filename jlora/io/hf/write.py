@@ -25,8 +25,9 @@ from jlora.errors import ConfigError, DataError, StorageError
 from jlora.files import staged_folder, storage_errors
 from jlora.io.hf import mxfp4, prequantized_write
 from jlora.io.hf.folder import FLOATS, GENERATION, INDEX, SINGLE, open_shards
+from jlora.io.hf.match import match_tensors
 from jlora.io.hf.names import CheckpointTensor, checkpoint_tensors
-from jlora.io.hf.read import match_tensors, read_model
+from jlora.io.hf.read import read_model
 from jlora.lora.weight import dense
 from jlora.models.model import Model
 from jlora.models.registry import family_of

@@ -9,7 +9,7 @@ and biases.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +35,40 @@ def base_record(
     Leaves that the adapter replaces (``modules_to_save``, trained biases) are not included. All
     processes of a run must call it. ``base_fingerprint`` is ``fingerprint(params)``, if known.
     """
-    leaves = {
-        leaf.path: leaf.value
+    kept = [
+        leaf
         for leaf in paths.leaves(params)
         if not all(is_replaced(config, name, leaf.kind) for name in leaf.modules())
-    }
+    ]
+    leaves = {leaf.path: leaf.value for leaf in kept}
     if base_fingerprint is None or len(leaves) < len(paths.leaves(params)):
         base_fingerprint = fingerprint(paths.nest(leaves))
     # In bfloat16, so that a base loaded in float32 matches the same one loaded in bfloat16.
     small = {
         p: jnp.asarray(x).astype(jnp.bfloat16)
-        for p, x in leaves.items()
-        if p[-1] in NEVER_QUANTIZED
+        for p, x in _stacked_together(x for x in kept if x.kind in NEVER_QUANTIZED).items()
     }
     return {
         "kept": "; ".join(sorted({_format_text(leaf) for leaf in leaves.values()})),
         "norms": fingerprint(paths.nest(small)),
         "weights": base_fingerprint,
+    }
+
+
+def _stacked_together(leaves: Iterable[paths.Leaf]) -> dict[paths.Path, Any]:
+    """The leaves by path, without runs of layers, which depend on what is quantized."""
+    parts: dict[paths.Path, dict[int, Any]] = {}
+    for leaf in leaves:
+        path = leaf.path
+        if leaf.stack and paths.RUN.fullmatch(leaf.stack[-1]):
+            path = (*leaf.stack[:-1], *path[len(leaf.stack) :])
+        first = paths.first_layer(leaf.stack) if leaf.stack else 0
+        parts.setdefault(path, {})[first] = leaf.value
+    return {
+        path: jnp.concatenate([runs[first] for first in sorted(runs)])
+        if len(runs) > 1
+        else next(iter(runs.values()))
+        for path, runs in parts.items()
     }
 
 

@@ -6,6 +6,7 @@ arXiv 2401.04088, Qwen's blog on Qwen1.5-MoE, and 2505.09388. Files hold one ten
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from jlora.models.config import DecoderConfig, ExpertsConfig, decoder_config, is_sliding
 from jlora.models.config_reader import ConfigReader
@@ -77,7 +78,7 @@ def _qwen2_moe(keys: ConfigReader) -> DecoderConfig:
         keys,
         windows=[window if sliding else None for sliding in slides],
         qkv_bias=keys.flag("qkv_bias", True),
-        experts=_experts(keys, keys.number("shared_expert_intermediate_size")),
+        **_experts(keys, keys.number("shared_expert_intermediate_size")),
     )
 
 
@@ -90,29 +91,27 @@ def _qwen3_moe(keys: ConfigReader) -> DecoderConfig:
         qkv_bias=bias,
         out_bias=bias,
         qk_norm="head",
-        experts=_experts(keys, None),
+        **_experts(keys, None),
     )
 
 
-def _experts(keys: ConfigReader, shared_size: int | None) -> ExpertsConfig | None:
-    """Qwen's mixture; None if all layers have plain MLPs."""
+def _experts(keys: ConfigReader, shared_size: int | None) -> dict[str, Any]:
+    """Qwen's mixture, and the layers without one; nothing if all layers have plain MLPs."""
     layers, step = keys.number("num_hidden_layers"), keys.number("decoder_sparse_step")
     plain = keys.get("mlp_only_layers") or []
-    if not isinstance(plain, list):
+    if not isinstance(plain, list) or any(type(layer) is not int for layer in plain):
         raise keys.fail("mlp_only_layers", f"must be a list of layers, not {plain!r}")
-    sparse = {i not in plain and (i + 1) % step == 0 for i in range(layers)}
-    if len(sparse) > 1:
-        key = "mlp_only_layers" if plain else "decoder_sparse_step"
-        raise keys.fail(key, "layers with experts among layers without are not supported")
-    if sparse == {False}:
-        return None
-    return ExpertsConfig(
+    mlp_only = tuple(i for i in range(layers) if i in plain or (i + 1) % step)
+    if len(mlp_only) == layers:
+        return {}
+    experts = ExpertsConfig(
         number=keys.number("num_experts"),
         per_token=per_token(keys),
         intermediate_size=keys.number("moe_intermediate_size"),
         normalized=keys.flag("norm_topk_prob"),
         shared_size=shared_size,
     )
+    return {"experts": experts, "mlp_only_layers": mlp_only}
 
 
 def per_token(keys: ConfigReader) -> int:
