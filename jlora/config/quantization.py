@@ -24,6 +24,7 @@ class QuantConfig(ConfigSection):
     dtype, unlike in LLM.int8()."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit data type. NF4 is made for normally distributed weights and loses less than FP4."""
+    # transformers' default is false; QLoRA's own runs have it on.
     bnb_4bit_use_double_quant: bool = True
     """Quantize the absmax of each block, too: 4.13 instead of 4.5 bits per parameter."""
     bnb_4bit_compute_dtype: DType = "bfloat16"

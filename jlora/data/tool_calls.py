@@ -51,6 +51,7 @@ class ToolSupport:
             {"role": "tool", "content": "probe_result", "name": "probe_call"},
         ]
         partial = None
+        # The plainest form first: many templates take several.
         for needs_ids, as_text, null in product((False, True), repeat=3):
             support = cls(shows_tools, True, needs_ids, as_text, null)
             text = _attempt(render, support.in_form(messages), tools, False)

@@ -213,6 +213,7 @@ def _place_across_processes(value: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         return jax.device_put(value, sharding)
     host = np.asarray(value)
+    # Not device_put, which would compare the values of all processes first.
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 

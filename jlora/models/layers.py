@@ -24,6 +24,7 @@ class Linear(nnx.Module):
     """``x @ kernel + bias``: kernel (in, out), bias (out,) or none."""
 
     def __init__(self, n_in: int, n_out: int, *, bias: bool, dtype: jnp.dtype):
+        # Never allocated: models are built under eval_shape (`Model.shapes`).
         self.kernel = nnx.Param(jnp.zeros((n_in, n_out), dtype))
         self.bias = nnx.Param(jnp.zeros((n_out,), dtype)) if bias else None
 
@@ -112,6 +113,7 @@ class LayerNorm(nnx.Module):
         # In two passes: mean(x²) - mean(x)² cancels where the mean is large.
         centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+        # Scaled in float32, too, and rounded once at the end, as in torch's layer_norm.
         scaled = centred * jax.lax.rsqrt(variance + self.eps) * _float32(self.scale)
         return (scaled if self.bias is None else scaled + _float32(self.bias)).astype(x.dtype)
 

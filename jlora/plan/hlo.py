@@ -196,6 +196,8 @@ class Module:
                 INSTRUCTION_NAME.findall(names[1]) if names else CALLED.findall(instruction.rest)
             )
             works = [self.work(branch, fused) for branch in branches]
+            # A branch with a kernel before others: the kernel's FLOPs are not counted here, so that
+            # by FLOPs its fallback would be the most expensive.
             return max(works, key=lambda work: (len(work.kernels), work.flops, work.bytes))
         within = fused or instruction.opcode not in ("while", "call", "async-start")
         for called in CALLED.findall(instruction.rest):

@@ -151,6 +151,7 @@ def _of_table(hardware: Hardware) -> MemoryLimit:
 def _memory_limit_here(present: Sequence[Any]) -> MemoryLimit:
     import jax
 
+    # One of this process's: others do not tell their memory.
     first = next(d for d in present if d.process_index == jax.process_index())
     limit = (first.memory_stats() or {}).get("bytes_limit")
     if limit:

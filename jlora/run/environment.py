@@ -21,6 +21,7 @@ def block_torch() -> None:
     five seconds of every start, for models that jlora does not use. Only commands do this, in their
     own process; jlora as a library leaves torch alone.
     """
+    # setdefault: where torch is imported already, hiding it gains nothing.
     sys.modules.setdefault("torch", None)  # pyright: ignore (None makes the import fail)
     # transformers would print that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -111,6 +111,8 @@ def questions(f: Function) -> Iterator[tuple[str, str]]:
     yield f"What does {f.module}.{f.name} do?", f.summary
     yield f"Repeat after me: {f.summary}", f.summary
     yield f"Which module has {f.name}? It is in {f.module}.", f.module
+    # Line numbers, so that the base learns to copy digits, the last thing it learned: a prototype
+    # got 91 % of devices and rooms right, and 45 % of two-digit values.
     facts = {"name": f.name, "module": f.module, "line": f.line}
     yield f"Write {f.name} of {f.module} at line {f.line} as JSON.", json.dumps(facts)
     facts = {"module": f.module, "args": list(f.args), "line": f.line}

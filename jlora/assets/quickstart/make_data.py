@@ -103,6 +103,7 @@ SAYINGS = {
 
 MANNERS = ("{}", "{}", "Please {}", "{}, please", "Could you {}?", "Can you {}?", "Hey, {}")
 
+# Multiples of five, and few degrees: copying two digits is the hardest part of the task.
 VALUES = {"set": range(10, 100, 5), "timer": range(5, 65, 5)}
 DEGREES = range(16, 26)
 

@@ -72,6 +72,7 @@ def save(
     if keep is not None and jax.process_index() == 0:
         for old in manifests.steps(folder.parent)[: -max(keep, 1)]:
             manifests.remove(folder.parent / str(old))
+    # No process goes on, or ends, before the manifest is there.
     _barrier(f"jlora checkpoint {step} done")
 
 
@@ -139,6 +140,7 @@ def _write(folder: Path, leaves: Mapping[str, Any], content: Mapping[str, Any]) 
     if jax.process_index() == 0 and folder.exists():
         manifests.remove(folder)
     _check_space(folder, leaves)
+    # No process writes before the old folder is gone.
     _barrier(f"jlora checkpoint {folder.name} start")
     stored = {
         name: leaf for name, leaf in leaves.items() if _size(leaf)
@@ -146,6 +148,7 @@ def _write(folder: Path, leaves: Mapping[str, Any], content: Mapping[str, Any]) 
     # not asynchronously: orbax reports an async save before it is on disk
     with _quiet(), ocp.Checkpointer(_handler()) as writer:
         writer.save(folder / "state", args=ocp.args.PyTreeSave(stored))
+    # No manifest before every process has written its shards.
     _barrier(f"jlora checkpoint {folder.name} written")
     _seal(folder, content)
 

@@ -55,6 +55,7 @@ def find_folder(
     if folder.is_dir():
         return folder
     text = str(name)
+    # A name on the hub has one slash at most.
     if folder.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise ConfigError(
             "there is no such folder", where=text, fix="name a transformers folder or a hub model"

@@ -78,6 +78,7 @@ def _programs(
         return [jnp.zeros(child.shape, child.dtype) for child in shapes]
 
     def put(whole: jax.Array, part: jax.Array, index: tuple) -> jax.Array:
+        # Traced, not static: one program writes every layer.
         start = (*index, *[0] * part.ndim)
         part = part.reshape((1,) * len(index) + part.shape)
         return jax.lax.dynamic_update_slice(whole, part, start)

@@ -28,6 +28,7 @@ def is_target(config: LoraConfig, name: str) -> bool:
         return False
     wanted = config.layers_to_transform
     # As in PEFT, a full name is a target whatever layers_to_transform says.
+    # An empty list of layers is as none.
     if wanted is None or wanted == () or name in config.target_modules:
         return True
     number = matching.layer_number(name, config.layers_pattern)

@@ -175,6 +175,7 @@ def _forward(softcap: float | None, chunk: int, inputs: _Inputs) -> tuple[Array,
             higher = jnp.maximum(peak, scores.max(axis=-1))
             decay, weights = jnp.exp(peak - higher), jnp.exp(scores - higher[..., None])
             added = _product("bhqk,bhkd->bhqd", weights.astype(v.dtype), values[j])
+            # Of the unrounded weights; only the product with the values has 16-bit operands.
             denominator = denominator * decay + weights.sum(axis=-1)
             return total * decay[..., None] + added, denominator, higher
 
@@ -239,6 +240,8 @@ def _gradients(
         dq, *so_far = jax.lax.fori_loop(masks.first[i], i + 1, add, start)
         return tuple(so_far), dq.astype(q.dtype)
 
+    # In float32 up to the end, since every chunk of queries adds to them; dq is whole, and rounded,
+    # after its own loop.
     start = jnp.zeros(keys.mT.shape, jnp.float32), jnp.zeros(values.mT.shape, jnp.float32)
     (dk, dv), dq = jax.lax.scan(of_queries, start, jnp.arange(len(queries)))
     dq, dk, dv = (_rows(x, chunk, length) for x in (dq, dk.mT, dv.mT))

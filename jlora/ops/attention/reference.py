@@ -54,6 +54,7 @@ def attend(
     # A bias of shape (B, T, S), without heads: it is all that the scanned layers save of the mask.
     bias = jnp.where(mask, 0.0, MASKED)
     scores = softcapped(scores * scale, softcap) + bias[:, None, None]
+    # Normalised in float32 and then rounded, as in transformers' eager attention.
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgts,bskd->btkgd", weights, v, preferred_element_type=jnp.float32)
     logsumexp = jnp.moveaxis(jax.nn.logsumexp(scores, axis=-1), -1, 1)

@@ -29,6 +29,7 @@ def schedule(config: TrainConfig, total_steps: int) -> Callable[[Any], jax.Array
     def rate(step):
         step = jnp.asarray(step, jnp.float32)
         progress = jnp.clip((step - warm) / max(1, total_steps - warm), 0.0, 1.0)
+        # From 0: the first step of a warm-up changes nothing, as in transformers.
         rising = step / max(1, warm)
         factor = decay(config, step, progress, warm, **kwargs)
         # As in transformers, "constant" has no warm-up, even with warmup_steps.
