@@ -20,7 +20,7 @@ COMPILER_OPTIONS: dict[str, dict[str, str]] = {
     # On CPUs XLA computes on slices of a bfloat16 array in float32, and this pass moves that
     # conversion out of the loop over layers: all layers' weights and activations are converted at
     # once, twice as large (jaxlib 0.10.2; 1907 instead of 1081 MB for a 63M model's step).
-    # (YNNPACK's larger fusions stay off: their products run at 127 instead of 366 GFLOP/s.)
+    # YNNPACK's larger fusions stay off: their products run at 127 instead of 366 GFLOP/s.
     "cpu": {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"},
     # On GPUs XLA merges ``x @ W`` and ``x @ A`` into one product, for which it concatenates W and A
     # in every layer: a sixth of all bytes that a LoRA step of an 8B model moves. Kept apart they

@@ -27,7 +27,7 @@ from jlora.lora.adapter import LORA_BIAS, PAIRS, Adapter, bias_scaling, scaling
 from jlora.tree import paths
 
 SCALING, BIAS_SCALING = SCALE_LEAVES = ("scaling", "bias_scaling")
-# Counted from the end, since a layer axis may precede it.
+# Counted from the end, since a layer axis may precede the adapter axis.
 AXIS = {
     **dict.fromkeys((*PAIRS, *PAIRS.values()), -3),
     LORA_BIAS: -2,

@@ -62,7 +62,7 @@ class ConfigReader:
         """A positive number; if the key is absent or null, the family's default or ``default``."""
         value = self._given(key)
         value = self.defaults.get(key, default) if value is None else value
-        # A bool is an int in Python, and `true` no size.
+        # A bool is an int in Python, but `true` is no size.
         if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
             raise self.fail(key, f"must be {kind.__name__}, not {value!r}")
         # Also false for NaN and Infinity, which Python's JSON parser accepts.

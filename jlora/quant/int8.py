@@ -116,7 +116,7 @@ def _quantize(w):
     absmax = jnp.max(jnp.abs(w), axis=-1).astype(jnp.float32)
     # Without the barrier XLA converts to float32 once for both uses, and stores that in memory.
     w, absmax = jax.lax.optimization_barrier((w, absmax))
-    # torch divides a scalar by a tensor so; 127 / absmax moves 0.03 % of the codes by one.
+    # torch's 127 / absmax is this product; rounded once, it would move 0.03 % of the codes by one.
     scale = jnp.where(absmax > 0, 127 * (1 / absmax), 0)  # rounded twice, as in bitsandbytes
     codes = jnp.round(w.astype(jnp.float32) * scale[..., None]).astype(jnp.int8)
     return Int8Array(codes, absmax, jnp.dtype(w.dtype))

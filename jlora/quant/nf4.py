@@ -378,8 +378,8 @@ def dequantize_absmax(q: NF4Array) -> Float[Array, "*blocks"]:
     # By each block's position, so that a shard finds its scales without communication.
     position = [jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(len(shape))]
     index = position[0] if len(shape) == 1 else position[0] * shape[1] + position[1]
-    # (With `repeat` and a reshape XLA computed parts elsewhere and sent them.) `clip`, since the
-    # default mode also computes where to put NaN.
+    # Not `repeat` and a reshape, for which XLA computed parts on other devices and sent them.
+    # `clip`, since the default mode also computes where to put NaN.
     scale = jnp.take(q.nested_absmax, index // NESTED_BLOCK, axis=-1, mode="clip")
     return _denest(q.absmax, scale, q.nested_offset.reshape(*q.lead, *(1 for _ in shape)))
 

@@ -97,7 +97,7 @@ def restore(
     manifests.check_identity(folder, manifest, identity, base_fingerprint)
     wanted = _named_leaves(like)
     _check_leaves(folder, manifest["leaves"], wanted)
-    # Files once; every process compares the digests of the leaves that it restored.
+    # Once is enough: every process compares the digests of the leaves that it restored.
     if jax.process_index() == 0:
         manifests.check_files(folder, manifest)
     return _restored(folder, manifest, wanted, like), manifest["extra"]

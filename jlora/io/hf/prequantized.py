@@ -234,7 +234,7 @@ def _read_state(
     problems = []
     for key in (key for key in good if not good[key]):
         why = f"expected {expected[key]}" if key in expected else "which is not valid"
-        # Cut: the text is a stranger's, up to LONGEST_STATE bytes of it.
+        # Cut short: it comes from the file, and may have LONGEST_STATE bytes.
         problems.append((name, f"says {key} {json.dumps(state.get(key))[:80]}, {why}"))
     return {key: state[key] for key in good if good[key]}, problems
 

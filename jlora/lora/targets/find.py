@@ -29,7 +29,7 @@ def find_targets(params: Any, config: LoraConfig) -> tuple[LoraConfig, list[Targ
     """
     leaves = paths.leaves(params)
     candidates = _candidates(leaves)
-    # PEFT transposes A @ B by fan_in_fan_out, whatever the user wrote in it.
+    # Set whatever the user wrote: PEFT transposes A @ B where fan_in_fan_out says so.
     conv1d = any(c.path[-1] == "c_attn" for c in candidates)  # GPT-2 stores (in, out)
     layers = [c for c in candidates if c.kind == "kernel" and not paths.is_part(c.path)]
     linear = [path for c in layers for path in _module_paths(c)]

@@ -220,9 +220,9 @@ def _gradients(
         _query_chunks(x, kv_heads, chunk) for x in (q, d_out, mean, logsumexp)
     )
     keys, values = (_key_chunks(x, chunk) for x in (k, v))
-    # XLA's CPU backend has no fast product that contracts rows: transpose once, before the loops.
-    # (63 ms a step for each where products of this size take 24.) The barrier keeps XLA from
-    # folding the transpositions back into the products.
+    # XLA's CPU backend has no fast product that contracts rows (63 ms a step, where products of
+    # this size take 24): transpose once, before the loops. The barrier keeps XLA from folding the
+    # transpositions back into the products.
     queries_T, d_outs_T = jax.lax.optimization_barrier((queries.mT, d_outs.mT))
 
     def of_queries(so_far, i):
