@@ -44,6 +44,8 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
+            # The file stays: after its removal one process could hold a lock on the old file, which
+            # it has open, and another one on a new file of this name.
             self._file.close()
             self._file = None
 

@@ -88,6 +88,7 @@ def held_out(
         loss, tokens, counts = eval_step(trainable, frozen, batch)
         total, count = total + float(loss), count + int(tokens)
         if counts is not None:
+            # The devices count in int32, which the sum over all batches may exceed.
             new = np.asarray(counts, np.int64)
             classes = new if classes is None else classes + new
     loss = total / max(count, 1)

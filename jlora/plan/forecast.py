@@ -143,6 +143,7 @@ def forecast(
       devices: JAX's devices of ``compile_target`` to compile for, or None to estimate memory.
       count_work: also count FLOPs, traffic and collectives; without it only memory is filled in.
     """
+    # A remedy may shorten data.max_length after the rows were counted.
     rows = dataclasses.replace(rows, length=min(rows.length, config.data.max_length))
     mesh = sharding.make_mesh(config.mesh, devices=devices or stand_in(compile_target))
     job = abstract_job(

@@ -13,6 +13,7 @@ from jlora.run.progress import Progress
 from jlora.run.step_counts import StepCounts
 from jlora.training.optim import is_frozen
 
+# The loss scale, 2²⁴ at most, is 1 after 24 of them: then it is not the scale that overflows.
 MAX_OVERFLOWS_IN_A_ROW = 100
 
 

@@ -41,7 +41,9 @@ def _checksum(leaf: Array) -> UInt32[Array, ""]:
     bits = lax.bitcast_convert_type(bits, UNSIGNED[bits.dtype.itemsize]).astype(jnp.uint32)
     position = jnp.zeros(bits.shape, jnp.uint32)
     for axis in range(bits.ndim):  # no reshape: it would gather a sharded leaf
+        # Modulo 2³² like everything here: a longer stride is no uint32.
         stride = math.prod(bits.shape[axis + 1 :]) & 0xFFFFFFFF
         position += lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride)
+    # 2³² over the golden ratio: neighbours get weights that are far apart.
     weight = (position * jnp.uint32(0x9E3779B1) ^ (position >> 15)) | jnp.uint32(1)
     return jnp.sum(bits * weight, dtype=jnp.uint32)

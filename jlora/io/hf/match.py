@@ -71,6 +71,7 @@ def match_tensors(shards: Shards, model: Model, folder: Path) -> TensorMap:
     problems += [(name, "is not part of this model") for name in orphans]
     if prequantized_folder and not layouts:
         problems.append(("quantization_config", "is in config.json, but no tensor is quantized"))
+    # A layout that could not be read is a problem already, and has nothing to be compared.
     if None not in layouts.values():
         problems += prequantized.mixed_layouts(tensors_by_leaf(model).values(), layouts)
     problems += _check_tied_head(shards, model, names, bool(problems))
@@ -127,6 +128,7 @@ def _check_tied_head(
         return [(head, f"has shape {list(shape)}, expected {expected}")]
     if has_problems or shards.same(table, head):
         return []
+    # transformers would ignore the stored head: whoever trained it would lose it without a word.
     return [(head, f"differs from {table}, but tie_word_embeddings says that they are the same")]
 
 

@@ -122,6 +122,7 @@ def read_model(folder: Path, **options: Any) -> Model:
     the modules that are quantized: these are not stacked together.
     """
     config = parse_config(read_json(folder / "config.json"), where=str(folder / "config.json"))
+    # Chat models often name the token that ends a turn there only, and transformers stops at it.
     if (folder / GENERATION).exists():
         generation = read_json(folder / GENERATION)
         more = generation.get("eos_token_id")
@@ -272,6 +273,7 @@ def _cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
         return value
     with np.errstate(over="ignore"):
         cast = value.astype(dtype)
+    # bfloat16 has the range of float32.
     if dtype == np.float16 and np.isinf(cast).any():
         raise DataError("holds values beyond float16's range", where=name, fix="dtype: bfloat16")
     return cast

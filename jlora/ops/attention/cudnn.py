@@ -88,6 +88,7 @@ def _try(dtype: jnp.dtype, head_dim: int, packed: bool) -> str | None:
     heads = (4, 2, 2, 4)  # of queries, keys, values and the gradient of the result
     shapes = [(2, 128, n, head_dim) for n in heads]
     q, k, v, g = (jax.random.normal(*at, dtype) for at in zip(keys, shapes, strict=True))
+    # 50 is no multiple of a kernel's tile, so that a document ends within one.
     ids = jnp.where(jnp.arange(128) < 50, 1, 1 + packed) * jnp.ones((2, 1), jnp.int32)
     scale = head_dim**-0.5
 
