@@ -209,6 +209,8 @@ class Backbone(nnx.Module):
             x = self.project_in(x)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions + (c.learned_positions or 0))
+        # Before the scan, which would compute all cosines anew in every layer and in its backward
+        # pass.
         context = context.at_positions(positions)
         for run in c.runs:
             layers = self.layers if len(c.runs) == 1 else self.layers[run_key(run)]

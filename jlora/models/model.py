@@ -207,6 +207,7 @@ def init_params(key: Array, model: Model) -> dict[str, Any]:
     return paths.nest({p: draw(k, p, leaf) for k, (p, leaf) in zip(keys, leaves, strict=True)})
 
 
+# Every trace of every method asks for it.
 @functools.lru_cache(maxsize=32)
 def _structure(config: DecoderConfig, dtype: str) -> tuple[Any, list[tuple[Path, Path, Any]]]:
     """The NNX graph of a model, and of each leaf: path in the module, in the tree, shape."""

@@ -92,6 +92,7 @@ class LoadedArrays:
             cancel=self.cancel,
             num_labels=config.model.num_labels,
             seed=config.train.seed,
+            # The result of a run has its own head already.
             untie=config.model.untie and name == config.model.name_or_path,
         )
         return configure_model(config, model, self.tokenizer), params

@@ -197,6 +197,8 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 def _restore_args(leaf: Any) -> ocp.RestoreArgs:
     if isinstance(leaf, np.ndarray | np.generic):
         return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+    # Without one orbax would place the leaf as the run that saved it did, on devices that need not
+    # exist here.
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 

@@ -228,6 +228,7 @@ def _read_state(
     if double:
         offset, limit = state.get("nested_offset"), float(np.finfo(np.float32).max)
         good["nested_blocksize"] = _is_count(state.get("nested_blocksize"))
+        # Also false for NaN, and for what would be infinite in float32.
         good["nested_offset"] = isinstance(offset, int | float) and -limit <= offset <= limit
         good["nested_dtype"] = state.get("nested_dtype") == "float32"
     expected = {"quant_type": " or ".join(FOUR_BIT), "shape": list(shape)}

@@ -221,6 +221,7 @@ def _config(model: Model, params: Any, quantized: bool) -> str:
     if quantized:
         hf["quantization_config"] = prequantized_write.quantization_config(model, params)
     hf.setdefault("architectures", [family_of(model.config).architecture])
+    # Never quantized in a file, so it has the type of the dense leaves.
     embedding = next(leaf for path, leaf in paths.walk(params) if path[-1] == "embedding")
     hf["dtype"] = str(np.dtype(embedding.dtype))
     return json.dumps(hf, indent=2, sort_keys=True) + "\n"

@@ -47,6 +47,7 @@ def from_optax(
                 fix=did_you_mean(name, accepted) or f"it accepted {', '.join(accepted[1:])}",
             )
     if "weight_decay" in accepted:
+        # Also where it is 0: optax's own defaults, such as adamw's 1e-4, would decay biases, too.
         arguments["weight_decay"] = decay
     elif decay:
         raise ConfigError(

@@ -107,6 +107,7 @@ def _sgd(config: TrainConfig, rate: optax.Schedule, decay: float):
 
 def _adafactor(config: TrainConfig, rate: optax.Schedule, decay: float):
     # Without a rate in adafactor, so that the rate scales the decay too, as in transformers.
+    # Its trainer also turns off Adafactor's scale_parameter and relative_step.
     scaled = optax.adafactor(None, multiply_by_parameter_scale=False, clipping_threshold=1.0)
     decayed = optax.chain(optax.scale(-1.0), optax.add_decayed_weights(decay))
     return optax.chain(scaled, decayed, optax.scale_by_learning_rate(rate))
