@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jlora.config import SourceConfig
-from jlora.data.formats import FORMATS, alpaca_prompt
+from jlora.data.formats import FORMATS, BadRow, alpaca_prompt
 from jlora.data.loading import load_rows
 from jlora.data.rows import Chat, Completion, Text, learned_messages
 from jlora.errors import DataError
@@ -281,3 +281,19 @@ def test_real_files(assets, file, format, count):
     assert len(rows) == count
     line = int(rows[-1].where.rpartition(":")[2])
     assert line <= path.read_text(encoding="utf-8").count("\n") + 1
+
+
+@pytest.mark.parametrize("format", ["messages", "sharegpt", "alpaca"])
+def test_lists_may_be_json_strings(format):
+    """As in a CSV file, and in data sets whose rows have different keys."""
+    key, value = {
+        "messages": ("messages", [{"role": "user", "content": "[a]"}]),
+        "sharegpt": ("conversations", [{"from": "human", "value": "a"}]),
+        "alpaca": ("history", [["q", "a"]]),
+    }[format]
+    row = {"instruction": "i", "output": "o"} if format == "alpaca" else {}
+    assert FORMATS[format]("", row | {key: json.dumps(value)}) == FORMATS[format](
+        "", row | {key: value}
+    )
+    with pytest.raises(BadRow, match=f"'{key}' is not valid JSON"):
+        FORMATS[format]("", row | {key: "[{"})

@@ -1,9 +1,11 @@
 """Raw rows and their places in files."""
 
 import csv
+import gzip
 import json
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
@@ -23,6 +25,17 @@ def write(path, kind):
             out = csv.DictWriter(f, ["text"], delimiter="\t" if kind == "tsv" else ",")
             out.writeheader()
             out.writerows(ROWS)
+    elif kind.endswith((".gz", ".zst")):
+        inner, _, suffix = kind.rpartition(".")
+        plain = write(path.with_name("plain"), inner).read_bytes()
+        with pyarrow.output_stream(str(path), {"gz": "gzip", "zst": "zstd"}[suffix]) as out:
+            out.write(plain)
+    elif kind in ("arrow", "feather"):
+        table = pyarrow.Table.from_pylist(ROWS)
+        new = pyarrow.ipc.new_stream if kind == "arrow" else pyarrow.ipc.new_file
+        path = path.with_suffix(".arrow")
+        with new(str(path), table.schema) as out:
+            out.write_table(table, max_chunksize=2)
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
     return path
@@ -36,6 +49,13 @@ def write(path, kind):
         ("csv", [2, 3, 5]),
         ("tsv", [2, 3, 5]),
         ("parquet", [1, 2, 3]),
+        ("arrow", [1, 2, 3]),
+        ("feather", [1, 2, 3]),
+        ("jsonl.gz", [1, 3, 5]),
+        ("json.gz", [2, 5, 8]),
+        ("csv.gz", [2, 3, 5]),
+        ("tsv.zst", [2, 3, 5]),
+        ("jsonl.zst", [1, 3, 5]),
     ],
 )
 def test_every_kind_of_file_gives_the_same_rows_with_their_lines(tmp_path, kind, lines):
@@ -155,6 +175,13 @@ def test_slice_errors(tmp_path):
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', ":2", "not valid UTF-8"),
         ("a.csv", b'a,b\n1,"2\n', "", "not valid CSV"),
         ("a.parquet", b"PAR1 no", "", "damaged parquet"),
+        ("a.arrow", b"ARROW1 no", "", "damaged Arrow"),
+        ("a.arrow", b"no", "", "damaged Arrow"),
+        ("a.jsonl.gz", b'{"a": 1}', "", "damaged compressed"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-9], "", "damaged compressed"),
+        ("a.jsonl.zst", b'{"a": 1}', "", "damaged compressed"),
+        ("a.txt.gz", gzip.compress(b"one\n\xff"), ":2", "not valid UTF-8"),
+        ("a.parquet.gz", b"", "", "unknown kind of data file '.parquet.gz'"),
         ("a.pkl", b"cos\nsystem\n", "", "unknown kind of data file '.pkl'"),
     ],
 )

@@ -20,16 +20,17 @@ class SourceConfig(ConfigSection):
     """One source of rows, in data.train or data.eval."""
 
     path: InputPath
-    """A JSONL, JSON, CSV, TSV, Parquet or text file, a folder, a glob pattern, or a hub name."""
+    """A JSONL, JSON, CSV, TSV, Parquet, Arrow or text file (also .gz or .zst), a folder, a glob
+    pattern, or a hub name."""
     format: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text", "classification"]
     """Format of the rows; see docs/data_formats.md."""
     weight: Positive = 1.0
     """Number of times each row occurs in an epoch; with 0.5, half of the rows occur."""
     split: str | None = None
-    """Split of a hub dataset (null: train), or a slice such as train[:100], which works for local
-    files, too."""
+    """Split of a folder or a hub dataset, or a slice of it, such as test[:100]; null: train, or a
+    folder's only split. A file has slices only."""
     name: str | None = None
-    """Configuration name of a hub dataset."""
+    """Configuration name of a hub dataset, or of a folder whose README.md lists configurations."""
     adapter: str | None = None
     """In a multi-adapter run, the adapter that these rows train, which is also its folder's
     name."""

@@ -94,7 +94,15 @@ def _field(row: Mapping, key: str, kind: Any = str, default: Any = ...) -> Any:
 def from_messages(where: str, value: Any) -> Chat:
     """``messages`` → Chat."""
     row = _object(value)
-    return _chat(where, row, parse_messages(_field(row, "messages", list), "messages"))
+    return _chat(where, row, parse_messages(_list(row, "messages"), "messages"))
+
+
+def _list(row: Mapping, key: str) -> list:
+    """A list, or one as a JSON string, as CSV files have it."""
+    value = row.get(key)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        row = {**row, key: parse_json(value, repr(key))}
+    return _field(row, key, list)
 
 
 def _chat(
@@ -129,7 +137,7 @@ def _template_variables(row: Mapping) -> dict[str, Any]:
 def from_sharegpt(where: str, value: Any) -> Chat:
     """``sharegpt`` → Chat; a ``function_call`` turn becomes an assistant's tool call."""
     row = _object(value)
-    turns = _field(row, "conversations", list)
+    turns = _list(row, "conversations")
     if not turns:
         raise BadRow("'conversations' is empty")
     return _chat(where, row, [_turn(t, f"conversations[{i}]") for i, t in enumerate(turns)])
@@ -170,7 +178,7 @@ def from_alpaca(where: str, value: Any) -> Chat:
 
 
 def _history(row: Mapping) -> list[tuple[str, str]]:
-    history = _field(row, "history", list, [])
+    history = _list(row, "history") if row.get("history") else []
     for i, turn in enumerate(history):
         if not (isinstance(turn, list) and [type(t) for t in turn] == [str, str]):
             raise BadRow(f"history[{i}] must be a [user, assistant] pair of strings")

@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import csv
 import glob
+import gzip
+import io
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jlora.errors import ConfigError, DataError, StorageError, nearest
+from jlora.data.folders import named_splits, saved_splits
+from jlora.errors import ConfigError, DataError, StorageError, did_you_mean, nearest
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
-"""The suffixes of data files."""
+TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
+COMPRESSED = (".gz", ".zst")
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow", *COMPRESSED)
+"""The suffixes of data files; a compressed one has the suffix of its content before its own."""
 
 ROWS_PER_BATCH = 1024
 """Rows of an Arrow table that are converted at once."""
@@ -38,19 +44,50 @@ def read_raw_rows(path: str, split: str | None = None, name: str | None = None) 
 
     Args:
       path: a file, a folder (its data files, recursively, by name), a glob, or a hub name.
-      split: the split of a hub data set (default ``train``); for local files only a slice of the
-        rows, written as ``datasets`` does: ``train[:90%]``, ``[100:200]``.
-      name: the configuration ("subset") of a hub data set.
+      split: the split of a folder (see ``folders``) or of a hub data set, and a slice of it, as
+        ``datasets`` writes them: ``test``, ``train[:90%]``, ``[100:200]``, ``train+test``. Default:
+        ``train``, or the only split of a folder.
+      name: the configuration ("subset") of a folder with a ``README.md`` or of a hub data set.
 
     Raises:
-      ConfigError: there is nothing at ``path``, or no such data set on the hub.
+      ConfigError: there is nothing at ``path``, or no such split or data set on the hub.
       DataError: a file is empty or damaged.
     """
-    files = find_files(path)
-    if files is None:
+    splits = _local_splits(path, name)
+    if splits is None:
         return hub_rows(path, split, name)
-    rows = (row for file in files for row in read_file(file))
-    return slice_rows(rows, split) if split and split != "train" else rows
+    parts = []
+    for part in (split or "").split("+"):
+        selected, _, bounds = part.strip().partition("[")
+        files = _files_of_split(path, splits, selected)
+        rows = (row for file in files for row in read_file(file))
+        parts.append(slice_rows(rows, f"[{bounds}") if bounds else rows)
+    return chain(*parts)
+
+
+def _local_splits(path: str, name: str | None) -> dict[str, list[Path]] | None:
+    """Split → files; None if ``path`` can only be a name on the hub."""
+    place = Path(path).expanduser()
+    if (saved := saved_splits(place)) is not None:
+        return saved
+    files = find_files(path)
+    if files is None or not place.is_dir():
+        return files and {"train": files}
+    return named_splits(place, files, name)
+
+
+def _files_of_split(path: str, splits: dict[str, list[Path]], split: str) -> list[Path]:
+    if split == "all":
+        return [file for files in splits.values() for file in files]
+    if not split:
+        split = next(iter(splits)) if len(splits) == 1 else "train"
+    if split in splits:
+        return splits[split]
+    if not Path(path).expanduser().is_dir():
+        fix = "a local file has no splits; write a slice such as train[:90%], or leave it out"
+        raise ConfigError(f"split {split!r} is not a slice", where="split", fix=fix)
+    fix = did_you_mean(split, splits) or f"set `split` to one of {', '.join(splits)}"
+    raise ConfigError(f"there is no split {split!r} in this folder", where=path, fix=fix)
 
 
 def find_files(path: str) -> list[Path] | None:
@@ -60,7 +97,7 @@ def find_files(path: str) -> list[Path] | None:
         return [place]
     if place.is_dir():
         # Sorted: file systems list in different orders, and a resumed run needs the same one.
-        files = sorted(p for p in place.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        files = sorted(p for p in place.rglob("*") if _kind(p) and p.is_file())
     elif any(c in path for c in "*?["):
         files = sorted(Path(p) for p in glob.glob(str(place), recursive=True) if Path(p).is_file())
     elif is_hub_name(path):
@@ -78,6 +115,15 @@ def is_hub_name(path: str) -> bool:
     return shaped and Path(path).suffix not in SUFFIXES
 
 
+def _kind(file: Path) -> str | None:
+    """The suffix that tells the kind of a data file's content; None for other files."""
+    suffix = file.suffix.lower()
+    if suffix not in COMPRESSED:
+        return suffix if suffix in SUFFIXES else None
+    inner = Path(file.stem).suffix.lower()
+    return inner if inner in TEXT_SUFFIXES else None
+
+
 def _siblings(place: Path) -> str:
     folder = place.parent
     if not folder.is_dir():
@@ -93,14 +139,16 @@ def read_file(file: Path) -> Iterator[RawRow]:
         ".csv": _csv,
         ".tsv": _csv,
         ".parquet": _parquet,
+        ".arrow": _arrow,
         ".txt": _txt,
         ".jsonl": _json_lines,
         ".ndjson": _json_lines,
     }
-    reader = readers.get(file.suffix.lower())
+    reader = readers.get(_kind(file) or "")
     if reader is None:
-        fix = f"use one of {', '.join(SUFFIXES)}"
-        raise DataError(f"unknown kind of data file {file.suffix!r}", where=str(file), fix=fix)
+        fix = f"use one of {', '.join(SUFFIXES)} (compressed text: .jsonl.gz)"
+        cause = f"unknown kind of data file {''.join(file.suffixes[-2:])!r}"
+        raise DataError(cause, where=str(file), fix=fix)
     empty = True
     try:
         for row in reader(file):
@@ -109,16 +157,36 @@ def read_file(file: Path) -> Iterator[RawRow]:
     except UnicodeDecodeError as e:
         where = f"{file}:{_line_of_byte(file, e)}"
         raise DataError("not valid UTF-8", where=where, fix="convert the file to UTF-8") from e
-    except OSError as e:
-        raise StorageError(f"cannot be read: {e.strerror or e}", where=str(file)) from e
+    except (OSError, EOFError, zlib.error) as e:
+        if isinstance(e, OSError) and e.errno is not None:
+            raise StorageError(f"cannot be read: {e.strerror}", where=str(file)) from e
+        # The decompressors' own errors have no number of the system's.
+        cause = f"damaged compressed file: {e}"
+        raise DataError(cause, where=str(file), fix="compress it again") from e
     if empty:
         raise DataError("the file holds no rows", where=str(file), fix="remove it or fill it")
+
+
+def _open(file: Path) -> Any:
+    """The file's bytes, decompressed: a binary file object."""
+    suffix = file.suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(file)
+    if suffix == ".zst":
+        import pyarrow
+
+        return pyarrow.input_stream(str(file), compression="zstd")
+    return file.open("rb")
+
+
+def _open_text(file: Path, newline: str | None = None) -> io.TextIOWrapper:
+    return io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline=newline)
 
 
 def _line_of_byte(file: Path, error: UnicodeDecodeError) -> int:
     """The line of the first byte that is not UTF-8 (decoders report offsets within a chunk)."""
     del error
-    with file.open("rb") as f:
+    with _open(file) as f:
         for number, line in enumerate(f, 1):
             try:
                 line.decode("utf-8")
@@ -130,7 +198,7 @@ def _line_of_byte(file: Path, error: UnicodeDecodeError) -> int:
 def _json_lines(file: Path) -> Iterator[RawRow]:
     # "-sig" drops the byte order mark that Windows programs write. A lone carriage return is white
     # space in JSON and does not end a line.
-    with file.open(encoding="utf-8-sig", newline="\n") as f:
+    with _open_text(file, newline="\n") as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
@@ -149,7 +217,8 @@ def _reason(error: Exception) -> str:
 
 def _json(file: Path) -> Iterator[RawRow]:
     """A JSON array of rows; a ``.json`` file that begins otherwise is read as JSON lines."""
-    text = file.read_text(encoding="utf-8-sig")
+    with _open_text(file) as f:
+        text = f.read()
     decoder = json.JSONDecoder()
     at = _skip_space(text, 0)
     if text[at : at + 1] != "[":
@@ -200,9 +269,9 @@ def _damaged(where: str, cause: str) -> DataError:
 def _csv(file: Path) -> Iterator[RawRow]:
     # Python's own limit, 128 KiB a field, is less than a long document.
     csv.field_size_limit(2**31 - 1)
-    with file.open(encoding="utf-8-sig", newline="") as f:
+    with _open_text(file, newline="") as f:
         # Strict: without it an open quotation mark swallows the rows up to the next one.
-        reader = csv.reader(f, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+        reader = csv.reader(f, delimiter="\t" if _kind(file) == ".tsv" else ",", strict=True)
         try:
             header = next(reader, None)
             start = reader.line_num + 1
@@ -227,6 +296,26 @@ def _parquet(file: Path) -> Iterator[RawRow]:
     except pyarrow.ArrowException as e:
         fix = "write the file again"
         raise DataError(f"damaged parquet file: {e}", where=str(file), fix=fix) from e
+
+
+def _arrow(file: Path) -> Iterator[RawRow]:
+    """Arrow's stream format, which ``datasets`` writes, or its file format (Feather)."""
+    import pyarrow
+    import pyarrow.ipc
+
+    try:
+        with pyarrow.memory_map(str(file)) as source:
+            is_stream = source.read(6) != b"ARROW1"
+            source.seek(0)
+            if is_stream:
+                yield from arrow_rows(str(file), pyarrow.ipc.open_stream(source))
+            else:
+                table = pyarrow.ipc.open_file(source)
+                batches = (table.get_batch(i) for i in range(table.num_record_batches))
+                yield from arrow_rows(str(file), batches)
+    except pyarrow.ArrowException as e:
+        fix = "write the file again"
+        raise DataError(f"damaged Arrow file: {e}", where=str(file), fix=fix) from e
 
 
 def arrow_rows(where: str, batches: Iterable[Any]) -> Iterator[RawRow]:
@@ -263,7 +352,8 @@ def json_value(value: Any, arrow_type: Any) -> Any:
 
 
 def _txt(file: Path) -> Iterator[RawRow]:
-    text = file.read_text(encoding="utf-8-sig")
+    with _open_text(file) as f:
+        text = f.read()
     if text.strip():
         yield RawRow(f"{file}:1", {"text": text})
 
@@ -290,10 +380,10 @@ def _first_line(error: Exception) -> str:
 
 
 def slice_rows(rows: Iterable[RawRow], split: str) -> Iterator[RawRow]:
-    """The rows that ``name[from:to]`` selects; bounds are rows or percentages."""
-    match = re.fullmatch(r"\w*\[(-?\d+%?)?:(-?\d+%?)?\]", split)
+    """The rows that ``[from:to]`` selects; bounds are rows or percentages."""
+    match = re.fullmatch(r"\[(-?\d+%?)?:(-?\d+%?)?\]", split)
     if match is None:
-        fix = "a local file has no splits; write a slice such as train[:90%], or leave it out"
+        fix = "write a slice such as train[:90%] or [100:200], or leave it out"
         raise ConfigError(f"split {split!r} is not a slice", where="split", fix=fix)
     low, high = match.groups()
     if not any(b and (b.endswith("%") or b.startswith("-")) for b in (low, high)):

@@ -16,7 +16,10 @@ ASSETS = Path(__file__).parents[2] / "assets"
 SCHEME = "jlora://"
 """Prefix of paths within ``ASSETS``."""
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".jinja", ".gz", ".yaml")
+DATA_SUFFIXES = (
+    ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst",
+    ".jinja", ".yaml",
+)  # fmt: skip
 
 
 def absolute_input(name: str, config_file: Path, may_be_hub_name: bool, must_exist: bool) -> str:
