@@ -17,7 +17,7 @@ from jlora.config import Config
 from jlora.errors import ConfigError
 from jlora.files import check_output, write_atomic
 from jlora.io import checkpoint
-from jlora.io.peft import BASE_FILE
+from jlora.io.peft import BASE_FILE, misreadings
 from jlora.models import Model
 from jlora.run.abstract_job import abstract_adapter, abstract_model
 from jlora.run.artifacts import note_local_base, write_trained
@@ -61,10 +61,11 @@ def run(config: Config, options: argparse.Namespace) -> None:
     like = _abstract_trained(config, model)
     trained = checkpoint.restore_part(folder, step, TRAINED, like, settings)
     initial = _compute_initial(config, tokenizer) if from_weights else None
-    written = []
+    written, notes = [], {}
     for adapter_config, tree in split_adapters(config, trained):
         if config.lora:
             tree = dataclasses.replace(tree, initial=initial)
+            notes |= dict.fromkeys(misreadings(tree))
         target = out / Path(adapter_config.train.output_dir).relative_to(run_folder)
         written.append(write_trained(target, config.model.dtype, model, tokenizer, tree))
         if config.lora and (run_folder / BASE_FILE).is_file():
@@ -73,6 +74,8 @@ def run(config: Config, options: argparse.Namespace) -> None:
     rows = {"checkpoint": folder / str(step), "step": step, kind: ", ".join(written)}
     note_local_base(console := Console(), trained)
     console.card("exported", rows | {"tokenizer": out})
+    for note in notes:
+        console.warn(note)
 
 
 def _abstract_trained(config: Config, model: Model) -> Any:

@@ -56,6 +56,10 @@ def test_tensors_are_in_torchs_orientation(tmp_path):
     assert len(tensors) == 2 * L + 1
 
 
+def whole_names(layers):
+    return [f"transformer.h.{i}.attn.c_attn" for i in layers]
+
+
 @pytest.mark.parametrize("layers", [None, [0, 2]])
 def test_parts_of_c_attn_are_saved_as_one_lora_pair(tmp_path, layers):
     params = make_gpt2()
@@ -66,7 +70,12 @@ def test_parts_of_c_attn_are_saved_as_one_lora_pair(tmp_path, layers):
     adapter = lora.init_adapter(jax.random.key(0), params, config)
     adapter_io.save_adapter(tmp_path, adapter)
     raw = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert raw["fan_in_fan_out"] and raw["rank_pattern"] == {"c_attn": 5}
+    assert raw["fan_in_fan_out"] and (raw["r"], raw["lora_alpha"], raw["rank_pattern"]) == (
+        5,
+        5,
+        {},
+    )
+    assert raw["target_modules"] == (["c_attn"] if layers is None else whole_names(layers))
     loaded = adapter_io.load_adapter(tmp_path, params)
     assert set(loaded.weights["transformer"]["h"]["attn"]["c_attn"]) == {"lora_A", "lora_B"}
     chex.assert_trees_all_close(lora.merge(params, loaded), lora.merge(params, adapter), atol=1e-6)

@@ -162,8 +162,8 @@ def test_the_result_resolves_to_the_union_of_targets(fields, joined):
     result = jlora.add_weighted_adapter(adapters, [1, 1], "linear")
     union = {name for adapter in adapters for name in deltas(adapter)}
     assert set(deltas(result)) == union
-    targets = result.config.target_modules
-    assert targets == joined if joined else set(targets) == union
+    if joined:
+        assert result.config.target_modules == joined
     again = jlora.init_adapter(jax.random.key(0), PARAMS, result.config)
     assert jax.tree.structure(again) == jax.tree.structure(result), (
         "the result's config resolves to the same targets"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from jlora.data import Prepared
 from jlora.data.labelled_texts import first_ten
 from jlora.distributed import sharding
 from jlora.distributed.devices import describe_devices
+from jlora.io.peft import misreadings
 from jlora.lora.targets import match_table
 from jlora.lora.weight import is_weight_leaf
 from jlora.models import Model
@@ -42,6 +45,12 @@ def show_header(
     console.header(f"jlora · {job.config.train.output_dir}", sections)
     for text in (*train.warnings, *(held_out.warnings if held_out else ())):
         console.warn(text)
+    if job.config.lora:
+        adapter = dataclasses.replace(job.trainable, initial=job.initial)
+        if job.adapters:  # all alike
+            adapter = jax.eval_shape(functools.partial(jax.tree.map, lambda x: x[0]), adapter)
+        for text in misreadings(adapter):
+            console.warn(text)
     asked, compute_dtype = job.config.quantization, job.config.compute_dtype
     if asked and asked.bnb_4bit_compute_dtype != compute_dtype:
         console.warn(

@@ -2,6 +2,7 @@
 
 from jlora.io.peft.base_model import BASE_FILE, base_record, write_base_record
 from jlora.io.peft.config import CONFIG_FILE
+from jlora.io.peft.consumers import misreadings
 from jlora.io.peft.save_load import (
     abstract_adapter_from_folder,
     file_bytes,
@@ -19,6 +20,7 @@ __all__ = [
     "base_record",
     "file_bytes",
     "load_adapter",
+    "misreadings",
     "save_adapter",
     "to_peft_tensors",
     "write_base_record",

@@ -7,7 +7,7 @@ which jlora does not have and cannot know of.
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,56 +17,102 @@ import numpy as np
 from jlora.config import LoraConfig
 from jlora.lora import DELTA, EMBEDDING_DELTA, MAGNITUDE, TOKENS, Adapter, terms
 from jlora.lora.adapter import ADDED, LORA_BIAS, bias_scaling
-from jlora.lora.targets import is_target_parameter, parameter_rank_of, rank_of, with_listed_targets
-from jlora.tree import matching, paths
+from jlora.lora.targets import (
+    listed_names,
+    names_of_all,
+    parameter_rank_of,
+    rank_of,
+    scaling_of,
+    with_listed_targets,
+    with_module_settings,
+)
+from jlora.tree import paths
 
 
 def to_peft_form(adapter: Adapter) -> Adapter:
     """The equivalent adapter that PEFT can store: whole projections, targets in a list.
 
-    The ranks of a projection's parts add up; their scales go into B, and alpha is set so that the
-    scale is one. The initial factors of PiSSA and OLoRA are subtracted the same way, which doubles
-    the rank.
-    An adapter that PEFT can store already is returned unchanged.
+    The ranks of a projection's parts add up. The initial factors of PiSSA and OLoRA are subtracted
+    the same way, which doubles the rank. In both cases the scales go into B, so that the scale is
+    one in all modules. Patterns that give all modules the same rank and scale become ``r`` and
+    ``lora_alpha``, for consumers that ignore patterns. Any other adapter that PEFT can store
+    already is returned unchanged.
     """
+    config = adapter.config
     leaves = {leaf.path: leaf for leaf in paths.leaves(adapter.weights)}
-    by_names = not isinstance(adapter.config.target_modules, str)
     in_parts = any(paths.is_part(path[:-1]) for path in leaves)
-    if by_names and not in_parts and adapter.initial is None:
-        return adapter
+    if in_parts or adapter.initial is not None:
+        weights, settings = _with_whole_projections(adapter, leaves)
+        # Otherwise PEFT would subtract the initial factors from its base once more.
+        init = True if adapter.initial is not None else config.init_lora_weights
+        config = dataclasses.replace(config, init_lora_weights=init)
+        adapter = Adapter(weights, with_module_settings(config, settings))
+    else:
+        settings = _settings_of_all(leaves, config)
+        uniform = len({*settings.values()}) == 1 and (config.rank_pattern or config.alpha_pattern)
+        if uniform:
+            adapter = dataclasses.replace(adapter, config=with_module_settings(config, settings))
+        if not isinstance(config.target_modules, str):
+            return adapter
+    wholes = [
+        leaf.modules_at(terms.adapter_node(leaf))
+        for leaf, _ in _weights(leaves)
+        if leaf.kind not in paths.EXPERTS
+    ]
+    names = listed_names(
+        [(whole, [name in settings for name in whole.names()]) for whole in wholes],
+        names_of_all(config),
+    )
+    return dataclasses.replace(adapter, config=with_listed_targets(adapter.config, names))
+
+
+Settings = dict[str, tuple[int, float]]
+"""Name of a module → rank and scale."""
+
+
+def _with_whole_projections(
+    adapter: Adapter, leaves: Mapping[paths.Path, paths.Leaf]
+) -> tuple[dict[str, Any], Settings]:
+    """The weights of whole projections of scale one, without what the adapter started from."""
     first = dict(paths.walk(adapter.initial or {}))
     weights = {
         path: leaf.value
         for path, leaf in leaves.items()
         if path[-1] not in ADDED or path[-1] == TOKENS
     }
-    settings: dict[str, tuple[int, float]] = {}
+    settings: Settings = {}
     for leaf, added in _weights(leaves):
         module, names = terms.adapter_node(leaf), terms.factor_names(leaf)
-        initial = {path: first[path] for path in added if path in first}
-        if (*module, names[0]) in added and not initial:
-            weights |= added
-            settings |= _whole_settings(leaf, adapter.config)
-            continue
         a, b, scale = terms.composed_factors(leaf, added, adapter.config, adapter.parts)
-        if initial:
+        if initial := {path: first[path] for path in added if path in first}:
             first_terms = terms.composed_factors(leaf, initial, adapter.config, adapter.parts)
             a, b, scale = terms.subtract_factors((a, b, scale), first_terms)
+        b = scale.reshape(*scale.shape, *(1,) * (b.ndim - scale.ndim)) * b
         weights |= {(*module, names[0]): a, (*module, names[1]): b}
         weights |= _in_columns(leaf, added, adapter)
-        settings |= _joint_settings(leaf, added, a.shape[-1], adapter)
-    experts = {name for name in settings if is_target_parameter(adapter.config, name)}
-    ranks = {name: r for name, (r, _) in settings.items()}
-    alphas = {name: alpha for name, (_, alpha) in settings.items()}
-    config = with_listed_targets(
-        adapter.config,
-        [name for name in settings if name not in experts],
-        rank_pattern=matching.pattern_table(ranks, adapter.config.r),
-        alpha_pattern=matching.pattern_table(alphas, adapter.config.lora_alpha),
-        # Otherwise PEFT would subtract the initial factors from its base once more.
-        init_lora_weights=True if first else adapter.config.init_lora_weights,
-    )
-    return Adapter(paths.nest(weights), config)
+        is_whole = (*module, names[0]) in added and not initial
+        for name, r in _ranks(leaf, added, adapter).items():
+            settings[name] = (r if is_whole else a.shape[-1], 1.0)
+    return paths.nest(weights), settings
+
+
+def _ranks(leaf: paths.Leaf, added: Leaves, adapter: Adapter) -> dict[str, int]:
+    """Name of the projection → rank, in each layer that adapts it or a part of it."""
+    found = {}
+    wholes = leaf.modules_at(terms.adapter_node(leaf)).names()
+    for c in terms.module_columns(leaf, added, adapter.parts):
+        settings = _settings(leaf, c.module, adapter.config)
+        names = leaf.modules_at(c.module).names()
+        found |= {w: settings[n][0] for w, n in zip(wholes, names, strict=True) if n in settings}
+    return found
+
+
+def _settings_of_all(leaves: Mapping[paths.Path, paths.Leaf], config: LoraConfig) -> Settings:
+    """The settings of an adapter of whole projections."""
+    found: Settings = {}
+    for leaf, _ in _weights(leaves):
+        found |= _settings(leaf, terms.adapter_node(leaf), config)
+    return found
 
 
 Leaves = dict[paths.Path, Any]
@@ -99,28 +145,8 @@ def _in_columns(leaf: paths.Leaf, added: Leaves, adapter: Adapter) -> Leaves:
     return found
 
 
-def _whole_settings(leaf: paths.Leaf, config: LoraConfig) -> dict[str, tuple[int, float]]:
-    """Name → (rank, alpha) of each layer whose whole projection is adapted."""
-    return {
-        name: (r, matching.pattern_value(config.alpha_pattern, name, config.lora_alpha))
-        for name, r in _ranks(leaf, terms.adapter_node(leaf), config).items()
-        if r
-    }
-
-
-def _ranks(leaf: paths.Leaf, module: paths.Path, config: LoraConfig) -> dict[str, int]:
-    """Name → rank in each layer of a weight's ``module``, which may be a part of it."""
+def _settings(leaf: paths.Leaf, module: paths.Path, config: LoraConfig) -> Settings:
+    """The settings of a weight's ``module``, or of this part of it, in the layers that adapt it."""
     rank = parameter_rank_of if leaf.kind in paths.EXPERTS else rank_of
-    return {name: rank(config, name) for name in leaf.modules_at(module).names()}
-
-
-def _joint_settings(
-    leaf: paths.Leaf, added: Leaves, total: int, adapter: Adapter
-) -> dict[str, tuple[int, float]]:
-    """Name of the projection → (rank, alpha), for each layer that adapts it or a part of it."""
-    alpha, found = math.sqrt(total) if adapter.config.use_rslora else total, {}
-    wholes = leaf.modules_at(terms.adapter_node(leaf)).names()
-    for c in terms.module_columns(leaf, added, adapter.parts):
-        ranks = _ranks(leaf, c.module, adapter.config).values()
-        found |= {whole: (total, alpha) for whole, r in zip(wholes, ranks, strict=True) if r}
-    return found
+    names = leaf.modules_at(module).names()
+    return {name: (r, scaling_of(config, name)) for name in names if (r := rank(config, name))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,8 +12,14 @@ import numpy as np
 from jlora.config import FrozenMap, LoraConfig
 from jlora.lora import Adapter
 from jlora.lora.adapter import PAIRS
-from jlora.lora.targets import rank_of, scaling_of, with_listed_targets
-from jlora.tree import matching, paths
+from jlora.lora.targets import (
+    listed_names,
+    rank_of,
+    scaling_of,
+    with_listed_targets,
+    with_module_settings,
+)
+from jlora.tree import paths
 
 
 class ModuleFactors(NamedTuple):
@@ -76,24 +81,16 @@ def adapter_from_factors(
 
 
 def _with_ranks(config: LoraConfig, modules: Mapping[paths.Path, ModuleFactors]) -> LoraConfig:
-    """The config with the largest rank and alpha as defaults, and the others as patterns."""
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for f in modules.values():
-        layers = zip(f.leaf.modules(), f.ranks.tolist(), f.scales.tolist(), strict=True)
-        for name, r, scale in layers:
-            if r:
-                alpha = scale * (math.sqrt(r) if config.use_rslora else r)
-                # Whole alphas are written as integers, which PEFT declares them to be.
-                ranks[name], alphas[name] = r, int(alpha) if alpha == int(alpha) else alpha
-    r, alpha = max(ranks.values()), max(alphas.values())
-    return replace(
-        config,
-        r=r,
-        lora_alpha=alpha,
-        rank_pattern=matching.pattern_table(ranks, r),
-        alpha_pattern=matching.pattern_table(alphas, alpha),
-    )
+    """The config with the ranks and scales of the modules."""
+    settings = {
+        name: (r, scale)
+        for f in modules.values()
+        for name, r, scale in zip(
+            f.leaf.modules(), f.ranks.tolist(), f.scales.tolist(), strict=True
+        )
+        if r
+    }
+    return with_module_settings(config, settings)
 
 
 def joined_target_config(
@@ -102,7 +99,7 @@ def joined_target_config(
     """The first adapter's config with the targets of all adapters.
 
     As in PEFT, names are united and regular expressions joined. If configs mix the two, or differ
-    in layers or exclusions, the targets are full module names.
+    in layers or exclusions, all modules are listed.
     """
     configs = [adapter.config for adapter in adapters]
     targets = [c.target_modules for c in configs]
@@ -114,10 +111,7 @@ def joined_target_config(
     if len(limits) == 1 and not any(isinstance(t, str) for t in targets):
         names = dict.fromkeys(name for t in targets for name in t or ())
         return replace(configs[0], target_modules=tuple(names))
-    full = [
-        name
-        for f in modules.values()
-        for name, r in zip(f.leaf.modules(), f.ranks, strict=True)
-        if r
+    adapted = [
+        (f.leaf.modules_at(f.leaf.path[:-1]), (f.ranks > 0).tolist()) for f in modules.values()
     ]
-    return with_listed_targets(configs[0], full)
+    return with_listed_targets(configs[0], listed_names(adapted))

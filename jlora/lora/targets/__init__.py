@@ -1,7 +1,12 @@
 """The targets of a LoraConfig in a tree, by PEFT's rules."""
 
 from jlora.lora.targets.find import find_targets, match_table, replaced_leaves, token_rows
-from jlora.lora.targets.names import with_listed_targets
+from jlora.lora.targets.names import (
+    listed_names,
+    names_of_all,
+    with_listed_targets,
+    with_module_settings,
+)
 from jlora.lora.targets.rules import (
     is_replaced,
     is_saved,
@@ -21,7 +26,9 @@ __all__ = [
     "is_saved",
     "is_target",
     "is_target_parameter",
+    "listed_names",
     "match_table",
+    "names_of_all",
     "parameter_rank_of",
     "rank_of",
     "replaced_leaves",
@@ -29,4 +36,5 @@ __all__ = [
     "token_indices",
     "token_rows",
     "with_listed_targets",
+    "with_module_settings",
 ]

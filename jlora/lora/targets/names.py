@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from jlora.config import PRESETS, LoraConfig
 from jlora.errors import ConfigError
-from jlora.tree import paths
+from jlora.tree import matching, paths
 
 DEFAULT_TARGETS: tuple[tuple[set[str], tuple[str, ...]], ...] = (
     # First, since it has the marks of the next line as well.
@@ -64,8 +65,74 @@ def resolve(config: LoraConfig, linear: Sequence[paths.Path]) -> LoraConfig:
     return config
 
 
+AdaptedModules = Iterable[tuple[paths.ModuleStack, Sequence[bool]]]
+"""Modules, one a layer, and whether each layer is adapted."""
+
+
+def listed_names(modules: AdaptedModules, bare: Collection[str] = ()) -> tuple[str, ...]:
+    """The shortest names by which PEFT's rules match the adapted modules and no others.
+
+    A module that is adapted in all layers has one name, ``self_attn.q_proj``; others are named in
+    full, layer by layer.
+
+    Args:
+      modules: each one once.
+      bare: last names that only adapted modules have; they are enough.
+    """
+    modules = [(m, [bool(x) for x in adapted]) for m, adapted in modules]
+    states = {n: x for m, adapted in modules for n, x in zip(m.names(), adapted, strict=True)}
+    found: list[str] = []
+    for m, adapted in modules:
+        _, _, inner = m.name().partition(".*.")
+        if inner and all(adapted):
+            last = inner.rpartition(".")[2]
+            found.append(last if last in bare else inner)
+        else:
+            found += [name for name in m.names() if states[name]]
+    if any(matching.matches(name, found) != adapted for name, adapted in states.items()):
+        return tuple(name for name, adapted in states.items() if adapted)
+    return tuple(dict.fromkeys(found))
+
+
+def names_of_all(config: LoraConfig) -> set[str]:
+    """The last names of which ``config``, resolved, adapts all modules, fused projections too."""
+    limits = (config.exclude_modules, config.layers_to_transform)
+    targets = config.target_modules
+    if isinstance(targets, str) or any(limits):
+        return set()
+    names = {name for name in targets or () if "." not in name}
+    return names | {fused for fused, parts in paths.FUSED.items() if names & {*parts}}
+
+
+def with_module_settings(
+    config: LoraConfig, settings: Mapping[str, tuple[int, float]]
+) -> LoraConfig:
+    """The config by which PEFT gives every module its (rank, scale).
+
+    Where modules differ, there are patterns. Consumers that ignore those, and compute every scale
+    as alpha / r, still have the right scale in as many modules as possible.
+    """
+    scale = Counter(scale for _, scale in settings.values()).most_common(1)[0][0]
+    r = max(rank for rank, _ in settings.values())
+    alphas = {name: _alpha(rank, scale) for name, (rank, scale) in settings.items()}
+    return dataclasses.replace(
+        config,
+        r=r,
+        lora_alpha=_alpha(r, scale),
+        use_rslora=False,
+        rank_pattern=matching.pattern_table({n: rank for n, (rank, _) in settings.items()}, r),
+        alpha_pattern=matching.pattern_table(alphas, _alpha(r, scale)),
+    )
+
+
+def _alpha(rank: int, scale: float) -> float:
+    """The alpha of a scale; an integer, as which PEFT declares it, if it is one up to rounding."""
+    alpha = float(f"{rank * scale:.14g}")
+    return int(alpha) if alpha.is_integer() else alpha
+
+
 def with_listed_targets(config: LoraConfig, names: Sequence[str], **fields: Any) -> LoraConfig:
-    """The config with full module names as targets, and no other fields that select targets."""
+    """The config with these names as targets, and no other fields that select targets."""
     return dataclasses.replace(
         config,
         target_modules=tuple(names),
