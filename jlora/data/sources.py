@@ -71,9 +71,9 @@ def _local_splits(path: str, name: str | None) -> dict[str, list[Path]] | None:
     if (saved := saved_splits(place)) is not None:
         return saved
     files = find_files(path)
-    if files is None or not place.is_dir():
-        return files and {"train": files}
-    return named_splits(place, files, name)
+    if files is None:
+        return None
+    return named_splits(place, files, name) if place.is_dir() else {"train": files}
 
 
 def _files_of_split(path: str, splits: dict[str, list[Path]], split: str) -> list[Path]:
