@@ -13,6 +13,9 @@ from collections.abc import Callable, Mapping
 from jlora.models.config import DecoderConfig
 from jlora.models.config_reader import ConfigReader
 
+LANGUAGE_MODEL = "(ForCausalLM|LMHeadModel|ForConditionalGeneration)$"
+"""The suffixes of transformers' model classes with a language model's head."""
+
 CLASSIFIER = "ForSequenceClassification"
 """The suffix of transformers' model classes with a score head."""
 
@@ -54,11 +57,23 @@ class Family:
     """Quantization methods (``quantization_config.quant_method``) whose folders can be read."""
     buffers: str = r"(.*\.)?rotary_emb\.inv_freq"
     """Regular expression of the names of constants that some checkpoints contain; ignored."""
+    prefixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Prefix of module names → what it is in files; a prefix that is not listed is the same."""
+    other_tensors: str | None = None
+    """Regular expression of the names of tensors in files that belong to no part of the model (a
+    vision tower): they are not read, and copied when the model is saved."""
 
     @property
     def classifier(self) -> str:
         """The class with a score head in transformers, as far as there is one."""
-        return self.scored or re.sub("(ForCausalLM|LMHeadModel)$", CLASSIFIER, self.architecture)
+        return self.scored or re.sub(LANGUAGE_MODEL, CLASSIFIER, self.architecture)
+
+    def name_in_files(self, name: str) -> str:
+        """The name that files have for the tensor of a module."""
+        for module, stored in self.prefixes.items():
+            if name.startswith(module):
+                return stored + name.removeprefix(module)
+        return name
 
     def rename(self, path: tuple[str, ...]) -> tuple[str, ...]:
         """``path`` with Llama's names replaced by the family's."""

@@ -58,6 +58,10 @@ class Model:
     """What the backward pass recomputes of each layer: True all of it, False what lies between its
     matrix products, or ``layer_scan.OFFLOAD`` or the name of a policy (``layer_scan.REMAT``)."""
 
+    source: str | None = dataclasses.field(default=None, compare=False)
+    """The folder that the model was read from; ``save_pretrained`` copies from it what belongs to
+    the model's file but is no part of the model (a vision tower)."""
+
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ConfigError(f"{self.dtype!r} is none of {', '.join(DTYPES)}", where="model.dtype")

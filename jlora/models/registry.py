@@ -26,6 +26,7 @@ from jlora.models.families import (
     smollm3,
     stablelm,
     starcoder2,
+    vision_language,
 )
 from jlora.models.family import CLASSIFIER, Family
 
@@ -45,6 +46,7 @@ FAMILIES: dict[str, Family] = {
     **cohere.FAMILIES,
     **moe.FAMILIES,
     **gpt_oss.FAMILIES,
+    **vision_language.FAMILIES,
 }
 
 

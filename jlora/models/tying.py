@@ -48,6 +48,8 @@ def with_untied_head(model: Model) -> Model:
             fix="leave it out",
         )
     hf = {**model.config.hf, "tie_word_embeddings": False}
+    if "text_config" in hf:
+        hf["text_config"]["tie_word_embeddings"] = False
     config = dataclasses.replace(
         model.config,
         tie_word_embeddings=False,

@@ -207,7 +207,7 @@ class Shards:
 
     def nbytes(self, name: str) -> int:
         """The tensor's bytes in the file."""
-        return math.prod(self.shape(name)) * DTYPE_BYTES[self.dtype(name)]
+        return math.prod(self.shape(name)) * DTYPE_BYTES.get(self.dtype(name), 8)
 
     def same(self, name: str, other: str) -> bool:
         """Whether two tensors of equal shape have equal values; they are read in chunks."""

@@ -19,6 +19,7 @@ from jlora.io.hf.names import (
     checkpoint_tensors,
     embedding_name,
     head_name,
+    is_of_others,
     tensors_by_layer,
 )
 from jlora.io.hf.prequantized import Problems, StoredMatrix
@@ -67,8 +68,9 @@ def match_tensors(shards: Shards, model: Model, folder: Path) -> TensorMap:
             problems.append((name, f"has shape {shape}, expected {list(tensor.shape)}"))
         elif shards.dtype(names[name]) not in FLOATS:
             problems.append((name, f"is of type {shards.dtype(names[name])}, not a float"))
-    orphans = (name for group in parts.values() for name in group.values())
-    problems += [(name, "is not part of this model") for name in orphans]
+    orphans = [name for group in parts.values() for name in group.values()]
+    unknown = [name for name in orphans if not is_of_others(name, model)]
+    problems += [(name, "is not part of this model") for name in unknown]
     if prequantized_folder and not layouts:
         problems.append(("quantization_config", "is in config.json, but no tensor is quantized"))
     # A layout that could not be read is a problem already, and has nothing to be compared.
@@ -87,22 +89,29 @@ def match_tensors(shards: Shards, model: Model, folder: Path) -> TensorMap:
 def _find(
     shards: Shards, model: Model, expected: Iterable[str], parts: Mapping[str, Mapping[str, str]]
 ) -> tuple[dict[str, str], Problems]:
-    """{tensor of the model: its name in the files}, and unexpected or duplicate tensors."""
+    """{tensor of the model: its name in the files}, and unexpected or duplicate tensors.
+
+    The head of a tied model is among them if it is stored.
+    """
     names, problems = {}, list(shards.problems)
-    table, head = embedding_name(model), head_name(model)
+    conventions, table, head = family_of(model.config), embedding_name(model), head_name(model)
+    wanted, tied_files = {*expected}, _is_tied_in_files(model)
     known = {name for group in parts.values() for name in group.values()}
-    if tied_files := _is_tied_in_files(model):
-        known.add(head)
+    if tied_files:
+        wanted.add(head)
     for name in shards.files:
-        full = name if name in expected else f"{table.split('.')[0]}.{name}"
+        # Files of the base model alone lack a prefix; others have the modules' names.
+        forms = name, f"{table.split('.')[0]}.{name}", conventions.name_in_files(name)
+        full = next((form for form in forms if form in wanted), name)
+        ignored = name in known or is_of_others(name, model)
         if full in names:
             problems.append((name, f"is also there as {names[full]}"))
-        elif full in expected:
+        elif full in wanted:
             names[full] = name
-        elif name not in known and not re.fullmatch(family_of(model.config).buffers, name):
+        elif not ignored and not re.fullmatch(conventions.buffers, name):
             problems.append((name, "is not part of this model"))
-    if tied_files and head in shards.files:
-        names.setdefault(table, head)
+    if tied_files and head in names:
+        names.setdefault(table, names[head])
     if model.config.untied and table in names:
         names.setdefault(head, names[table])
     return names, problems
@@ -120,8 +129,8 @@ def _check_tied_head(
 
     Their values are compared only if there is no other problem.
     """
-    head, table = head_name(model), names.get(embedding_name(model))
-    if not _is_tied_in_files(model) or head not in shards.files or table in (None, head):
+    head, table = names.get(head_name(model)), names.get(embedding_name(model))
+    if not _is_tied_in_files(model) or head is None or table is None or head == table:
         return []
     if (shape := shards.shape(head)) != shards.shape(table):
         expected = list(shards.shape(table))

@@ -11,6 +11,7 @@ Names and shapes only; no array is read.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 
 from jlora.models.family import TensorPart
@@ -78,14 +79,15 @@ def _of_leaf(leaf: paths.Leaf, layer: int | None, model: Model) -> Iterator[Chec
         leaf.kind == "kernel" and (conventions.transposed or leaf.path[0] in HEADS)
     )
     if pieces is None:
-        name = f"{leaf.module(layer)}.{paths.TORCH_NAMES.get(leaf.kind, leaf.kind)}"
+        module_name = f"{leaf.module(layer)}.{paths.TORCH_NAMES.get(leaf.kind, leaf.kind)}"
+        name = conventions.name_in_files(module_name)
         shape = _swap_last_axes(leaf.shape) if flip else leaf.shape
         yield CheckpointTensor(name, leaf.path, layer, flip, shape)
         return
     front = "" if leaf.stack is None else f"{leaf.modules_at(leaf.stack).name(layer)}."
     for piece in pieces:
         for within, shape, number in _parts(piece, leaf.shape):
-            name = f"{front}{piece.name.format(number)}"
+            name = conventions.name_in_files(f"{front}{piece.name.format(number)}")
             yield CheckpointTensor(
                 name, leaf.path, layer, flip, _swap_last_axes(shape) if flip else shape, within
             )
@@ -111,11 +113,19 @@ def _parts(
 
 def embedding_name(model: Model) -> str:
     """Name of the embedding's tensor, which a tied head shares."""
-    path = family_of(model.config).rename(("model", "embed_tokens"))
-    return f"{'.'.join(path)}.weight"
+    conventions = family_of(model.config)
+    path = conventions.rename(("model", "embed_tokens"))
+    return conventions.name_in_files(f"{'.'.join(path)}.weight")
+
+
+def is_of_others(name: str, model: Model) -> bool:
+    """Whether a tensor in the files belongs to no part of the model (see ``Family``)."""
+    pattern = family_of(model.config).other_tensors
+    return pattern is not None and re.fullmatch(pattern, name) is not None
 
 
 def head_name(model: Model) -> str:
     """Name of the tensor of a language model's untied head."""
-    stored = family_of(model.config).stored.get("lm_head.kernel")
-    return stored[0].name if stored else "lm_head.weight"
+    conventions = family_of(model.config)
+    stored = conventions.stored.get("lm_head.kernel")
+    return stored[0].name if stored else conventions.name_in_files("lm_head.weight")

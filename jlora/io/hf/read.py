@@ -41,7 +41,7 @@ from jlora.io.hf.names import (
 from jlora.io.hf.placement import Index, assemble_leaf
 from jlora.io.hf.score_head import ScoreHeadShards
 from jlora.models.model import Model
-from jlora.models.registry import as_classifier, parse_config
+from jlora.models.registry import as_classifier, family_of, parse_config
 from jlora.models.tying import with_untied_head
 from jlora.quant.params import is_quantized, quantize_matrix, quantize_params, scheme_text
 from jlora.tree import paths
@@ -130,7 +130,8 @@ def read_model(folder: Path, **options: Any) -> Model:
         ids = tuple(dict.fromkeys((*config.eos_token_ids, *more)))
         text = json.dumps(generation, indent=2) + "\n"
         config = dataclasses.replace(config, eos_token_ids=ids, generation_json=text)
-    model = Model(config, **options)
+    source = str(folder) if family_of(config).other_tensors else None
+    model = Model(config, source=source, **options)
     if config.prequantized and any(folder.glob("*.safetensors")):
         with open_shards(folder) as shards:
             config = dataclasses.replace(config, unquantized=unquantized_matrices(shards, model))

@@ -2,6 +2,9 @@
 
 The files are written to a temporary folder and read back, then moved to their names,
 ``config.json`` last. transformers loads the folder without missing or unexpected tensors.
+
+What the model's files hold besides the model (a vision tower, the settings of its processor) is
+copied from the folder that the model was read from, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,10 @@ from safetensors.numpy import save_file
 from jlora.distributed import sharding
 from jlora.errors import ConfigError, DataError, StorageError
 from jlora.files import staged_folder, storage_errors
-from jlora.io.hf import mxfp4, prequantized_write
-from jlora.io.hf.folder import FLOATS, GENERATION, INDEX, SINGLE, open_shards
+from jlora.io.hf import mxfp4, prequantized, prequantized_write
+from jlora.io.hf.folder import FLOATS, GENERATION, INDEX, SINGLE, Shards, open_shards
 from jlora.io.hf.match import match_tensors
-from jlora.io.hf.names import CheckpointTensor, checkpoint_tensors
+from jlora.io.hf.names import CheckpointTensor, checkpoint_tensors, is_of_others
 from jlora.io.hf.read import read_model
 from jlora.lora.weight import dense
 from jlora.models.model import Model
@@ -36,6 +39,11 @@ from jlora.quant.params import is_quantized
 from jlora.tree import paths
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 STALE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -69,27 +77,33 @@ def save_pretrained(
     tensors = _check(model, params)
     if quantized:
         prequantized_write.check_writable(params)
-    shards = _plan(tensors, params, _bytes(max_shard_size), quantized)
-    names = [SINGLE]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    limit = _bytes(max_shard_size)
     writes = jax.process_index() == 0
     weight_map, total = {}, 0
-    with staged_model(folder) as staging:
+    with _others(model, quantized) as others, staged_model(folder) as staging:
+        sizes = [(tensor, _nbytes(tensor, params, quantized)) for tensor in tensors]
+        shards = _plan([*sizes, *((name, others.nbytes(name)) for name in others.files)], limit)
+        names = [SINGLE]
+        if (count := len(shards)) > 1:
+            names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         for name, shard in zip(names, shards, strict=True):
             arrays = {}
             for tensor in shard:
-                arrays |= _arrays(params, tensor, quantized)
+                if isinstance(tensor, str):
+                    arrays[tensor] = others.read(tensor)
+                else:
+                    arrays |= _arrays(params, tensor, quantized)
             weight_map |= dict.fromkeys(arrays, name)
             total += sum(value.nbytes for value in arrays.values())
             if writes:
                 _write_shard(staging / name, arrays)
-        texts = {"config.json": _config(model, params, quantized)}
+        texts = {"config.json": _config(model, params, quantized, others.files)}
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             texts[INDEX] = json.dumps(index, indent=2, sort_keys=True) + "\n"
         if model.config.generation_json:
             texts[GENERATION] = model.config.generation_json
+        texts |= _processor_texts(model)
         for name, text in texts.items() if writes else ():
             (staging / name).write_text(text, encoding="utf-8")
     return [folder / name for name in (*names, *sorted(texts, reverse=True))]
@@ -161,14 +175,39 @@ def _bytes(size: int | str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
+@contextlib.contextmanager
+def _others(model: Model, quantized: bool) -> Iterator[Shards]:
+    """The tensors to copy from the model's source: those that belong to no part of the model.
+
+    Raises ConfigError if they are quantized, and the model is not to be written so.
+    """
+    if model.source is None:
+        yield Shards({}, None)
+        return
+    with open_shards(Path(model.source)) as shards:
+        shards.files = {n: file for n, file in shards.files.items() if is_of_others(n, model)}
+        if not quantized and prequantized.find_quantization_tensors(shards.files):
+            raise ConfigError(
+                "its vision tower is quantized, and cannot be copied into a dense model",
+                where=model.source,
+                fix="use the model that it was quantized from",
+            )
+        yield shards
+
+
+def _processor_texts(model: Model) -> dict[str, str]:
+    """The settings of the processor of images in the model's source, by file name."""
+    files = [Path(model.source) / name for name in PROCESSOR_FILES] if model.source else []
+    return {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()}
+
+
 def _plan(
-    names: list[CheckpointTensor], params: Any, limit: int, quantized: bool
-) -> list[list[CheckpointTensor]]:
-    """The tensors in order, split into shards of at most ``limit`` bytes."""
-    shards: list[list[CheckpointTensor]] = [[]]
+    tensors: list[tuple[CheckpointTensor | str, int]], limit: int
+) -> list[list[CheckpointTensor | str]]:
+    """The tensors, each given with its size, split into shards of at most ``limit`` bytes."""
+    shards: list[list[CheckpointTensor | str]] = [[]]
     used = 0
-    for tensor in names:
-        size = _nbytes(tensor, params, quantized)
+    for tensor, size in tensors:
         if shards[-1] and used + size > limit:
             shards.append([])
             used = 0
@@ -212,14 +251,21 @@ def _write_shard(file: Path, arrays: dict[str, np.ndarray]) -> None:
                     raise StorageError(f"{name} reads back differently", where=str(file))
 
 
-def _config(model: Model, params: Any, quantized: bool) -> str:
-    """The original ``config.json`` with the ``dtype`` of the weights as written."""
+def _config(model: Model, params: Any, quantized: bool, others: Iterable[str]) -> str:
+    """The original ``config.json`` with the ``dtype`` of the weights as written.
+
+    ``others`` are the names of the copied tensors, which are not quantized here.
+    """
     hf = model.config.hf
     # The name of `dtype` before transformers 5: two of them could contradict each other.
     hf.pop("torch_dtype", None)
     hf.pop("quantization_config", None)
     if quantized:
-        hf["quantization_config"] = prequantized_write.quantization_config(model, params)
+        settings = prequantized_write.quantization_config(model, params)
+        quantized_others = prequantized.find_quantization_tensors(others)
+        dense = [name for name in others if name not in quantized_others]
+        settings["llm_int8_skip_modules"] += [name.removesuffix(".weight") for name in dense]
+        hf["quantization_config"] = settings
     hf.setdefault("architectures", [family_of(model.config).architecture])
     # Never quantized in a file, so it has the type of the dense leaves.
     embedding = next(leaf for path, leaf in paths.walk(params) if path[-1] == "embedding")

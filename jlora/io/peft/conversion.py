@@ -1,8 +1,8 @@
 """The conversion of an adapter to the form that PEFT can store.
 
-PEFT has no parts of fused projections: its GPT-2 has one A for queries, keys and values. And an
-expression in ``target_modules`` must not match torch's modules without weights (``mlp.act_fn``),
-which jlora does not have and cannot know of.
+PEFT has no parts of fused projections: its GPT-2 has one A for queries, keys and values. And
+``target_modules`` must not match modules of torch which jlora does not have and cannot know of: an
+expression those without weights (``mlp.act_fn``), the end of a name those of a vision tower.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def to_peft_form(adapter: Adapter) -> Adapter:
     """
     config = adapter.config
     leaves = {leaf.path: leaf for leaf in paths.leaves(adapter.weights)}
+    text_tower = any("language_model" in path for path in leaves)
     in_parts = any(paths.is_part(path[:-1]) for path in leaves)
     if in_parts or adapter.initial is not None:
         weights, settings = _with_whole_projections(adapter, leaves)
@@ -52,17 +53,17 @@ def to_peft_form(adapter: Adapter) -> Adapter:
         uniform = len({*settings.values()}) == 1 and (config.rank_pattern or config.alpha_pattern)
         if uniform:
             adapter = dataclasses.replace(adapter, config=with_module_settings(config, settings))
-        if not isinstance(config.target_modules, str):
+        if not isinstance(config.target_modules, str) and not text_tower:
             return adapter
     wholes = [
         leaf.modules_at(terms.adapter_node(leaf))
         for leaf, _ in _weights(leaves)
         if leaf.kind not in paths.EXPERTS
     ]
-    names = listed_names(
-        [(whole, [name in settings for name in whole.names()]) for whole in wholes],
-        names_of_all(config),
-    )
+    adapted = [(whole, [name in settings for name in whole.names()]) for whole in wholes]
+    names = listed_names(adapted, names_of_all(config))
+    if text_tower:
+        names = [name for whole in wholes for name in whole.names() if name in settings]
     return dataclasses.replace(adapter, config=with_listed_targets(adapter.config, names))
 
 
