@@ -79,6 +79,23 @@ def test_every_token_of_a_text_is_a_target():
     assert ids.tolist() == tokens[:-1] and labels.tolist() == tokens[1:]
 
 
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_bos_and_eos_that_a_row_has_are_not_doubled(adds_bos):
+    tokenizer = tt.tiny_tokenizer(adds_bos=adds_bos)
+    rows = [
+        (Text("x:1", "Hello world"), Text("x:1", "<|begin|>Hello world<|eos|>")),
+        (Completion("x:1", "2 +", " 2"), Completion("x:1", "<|begin|>2 +", " 2<|eos|>")),
+    ]
+    for assistant_only_loss in (True, False):
+        for plain, marked in rows if adds_bos else [(r, r) for _, r in rows]:
+            wanted, _ = encode([plain], tokenizer, 512, assistant_only_loss)
+            examples, _ = encode([marked], tokenizer, 512, assistant_only_loss)
+            ((tokens, _),) = streams(examples)
+            assert tokens == next(streams(wanted))[0]
+            for special in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+                assert tokens.count(special) == 1
+
+
 def test_long_texts_lose_no_target():
     tokenizer = tt.tiny_tokenizer(adds_bos=True)
     text = "Hello world, how are you today? " * 9

@@ -9,14 +9,14 @@ from jlora.data.order import PADDING_ROW, Order, epoch_rows
 
 
 def epoch(order, number):
-    """The rows of an epoch, collected step by step, without padding."""
-    first = number * order.steps_per_epoch
-    steps = [order.rows_at(first + k) for k in range(order.steps_per_epoch)]
-    assert all(len(s) == order.batch for s in steps)
-    rows = np.concatenate(steps)
-    assert (rows[: order.rows_per_epoch] != PADDING_ROW).all()
-    assert (rows[order.rows_per_epoch :] == PADDING_ROW).all()
-    return rows[: order.rows_per_epoch].tolist()
+    """The rows of an epoch, collected step by step, without padding, which is at its end."""
+    first, after = (int(n * order.mean_steps_per_epoch(n)) for n in (number, number + 1))
+    steps = [order.rows_at(step) for step in range(first, after)]
+    assert all(len(s) == order.batch and s[0] != PADDING_ROW for s in steps)
+    rows = np.concatenate([*steps, np.zeros(0, int)])
+    real = (rows != PADDING_ROW).sum()
+    assert (rows[:real] != PADDING_ROW).all() and len(rows) - real < order.batch
+    return rows[:real].tolist()
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 100])
@@ -62,8 +62,32 @@ def test_a_weight_is_the_number_of_repetitions_per_epoch(shuffle):
     drawn = [{r for r in c if 10 <= r < 20} for c in counts]
     assert len(drawn[0]) == 5 and drawn[0] | drawn[1] == set(range(10, 20))
     total = counts[0] + counts[1]
-    assert all(total[r] in (3, 4) for r in range(20, 29))  # 28 draws from 9 rows
+    assert all(total[r] == 3 for r in range(20, 29))  # 14 and 13 draws from 9 rows
     assert all(c[r] == 1 for c in counts for r in range(29, 33))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(
+    ("rows", "weight", "epochs", "total"),
+    [(6, 0.25, 8, 12), (7, 0.1, 10, 7), (3, 0.01, 100, 3), (9, 1 / 3, 4, 12), (5, 1.1, 3, 17)],
+)
+def test_fractional_weights_are_exact_over_a_run(batch, rows, weight, epochs, total):
+    """Rounded in each epoch, 6 rows of weight 0.25 would be 16 in eight epochs, and not 12."""
+    order = Order(((rows, weight),), batch, seed=2)
+    seen = [row for e in range(epochs) for row in epoch(order, e)]
+    assert len(seen) == total
+    counts = Counter(seen)
+    assert max(counts.values()) - min(counts[r] for r in range(rows)) <= 1
+    steps = int(epochs * order.mean_steps_per_epoch(epochs))
+    taken = np.concatenate([order.rows_at(step) for step in range(steps)])
+    assert (taken != PADDING_ROW).sum() == total
+    if batch == 1:
+        assert steps == total
+
+
+def test_the_mean_of_steps_is_whole_for_whole_weights():
+    order = Order(((7, 1.0), (3, 2.0)), batch=4)
+    assert order.mean_steps_per_epoch(2.5) == order.steps_per_epoch == 4
 
 
 def test_sources_are_sampled_independently():

@@ -1,5 +1,7 @@
 """The rows, steps and updates of a run."""
 
+from fractions import Fraction
+
 from jlora.config import (
     Config,
     DataConfig,
@@ -48,6 +50,12 @@ def test_a_run_is_epochs_or_max_steps():
     )  # of 13 steps per epoch, rounded up
     counts = counts_of(num_train_epochs=3, max_steps=4, **batch)
     assert (counts.total_steps, counts.steps_per_epoch) == (4, 13)
+
+
+def test_fractional_weights_make_fractions_of_steps():
+    config, mesh = settings(num_train_epochs=8), sharding.make_mesh(MeshConfig())
+    counts = StepCounts.of(config, mesh, lambda rows: Fraction(3, 2))
+    assert (counts.total_steps, counts.steps_per_epoch) == (12, 1.5)
 
 
 def test_float16_is_given_the_warm_up_to_learn_in():

@@ -1,15 +1,19 @@
 """The order of rows: a function of the seed and the step, without iterator state.
 
-A source of n rows and weight w contributes ``round(w · n)`` rows to each epoch. They are taken
-from an endless sequence of passes over its rows, each pass a permutation: with w = 2 an epoch has
-each row twice; with w = 0.5 consecutive epochs have different halves. The rows of all sources are
-then shuffled by a permutation of the epoch. To resume at step s is to ask for the rows of step s.
+After e epochs a source of n rows and weight w has contributed ``ceil(e · w · n)`` rows: exactly w
+times each row, within one row. They are taken from an endless sequence of passes over its rows,
+each pass a permutation: with w = 2 an epoch has each row twice; with w = 0.5 consecutive epochs
+have different halves. The rows of all sources are then shuffled by a permutation of the epoch. To
+resume at step s is to ask for the rows of step s.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -36,27 +40,67 @@ class Order:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows of all sources in an epoch; at least one of each source."""
-        return sum(_rows_in_epoch(n, w) for n, w in self.sources)
+        """Rows of all sources in the first epoch; with fractional weights others have fewer."""
+        return int(_rows_of_epochs(self.sources, 1)[0])
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in an epoch; the last one may be partly padding."""
+        """Steps in the first epoch; the last step of an epoch may be partly padding."""
         return -(-self.rows_per_epoch // self.batch)
+
+    def mean_steps_per_epoch(self, epochs: float) -> Fraction:
+        """The mean number of steps in an epoch of a run of ``epochs``, rounded up, epochs."""
+        count = max(math.ceil(epochs), 1)
+        return Fraction(int(_first_steps(self.sources, self.batch, count)[count]), count)
 
     def rows_at(self, step: int) -> Int64[np.ndarray, " batch"]:
         """The rows of a step (from 0); PADDING_ROW after the last row of an epoch."""
-        epoch, k = divmod(step, self.steps_per_epoch)
+        epoch, k = self._epoch_at(step)
         rows = epoch_rows(self.sources, self.seed, self.shuffle, epoch)
         rows = rows[k * self.batch : (k + 1) * self.batch]
         return np.pad(rows, (0, self.batch - len(rows)), constant_values=PADDING_ROW)
 
+    def _epoch_at(self, step: int) -> tuple[int, int]:
+        """The epoch of a step, and the step's number in it."""
+        if all(_rows_per_epoch(n, w).denominator == 1 for n, w in self.sources):
+            return divmod(step, self.steps_per_epoch)
+        count = 16
+        while (first := _first_steps(self.sources, self.batch, count))[-1] <= step:
+            count *= 2
+        epoch = int(np.searchsorted(first, step, "right")) - 1
+        return epoch, step - int(first[epoch])
 
-def _rows_in_epoch(rows: int, weight: float) -> int:
-    return max(1, round(rows * weight)) if rows else 0
+
+def _rows_per_epoch(rows: int, weight: float) -> Fraction:
+    """The mean; weights are read as the decimals that they are written as, down to 10⁻⁶."""
+    exact = Fraction(str(weight)).limit_denominator(1_000_000)
+    return rows * max(exact, Fraction(1, 1_000_000))
 
 
-# Two, since batches of the next epoch are prefetched while the last ones of this are used.
+def _rows_until(rows: int, weight: float, epochs: Any) -> Any:
+    """The rows that a source contributes to this many epochs, an integer or an array of them."""
+    mean = _rows_per_epoch(rows, weight)
+    whole, rest = divmod(mean.numerator, mean.denominator)
+    return epochs * whole - (-epochs * rest // mean.denominator)
+
+
+def _rows_of_epochs(
+    sources: tuple[tuple[int, float], ...], epochs: int
+) -> Int64[np.ndarray, " epochs"]:
+    """The rows of all sources in each of the first epochs."""
+    until = np.arange(epochs + 1)
+    return np.diff(sum(_rows_until(n, w, until) for n, w in sources))
+
+
+@functools.lru_cache(maxsize=8)
+def _first_steps(
+    sources: tuple[tuple[int, float], ...], batch: int, epochs: int
+) -> Int64[np.ndarray, " epochs_plus_1"]:
+    """The first step of each of the first epochs, and of the one after them."""
+    steps = -(-_rows_of_epochs(sources, epochs) // batch)
+    return np.concatenate([[0], np.cumsum(steps)]).astype(np.int64)
+
+
 @functools.lru_cache(maxsize=2)
 def epoch_rows(
     sources: tuple[tuple[int, float], ...], seed: int, shuffle: bool, epoch: int
@@ -64,13 +108,8 @@ def epoch_rows(
     """All rows of an epoch, in order; the array is cached and read-only."""
     parts, first = [], 0
     for number, (n, weight) in enumerate(sources):
-        count = _rows_in_epoch(n, weight)
-        # NumPy ignores zeros at the end of a seed: without + 1, here and in `_from_passes`, a pass
-        # would be the same permutation as an epoch's.
-        rows = _from_passes(
-            n, epoch * count, (epoch + 1) * count, (seed, number + 1) if shuffle else None
-        )
-        parts.append(first + rows)
+        start, stop = (_rows_until(n, weight, e) for e in (epoch, epoch + 1))
+        parts.append(first + _from_passes(n, start, stop, (seed, number + 1) if shuffle else None))
         first += n
     rows = np.concatenate(parts)
     if shuffle:

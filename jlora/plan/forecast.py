@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -48,7 +49,7 @@ class Rows:
 
     length: int
     """Tokens in a row."""
-    steps_per_epoch: Callable[[int], int] | None = None
+    steps_per_epoch: Callable[[int], int | Fraction] | None = None
     """Rows per step → steps per epoch; None if the rows were not counted."""
     tokens: int = 0
     fill: float = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from jlora import data
 from jlora.config import Config
 from jlora.plan.forecast import Forecast, Rows
 from jlora.plan.remedies import Remedy
-from jlora.run.batches import rows_per_adapter
+from jlora.run.batches import steps_per_epoch
 from jlora.run.header import count_parameters, size_text, sizes
 from jlora.ui.console import HeaderTable, Section, duration
 
@@ -19,12 +20,8 @@ UPPER_BOUND = "at most: all of the device's peak rate, nothing waiting for anyth
 
 def rows_of(config: Config, prepared: data.Prepared) -> Rows:
     """Length and number of prepared rows."""
-    parts = rows_per_adapter(prepared, config.adapters)
-
-    def steps_per_epoch(rows: int) -> int:
-        return max(part.order(rows, 0).steps_per_epoch for part in parts)
-
-    return Rows(prepared.length, steps_per_epoch, prepared.tokens, prepared.fill)
+    steps = functools.partial(steps_per_epoch, config, prepared)
+    return Rows(prepared.length, steps, prepared.tokens, prepared.fill)
 
 
 def verdict(result: Forecast) -> str:

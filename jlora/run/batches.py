@@ -6,6 +6,7 @@ Before the first one it is checked that the rows fit the model and are the same 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from typing import Any, Literal
 
 import jax
@@ -35,8 +36,13 @@ def rows_per_adapter(rows: data.Prepared, adapters: Sequence[str]) -> list[data.
 
 def count_steps(config: Config, mesh: jax.sharding.Mesh, rows: data.Prepared) -> StepCounts:
     """The counts of a run on these rows; in a multi-adapter run the longest epoch counts."""
-    parts = rows_per_adapter(rows, config.adapters)
-    return StepCounts.of(config, mesh, lambda n: max(p.order(n, 0).steps_per_epoch for p in parts))
+    return StepCounts.of(config, mesh, lambda n: steps_per_epoch(config, rows, n))
+
+
+def steps_per_epoch(config: Config, rows: data.Prepared, rows_per_step: int) -> Fraction:
+    """The mean number of steps in an epoch; in a multi-adapter run that of the longest."""
+    orders = (p.order(rows_per_step, 0) for p in rows_per_adapter(rows, config.adapters))
+    return max(order.mean_steps_per_epoch(config.train.num_train_epochs) for order in orders)
 
 
 def make_batch_at(

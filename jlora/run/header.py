@@ -160,7 +160,7 @@ def _run(job: Job, counts: StepCounts) -> Mapping[str, Any]:
         "batch": f"{counts.rows_per_step} rows per step "
         f"({settings.per_device_train_batch_size} per device, "
         f"gradient accumulation {counts.accumulation})",
-        "steps": f"{counts.total_steps} ({counts.steps_per_epoch} per epoch)",
+        "steps": f"{counts.total_steps} ({counts.steps_per_epoch:g} per epoch)",
         "optimizer": f"{optimizer_text(settings)}, "
         f"learning rate {settings.learning_rate:g} ({settings.lr_scheduler_type}, {warm} warm-up "
         f"steps), weight decay {settings.weight_decay:g}, gradient clipping "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import jax
 
@@ -25,7 +26,8 @@ class StepCounts:
     """Rows of an evaluation batch."""
     accumulation: int
     """Micro-batches of a step."""
-    steps_per_epoch: int
+    steps_per_epoch: float
+    """The mean; a whole number unless sources have fractional weights."""
     total_steps: int
     fp16: bool
     """Computation is in float16: with loss scaling, and steps that may overflow."""
@@ -36,7 +38,10 @@ class StepCounts:
 
     @classmethod
     def of(
-        cls, config: Config, mesh: jax.sharding.Mesh, steps_per_epoch: Callable[[int], int]
+        cls,
+        config: Config,
+        mesh: jax.sharding.Mesh,
+        steps_per_epoch: Callable[[int], int | Fraction],
     ) -> StepCounts:
         """The counts of a run; ``steps_per_epoch(rows_per_step)`` is the data's answer."""
         settings = config.train
@@ -46,7 +51,7 @@ class StepCounts:
         steps = steps_per_epoch(rows)
         total = settings.max_steps
         if total < 0:
-            total = math.ceil(settings.num_train_epochs * steps)
+            total = math.ceil(round(settings.num_train_epochs * steps, 6))
         fp16 = config.compute_dtype == "float16"
         warm = warmup_steps(settings, total)
         # The first rate of a warm-up is zero, which delays A by one update. While the rates are
@@ -56,7 +61,7 @@ class StepCounts:
             rows_per_step=rows,
             eval_rows=eval_batch_rows(config, mesh),
             accumulation=accumulation,
-            steps_per_epoch=steps,
+            steps_per_epoch=int(steps) if steps.denominator == 1 else float(steps),
             total_steps=total,
             fp16=fp16,
             all_learning_by=all_learning_by,
