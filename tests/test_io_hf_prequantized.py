@@ -399,11 +399,12 @@ def quantized_base(place, tmp_path):
 
 
 def test_training_on_a_prequantized_folder_equals_quantizing_at_load(place, quantized_base, capsys):
-    train = {"max_steps": 2, "logging_steps": 1}
+    train = {"max_steps": 2, "logging_steps": 1, "optim": "sgd", "learning_rate": 1.0}
+    lora = {"target_modules": ["q_proj", "down_proj"]}
     settings = {"bnb_4bit_compute_dtype": "float32"}
     for where, sections in ((place, {"quantization": settings}), (quantized_base, {})):
         where.settings_for_loss()
-        where.run(train=train, **sections)
+        where.run(train=train, lora=lora, **sections)
     shown = capsys.readouterr().out
     assert shown.count("QLoRA") == 2 and shown.count("the base model is already quantized") == 1
     assert quantized_base.losses() == place.losses() and len(place.losses()) == 2
