@@ -31,6 +31,7 @@ from jlora.run.batches import (
     rows_per_adapter,
 )
 from jlora.run.header import show_header
+from jlora.run.init_from import taken_over
 from jlora.run.job import open_tokenizer
 from jlora.run.label_names import with_label_names
 from jlora.run.loop import start_run, train_loop
@@ -78,6 +79,9 @@ def run(config: Config, options: argparse.Namespace) -> None:
         # while, the weights are loaded.
         mesh = sharding.make_mesh(config.mesh)
         abstract = abstract_job(config=config, tokenizer=tokenizer, mesh=mesh, download=True)
+        if taken := taken_over(config, abstract.config):
+            console.note(f"from lora.init_from: {taken}")
+        config = abstract.config
         for key, prepared in (("data.train", rows), ("data.eval", held_out)):
             if prepared:
                 check_rows_fit(abstract, prepared)

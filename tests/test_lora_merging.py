@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+from flax import linen as nn
 from test_lora import Q, make_params, node, trained
 
 import jlora
@@ -98,6 +99,8 @@ def test_a_tied_embedding_must_be_untied_before_merging(tmp_path):
     np.testing.assert_array_equal(tiny_models.run(again, read, ids), got)
     with pytest.raises(ConfigError, match="not tied"):
         jlora.untie(untied_model, untied_params)
+    with pytest.raises(ConfigError, match=r"Module is no model of jlora's(.|\n)*output layer"):
+        jlora.untie(nn.Module(), params)
 
 
 def test_rows_of_a_tied_embedding_are_merged_for_the_head_too():

@@ -198,15 +198,24 @@ def test_full_fine_tuning_writes_a_model_that_training_goes_on_from(place):
     assert place.losses()[0] < 0.95 * first[0]
 
 
-def test_init_from_goes_on_from_an_adapter(place):
+def test_init_from_goes_on_from_an_adapter(place, capsys):
     place.settings_for_loss()
     place.run(train={"logging_steps": 1, "learning_rate": 3e-2})
     first, result = place.losses(), place.output
     place.output = place.folder / "second"
-    place.run(lora={"init_from": str(result), "r": 2}, train={"logging_steps": 1})
+    other = {"init_from": str(result), "r": 2, "bias": "all", "target_modules": ["q_proj"]}
+    assert place.main(lora=other) == 2
+    message = capsys.readouterr().err
+    assert "lora.r, lora.target_modules, lora.bias: asks for another adapter" in message
+    assert "r: 2 (there 4)" in message and "leave these out" in message
+    capsys.readouterr()
+    lora = {"init_from": str(result), "r": 8, "lora_alpha": 8, "target_modules": r".*_proj"}
+    place.run(lora=lora, train={"logging_steps": 1})
     assert place.losses()[0] < 0.95 * first[0]
     peft = json.loads((place.output / "adapter_config.json").read_text())
-    assert peft["r"] == 4, "the adapter's own"
+    assert peft["r"] == 4, "8 is the default, and gives way"
+    assert config.load(place.output).lora.r == 4
+    assert "from lora.init_from: r: 4" in capsys.readouterr().out
 
 
 def test_show_batch_prints_and_trains_nothing(place, capsys):

@@ -25,6 +25,7 @@ from jlora.io.hf.read import with_score_head
 from jlora.io.peft import abstract_adapter_from_folder
 from jlora.models import Model, as_classifier, with_untied_head
 from jlora.quant.params import quantize_params
+from jlora.run.init_from import with_settings_of
 from jlora.run.job import Job, build_job, check_trainable, configure_model, with_base_name
 
 
@@ -38,7 +39,8 @@ def abstract_job(
 ) -> Job:
     """The job that ``open_job`` would open for training, with shapes in place of its arrays.
 
-    Every shape knows its sharding: a step that is compiled for them is the run's step.
+    Every shape knows its sharding: a step that is compiled for them is the run's step. The job's
+    settings are those of ``lora.init_from``'s adapter where that decides.
 
     Args:
       config: the settings.
@@ -54,7 +56,10 @@ def abstract_job(
         download=download,
         gpu_capability=gpu_capability,
     )
-    return build_job(config=config, tokenizer=tokenizer, source=source)
+    job = build_job(config=config, tokenizer=tokenizer, source=source)
+    if config.lora is None:
+        return job
+    return dataclasses.replace(job, config=with_settings_of(config, job.trainable.config, job.base))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
