@@ -58,6 +58,7 @@ MOE = {
 QWEN3_MOE = transformers.Qwen3MoeConfig(
     **MOE, intermediate_size=48, moe_intermediate_size=48, num_experts=4, decoder_sparse_step=1
 )
+MIXTRAL = transformers.MixtralConfig(**MOE, intermediate_size=48, num_local_experts=4)
 GPT_OSS = transformers.GptOssConfig(**MOE, intermediate_size=32, num_local_experts=4)
 PHI3 = transformers.Phi3Config(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -71,6 +72,7 @@ BASES = {
     "gemma2": GEMMA2,
     "qwen3_moe": QWEN3_MOE,
     "gpt_oss": GPT_OSS,
+    "mixtral": MIXTRAL,
 }
 FAST = {"xla_backend_optimization_level": 0}
 """Compiles in half the time; each program runs once."""
@@ -202,6 +204,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "one matrix of experts": (
         "qwen3_moe",
         {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]},
+    ),
+    "a router": ("qwen3_moe", {"target_modules": ["gate", "q_proj"], "r": 3, "lora_alpha": 6}),
+    "gpt_oss's router": (
+        "gpt_oss",
+        {"target_modules": ["v_proj"], "target_parameters": ["router.weight"]},
+    ),
+    "mixtral's experts and router by their old names": (
+        "mixtral",
+        {"target_modules": ["w1", "w2", "w3", "gate", "q_proj"], "r": 2, "lora_alpha": 5},
     ),
     "gpt_oss's experts": (
         "gpt_oss",

@@ -181,7 +181,7 @@ def _with_delta(
     if initial is not None:
         initial_delta = terms.composed_factors(leaf, initial, config, parts)
         a, b, scale = terms.subtract_factors((a, b, scale), initial_delta)
-    if leaf.kind in paths.EXPERTS:  # stored [out, in]
+    if paths.is_parameter(leaf.path):  # stored [out, in]
         a, b = b.mT, a.mT
     key, dropout = dropout_key, float(config.lora_dropout)
     if key is not None and dropout:
@@ -248,7 +248,7 @@ def _check_shapes(
     """
     *lead, fan_in, fan_out = leaf.value.shape
     lead += adapters
-    if leaf.kind in paths.EXPERTS:
+    if paths.is_parameter(leaf.path):
         fan_in, fan_out = fan_out, fan_in
     key_a, key_b = terms.factor_names(leaf)
     for c in terms.module_columns(leaf, changes, parts):

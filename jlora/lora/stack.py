@@ -204,7 +204,7 @@ def _unfit(
         if path[-1] not in AXIS:
             yield f"{'.'.join(path)} cannot differ between the rows of a batch"
     for name in adapter.config.target_parameters or ():
-        yield f"the experts {name} cannot have adapters that differ between rows"
+        yield f"the parameter {name} cannot have adapters that differ between rows"
     for path, leaf in flat.items():
         name, shape = ".".join(path), room.get(path)
         if shape is None:

@@ -14,7 +14,7 @@ from jlora.ops.weights import output_embedding
 from jlora.tree import paths
 
 
-def untie(model: Model, params: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
+def untie(model: Any, params: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
     """The same model with a separate output head, a transposed copy of the embedding.
 
     An adapter merged into the embedding then leaves the head unchanged (PEFT's merge of a tied
@@ -29,7 +29,7 @@ def untie(model: Model, params: Mapping[str, Any]) -> tuple[Model, dict[str, Any
     return untied, paths.nest({**dict(paths.walk(params)), head: table.mT})
 
 
-def with_untied_head(model: Model) -> Model:
+def with_untied_head(model: Any) -> Model:
     """``untie`` without parameters: those are then read from the files of the tied model.
 
     Raises: as ``untie``.

@@ -46,6 +46,9 @@ OUTPUT_HEADS = ("lm_head", "score", "classifier", "embed_out", "output")
 EXPERTS = ("gate_up_proj", "down_proj")
 """Leaves with one matrix [out, in] for each expert of a mixture: (E, out, in) in each layer."""
 
+ROUTERS = ("gate", "router")
+"""Last names of routers of mixtures, whose leaf ``weight`` is (E, in) in each layer."""
+
 FUSED: dict[str, tuple[str, ...]] = {
     "c_attn": ("q_proj", "k_proj", "v_proj"),
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -140,6 +143,14 @@ def first_layer(stack: Path) -> int:
     """The number of the first layer of a stacked node."""
     run = RUN.fullmatch(stack[-1])
     return int(run[1]) if run else 0
+
+
+def is_parameter(path: Path) -> bool:
+    """Whether a leaf's path may be a parameter without a linear layer: experts, or a router's.
+
+    Such matrices are [out, in]; adapters name them with the leaf's own key (``mlp.gate.weight``).
+    """
+    return path[-1] in EXPERTS or (path[-1] == "weight" and path[-2:-1] in [(r,) for r in ROUTERS])
 
 
 def is_part(module: Path) -> bool:

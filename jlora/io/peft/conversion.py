@@ -58,7 +58,7 @@ def to_peft_form(adapter: Adapter) -> Adapter:
     wholes = [
         leaf.modules_at(terms.adapter_node(leaf))
         for leaf, _ in _weights(leaves)
-        if leaf.kind not in paths.EXPERTS
+        if not paths.is_parameter(leaf.path)
     ]
     adapted = [(whole, [name in settings for name in whole.names()]) for whole in wholes]
     names = listed_names(adapted, names_of_all(config))
@@ -128,7 +128,7 @@ def _weights(leaves: Mapping[paths.Path, paths.Leaf]) -> Iterator[tuple[paths.Le
     for module, added in groups.items():
         delta = next(leaf for path, leaf in added.items() if path[-1] in (*DELTA, *EMBEDDING_DELTA))
         where = (*module, "embedding" if delta.kind in EMBEDDING_DELTA else "kernel")
-        bare = len(delta.shape) == 3  # experts: the node is the leaf itself
+        bare = len(delta.shape) == 3 or module[-1] == "weight"  # the node is the leaf itself
         base = paths.Leaf(module if bare else where, None, delta.stack, delta.layers)
         yield base, {path: leaf.value for path, leaf in added.items()}
 
@@ -148,6 +148,6 @@ def _in_columns(leaf: paths.Leaf, added: Leaves, adapter: Adapter) -> Leaves:
 
 def _settings(leaf: paths.Leaf, module: paths.Path, config: LoraConfig) -> Settings:
     """The settings of a weight's ``module``, or of this part of it, in the layers that adapt it."""
-    rank = parameter_rank_of if leaf.kind in paths.EXPERTS else rank_of
+    rank = parameter_rank_of if paths.is_parameter(leaf.path) else rank_of
     names = leaf.modules_at(module).names()
     return {name: (r, scaling_of(config, name)) for name in names if (r := rank(config, name))}

@@ -71,8 +71,10 @@ def _added_leaf_view(
         return f"{module}.token_adapter.{leaf.kind}", TensorView(layer, layer.shape)
     if layer.ndim == 3:
         return _experts_view(leaf, layer, module, config)
-    if not (r := rank_of(config, module)):
+    is_router = module.endswith(".weight")
+    if not (r := (parameter_rank_of if is_router else rank_of)(config, module)):
         return None
+    module = module.removesuffix(".weight")
     if leaf.kind in (LORA_BIAS, MAGNITUDE):
         suffix = "lora_B.bias" if leaf.kind == LORA_BIAS else leaf.kind
         return f"{module}.{suffix}", TensorView(layer, layer.shape)

@@ -119,3 +119,5 @@ def low_rank_faults(adapter: Adapter, name: str = "the adapter") -> Iterator[str
     for leaf in paths.leaves(adapter.weights):
         if leaf.kind in PAIRS and len(leaf.shape) != 2:
             yield f"{name} adapts experts ({leaf.module()})"
+        elif leaf.kind in PAIRS and leaf.path[-2] == "weight":
+            yield f"{name} adapts a router ({leaf.module()})"

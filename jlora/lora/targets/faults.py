@@ -44,8 +44,8 @@ def _unmatched(
     targets: Sequence[Target],
 ) -> Iterator[str]:
     """A message for every pattern that matches nothing."""
-    linear = [n for c in candidates for n in c.names if not c.experts]
-    parameters = [n for c in candidates for n in c.names if c.experts]
+    linear = [n for c in candidates for n in c.names if not c.is_parameter]
+    parameters = [n for c in candidates for n in c.names if c.is_parameter]
     adapted = [n for t in targets for n, r in zip(t.names, t.ranks, strict=True) if r]
 
     def check(key: str, pattern: str, hits: Iterator[bool], names: Sequence[str]) -> Iterator[str]:
@@ -97,7 +97,7 @@ def _not_adaptable(
     """A message if a regular expression also matches a module that is not linear, as in PEFT."""
     if not isinstance(config.target_modules, str):
         return
-    known = {n for c in candidates for n in c.names if not c.experts}
+    known = {n for c in candidates for n in c.names if not c.is_parameter}
     for name in modules:
         parts = name.split(".")
         nodes = (".".join(parts[: i + 1]) for i in range(len(parts)))
@@ -109,13 +109,13 @@ def _not_adaptable(
 
 def _unsupported(config: LoraConfig, targets: Sequence[Target]) -> Iterator[str]:
     """A message for every setting that does not apply to one of the targets."""
-    experts = [t for t in targets if t.experts]
+    parameters = [t for t in targets if t.is_parameter]
     for key in ("lora_dropout", "use_dora", "lora_bias"):
-        if experts and getattr(config, key):
-            yield f"{key}: is not possible for parameters of experts (target_parameters)"
+        if parameters and getattr(config, key):
+            yield f"{key}: is not possible for experts and routers (target_parameters)"
     kind = config.init_lora_weights
-    if experts and isinstance(kind, str) and kind != "gaussian":
-        yield f"init_lora_weights: {kind} is not possible for experts (target_parameters)"
+    if parameters and isinstance(kind, str) and kind != "gaussian":
+        yield f"init_lora_weights: {kind} is not possible for experts and routers"
     for t in targets:
         decomposed = t.kind == "kernel" and (config.init_splits_base or kind == "loftq")
         if decomposed and max(t.ranks) > min(t.shape):

@@ -9,7 +9,7 @@ from typing import Any
 from jlora.config import LoraConfig
 from jlora.errors import ConfigError
 from jlora.lora.targets.faults import has_token_rows, target_faults
-from jlora.lora.targets.names import resolve, with_score_heads
+from jlora.lora.targets.names import resolve, with_names_of_parameters, with_score_heads
 from jlora.lora.targets.rules import (
     is_replaced,
     parameter_rank_of,
@@ -33,6 +33,11 @@ def find_targets(params: Any, config: LoraConfig) -> tuple[LoraConfig, list[Targ
     conv1d = any(c.path[-1] == "c_attn" for c in candidates)  # GPT-2 stores (in, out)
     layers = [c for c in candidates if c.kind == "kernel" and not paths.is_part(c.path)]
     linear = [path for c in layers for path in _module_paths(c)]
+    config = with_names_of_parameters(
+        config,
+        [name for c in candidates if not c.is_parameter for name in c.names],
+        [name for c in candidates if c.is_parameter for name in c.names],
+    )
     config = dataclasses.replace(resolve(with_score_heads(config), linear), fan_in_fan_out=conv1d)
     ranked = [_ranked(c, config) for c in candidates]
     targets = [t for t in ranked if any(t.ranks)]
@@ -78,7 +83,7 @@ def token_rows(params: Any, config: LoraConfig) -> list[tuple[paths.Leaf, Sequen
 
 
 def _candidates(leaves: Sequence[paths.Leaf]) -> list[Target]:
-    """Every weight that can be adapted: linear layers and their parts, embeddings, experts."""
+    """Every weight that can be adapted: linear layers and their parts, embeddings, parameters."""
     found = []
     shapes = {leaf.path: leaf.shape for leaf in leaves}
     for leaf in leaves:
@@ -91,6 +96,8 @@ def _candidates(leaves: Sequence[paths.Leaf]) -> list[Target]:
         if leaf.kind in paths.EXPERTS and len(shape) == 3:
             experts, fan_out, fan_in = shape
             found.append(target(leaf.path, (fan_in, fan_out), (), leaf.kind, experts))
+        elif leaf.kind == "weight" and paths.is_parameter(leaf.path) and len(shape) == 2:
+            found.append(target(leaf.path, shape[::-1], (), leaf.kind))
         elif leaf.kind in ("kernel", "embedding") and len(shape) == 2 and module:
             found.append(target(module, shape, (), leaf.kind))
             widths = paths.part_widths(module, shapes) if leaf.kind == "kernel" else ()
@@ -111,7 +118,7 @@ def _module_paths(target: Target) -> list[paths.Path]:
 
 
 def _ranked(target: Target, config: LoraConfig) -> Target:
-    rank = parameter_rank_of if target.experts else rank_of
+    rank = parameter_rank_of if target.is_parameter else rank_of
     return target._replace(ranks=tuple(rank(config, name) for name in target.names))
 
 

@@ -65,6 +65,68 @@ def resolve(config: LoraConfig, linear: Sequence[paths.Path]) -> LoraConfig:
     return config
 
 
+OLD_NAMES = {
+    "gate": "gate.weight",
+    "w1": "gate_up_proj",
+    "w3": "gate_up_proj",
+    "w2": "down_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+    "down_proj": "down_proj",
+}
+"""Linear layers of mixtures in transformers 4 → the parameters that hold their weights since then.
+
+As in ``peft.utils.transformers_weight_conversion``: experts are adapted all together.
+"""
+
+
+def with_names_of_parameters(
+    config: LoraConfig, linear: Collection[str], parameters: Collection[str]
+) -> LoraConfig:
+    """The config with routers and experts that are named as linear layers in target_parameters.
+
+    Of gate and up, which are one matrix, each keeps its rank: together they have twice as much.
+
+    Args:
+      config: as given.
+      linear: the names of the tree's linear layers and embeddings.
+      parameters: those of its parameters without a linear layer.
+
+    Raises:
+      ConfigError: only one of gate and up is named.
+    """
+    if isinstance(config.target_modules, str | None):
+        return config
+    moved: dict[str, list[str]] = {}
+    for name in config.target_modules:
+        new = OLD_NAMES.get(name.rpartition(".")[2], "")
+        is_there = any(matching.matches(p, (new,)) for p in parameters)
+        if is_there and not any(matching.matches(n, (name,)) for n in linear):
+            moved.setdefault(new, []).append(name)
+    if not moved:
+        return config
+    fused = moved.get("gate_up_proj", ())
+    lasts = {name.rpartition(".")[2] for name in fused}
+    if len(lasts) == 1:
+        raise ConfigError(
+            f"{fused[0]} is one half of the experts' matrix gate_up_proj, which is adapted as one",
+            where="lora.target_modules",
+            fix="name both halves (w1 and w3, or gate_proj and up_proj), or none",
+        )
+    both = r".*\.gate_up_proj"
+    ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
+    if fused and both not in ranks:
+        ranks[both], alphas[both] = 2 * config.r, 2 * config.lora_alpha
+    gone = {name for names in moved.values() for name in names}
+    return dataclasses.replace(
+        config,
+        target_modules=tuple(name for name in config.target_modules if name not in gone),
+        target_parameters=tuple(dict.fromkeys((*(config.target_parameters or ()), *moved))),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+    )
+
+
 AdaptedModules = Iterable[tuple[paths.ModuleStack, Sequence[bool]]]
 """Modules, one a layer, and whether each layer is adapted."""
 

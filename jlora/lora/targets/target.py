@@ -8,14 +8,14 @@ from jlora.tree import paths
 
 
 class Target(NamedTuple):
-    """A weight to adapt: a linear layer, a part of a fused one, an embedding or expert matrices."""
+    """A weight to adapt: a linear layer, a part of a fused one, an embedding or a parameter."""
 
-    path: paths.Path  # of the module, or of the leaf with expert matrices
+    path: paths.Path  # of the module, or of a parameter's leaf
     stack: paths.Path | None
     names: tuple[str, ...]  # the module's name in each layer
     shape: tuple[int, int]  # (in, out) of one matrix
     ranks: tuple[int, ...] = ()  # one for each layer; 0: the layer is not adapted
-    kind: str = "kernel"  # or "embedding", or the key of expert matrices
+    kind: str = "kernel"  # or "embedding", or the key of a parameter
     experts: int = 0  # number of expert matrices in one layer
     widths: tuple[int, ...] = ()  # columns of all parts, if this is a part of a fused projection
 
@@ -25,9 +25,14 @@ class Target(NamedTuple):
         return paths.ModuleStack(self.path, self.stack, len(self.names) if self.stack else None)
 
     @property
+    def is_parameter(self) -> bool:
+        """Whether it is a parameter without a linear layer: matrices of experts, or a router's."""
+        return self.experts > 0 or self.kind == "weight"
+
+    @property
     def leaf(self) -> paths.Path:
         """The path of the base's leaf."""
-        return self.path if self.experts else (*paths.whole_projection(self.path), self.kind)
+        return self.path if self.is_parameter else (*paths.whole_projection(self.path), self.kind)
 
     @property
     def start(self) -> int:
