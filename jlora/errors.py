@@ -6,7 +6,6 @@ block and exit; a traceback appears only with ``--debug``.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -69,12 +68,57 @@ class StoppedError(JloraError):
 
 
 def nearest(word: str, options: Iterable[str], n: int = 3) -> list[str]:
-    """The options most similar to ``word``, best first; empty if none is close."""
-    return difflib.get_close_matches(word, list(dict.fromkeys(options)), n=n, cutoff=0.5)
+    """The options that ``word`` may be a misspelling of, nearest first, at most ``n``.
+
+    One edit in four letters is allowed; where nothing is as near, options that have all of the
+    word's parts are (``epochs``: ``num_train_epochs``). Empty if there are none.
+    """
+    options, plain = list(dict.fromkeys(options)), _plain(word)
+    edits = {option: _edits(*_without_common_ends(plain, _plain(option))) for option in options}
+    near = sorted((o for o in options if edits[o] is not None), key=lambda o: edits[o] or 0)
+    if not near and len(plain) > 2:
+        parts = set(plain.split("_"))
+        near = [option for option in options if parts <= set(_plain(option).split("_"))]
+    return near[:n]
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str | None:
-    """A remedy naming the nearest options (one, if it is nearly the word), or None."""
-    options = list(options)
-    close = difflib.get_close_matches(word, options, n=1, cutoff=0.85) or nearest(word, options)
+    """A remedy that names the nearest option, or several that are equally near; or None."""
+    close = nearest(word, options)
+    first = [_edits(_plain(word), _plain(option)) for option in close]
+    close = [option for option, edits in zip(close, first, strict=True) if edits == first[0]]
     return f"did you mean {' or '.join(repr(c) for c in close)}?" if close else None
+
+
+def _plain(word: str) -> str:
+    return word.lower().replace("-", "_")
+
+
+def _without_common_ends(a: str, b: str) -> tuple[str, str]:
+    """Two names without the dotted parts that they begin or end with in common (``.jsonl``)."""
+    first, second = a.split("."), b.split(".")
+    while len(first) > 1 < len(second) and first[0] == second[0]:
+        first, second = first[1:], second[1:]
+    while len(first) > 1 < len(second) and first[-1] == second[-1]:
+        first, second = first[:-1], second[:-1]
+    return ".".join(first), ".".join(second)
+
+
+def _edits(a: str, b: str) -> int | None:
+    """The number of edits between two words, transpositions included; None if there are many.
+
+    The distance is that of optimal string alignment.
+    """
+    length = max(len(a), len(b))
+    limit = min(max(1, (length + 1) // 4), length // 2)
+    if abs(len(a) - len(b)) > limit:
+        return None
+    before, last = [], list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(last[j] + 1, row[-1] + 1, last[j - 1] + (x != y)))
+            if i > 1 and j > 1 and x == b[j - 2] and y == a[i - 2]:
+                row[-1] = min(row[-1], before[j - 2] + 1)
+        before, last = last, row
+    return last[-1] if last[-1] <= limit else None

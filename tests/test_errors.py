@@ -46,6 +46,25 @@ def test_nearest_is_best_first_and_empty_when_nothing_is_close():
     assert errors.nearest("aa", ["aa", "aa", "ab"]) == ["aa", "ab"]
 
 
+@pytest.mark.parametrize(
+    ("word", "options", "want"),
+    [
+        ("foo", ["olmo2", "fp4", "opt"], []),
+        ("optax.foo", ["optax.sgd", "optax.lion"], []),
+        ("num_foo", ["num_proc"], []),
+        ("train.jsonl", ["valid.jsonl", "trian.jsonl"], ["trian.jsonl"]),
+        ("AdamW", ["adamw", "lion"], ["adamw"]),
+        ("output-dir", ["output_dir"], ["output_dir"]),
+        ("trian", ["train", "data"], ["train"]),
+        ("epochs", ["num_train_epochs", "seed"], ["num_train_epochs"]),
+        ("x", ["r"], []),
+    ],
+)
+def test_only_what_is_near_is_suggested(word, options, want):
+    """A part that names have in common (``optax.``, ``.jsonl``) does not make them alike."""
+    assert errors.nearest(word, options) == want
+
+
 def test_did_you_mean():
     assert errors.did_you_mean("q_prj", ["q_proj", "zzz"]) == "did you mean 'q_proj'?"
     assert errors.did_you_mean("xyz", ["q_proj"]) is None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from unittest import mock
 
 import jax
@@ -24,7 +25,8 @@ from tiny_models import (
 from jlora.config import QuantConfig
 from jlora.errors import ConfigError
 from jlora.models import Model, attention_context, init_params, layer_scan
-from jlora.models.registry import parse_config
+from jlora.models.other_types import what_is
+from jlora.models.registry import FAMILIES, parse_config
 from jlora.quant.params import quantize_params
 from jlora.tree import paths
 
@@ -248,6 +250,30 @@ def test_init_params_uses_the_configured_standard_deviation():
 def test_unsupported_switches_are_named(change, message):
     with pytest.raises(ConfigError, match=message):
         parse_config({**LLAMA, **change})
+
+
+@pytest.mark.parametrize(
+    ("hf", "message"),
+    [
+        ({"model_type": "foo"}, "'foo' is not supported\n  fix: supported: llama, "),
+        ({"model_type": "llama4"}, "it is a multimodal model\n  fix: supported: llama, "),
+        ({"model_type": "t5"}, "it is an encoder-decoder model\n  fix: supported"),
+        ({"model_type": "qwen3_next"}, "it is a state-space or recurrent model"),
+        ({"model_type": "qwen9"}, "'qwen9' is not supported\n  fix: supported"),
+        ({"model_type": "new", "vision_config": {}}, "it is a multimodal model"),
+        ({"model_type": "new", "is_encoder_decoder": True}, "it is an encoder-decoder model"),
+        ({"model_type": "mixtrl"}, "'mixtrl' is not supported\n  fix: did you mean 'mixtral'?"),
+        ({"model_type": "qwen3moe"}, "did you mean 'qwen3_moe'?"),
+    ],
+)
+def test_a_model_type_is_named_for_what_it_is(hf, message):
+    """Types whose names differ by a number are different models, and none is a misspelling."""
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Model.from_config(hf)
+
+
+def test_no_supported_type_is_listed_as_another():
+    assert not [name for name in FAMILIES if what_is({"model_type": name})]
 
 
 @each_family()

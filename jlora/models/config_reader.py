@@ -84,9 +84,10 @@ class ConfigReader:
 
     def choice(self, key: str, options: Iterable[str], default: str | None = None) -> str:
         """A string, one of ``options``."""
-        value = self.get(key, default)
+        value, options = self.get(key, default), list(options)
         if not isinstance(value, str) or value not in options:
-            raise self.fail(key, f"{value!r} is not supported", did_you_mean(str(value), options))
+            fix = did_you_mean(str(value), options) or f"supported: {', '.join(options)}"
+            raise self.fail(key, f"{value!r} is not supported", fix)
         return value
 
     def token(self, key: str) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from jlora.models.families import (
     vision_language,
 )
 from jlora.models.family import CLASSIFIER, Family
+from jlora.models.other_types import what_is
 
 FAMILIES: dict[str, Family] = {
     **llama.FAMILIES,
@@ -63,17 +65,28 @@ def parse_config(hf: Mapping[str, Any], *, where: str = "config.json") -> Decode
     """
     model_type = hf.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
+        kind = what_is(hf)
         remote = " (auto_map points to code of its own, which jlora never runs)"
         raise ConfigError(
-            f"model_type {model_type!r} is not supported{remote if 'auto_map' in hf else ''}",
+            f"model_type {model_type!r} is not supported{f': it is {kind}' if kind else ''}"
+            f"{remote if 'auto_map' in hf else ''}",
             where=f"{where}: model_type",
-            fix=did_you_mean(str(model_type), FAMILIES) or f"supported: {', '.join(FAMILIES)}",
+            fix=_misspelt(str(model_type), kind) or f"supported: {', '.join(FAMILIES)}",
         )
     keys = ConfigReader(hf, where)
     _check_quantization_method(keys, FAMILIES[model_type])
     keys.only("is_encoder_decoder", False)
     keys.only("add_cross_attention", False)
     return dataclasses.replace(FAMILIES[model_type].read(keys), num_labels=_num_labels(keys))
+
+
+def _misspelt(model_type: str, kind: str | None) -> str | None:
+    """A remedy if it is the misspelt name of a family: another number is another model."""
+    if kind is not None:
+        return None
+    numbers = re.findall(r"\d+", model_type)
+    alike = [name for name in FAMILIES if re.findall(r"\d+", name) == numbers]
+    return did_you_mean(model_type, alike)
 
 
 def as_classifier(
