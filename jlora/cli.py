@@ -30,6 +30,8 @@ class Command(NamedTuple):
     module: str
     help: str
     flags: dict[str, dict[str, Any]] = {}  # noqa: RUF012 (never changed)
+    takes_adapter: bool = False
+    """Whether it also works on the folder of a PEFT adapter."""
 
 
 TARGET_HELP = (
@@ -55,14 +57,22 @@ COMMANDS = {
         "jlora.inspect_config", "show what a run would train, without loading weights"
     ),
     "evaluate": Command(
-        "jlora.evaluate", "measure loss, perplexity and exact match on held-out rows"
+        "jlora.evaluate",
+        "measure loss, perplexity and exact match on held-out rows",
+        takes_adapter=True,
     ),
-    "generate": Command("jlora.generate", "generate replies to prompts with a trained model"),
+    "generate": Command(
+        "jlora.generate", "generate replies to prompts with a trained model", takes_adapter=True
+    ),
     "merge": Command(
-        "jlora.merge", "merge an adapter into its base model, as a transformers folder"
+        "jlora.merge",
+        "merge an adapter into its base model, as a transformers folder",
+        takes_adapter=True,
     ),
     "export": Command(
-        "jlora.export", "write a checkpoint's weights as a PEFT or transformers folder"
+        "jlora.export",
+        "write a checkpoint's weights as a PEFT or transformers folder",
+        takes_adapter=True,
     ),
     "quantize": Command("jlora.quantize", "quantize a base model, as a transformers folder"),
 }
@@ -110,7 +120,7 @@ def leave(code: int) -> NoReturn:
 
 
 def _run(command: Command, options: argparse.Namespace) -> None:
-    settings = config.load(options.config, options.overrides)
+    settings = config.load(options.config, options.overrides, command.takes_adapter)
     importlib.import_module(command.module).run(settings, options)
 
 
@@ -188,8 +198,10 @@ def _parse(command: str, argv: Sequence[str] | None, prog: str) -> argparse.Name
         "settings",
         metavar="CONFIG.yaml section.key=value",
         nargs="*",
-        help="a settings file or a run's output folder, then settings that override the file's, "
-        "such as lora.r=32 or data.train.0.path=rows.jsonl",
+        help="a settings file or a run's output folder"
+        + (", or the folder of a PEFT adapter" * COMMANDS[command].takes_adapter)
+        + ", then settings that override the file's, such as lora.r=32 or "
+        "data.train.0.path=rows.jsonl",
     )
     for flag, arguments in COMMANDS[command].flags.items():
         parser.add_argument(flag, **arguments)

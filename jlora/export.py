@@ -17,12 +17,13 @@ from jlora.config import Config
 from jlora.errors import ConfigError
 from jlora.files import check_output, write_atomic
 from jlora.io import checkpoint
-from jlora.io.peft import BASE_FILE, misreadings
+from jlora.io.peft import BASE_FILE, CONFIG_FILE, load_adapter, misreadings
+from jlora.io.peft.config import read_config
 from jlora.models import Model
-from jlora.run.abstract_job import abstract_adapter, abstract_model
+from jlora.run.abstract_job import abstract_adapter, abstract_base, abstract_model
 from jlora.run.artifacts import note_local_base, write_trained
 from jlora.run.checkpoints import find_checkpoint, fixed_settings
-from jlora.run.job import open_tokenizer, split_adapters
+from jlora.run.job import Job, open_tokenizer, split_adapters, with_base_name
 from jlora.run.label_names import with_label_names
 from jlora.run.open_job import open_job
 from jlora.ui.console import Console
@@ -39,28 +40,33 @@ def run(config: Config, options: argparse.Namespace) -> None:
     Only they are read from the checkpoint, and only the configuration of the base, unless the
     adapter was initialized from the base's weights (PiSSA, OLoRA). With early stopping they are the
     weights of that step; the best ones are in the run's folder when it is done. Each adapter of a
-    multi-adapter run gets a folder.
+    multi-adapter run gets a folder. Of a folder without checkpoints, such as one that PEFT wrote,
+    the adapter is read.
     """
     del options
-    from_weights = config.lora is not None and config.lora.run_splits_base
+    run_folder, chosen = Path(config.train.output_dir), _chosen_checkpoint(config)
+    splits_base = config.lora is not None and config.lora.run_splits_base
+    from_weights = splits_base if chosen else read_config(run_folder).init_splits_base
     if not from_weights:  # nothing is computed: do not occupy an accelerator
         jax.config.update("jax_platforms", "cpu")
-    folder, step = _chosen_checkpoint(config)
-    run_folder = Path(config.train.output_dir)
-    out = Path(config.export.output_dir or run_folder / "exported" / str(step))
+    source = chosen[0] / str(chosen[1]) if chosen else run_folder
+    out = Path(config.export.output_dir or run_folder / "exported" / source.name)
     inputs = {
         "the folder of the run": run_folder,
-        "the checkpoint": folder / str(step),
+        "the checkpoint": source,
         "the folder of the base model": config.model.name_or_path,
     }
     check_output("export.output_dir", out, inputs)
     config, _ = with_label_names(config)
     tokenizer = open_tokenizer(config)
     model = abstract_model(config, tokenizer)
-    settings = fixed_settings(config, "model", "quantization", "lora")
-    like = _abstract_trained(config, model)
-    trained = checkpoint.restore_part(folder, step, TRAINED, like, settings)
-    initial = _compute_initial(config, tokenizer) if from_weights else None
+    if chosen is None:
+        trained, initial = _adapter_of_folder(config, tokenizer, model, from_weights)
+    else:
+        settings = fixed_settings(config, "model", "quantization", "lora")
+        like = _abstract_trained(config, model)
+        trained = checkpoint.restore_part(*chosen, TRAINED, like, settings)
+        initial = _open(config, tokenizer, trained=False).initial if from_weights else None
     written, notes = [], {}
     for adapter_config, tree in split_adapters(config, trained):
         if config.lora:
@@ -71,11 +77,22 @@ def run(config: Config, options: argparse.Namespace) -> None:
         if config.lora and (run_folder / BASE_FILE).is_file():
             write_atomic(target / BASE_FILE, (run_folder / BASE_FILE).read_bytes())
     kind = "adapter" if config.lora else "model"
-    rows = {"checkpoint": folder / str(step), "step": step, kind: ", ".join(written)}
+    rows = {"checkpoint": source, "step": chosen[1]} if chosen else {"from": source}
     note_local_base(console := Console(), trained)
-    console.card("exported", rows | {"tokenizer": out})
+    console.card("exported", rows | {kind: ", ".join(written), "tokenizer": out})
     for note in notes:
         console.warn(note)
+
+
+def _adapter_of_folder(
+    config: Config, tokenizer: Any, model: Model, from_weights: bool
+) -> tuple[Any, Any]:
+    """The adapter in the folder, and what it started from if the base's weights tell."""
+    if from_weights:
+        job = _open(config, tokenizer, trained=True)
+        return job.trainable, job.initial
+    adapter = load_adapter(config.train.output_dir, abstract_base(config, model))
+    return with_base_name(config, adapter), None
 
 
 def _abstract_trained(config: Config, model: Model) -> Any:
@@ -87,19 +104,24 @@ def _abstract_trained(config: Config, model: Model) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*adapters, *x.shape), x.dtype), shapes)
 
 
-def _compute_initial(config: Config, tokenizer: Any) -> Any:
-    """What PiSSA and OLoRA started from, computed from the base's weights."""
+def _open(config: Config, tokenizer: Any, trained: bool) -> Job:
+    """The job with the base's weights, from which PiSSA and OLoRA started."""
     with Console().loading() as progress:
-        return open_job(config, tokenizer, trained=False, progress=progress).initial
+        return open_job(config, tokenizer, trained=trained, progress=progress)
 
 
-def _chosen_checkpoint(config: Config) -> tuple[Path, int]:
-    """The folder and the step of the checkpoint that the settings name; else the last one."""
+def _chosen_checkpoint(config: Config) -> tuple[Path, int] | None:
+    """The folder and the step of the checkpoint that the settings name; else the last one.
+
+    None if there is none, but an adapter.
+    """
     folder, asked = Path(config.train.output_dir) / "checkpoints", config.export.checkpoint
     if asked is not None:
         name = folder / str(asked) if isinstance(asked, int) else asked
         return find_checkpoint(str(name), "export.checkpoint")
     newest = checkpoint.latest(folder)
+    if newest is None and config.lora and (folder.parent / CONFIG_FILE).is_file():
+        return None
     if newest is None:
         raise ConfigError("holds no complete checkpoint", where=str(folder), fix="train it first")
     return folder, newest

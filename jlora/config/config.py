@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from jlora.config.adapter_folder import settings_of_adapter
 from jlora.config.cross_section import (
     CLASSIFICATION,
     classification_faults,
@@ -121,9 +122,14 @@ class Config(ConfigSection):
                 )
 
 
-def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """The settings in a YAML file or a run folder, with overrides; see ``load_section``."""
-    return load_section(Config, path, overrides)
+def load(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), adapters: bool = False
+) -> Config:
+    """The settings in a YAML file or a run folder, with overrides; see ``load_section``.
+
+    With ``adapters`` also those that the folder of a PEFT adapter implies.
+    """
+    return load_section(Config, path, overrides, settings_of_adapter if adapters else None)
 
 
 def options() -> Iterator[Option]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from jlora.config import Config
 from jlora.data import infer_label_names, load_rows
 from jlora.data.rows import LabelledText
+from jlora.errors import ConfigError
 from jlora.io.hf import read_model
 from jlora.io.hf.folder import CONFIG_FILES, find_folder
+from jlora.io.peft import CONFIG_FILE
 from jlora.models import as_classifier
 
 
@@ -32,6 +35,12 @@ def with_label_names(config: Config) -> tuple[Config, str]:
         if found.num_labels is not None:
             found = as_classifier(found, model.num_labels or found.num_labels)
         names, origin = found.id2label, "the model"
+    if not names and (Path(config.data.train[0].path) / CONFIG_FILE).is_file():
+        raise ConfigError(
+            "an adapter's folder does not name the classes",
+            where="model.id2label",
+            fix="add them in the order of their ids: 'model.id2label=[negative, positive]'",
+        )
     if not names:
         rows = (
             row

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,8 +31,19 @@ RESOLVED = "config.yaml"
 """The file in a run folder that holds the run's settings."""
 
 
-def load_section(root: type[T], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> T:
+Implied = Callable[[Path], tuple[Path, dict[str, Any]] | None]
+"""Folder → the file that implies settings, and those; None if there is none."""
+
+
+def load_section(
+    root: type[T],
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    implied: Implied | None = None,
+) -> T:
     """Reads a YAML file, or the config.yaml of a run folder, and applies overrides in order.
+
+    If a folder has none, its settings are those that ``implied`` finds there.
 
     Input paths become absolute, see ``input_paths``. In the settings of a run folder,
     ``train.output_dir`` is replaced by that folder, so that a run can be moved, and the run's
@@ -45,7 +56,12 @@ def load_section(root: type[T], path: str | os.PathLike[str], overrides: Sequenc
     run_folder = path if path.is_dir() else None
     file = path / RESOLVED if run_folder else path
     faults: list[Fault] = []
-    tree = YamlReader(str(file), faults).read(_file_text(file))
+    found = implied(path) if implied and run_folder and not file.exists() else None
+    if found:
+        run_folder, file = None, found[0]
+        tree = YamlNode.of_plain(found[1], str(file))
+    else:
+        tree = YamlReader(str(file), faults).read(_file_text(file))
     if run_folder:
         output_dir = YamlNode(str(run_folder), str(file))
         tree = replace_at(tree, ("train", "output_dir"), output_dir, str(file), faults)

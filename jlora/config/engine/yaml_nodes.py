@@ -35,6 +35,15 @@ class YamlNode:
     override_text: str | None = None
     """The value as it is spelled in an override."""
 
+    @classmethod
+    def of_plain(cls, value: Any, where: str) -> YamlNode:
+        """The node of a plain value, all of it at one place."""
+        if isinstance(value, dict):
+            return cls({key: cls.of_plain(item, where) for key, item in value.items()}, where)
+        if isinstance(value, list):
+            return cls([cls.of_plain(item, where) for item in value], where)
+        return cls(value, where)
+
     def plain(self, done: dict[int, Any] | None = None) -> Any:
         """The value without places; lists and dicts that aliases share stay shared.
 
