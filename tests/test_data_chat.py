@@ -151,6 +151,21 @@ def test_deepseeks_prompt_opens_a_thought_that_its_chats_do_not_have():
     assert not last.lossy
 
 
+def test_a_reply_has_neither_its_header_nor_what_follows_its_eos():
+    """DeepSeek's template writes later calls without the header that the prompt ends in."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<U>' + m.content }}"
+        "{% elif loop.index0 == 1 %}{{ '<|start|>' + m.content + '<|eos|><|start|><|eos|>' }}"
+        "{% else %}{{ '\n' + m.content + '<|eos|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|><think>\n' }}{% endif %}"
+    )
+    first, last = render(template, chat("a", "b", "c", "d"))
+    assert first.text.startswith("<U>a<|start|><think>\n\n</think>\n\nb<|eos|>")
+    assert replies(first) == ["\n</think>\n\nb<|eos|>"]
+    assert last.text.startswith("<U>a<|start|>b<|eos|><|start|><|eos|><U>c<|start|><think>\n")
+    assert replies(last) == ["\n</think>\n\nd<|eos|>"]
+
+
 def test_a_reply_without_its_thinking_is_lossy():
     template = tt.CHATML.replace("m.content", "m.content.split('</think>')[-1]")
     (rendered,) = render(template, chat("a", "<think>why</think>b"))

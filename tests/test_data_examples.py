@@ -169,37 +169,7 @@ STRADDLING = [
 ]
 
 
-def merging_tokenizer():
-    """A SentencePiece-like BPE without pre-tokenization, which merges letters over line breaks.
-
-    A text begins with a piece for a space; decoding leaves it out.
-    """
-    from tokenizers import Tokenizer, decoders, models, normalizers
-    from transformers import PreTrainedTokenizerFast
-
-    characters = [*"▁\nabcdefghijklmnopqrstuvwxyzHT0123456789+?.'<|_>", "\ue000"]
-    merges = [("\n", "h"), ("t", "\n"), ("t\n", "\nh"), ("\n", "\n"), ("e", "l"), ("▁", "a")]
-    vocab = ["<unk>", "<s>", "</s>", *characters, *("".join(m) for m in merges)]
-    tokenizer = Tokenizer(
-        models.BPE({t: i for i, t in enumerate(vocab)}, merges, unk_token="<unk>", fuse_unk=True)
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
-    wrapped.chat_template = (
-        "{% for m in messages %}{{ m.role + '\n' + m.content + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
-    )
-    return wrapped
-
-
-@pytest.mark.parametrize("make", [merging_tokenizer, tt.tiny_tokenizer])
+@pytest.mark.parametrize("make", [tt.merging_tokenizer, tt.tiny_tokenizer])
 @pytest.mark.parametrize("row", [*STRADDLING, Completion("x:3", "a t\n", "\nhel")])
 def test_replies_have_the_tokens_of_inference(make, row):
     """The context of each reply is its prompt's own ids; the reply has no piece for a space."""
@@ -236,7 +206,7 @@ def test_rows_with_the_tokens_of_inference_are_counted():
     assert counts.retokenized == 2  # GPT-2's pattern keeps the line breaks of the others apart
 
 
-@pytest.mark.parametrize("make", [merging_tokenizer, tt.tiny_tokenizer])
+@pytest.mark.parametrize("make", [tt.merging_tokenizer, tt.tiny_tokenizer])
 def test_a_loss_on_all_tokens_has_the_tokens_of_the_whole_text(make):
     tokenizer = make()
     rows = [*STRADDLING, Completion("x:3", "a t\n", "\nhel")]

@@ -140,7 +140,7 @@ def test_nothing_to_learn_is_an_error(tmp_path):
         made(data)
     assert e.value.where == data.train[0].path and "replies" in e.value.fix
     long = [{"prompt": "Hello world " * 50, "completion": "x"}]
-    with pytest.raises(DataError, match=r"1 are longer than data\.max_length=16"):
+    with pytest.raises(DataError, match=r"1 are longer than data\.max_length=16[^$]*raise data"):
         made(config(tmp_path, long, "prompt_completion", max_length=16))
 
 
@@ -174,6 +174,34 @@ def test_warnings(tmp_path):
     eos = {"eos_token": "<|im_end|>"}
     (warning,) = made(config(tmp_path, thinking), template=dropping, **eos).warnings
     assert "only part of the replies" in warning
+
+
+def test_what_may_surprise_in_a_source_is_said(tmp_path):
+    def pair(question, answer):
+        user = {"role": "user", "content": question}
+        return {"messages": [user, {"role": "assistant", "content": answer}]}
+
+    rows = [pair("a", "<think>why</think>b"), pair("a", ""), pair("a", " "), pair("a", "☃b")]
+    rows[0]["messages"] += pair("c", "d")["messages"]
+    prepared = made(config(tmp_path, rows), template=tt.QWEN3, eos_token="<|im_end|>")
+    text = "\n".join(prepared.warnings)
+    assert "1 chats became 2 examples" in text and "2 rows teach an empty reply" in text
+    assert "no tokens for" not in text  # a byte-level tokenizer has tokens for everything
+    (report,) = prepared.sources
+    assert 20 < report.longest < 80
+    assert prepared.largest_token_where.startswith(f"{tmp_path}/train.jsonl:")
+    tokenizer, texts = tt.merging_tokenizer(), [{"text": t} for t in ("a☃b日", "b日", "plain")]
+    data = config(tmp_path, texts, "text")
+    (warning,) = prepare(data.train, tokenizer, data).warnings
+    assert "the tokenizer has no tokens for '日' (2 texts), '☃' (1 texts)" in warning
+
+
+def test_xml_style_calls_are_not_lossy(tmp_path):
+    call = {"function": {"name": "look_up", "arguments": {"city": "Köln", "n": 3}}}
+    rows = chats(1)
+    rows[0]["messages"][1] = {"role": "assistant", "tool_calls": [call]}
+    prepared = made(config(tmp_path, rows), template=tt.XML_CALLS, eos_token="<|im_end|>")
+    assert prepared.warnings == ()
 
 
 def test_unknown_keys_are_listed_once_or_refused(tmp_path):

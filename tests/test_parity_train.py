@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tiny_tokenizer
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -52,7 +54,7 @@ def torch_losses(model, config, batches):
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=t.learning_rate, weight_decay=t.weight_decay)
     scheduler = transformers.get_scheduler(
-        "cosine", optimizer, num_warmup_steps=t.warmup_steps, num_training_steps=STEPS
+        "cosine", optimizer, num_warmup_steps=t.warmup_steps, num_training_steps=len(batches)
     )
     losses = []
     for batch in batches:
@@ -130,3 +132,64 @@ def test_twenty_losses_and_the_adapter_match_peft(tmp_path, assets, name, target
     adapter = jlora.load_adapter(out, params)
     got = np.asarray(jax.jit(jlora_model)(jlora.attach(params, adapter), ids.astype(np.int32)))
     np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("assistant_only_loss", [True, False])
+def test_losses_match_where_tokens_straddle_the_border_of_a_completion(
+    tmp_path, assets, assistant_only_loss
+):
+    """The tokenizer merges over line breaks; the oracle's ids are made here, row by row."""
+    steps, base, out = 6, tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(assets / "models" / "stories260k" / name, base)
+    tokenizer = tiny_tokenizer.merging_tokenizer()
+    tokenizer.save_pretrained(base)
+    words = ("hat", "hello", "house", "he said", "hen", "how many", "a", "the boat")
+    rows = [{"prompt": f"write {w} t\n", "completion": f"\n{w} and more"} for w in words]
+    rows += [{"prompt": f"say {w}\n", "completion": w[::-1]} for w in words[:4]]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    model.save_pretrained(tmp_path / "init")
+    file = tmp_path / "config.yaml"
+    text = TEXT.format(
+        model=base, targets="all-linear", init=tmp_path / "init", rows=tmp_path / "rows.json",
+        out=out, steps=steps,
+    )  # fmt: skip
+    only = str(assistant_only_loss).lower()
+    file.write_text(text.replace("  packing", f"  assistant_only_loss: {only}\n  packing"))
+    config = settings.load(file)
+
+    def ids_and_labels(row):
+        def ids(text):
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        prompt, whole = ids(row["prompt"]), ids(row["prompt"] + row["completion"])
+        mid = len(ids("x"))  # "x" is merged with nothing
+        found = [*prompt, *ids("x" + row["completion"])[mid:]] if assistant_only_loss else whole
+        found.append(tokenizer.eos_token_id)
+        learned = [i >= len(prompt) or not assistant_only_loss for i in range(len(found))]
+        labels = [t if m else -100 for t, m in zip(found, learned, strict=True)]
+        return np.array(found[:-1]), np.array(labels[1:])
+
+    batches = []
+    for step in range(steps):
+        batch = {k: np.zeros((2, 2, 64), int) for k in ("input_ids", "labels", "segment_ids")}
+        batch["labels"] -= 100
+        for i in range(4):
+            found, labels = ids_and_labels(rows[(4 * step + i) % len(rows)])
+            at = (i // 2, i % 2, slice(0, len(found)))
+            batch["input_ids"][at], batch["labels"][at] = found, labels
+            batch["segment_ids"][at] = 1
+        batches.append(batch)
+    expected = torch_losses(model.eval(), config, batches)
+    command = [sys.executable, "-m", "jlora.train", str(file)]
+    subprocess.run(command, check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)

@@ -44,6 +44,15 @@ def test_a_token_without_an_embedding_is_named():
         check_rows_fit(job(vocab_size=30), prepared())
 
 
+def test_the_row_with_a_token_without_an_embedding_is_named():
+    rows = prepared()
+    rows.packed.labels[-1, -1] = 31  # the last token of an example is a label only
+    rows = dataclasses.replace(rows, largest_token_where="rows.jsonl:7")
+    with pytest.raises(DataError, match="token 31, but the model has 31 embeddings") as e:
+        check_rows_fit(job(), rows)
+    assert e.value.where == "rows.jsonl:7"
+
+
 def test_rows_longer_than_the_model_are_refused():
     with pytest.raises(ConfigError, match="8 tokens in a row, but the model has 7 positions"):
         check_rows_fit(job(position_limit=7), prepared(length=8))

@@ -6,7 +6,15 @@ messages, dropped thinking, tools, an eos after the last message only.
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<|begin|>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|stop|>", "<|eos|>"]
@@ -160,4 +168,31 @@ def tiny_tokenizer(
     special = {"bos_token": "<|begin|>", "eos_token": "<|eos|>", **special}
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     wrapped.chat_template = template
+    return wrapped
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """A SentencePiece-like BPE without pre-tokenization, which merges letters over line breaks.
+
+    A text begins with a piece for a space; decoding leaves it out.
+    """
+    characters = [*"▁\nabcdefghijklmnopqrstuvwxyzHT0123456789+?.'<|_>", "\ue000"]
+    merges = [("\n", "h"), ("t", "\n"), ("t\n", "\nh"), ("\n", "\n"), ("e", "l"), ("▁", "a")]
+    vocab = ["<unk>", "<s>", "</s>", *characters, *("".join(m) for m in merges)]
+    tokenizer = Tokenizer(
+        models.BPE({t: i for i, t in enumerate(vocab)}, merges, unk_token="<unk>", fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    wrapped.chat_template = (
+        "{% for m in messages %}{{ m.role + '\n' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+    )
     return wrapped

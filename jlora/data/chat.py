@@ -48,6 +48,9 @@ FIXED_DATE = (
 LONGEST_LEAD = 32
 """Characters between a prompt and a reply's content that a template may add to the reply."""
 
+SHORTEST_END = 5
+"""A prompt is recognised in another text by an end of more characters than these."""
+
 
 @dataclass(frozen=True)
 class RenderedChat:
@@ -214,10 +217,16 @@ class ChatRenderer:
             raise DataError(cause, where=chat.where, fix=fix)
         if not shows_some(message, reply):
             raise _hidden(chat)
+        end = self._end_of_turn(reply)
+        return Reply(prompt, reply[:end], reply[end:])
+
+    def _end_of_turn(self, reply: str) -> int:
+        """Where a reply ends: after its first eos, where generation stops, or its last token."""
+        eos = self.tokenizer.eos_token
+        if eos and (at := reply.find(eos)) >= 0:
+            return at + len(eos)
         ended = reply.rstrip()
-        if not ended.endswith(self.special):
-            ended = reply
-        return Reply(prompt, ended, reply[len(ended) :])
+        return len(ended) if ended.endswith(self.special) else len(reply)
 
     def _after(self, prompt: str, text: str, chat: Chat, i: int) -> str | None:
         """What follows the prompt in a text that renders it differently; None if unclear.
@@ -228,8 +237,12 @@ class ChatRenderer:
             return text[len(prompt) :]
         opened = re.search(r"<(\w+)>\s*$", prompt)
         stem = (prompt[: opened.start()] if opened else prompt).rstrip()
-        start = len(stem) if text.startswith(stem) else self._end_of_prompt(stem, text, chat, i)
-        if start is None:
+        context = self._render(chat, i)
+        if text.startswith(stem):
+            start = len(stem)
+        elif text.startswith(context):  # the reply has another header, or none
+            start = len(context)
+        elif (start := self._end_of_prompt(stem, text, chat, i)) is None:
             return None
         reply = text[start:] if opened is None and stem == prompt else text[start:].lstrip()
         if opened is None:
@@ -249,7 +262,7 @@ class ChatRenderer:
         content, best, longest = self._content_start(chat, i, text), None, 0
         for end in range(content, max(content - LONGEST_LEAD, 0) - 1, -1):
             common = _common_prefix(prompt[::-1], text[:end][::-1])
-            if common > longest and text[end - common : end].strip():
+            if common > max(longest, SHORTEST_END):
                 best, longest = end, common
         return best
 

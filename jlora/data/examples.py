@@ -18,8 +18,9 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from jlora.data.chat import ChatRenderer
-from jlora.data.rows import Chat, Completion, Text
-from jlora.data.tokenizer import bos_prefix, eos_suffix, token_ids
+from jlora.data.rows import Chat, Completion, Text, learned_messages
+from jlora.data.shown import is_empty
+from jlora.data.tokenizer import UnwritableCharacters, bos_prefix, eos_suffix, token_ids
 from jlora.errors import DataError
 
 IGNORE = -100
@@ -85,8 +86,20 @@ class Counts:
     """Chats whose tools or calls are JSON text, since the template does not show them."""
     retokenized: int = 0
     """Rows whose ids are not those of the whole text: a token would straddle a reply's border."""
+    empty_replies: int = 0
+    """Rows with a reply that says nothing."""
+    unwritable: dict[str, int] = field(default_factory=dict)
+    """Characters that the tokenizer has no tokens for, and the numbers of texts that have them."""
+    largest_token: int = -1
+    largest_where: str = ""
+    """The row with the largest token id, which the model may have no embedding for."""
     bad: list[DataError] = field(default_factory=list)
     """Rows that the chat template refuses, or whose label is none of the classes."""
+
+    def add_tokens(self, ids: Int32[np.ndarray, " n"], where: str) -> None:
+        """Notes the largest token id."""
+        if len(ids) and (largest := int(ids.max())) > self.largest_token:
+            self.largest_token, self.largest_where = largest, where
 
 
 def encode(
@@ -103,12 +116,14 @@ def encode(
     without losing a target. ``progress(done, total)`` is called after each chunk of rows.
     ``template_variables`` are given to the chat template.
     """
-    counts, streams = Counts(), []
+    counts, streams, unwritable = Counts(), [], UnwritableCharacters(tokenizer)
     render = ChatRenderer(tokenizer, template_variables or {}) if tokenizer.chat_template else None
     for at in range(0, len(rows), ROWS_PER_CALL):
         chunk = rows[at : at + ROWS_PER_CALL]
         found = [pieces(row, render, counts, assistant_only_loss) for row in chunk]
-        tokens = tokenize([piece for of_row in found for piece in of_row], tokenizer)
+        flat = [piece for of_row in found for piece in of_row]
+        unwritable.count([piece.text for piece in flat], counts.unwritable)
+        tokens = tokenize(flat, tokenizer)
         for of_row in found:
             several, retokenized = 0, False
             for piece in of_row:
@@ -149,6 +164,7 @@ def pieces(
     if isinstance(row, Text):
         return [Piece(row.where, row.text, None, add_bos_eos=True, cut=True)]
     if isinstance(row, Completion):
+        counts.empty_replies += not row.completion.strip()
         found = [completion_piece(row.where, row.prompt, row.completion)]
     elif render is None:
         if row.plain is None:
@@ -175,6 +191,8 @@ def _chat(
     except DataError as e:
         counts.bad.append(e)
         return []
+    replies = [row.messages[i] for i in learned_messages(row)]
+    counts.empty_replies += any(is_empty(message) for message in replies)
     counts.lossy += texts[0].lossy
     counts.lacks_context += texts[0].lacks_context
     return [Piece(row.where, rendered.text, rendered.spans) for rendered in texts]
@@ -256,6 +274,7 @@ def _windows(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Examples (ids, labels) of a token sequence, cut after its last target; none without one."""
     tokens, is_target = np.asarray(ids, np.int32), np.asarray(mask, bool)
+    counts.add_tokens(tokens, piece.where)
     learned = np.flatnonzero(is_target[1:])
     if not piece.cut and len(learned) and learned[-1] >= length:
         counts.truncated += 1

@@ -17,6 +17,7 @@ import numpy as np
 
 from jlora.data.examples import IGNORE, ROWS_PER_CALL, Counts, Examples, concatenate_examples
 from jlora.data.rows import LabelledText
+from jlora.data.tokenizer import UnwritableCharacters
 from jlora.errors import ConfigError, DataError, did_you_mean
 
 
@@ -32,13 +33,14 @@ def encode_labelled(
     Rows whose label is not in ``id2label`` are reported in the counts' ``bad``. Padding at the end,
     which some tokenizers add, is removed: transformers classifies by the last other token.
     """
-    counts, streams = Counts(), []
+    counts, streams, unwritable = Counts(), [], UnwritableCharacters(tokenizer)
     for at in range(0, len(rows), ROWS_PER_CALL):
         chunk = rows[at : at + ROWS_PER_CALL]
         texts = [row.text for row in chunk]
         cut = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
         # Without truncation last: a tokenizer is saved with its last truncation setting.
         whole = tokenizer(texts, verbose=False)["input_ids"]
+        unwritable.count(texts, counts.unwritable)
         for row, ids, uncut in zip(chunk, cut, whole, strict=True):
             try:
                 label = label_id(row, id2label)
@@ -52,6 +54,7 @@ def encode_labelled(
                 counts.dropped += 1
                 continue
             ids = ids[: content[-1] + 1]
+            counts.add_tokens(ids, row.where)
             labels = np.full(len(ids), IGNORE, np.int32)
             labels[-1] = label
             streams.append((ids, labels))

@@ -40,6 +40,7 @@ class SourceReport:
     truncated: int
     dropped: int
     split: int
+    split_examples: int
     lossy: int
     lacks_context: int
     tools_as_text: int
@@ -49,6 +50,9 @@ class SourceReport:
     packed_rows: int
     tokens: int
     target_tokens: int
+    longest: int
+    """Tokens of the longest example."""
+    empty_replies: int
     adapter: str | None = None
     """The adapter that learns the rows, in a multi-adapter run."""
 
@@ -62,6 +66,8 @@ class Prepared:
     warnings: tuple[str, ...]
     fingerprint: str
     """Digest of rows and weights: data with equal digests are the same training data."""
+    largest_token_where: str = ""
+    """The row with the largest token id, which the model may have no embedding for."""
 
     @property
     def length(self) -> int:
@@ -137,8 +143,10 @@ def prepare(
     packed = PackedRows(
         *(np.concatenate(arrays) for arrays in zip(*map(_arrays, parts), strict=True))
     )
-    warnings += _warnings(reports, packed, tokenizer, config)
-    return Prepared(packed, reports, tuple(warnings), _digest(packed, reports))
+    counts = [c for _, c in encoded]
+    warnings += _warnings(reports, counts, packed, tokenizer, config)
+    row = max(counts, key=lambda c: c.largest_token).largest_where
+    return Prepared(packed, reports, tuple(warnings), _digest(packed, reports), row)
 
 
 def _encode(
@@ -218,7 +226,9 @@ def _check(
             f"no token is to be learned in any of its {len(rows.rows)} rows "
             f"({counts.truncated} are longer than data.max_length={config.max_length})"
         )
-        fix = "check that rows have replies, and raise data.max_length if they are cut off"
+        fix = 'give its rows replies that are trained (not "weight": 0)'
+        if counts.truncated:
+            fix = "raise data.max_length: it cuts the replies off"
         raise DataError(cause, where=source.path, fix=fix)
 
 
@@ -237,6 +247,7 @@ def _report(
         truncated=counts.truncated,
         dropped=counts.dropped,
         split=counts.split,
+        split_examples=counts.split_examples,
         lossy=counts.lossy,
         lacks_context=counts.lacks_context,
         tools_as_text=counts.tools_as_text,
@@ -245,15 +256,21 @@ def _report(
         packed_rows=len(packed),
         tokens=len(examples.ids),
         target_tokens=int((examples.labels != IGNORE).sum()),
+        longest=int(examples.lengths.max(initial=0)),
+        empty_replies=counts.empty_replies,
         adapter=source.adapter,
     )
 
 
 def _warnings(
-    reports: Sequence[SourceReport], packed: PackedRows, tokenizer: Any, config: DataConfig
+    reports: Sequence[SourceReport],
+    all_counts: Sequence[Counts],
+    packed: PackedRows,
+    tokenizer: Any,
+    config: DataConfig,
 ) -> list[str]:
     said = []
-    for r in reports:
+    for r, counts in zip(reports, all_counts, strict=True):
         if r.skipped:
             said.append(f"{r.path}: {r.skipped} bad rows skipped, first {r.skipped_notes[0]}")
         if r.truncated:
@@ -261,6 +278,17 @@ def _warnings(
             said.append(f"{r.path}: {r.truncated} of {r.rows} rows are {long}")
         if r.dropped:
             said.append(f"{r.path}: {r.dropped} examples dropped, as nothing in them is learned")
+        if r.split:
+            why = "the chat template writes earlier messages differently later on"
+            said.append(
+                f"{r.path}: {r.split} chats became {r.split_examples} examples, since {why}"
+            )
+        if r.empty_replies:
+            said.append(f"{r.path}: {r.empty_replies} rows teach an empty reply")
+        if counts.unwritable:
+            most = sorted(counts.unwritable.items(), key=lambda item: (-item[1], item[0]))
+            listed = first_ten([f"{character!r} ({n} texts)" for character, n in most])
+            said.append(f"{r.path}: the tokenizer has no tokens for {listed}")
         if r.lossy:
             part = "the chat template shows only part of the replies (thinking or tool calls)"
             said.append(f"{r.path}: {part} of {r.lossy} rows")

@@ -45,6 +45,12 @@ class ShownText:
         return all(self._has(tool["function"]["name"]) for tool in tools or ())
 
 
+def is_empty(message: dict) -> bool:
+    """Whether a message says nothing: no content, thinking or calls."""
+    said = (message["content"], *(message.get(key) for key in REASONING_KEYS))
+    return not message.get("tool_calls") and not any(text and text.strip() for text in said)
+
+
 def shows_reply(message: dict, reply: str) -> bool:
     """Whether a reply's text shows all of its message: content, thinking and tool calls."""
     text = ShownText(reply)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,26 @@ def ensure_template(tokenizer: Any) -> bool:
 def token_ids(text: str, tokenizer: Any) -> list[int]:
     """The tokens of a text without special ones: rendered chat templates contain their bos."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+class UnwritableCharacters:
+    """Finds the printable characters that a tokenizer has no tokens for, each looked up once."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.known: dict[str, bool] = {}
+
+    def count(self, texts: Sequence[str], totals: dict[str, int]) -> None:
+        """Adds the numbers of texts that have each such character to ``totals``."""
+        for text in texts:
+            for character in set(text):
+                if character not in self.known:
+                    self.known[character] = self._is_unwritable(character)
+                if self.known[character]:
+                    totals[character] = totals.get(character, 0) + 1
+
+    def _is_unwritable(self, character: str) -> bool:
+        if character.isspace() or not character.isprintable():
+            return False  # normalizers leave these out on purpose
+        ids, unknown = token_ids(character, self.tokenizer), self.tokenizer.unk_token_id
+        return not ids or (unknown is not None and unknown in ids)

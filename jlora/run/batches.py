@@ -88,12 +88,12 @@ def eval_device_batches(
 
 def check_rows_fit(job: Job, rows: data.Prepared) -> None:
     """Raises if rows hold tokens that the model has no embedding for, or are too long for it."""
-    largest, size = int(rows.packed.input_ids.max()), job.model.config.vocab_size
-    # Compiled, the look-up of such a token is no error: it gives NaN.
+    packed, size = rows.packed, job.model.config.vocab_size
+    largest = max(int(packed.input_ids.max()), int(packed.labels.max()))
     if largest >= size:
         raise DataError(
             f"the tokenizer makes token {largest}, but the model has {size} embeddings",
-            where=job.config.model.name_or_path,
+            where=rows.largest_token_where or job.config.model.name_or_path,
             fix="use the tokenizer that belongs to the model",
         )
     limit = job.model.config.position_limit

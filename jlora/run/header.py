@@ -51,6 +51,12 @@ def show_header(
             adapter = jax.eval_shape(functools.partial(jax.tree.map, lambda x: x[0]), adapter)
         for text in misreadings(adapter):
             console.warn(text)
+    for source in (*train.sources, *(held_out.sources if held_out else ())):
+        if source.longest > (limit := job.model.config.max_position_embeddings):
+            console.warn(
+                f"{source.path}: examples of up to {source.longest} tokens, but the base has "
+                f"max_position_embeddings={limit}"
+            )
     asked, compute_dtype = job.config.quantization, job.config.compute_dtype
     if asked and asked.bnb_4bit_compute_dtype != compute_dtype:
         console.warn(
