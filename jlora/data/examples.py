@@ -90,8 +90,8 @@ class Counts:
     """Rows with a reply that says nothing."""
     unwritable: dict[str, int] = field(default_factory=dict)
     """Characters that the tokenizer has no tokens for, and the numbers of texts that have them."""
-    largest_token: int = -1
-    largest_where: str = ""
+    largest_token: int = field(default=-1, compare=False)
+    largest_where: str = field(default="", compare=False)
     """The row with the largest token id, which the model may have no embedding for."""
     bad: list[DataError] = field(default_factory=list)
     """Rows that the chat template refuses, or whose label is none of the classes."""
