@@ -259,3 +259,39 @@ def test_a_tied_head_is_untied_for_transformers_too(made, tmp_path):
 def test_what_is_wrong_in_text_config_is_named(change, message):
     with pytest.raises(ConfigError, match=message):
         Model.from_config({"model_type": "mistral3", **change})
+
+
+@pytest.mark.parametrize("skipped", [None, ["lm_head", "model.vision_tower", "layers.1.mlp"]])
+def test_folders_quantized_by_bitsandbytes_are_read_and_written(tmp_path, skipped):
+    """By default the vision tower is quantized, too: it is copied, or dequantized."""
+    bnb = pytest.importorskip("bitsandbytes")
+    text = {**CONFIGS["gemma3"]["text_config"], "hidden_size": 64, "intermediate_size": 64}
+    vision = {**PATCHES, "hidden_size": 64, "intermediate_size": 64}
+    hf = {**CONFIGS["gemma3"], "text_config": text, "vision_config": vision}
+    config = transformers.AutoConfig.for_model("gemma3", **hf)
+    torch.manual_seed(0)
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "16")
+    settings = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skipped
+    )
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "device_map": "cpu"}
+    auto = transformers.AutoModelForImageTextToText
+    quantized = auto.from_pretrained(tmp_path / "16", quantization_config=settings, **options)
+    quantized.save_pretrained(tmp_path / "4")
+
+    model, params = load_pretrained(tmp_path / "4", dtype="float32")
+    save_pretrained(tmp_path / "dense", model, params)
+    save_pretrained(tmp_path / "again", model, params, quantized=True)
+    dense, again = load_torch(tmp_path / "dense"), load_torch(tmp_path / "again")
+    assert_close(logits(model, params), torch_logits(dense))
+    modules = dict(quantized.named_modules())
+    linear = [n for n, m in modules.items() if isinstance(m, bnb.nn.Linear4bit)]
+    assert any("vision" in name for name in linear) == (skipped is None)
+    for name in linear:
+        weight = modules[name].weight
+        values = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        torch.testing.assert_close(dense.get_submodule(name).weight, values, rtol=0, atol=0)
+        same = again.get_submodule(name).weight.data
+        torch.testing.assert_close(same, weight.data, rtol=0, atol=0)
+    others = {n for n, m in again.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert others == {*linear}

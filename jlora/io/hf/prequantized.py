@@ -28,10 +28,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jlora.config import QuantConfig
-from jlora.io.hf.folder import Shards
+from jlora.errors import DataError
+from jlora.io.hf.folder import FLOATS, Shards
 from jlora.io.hf.names import CheckpointTensor
 from jlora.quant.codebooks import DYNAMIC_MAP, FOUR_BIT
 from jlora.quant.nf4 import BLOCK_SIZES, NESTED_BLOCK, NF4Array
@@ -268,6 +270,52 @@ def _others(parts: Mapping[str, str], wanted: Iterable[str]) -> Problems:
     return [
         (name, "is not part of this model") for part, name in parts.items() if part not in wanted
     ]
+
+
+class DequantizedShards(Shards):
+    """Shards in which the quantized matrices appear as dense tensors of a float ``dtype``."""
+
+    def __init__(self, shards: Shards, dtype: str):
+        self._shards, self.problems = shards, shards.problems
+        self._parts = find_quantization_tensors(shards.files)
+        hidden = {name for parts in self._parts.values() for name in parts.values()}
+        self.files = {name: file for name, file in shards.files.items() if name not in hidden}
+        self._dtype = dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape; for a quantized one the matrix's.
+
+        Raises DataError if its ``quant_state`` has none.
+        """
+        states = [part for part in self._parts.get(name, {}) if part.startswith(STATE)]
+        if not states:
+            return self._shards.shape(name)
+        state = self._parts[name][states[0]]
+        try:
+            rows, columns = json.loads(self._shards.read(state).tobytes())["shape"]
+            return int(rows), int(columns)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DataError("does not say the matrix's shape", where=state) from error
+
+    def dtype(self, name: str) -> str:
+        """The type's name."""
+        if name not in self._parts:
+            return self._shards.dtype(name)
+        return next(stored for stored, numpy in FLOATS.items() if numpy == self._dtype)
+
+    def read(self, name: str, span: slice | None = None) -> np.ndarray:
+        """The tensor's values, or those of a slice of rows."""
+        if name not in self._parts:
+            return self._shards.read(name, span)
+        tensor = CheckpointTensor(name, ("kernel",), None, True, self.shape(name))
+        stored, problems = read_layout(self._shards, name, self._parts[name], tensor)
+        if stored is None:
+            where, cause = problems[0]
+            raise DataError(cause, where=where)
+        like = _shape(tensor, np.dtype(self._dtype), stored.config)
+        kind = jax.tree.structure(like)
+        matrix = jax.tree.unflatten(kind, read_children(self._shards, stored, like))
+        return np.asarray(jax.tree.map(jnp.asarray, matrix).dequantize())[span or slice(None)]
 
 
 def mixed_layouts(

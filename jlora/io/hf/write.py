@@ -179,20 +179,22 @@ def _bytes(size: int | str) -> int:
 def _others(model: Model, quantized: bool) -> Iterator[Shards]:
     """The tensors to copy from the model's source: those that belong to no part of the model.
 
-    Raises ConfigError if they are quantized, and the model is not to be written so.
+    Quantized ones are dequantized unless ``quantized``.
+
+    Raises StorageError if the source is not there any more.
     """
     if model.source is None:
         yield Shards({}, None)
         return
+    if not Path(model.source).is_dir():
+        raise StorageError(
+            "the folder that the model was read from is gone; its vision tower is copied from it",
+            where=model.source,
+            fix="put the folder back, then run the same command again",
+        )
     with open_shards(Path(model.source)) as shards:
         shards.files = {n: file for n, file in shards.files.items() if is_of_others(n, model)}
-        if not quantized and prequantized.find_quantization_tensors(shards.files):
-            raise ConfigError(
-                "its vision tower is quantized, and cannot be copied into a dense model",
-                where=model.source,
-                fix="use the model that it was quantized from",
-            )
-        yield shards
+        yield shards if quantized else prequantized.DequantizedShards(shards, model.dtype)
 
 
 def _processor_texts(model: Model) -> dict[str, str]:
