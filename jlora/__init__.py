@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jlora.interop.linen import from_linen
     from jlora.interop.nnx import from_nnx
     from jlora.io.hf import load_pretrained, save_pretrained
-    from jlora.io.peft import load_adapter, save_adapter
+    from jlora.io.peft import load_adapter, save_adapter, with_adapter_embeddings
     from jlora.lora import (
         Adapter,
         AdapterStack,
@@ -72,6 +72,7 @@ __all__ = [
     "stack_adapters",
     "unmerge",
     "untie",
+    "with_adapter_embeddings",
 ]
 
 _FUNCTIONS = {
@@ -101,6 +102,7 @@ _FUNCTIONS = {
     "stack_adapters": "lora",
     "unmerge": "lora",
     "untie": "models",
+    "with_adapter_embeddings": "io.peft",
 }
 """Public name → the module that defines it, and its name there where that differs."""
 

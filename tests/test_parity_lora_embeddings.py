@@ -145,6 +145,30 @@ def test_a_tied_head_trains_after_untying_and_loads_in_peft_on_the_tied_base(bas
     check(base, dataclasses.replace(base, model=model, params=params), fields, tmp_path)
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_an_adapter_with_a_resized_vocabulary_brings_its_embeddings(bases, tied, tmp_path):
+    base, fields = bases[tied], {"target_modules": ["q_proj"]}
+    make_peft(base, fields).save_pretrained(tmp_path / "same", save_embedding_layers=True)
+    same = jlora.load_adapter(tmp_path / "same", base.params)
+    assert set(same.weights) == {"model"}
+
+    module = copy.deepcopy(base.module)
+    module.resize_token_embeddings(70, mean_resizing=False)
+    peft_model = make_peft(base, fields, module)
+    peft_model.save_pretrained(tmp_path / "more", save_embedding_layers=True)
+    with pytest.raises(DataError, match=r"vocabulary may have been resized(.|\n)*embeddings\("):
+        jlora.load_adapter(tmp_path / "more", base.params)
+    model, params = jlora.with_adapter_embeddings(tmp_path / "more", base.model, base.params)
+    adapter = jlora.load_adapter(tmp_path / "more", params)
+    resized = dataclasses.replace(base, model=model)
+    assert_close(jlora_logits(resized, params, adapter), torch_logits(peft_model), 1e-5)
+    jlora.save_pretrained(tmp_path / "base", model, params)
+    assert jlora.load_pretrained(tmp_path / "base")[0].config.vocab_size == 70
+    with pytest.raises(DataError, match="holds no embedding"):
+        jlora.save_adapter(tmp_path / "none", same)
+        jlora.with_adapter_embeddings(tmp_path / "none", base.model, base.params)
+
+
 def test_untying_while_loading_or_later_is_the_same(bases):
     base = bases[True]
     model, params = jlora.load_pretrained(base.folder, dtype="float32", untie=True)

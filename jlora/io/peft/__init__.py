@@ -3,6 +3,7 @@
 from jlora.io.peft.base_model import BASE_FILE, base_record, write_base_record
 from jlora.io.peft.config import CONFIG_FILE
 from jlora.io.peft.consumers import misreadings
+from jlora.io.peft.embeddings import with_adapter_embeddings
 from jlora.io.peft.save_load import (
     abstract_adapter_from_folder,
     file_bytes,
@@ -23,5 +24,6 @@ __all__ = [
     "misreadings",
     "save_adapter",
     "to_peft_tensors",
+    "with_adapter_embeddings",
     "write_base_record",
 ]

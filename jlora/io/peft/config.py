@@ -11,6 +11,8 @@ from typing import Any
 from jlora.config import LoraConfig
 from jlora.errors import ConfigError, DataError
 from jlora.files import storage_errors, write_atomic
+from jlora.io.peft.other_tools import MLX_FILE, mlx_fields
+from jlora.io.peft.tensors import TENSOR_FILE
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -52,6 +54,8 @@ def read_config(directory: str | Path) -> LoraConfig:
             raw = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"is not JSON: {error}", where=str(file)) from error
+    if isinstance(raw, dict) and "lora_parameters" in raw and "peft_type" not in raw:
+        return LoraConfig(**mlx_fields(raw, directory))
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         kind = raw.get("peft_type") if isinstance(raw, dict) else None
         raise DataError(f"is not a LoRA adapter (peft_type: {kind})", where=str(file))
@@ -66,6 +70,11 @@ def read_config(directory: str | Path) -> LoraConfig:
     # PEFT writes null for settings that are not used, some of which have another default here.
     fields = {k: v for k, v in raw.items() if k in known and v is not None}
     return LoraConfig(**fields)
+
+
+def is_mlx(directory: str | Path) -> bool:
+    """Whether the folder is mlx-lm's."""
+    return (Path(directory) / MLX_FILE).is_file() and not (Path(directory) / TENSOR_FILE).is_file()
 
 
 def write_config(directory: str | Path, config: LoraConfig) -> None:

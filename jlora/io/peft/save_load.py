@@ -21,14 +21,16 @@ from jlora.config import LoraConfig
 from jlora.errors import DataError
 from jlora.files import write_atomic
 from jlora.io.peft.base_model import base_mismatch, write_base_record
-from jlora.io.peft.config import read_config, write_config
+from jlora.io.peft.config import is_mlx, read_config, write_config
 from jlora.io.peft.conversion import to_peft_form
+from jlora.io.peft.embeddings import drop_base_weights
 from jlora.io.peft.initial_factors import abstract_initial_factors, with_initial_factors
 from jlora.io.peft.older_releases import rename_old_tensors
+from jlora.io.peft.other_tools import MLX_FILE, from_mlx, with_peft_names
 from jlora.io.peft.tensors import (
     TENSOR_FILE,
-    drop_base_weights,
     mismatches,
+    only_names_differ,
     read_tensors,
     tensor_views,
 )
@@ -91,6 +93,8 @@ def save_adapter(
 def load_adapter(directory: str | Path, params: Any) -> Adapter:
     """Loads a PEFT adapter for the model with the parameters ``params`` (may be abstract).
 
+    Names with the prefixes of other tools, and mlx-lm's folders, are read, too (``other_tools``).
+
     For ``pissa`` and ``olora`` the initial factors are computed again, as in PEFT, and become
     ``initial``; that needs ``params`` to have values.
 
@@ -100,22 +104,24 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
       ConfigError: it uses a feature of PEFT that jlora lacks, its patterns match nothing, or its
         initial factors cannot be computed from ``params``.
     """
-    file = Path(directory) / TENSOR_FILE
     config = read_config(directory)
+    file = Path(directory) / (MLX_FILE if is_mlx(directory) else TENSOR_FILE)
     shapes = _abstract_adapter(config, params)
     arrays = {path: np.zeros(x.shape, np.float32) for path, x in paths.walk(shapes.weights)}
     views = tensor_views(arrays, shapes.config)
-    tensors = rename_old_tensors(read_tensors(file), views, shapes.config, file)
+    tensors = read_tensors(file)
+    if file.name == MLX_FILE:
+        tensors = from_mlx(tensors, views)
+    tensors = rename_old_tensors(tensors, views, shapes.config, file)
+    tensors = with_peft_names(tensors, views, file)
     drop_base_weights(tensors, params, shapes.config, file)
-    faults = [*mismatches(tensors, views), *base_mismatch(directory, params, shapes.config)]
-    if faults:
-        more = [f"… and {len(faults) - 20} more"] if faults[20:] else []
-        listing = "\n  ".join(faults[:20] + more)
-        raise DataError(
-            f"the adapter does not fit the model:\n  {listing}",
-            where=str(file),
-            fix="use the base model that it was trained on",
-        )
+    if faults := [*mismatches(tensors, views), *base_mismatch(directory, params, shapes.config)]:
+        more = [f"… and {len(faults) - 10} more"] if faults[10:] else []
+        cause, fix = "the adapter does not fit the model", "use the base model of its training"
+        if only_names_differ(tensors, views):
+            cause = "the tensors have other names than the adapter's"
+            fix = "give them the missing names, or save the adapter again with PEFT"
+        raise DataError("\n  ".join([f"{cause}:", *faults[:10], *more]), where=str(file), fix=fix)
     for name, view in views.items():
         view.write(tensors[name])
     weights = paths.nest({path: jnp.asarray(array) for path, array in arrays.items()})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,44 +130,33 @@ def _is_transposed(leaf: paths.Leaf, config: LoraConfig, arrays: Any) -> bool:
 
 
 def mismatches(tensors: Mapping[str, np.ndarray], views: Mapping[str, TensorView]) -> list[str]:
-    """Messages about missing, unknown and misshapen ``tensors``."""
-    faults = [f"missing {name}" for name in views if name not in tensors]
-    faults += [f"unknown {name}" for name in tensors if name not in views]
+    """Messages about missing, unknown and misshapen ``tensors``; the layers of one are grouped."""
+    missing = _grouped(name for name in views if name not in tensors)
+    unknown = _grouped(name for name in tensors if name not in views)
+    faults = [f"missing {name}" for name in missing] + [f"unknown {name}" for name in unknown]
     for name, view in views.items():
         if name in tensors and tensors[name].shape != view.shape:
             faults.append(f"{name} has shape {tensors[name].shape}, expected {view.shape}")
     return faults
 
 
-def drop_base_weights(
-    tensors: dict[str, np.ndarray], params: Any, config: LoraConfig, file: Path
-) -> None:
-    """Removes the base weights that PEFT saves with an adapted output head or embedding.
+def only_names_differ(tensors: Mapping[str, np.ndarray], views: Mapping[str, TensorView]) -> bool:
+    """Whether the tensors have the shapes of the missing ones: nothing speaks for another base."""
+    missing = sorted(view.shape for name, view in views.items() if name not in tensors)
+    unknown = sorted(value.shape for name, value in tensors.items() if name not in views)
+    fit = all(x.shape == views[name].shape for name, x in tensors.items() if name in views)
+    return fit and bool(missing) and missing == unknown
 
-    Raises:
-      DataError: one differs from the model's weight: the adapter is for another base.
-    """
-    for leaf in paths.leaves(params):
-        name = f"{PREFIX}{leaf.module()}.base_layer.weight"
-        if leaf.kind not in ("kernel", "embedding") or name not in tensors:
-            continue
-        if not rank_of(config, leaf.module()):
-            continue
-        value = tensors.pop(name)
-        if not getattr(
-            leaf.value, "is_fully_addressable", False
-        ):  # abstract, or shards on other hosts
-            continue
-        weight = np.asarray(leaf.value)
-        weight = weight if leaf.kind == "embedding" else weight.T
-        same_shape = weight.shape == value.shape
-        # The file has the dtype that PEFT trained in, the model the one that it was loaded in.
-        if not same_shape or not np.array_equal(value.astype(weight.dtype), weight):
-            raise DataError(
-                f"{name} is not the model's weight",
-                where=str(file),
-                fix="use the base model that it was trained on",
-            )
+
+def _grouped(names: Iterable[str]) -> list[str]:
+    """One name for those that differ in numbers only, with their count."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
+    return [
+        found[0] if len(found) == 1 else f"{pattern} ({len(found)}, such as {found[0]})"
+        for pattern, found in groups.items()
+    ]
 
 
 def read_tensors(file: Path) -> dict[str, np.ndarray]:

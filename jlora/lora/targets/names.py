@@ -105,7 +105,7 @@ def with_names_of_parameters(
             moved.setdefault(new, []).append(name)
     if not moved:
         return config
-    fused = moved.get("gate_up_proj", ())
+    fused = moved.get("gate_up_proj", [])
     lasts = {name.rpartition(".")[2] for name in fused}
     if len(lasts) == 1:
         raise ConfigError(

@@ -1,0 +1,112 @@
+"""The base's embeddings and output heads that PEFT saves with an adapter.
+
+It does so for those that are adapted, and for all of them after the vocabulary was resized.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.config import LoraConfig
+from jlora.errors import DataError
+from jlora.io.peft.tensors import PREFIX, TENSOR_FILE, read_tensors
+from jlora.lora.targets import is_replaced
+from jlora.lora.targets.rules import INPUT_EMBEDDINGS
+from jlora.models import Model
+from jlora.tree import paths
+
+
+def drop_base_weights(
+    tensors: dict[str, np.ndarray], params: Any, config: LoraConfig, file: Path
+) -> None:
+    """Removes the base's embeddings and heads from ``tensors``; trained ones stay.
+
+    Raises:
+      DataError: one differs from the model's weight: the adapter is for another base, or one with
+        another vocabulary.
+    """
+    for name, leaf in [*_saved_weights(tensors, params)]:
+        if is_replaced(config, leaf.module(), leaf.kind):
+            continue
+        value = tensors.pop(name)
+        shape = leaf.shape if leaf.kind == "embedding" else leaf.shape[::-1]
+        # Abstract leaves, quantized ones and shards on other hosts are not compared by value.
+        here = getattr(leaf.value, "is_fully_addressable", False)
+        cause = f"it has the shape {value.shape}, here it is {shape}"
+        if value.shape == shape:
+            rows = _differing_rows(value, leaf) if here else []
+            if not rows:
+                continue
+            cause = f"{len(rows)} rows differ"
+        if value.shape[1:] == shape[1:]:
+            cause += "; the vocabulary may have been resized"
+        raise DataError(
+            f"{name} is not the model's weight ({cause})",
+            where=str(file),
+            fix="use the base model that it was trained on; or take its embeddings from here: "
+            "model, params = jlora.with_adapter_embeddings(folder, model, params), for the "
+            "commands saved with jlora.save_pretrained",
+        )
+
+
+def with_adapter_embeddings(
+    directory: str | Path, model: Model, params: Mapping[str, Any]
+) -> tuple[Model, dict[str, Any]]:
+    """The model with the embeddings and the head that are saved in an adapter's folder.
+
+    That is the base of an adapter for which the vocabulary was resized.
+
+    Args:
+      directory: PEFT's folder.
+      model: the base as it was before.
+      params: its parameters; saved leaves are cast to their dtypes.
+
+    Raises:
+      DataError: the folder has no embedding, or its shapes do not fit together.
+    """
+    file = Path(directory) / TENSOR_FILE
+    tensors = read_tensors(file)
+    found = {leaf.path: (leaf, tensors[name]) for name, leaf in _saved_weights(tensors, params)}
+    sizes = {value.shape[0] for _, value in found.values()}
+    table = next((leaf for leaf, _ in found.values() if leaf.kind == "embedding"), None)
+    if table is None or len(sizes) > 1:
+        cause = f"holds {sorted(sizes)} rows" if found else "holds no embedding"
+        raise DataError(cause, where=str(file), fix="use the base model as it is")
+    leaves = dict(paths.walk(params))
+    for path, (leaf, value) in found.items():
+        value = value if leaf.kind == "embedding" else value.T
+        leaves[path] = jnp.asarray(value.astype(np.dtype(leaf.value.dtype)))
+    heads = [leaf for leaf in paths.leaves(params) if leaf.path[-2:] == ("lm_head", "kernel")]
+    if any(leaf.path not in found and leaf.shape[-1] not in sizes for leaf in heads):
+        raise DataError(f"holds no output head of {sizes} columns", where=str(file))
+    (size,) = sizes
+    hf = json.dumps({**model.config.hf, "vocab_size": size}, sort_keys=True)
+    config = dataclasses.replace(model.config, vocab_size=size, hf_json=hf)
+    return dataclasses.replace(model, config=config), paths.nest(leaves)
+
+
+def _saved_weights(
+    tensors: Mapping[str, np.ndarray], params: Any
+) -> Iterator[tuple[str, paths.Leaf]]:
+    """Names of tensors that are weights of the base, and the leaves; a tied head's is the table."""
+    leaves = [leaf for leaf in paths.leaves(params) if leaf.stack is None and len(leaf.shape) == 2]
+    by_module = {leaf.module(): leaf for leaf in leaves if leaf.kind in ("kernel", "embedding")}
+    tables = [x for name, x in by_module.items() if name.rpartition(".")[2] in INPUT_EMBEDDINGS]
+    tied = {} if not tables else dict.fromkeys(paths.OUTPUT_HEADS, tables[0])
+    for module, leaf in (tied | by_module).items():
+        for end in (".weight", ".base_layer.weight"):
+            if f"{PREFIX}{module}{end}" in tensors:
+                yield f"{PREFIX}{module}{end}", leaf
+
+
+def _differing_rows(value: np.ndarray, leaf: paths.Leaf) -> list[int]:
+    weight = np.asarray(leaf.value)
+    weight = weight if leaf.kind == "embedding" else weight.T
+    return np.flatnonzero((value.astype(weight.dtype) != weight).any(1)).tolist()

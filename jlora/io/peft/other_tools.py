@@ -1,0 +1,127 @@
+"""Adapters by other tools: names with prefixes, and the files of mlx-lm.
+
+=================  =========================================================================
+``_orig_mod.``     a model that ``torch.compile`` wrapped
+``module.``        one that DistributedDataParallel wrapped
+``.default``       the adapter's name, which PEFT leaves out of its files
+``model.``         once more, or once less, than PEFT's ``base_model.model.``
+mlx-lm             ``adapters.safetensors``: ``lora_a`` (in, r), ``lora_b`` (r, out), ``scale``
+=================  =========================================================================
+
+torchtune's adapter in PEFT's format has PEFT's names; its own checkpoints are refused, because
+they permute the rows of queries and keys.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from jlora.errors import ConfigError, DataError
+from jlora.files import storage_errors
+
+MLX_FILE = "adapters.safetensors"
+PREFIX = "base_model.model."
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of names that wrappers of torch modules insert."""
+
+LEAVES = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
+"""After these a torch model's names have the adapter's, such as ``default``; PEFT's files do not."""
+
+LEADING = ("base_model", "module", "model")
+"""First parts of names that tools add or leave out."""
+
+
+class AdapterNamesWarning(UserWarning):
+    """The tensors of an adapter had other names than PEFT's, and were recognised."""
+
+
+def with_peft_names(
+    tensors: dict[str, np.ndarray], expected: Collection[str], file: Path
+) -> dict[str, np.ndarray]:
+    """The tensors under the ``expected`` names that they have without known prefixes.
+
+    A warning says what was renamed. Names that are not recognised stay.
+
+    Raises:
+      DataError: two tensors would have the same name.
+    """
+    short = {_core(name): name for name in expected}
+    renamed, changed = {}, {}
+    for name, value in tensors.items():
+        new = name if name in expected else short.get(_core(name), name)
+        if new in renamed:
+            raise DataError(
+                f"{new} is there under two names",
+                where=str(file),
+                fix="keep one of them",
+            )
+        renamed[new] = value
+        if new != name:
+            changed[name] = new
+    if changed:
+        old, new = next(iter(changed.items()))
+        warnings.warn(
+            f"{file}: {len(changed)} tensors have names of another tool: {old} is read as {new}",
+            AdapterNamesWarning,
+            stacklevel=4,
+        )
+    return renamed
+
+
+def _core(name: str) -> tuple[str, ...]:
+    """The parts of a name without those that tools add."""
+    name = re.sub(rf"\.({LEAVES})\.(?!weight$|bias$)\w+(?=\.|$)", r".\1", name)
+    name = re.sub(r"\.modules_to_save\.\w+(?=\.weight$|\.bias$)", "", name)
+    name = name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+    parts = [p for p in name.split(".") if p not in WRAPPERS]
+    while parts and parts[0] in LEADING:
+        parts.pop(0)
+    return tuple(parts)
+
+
+def mlx_fields(raw: Mapping[str, Any], directory: str | Path) -> dict[str, Any]:
+    """The fields of a LoraConfig for a folder of mlx-lm, whose ``adapter_config.json`` is ``raw``.
+
+    mlx-lm's scale multiplies A @ B as it is: alpha is rank times scale.
+
+    Raises:
+      ConfigError: it is not an adapter of LoRA or DoRA, or one of experts.
+    """
+    kind, settings = raw.get("fine_tune_type", "lora"), raw["lora_parameters"]
+    file = Path(directory) / MLX_FILE
+    with storage_errors(file), safetensors.safe_open(file, "numpy") as f:
+        shapes = {name: f.get_slice(name).get_shape() for name in f.keys()}  # noqa: SIM118
+    odd = [name for name, shape in shapes.items() if len(shape) > 2]
+    if kind not in ("lora", "dora") or odd:
+        cause = f"mlx-lm's {odd[0]} is of experts" if odd else f"mlx-lm's fine_tune_type: {kind}"
+        raise ConfigError(f"{cause}, which jlora does not read", where=str(file))
+    rank, scale = settings["rank"], settings["scale"]
+    return {
+        "r": rank,
+        "lora_alpha": rank * scale,
+        "lora_dropout": settings.get("dropout", 0.0),
+        "target_modules": sorted(name[:-7] for name in shapes if name.endswith(".lora_a")),
+        "use_dora": kind == "dora",
+    }
+
+
+def from_mlx(tensors: Mapping[str, np.ndarray], expected: Collection[str]) -> dict[str, np.ndarray]:
+    """mlx-lm's tensors with PEFT's names, and in torch's orientation."""
+    found = {}
+    for name, value in tensors.items():
+        module, _, last = name.rpartition(".")
+        ends = {
+            "lora_a": ("lora_A.weight", "lora_embedding_A"),
+            "lora_b": ("lora_B.weight", "lora_embedding_B"),
+            "m": ("lora_magnitude_vector",),
+        }.get(last, (last,))
+        names = [f"{PREFIX}{module}.{end}" for end in ends]
+        found[next((n for n in names if n in expected), names[0])] = value.T
+    return found
