@@ -100,6 +100,14 @@ def test_real_rows_with_calls_are_taken_by_a_template_with_ids(assets):
     assert (counts.lossy, counts.lacks_context, counts.tools_as_text) == (0, 0, 0)
 
 
+def test_tools_are_listed_in_the_first_user_message_where_no_system_text_is_taken():
+    """Gemma's template refuses system messages."""
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (rendered,) = ChatRenderer(tt.tiny_tokenizer(refusing + tt.CHATML))(ROW)
+    assert rendered.text.startswith("<|im_start|>user\nTools:\n[{")
+    assert "}]\n\nWhere?<|im_end|>" in rendered.text and not rendered.lacks_context
+
+
 def test_tools_as_text_are_counted():
     _, counts = encode([ROW], tt.tiny_tokenizer(tt.NO_TOOLS), 4096)
     assert (counts.tools_as_text, counts.lossy, counts.lacks_context) == (1, 0, 0)

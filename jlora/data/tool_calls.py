@@ -35,6 +35,8 @@ class ToolSupport:
     """Arguments are JSON text instead of an object."""
     null_content: bool = False
     """The content beside calls is null if there is none, instead of an empty string."""
+    takes_system: bool = True
+    """It shows a system message, where tools can be listed."""
 
     @classmethod
     def of(cls, render: Render) -> ToolSupport:
@@ -44,6 +46,8 @@ class ToolSupport:
         tools = [{"type": "function", "function": tool}]
         user = {"role": "user", "content": "a"}
         shows_tools = "probe_tool" in _attempt(render, [user], tools, True)
+        system = {"role": "system", "content": "probe_system"}
+        takes_system = "probe_system" in _attempt(render, [system, user], None, True)
         function = {"name": "probe_call", "arguments": {"probe_key": "probe_value"}}
         messages = [
             user,
@@ -53,7 +57,7 @@ class ToolSupport:
         partial = None
         # The plainest form first: many templates take several.
         for needs_ids, as_text, null in product((False, True), repeat=3):
-            support = cls(shows_tools, True, needs_ids, as_text, null)
+            support = cls(shows_tools, True, needs_ids, as_text, null, takes_system)
             text = _attempt(render, support.in_form(messages), tools, False)
             if "probe_call" not in text or "probe_result" not in text:
                 continue
@@ -61,12 +65,12 @@ class ToolSupport:
             if "probe_value" in text and "'probe_key'" not in text and '\\"probe_key' not in text:
                 return support
             partial = partial or support
-        return partial or cls(shows_tools, False)
+        return partial or cls(shows_tools, False, takes_system=takes_system)
 
     def adapt(self, chat: Chat) -> Chat:
         """The chat with what the template does not show as JSON text; unchanged if it shows all."""
         if chat.tools and not self.shows_tools:
-            chat = tools_as_text(chat)
+            chat = tools_as_text(chat, "system" if self.takes_system else "user")
         return chat if self.shows_calls else calls_as_text(chat)
 
     def in_form(self, messages: list[dict]) -> list[dict]:
@@ -118,7 +122,7 @@ class _Ids:
         return known
 
 
-def _attempt(render: Render, messages: list[dict], tools: list, prompt: bool) -> str:
+def _attempt(render: Render, messages: list[dict], tools: list | None, prompt: bool) -> str:
     """The text, or nothing if the template refuses the messages."""
     try:
         return render(messages, tools, prompt)
@@ -133,14 +137,15 @@ def uses_tools(chat: Chat) -> bool:
     )
 
 
-def tools_as_text(chat: Chat) -> Chat:
-    """The chat with the definitions of its tools in the system message."""
+def tools_as_text(chat: Chat, role: str = "system") -> Chat:
+    """The chat with its tools' definitions in its first message, which has this role."""
     listing = "Tools:\n" + json.dumps(chat.tools, ensure_ascii=False)
     first, *rest = chat.messages
-    if first["role"] == "system":
-        messages = [{**first, "content": f"{first['content']}\n\n{listing}"}, *rest]
+    if first["role"] == role:
+        parts = (first["content"], listing) if role == "system" else (listing, first["content"])
+        messages = [{**first, "content": "\n\n".join(parts)}, *rest]
         return replace(chat, messages=messages, tools=None)
-    messages = [{"role": "system", "content": listing}, *chat.messages]
+    messages = [{"role": role, "content": listing}, *chat.messages]
     return replace(chat, messages=messages, tools=None, first=chat.first + 1)
 
 
