@@ -19,6 +19,7 @@ from jlora.errors import ConfigError
 from jlora.io.peft import file_bytes
 from jlora.lora.targets import (
     Target,
+    across_runs,
     find_targets,
     is_replaced,
     match_table,
@@ -116,7 +117,7 @@ def _summary(config: Config, model: Model, base: Any, adapter: Any) -> Mapping[s
 
 def _target_table(targets: list[Target], config: LoraConfig) -> HeaderTable:
     """The run header's table of targets, with the scale of each delta."""
-    rows = []
+    rows, targets = [], across_runs(targets)
     for target, row in zip(targets, match_table(targets), strict=True):
         used = [name for name, r in zip(target.names, target.ranks, strict=True) if r]
         scales = sorted({scaling_of(config, name) for name in used})

@@ -51,6 +51,19 @@ def test_biases_of_adapted_layers():
     assert not is_replaced(config, "t.h.1.c_fc", "kernel")
 
 
+def test_the_table_has_one_row_for_a_module_in_several_runs_of_layers():
+    def layers(n):
+        return {"self_attn": {"q_proj": {"kernel": jnp.zeros((n, 4, 6))}}}
+
+    tree = {"model": {"layers": {"0-0": layers(1), "1-3": layers(3)}}}
+    config = LoraConfig(
+        target_modules=["q_proj"], r=2, rank_pattern={"layers.2.self_attn.q_proj": 5}
+    )
+    (row,) = match_table(find_targets(tree, config)[1])
+    assert (row["module"], row["layers"]) == ("model.layers.*.self_attn.q_proj", 4)
+    assert (row["r"], row["parameters"]) == ("2–5", 11 * 10)
+
+
 def test_rows_name_the_layer_by_a_star_and_the_spread_of_ranks():
     _, targets = find_targets(
         make_gpt2(),

@@ -1,6 +1,12 @@
 """The targets of a LoraConfig in a tree, by PEFT's rules."""
 
-from jlora.lora.targets.find import find_targets, match_table, replaced_leaves, token_rows
+from jlora.lora.targets.find import (
+    across_runs,
+    find_targets,
+    match_table,
+    replaced_leaves,
+    token_rows,
+)
 from jlora.lora.targets.names import (
     listed_names,
     names_of_all,
@@ -21,6 +27,7 @@ from jlora.lora.targets.target import Target
 
 __all__ = [
     "Target",
+    "across_runs",
     "find_targets",
     "is_replaced",
     "is_saved",

@@ -52,7 +52,7 @@ def find_targets(params: Any, config: LoraConfig) -> tuple[LoraConfig, list[Targ
 def match_table(targets: Sequence[Target]) -> list[dict[str, Any]]:
     """Rows of a table: module (``*`` for the layer), layers adapted, shape, rank, parameters."""
     rows = []
-    for t in targets:
+    for t in across_runs(targets):
         used = [r for r in t.ranks if r]
         rows.append(
             {
@@ -64,6 +64,19 @@ def match_table(targets: Sequence[Target]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def across_runs(targets: Sequence[Target]) -> list[Target]:
+    """The targets, those of one module in several runs of layers as one, to be shown."""
+    found: dict[Any, Target] = {}
+    for t in targets:
+        path, stack = t.path, t.stack
+        if stack and paths.RUN.fullmatch(stack[-1]):
+            path, stack = (*stack[:-1], *path[len(stack) :]), stack[:-1]
+        first = found.get((path, t.shape), t._replace(names=(), ranks=()))
+        names, ranks = (*first.names, *t.names), (*first.ranks, *t.ranks)
+        found[path, t.shape] = t._replace(path=path, stack=stack, names=names, ranks=ranks)
+    return list(found.values())
 
 
 def replaced_leaves(params: Any, config: LoraConfig) -> list[paths.Leaf]:
