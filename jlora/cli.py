@@ -24,11 +24,17 @@ from jlora.run import environment
 USAGE = "CONFIG.yaml [section.key=value …] [--debug]"
 
 
+RUN = ("model", "quantization", "lora", "data", "train", "mesh")
+"""The sections of the settings that describe a run."""
+
+
 class Command(NamedTuple):
     """A command's module, its line in ``jlora --help``, and its own flags (name → argparse)."""
 
     module: str
     help: str
+    sections: tuple[str, ...]
+    """Sections of the settings that it reads."""
     flags: dict[str, dict[str, Any]] = {}  # noqa: RUF012 (never changed)
     takes_adapter: bool = False
     """Whether it also works on the folder of a PEFT adapter."""
@@ -43,38 +49,50 @@ COMMANDS = {
     "train": Command(
         "jlora.train",
         "fine-tune a model with LoRA or QLoRA, or in full",
+        (*RUN, "evaluate"),
         {"--show-batch": {"action": "store_true", "help": SHOW_BATCH_HELP}},
     ),
     "plan": Command(
         "jlora.plan",
         "predict memory, time and disk of a training run without loading weights",
+        (*RUN, "evaluate"),
         {
             "--target": {"metavar": "DEVICES", "help": TARGET_HELP},
             "--json": {"action": "store_true", "help": "print everything as JSON"},
         },
     ),
     "inspect": Command(
-        "jlora.inspect_config", "show what a run would train, without loading weights"
+        "jlora.inspect_config", "show what a run would train, without loading weights", RUN
     ),
     "evaluate": Command(
         "jlora.evaluate",
         "measure loss, perplexity and exact match on held-out rows",
+        (*RUN, "evaluate"),
         takes_adapter=True,
     ),
     "generate": Command(
-        "jlora.generate", "generate replies to prompts with a trained model", takes_adapter=True
+        "jlora.generate",
+        "generate replies to prompts with a trained model",
+        (*RUN, "evaluate", "generate"),
+        takes_adapter=True,
     ),
     "merge": Command(
         "jlora.merge",
         "merge an adapter into its base model, as a transformers folder",
+        (*RUN, "merge"),
         takes_adapter=True,
     ),
     "export": Command(
         "jlora.export",
         "write a checkpoint's weights as a PEFT or transformers folder",
+        (*RUN, "export"),
         takes_adapter=True,
     ),
-    "quantize": Command("jlora.quantize", "quantize a base model, as a transformers folder"),
+    "quantize": Command(
+        "jlora.quantize",
+        "quantize a base model, as a transformers folder",
+        ("model", "quantization", "data", "train", "mesh", "quantize"),
+    ),
 }
 
 
@@ -179,7 +197,7 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "jlora COMMAND --help lists every setting; jlora --version prints the version.",
+            "jlora COMMAND --help lists its settings; jlora --version prints the version.",
         ]
     )
 
@@ -187,12 +205,15 @@ def overview() -> str:
 class _Parser(argparse.ArgumentParser):
     """Lists the settings below the arguments; only when help is asked for, since it takes time."""
 
+    sections: tuple[str, ...] = ()
+
     def format_help(self) -> str:
-        return f"{super().format_help()}\n{settings()}"
+        return f"{super().format_help()}\n{settings(self.sections)}"
 
 
 def _parse(command: str, argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = _Parser(prog=prog, description=COMMANDS[command].help, allow_abbrev=False)
+    parser.sections = COMMANDS[command].sections
     parser.usage = f"%(prog)s {USAGE}" + "".join(f" [{flag}]" for flag in COMMANDS[command].flags)
     parser.add_argument(
         "settings",
@@ -214,11 +235,13 @@ def _parse(command: str, argv: Sequence[str] | None, prog: str) -> argparse.Name
     return options
 
 
-def settings() -> str:
-    """Every setting with its default, meaning and type, by section."""
+def settings(sections: Sequence[str]) -> str:
+    """Every setting of these sections with its default, meaning and type."""
     lines = ["settings (section.key = default):"]
     section = None
     for option in config.options():
+        if option.section.partition(".")[0] not in sections:
+            continue
         if option.section != section:
             section = option.section
             lines += ["", *_wrapped(f"{section}: {option.section_help}", 0)]

@@ -23,6 +23,9 @@ def file(tmp_path):
     return str(path)
 
 
+READ = ("model", "data")
+
+
 @pytest.fixture
 def command(monkeypatch):
     """Registers a command ``probe`` and returns the list of its calls' arguments."""
@@ -31,7 +34,7 @@ def command(monkeypatch):
     module.run = lambda settings, options: calls.append((settings, options))  # pyright: ignore
     monkeypatch.setitem(sys.modules, "probe_command", module)
     flags = {"--fast": {"action": "store_true", "help": "hurry"}}
-    monkeypatch.setitem(cli.COMMANDS, "probe", cli.Command("probe_command", "look", flags))
+    monkeypatch.setitem(cli.COMMANDS, "probe", cli.Command("probe_command", "look", READ, flags))
     return calls
 
 
@@ -43,19 +46,27 @@ def test_a_command_gets_its_settings_and_options(command, file):
     assert cli.dispatch(["probe", file]) == 0 and not command[1][1].fast
 
 
-def test_help_lists_every_setting(command, capsys):
+def test_help_lists_the_settings_that_a_command_reads(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main("probe", ["--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert "--fast" in text and "CONFIG.yaml" in text
-    for option in config.options():
+    read = [option for option in config.options() if option.section.split(".")[0] in READ]
+    assert {option.section for option in read} >= {"model", "data", "data.train.0"}
+    for option in read:
         default = "required" if option.default is None else option.default
         assert f"\n  {option.field} = {default}\n" in text
-        assert f"\n{option.section}: " in text
     unwrapped = " ".join(text.split())
-    assert all(option.section_help in unwrapped for option in config.options())
-    assert all(" ".join(option.help.split()) in unwrapped for option in config.options())
+    assert all(option.section_help in unwrapped for option in read)
+    assert all(" ".join(option.help.split()) in unwrapped for option in read)
+    for option in config.options():
+        assert (f"\n{option.section}: " in text) == (option in read), option
+
+
+def test_every_section_is_read_by_a_command():
+    read = {section for command in cli.COMMANDS.values() for section in command.sections}
+    assert read == {option.section.split(".")[0] for option in config.options()}
 
 
 @pytest.mark.parametrize("argv", [[], ["--nonsense", "c.yaml"], ["c.yaml", "--fas"]])
@@ -66,7 +77,7 @@ def test_incorrect_usage_exits_2(command, argv):
 
 
 def test_an_invalid_setting_exits_2_before_the_command_is_imported(monkeypatch, capsys, file):
-    monkeypatch.setitem(cli.COMMANDS, "probe", cli.Command("no_such_module", "look"))
+    monkeypatch.setitem(cli.COMMANDS, "probe", cli.Command("no_such_module", "look", READ))
     assert cli.main("probe", [file, "lora.rr=1"]) == 2
     captured = capsys.readouterr()
     assert captured.err == (
@@ -110,7 +121,7 @@ def test_a_command_in_its_own_process_does_not_import_torch(tmp_path, file, star
     code = f"""
 import sys
 from jlora import cli
-cli.COMMANDS["probe"] = cli.Command("probe_command", "look")
+cli.COMMANDS["probe"] = cli.Command("probe_command", "look", ())
 sys.argv = ["jlora", *(["probe"] if "entry" in {start!r} else []), {file!r}]
 {start}
 """
