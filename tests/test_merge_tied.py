@@ -60,6 +60,9 @@ def test_rows_that_a_tied_head_would_follow_are_not_trained_apart(tied, tiny_bas
     lora = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]}
     assert tied.main(lora=lora, model={"untie": True}) == 2
     assert "model.untie: the tokens of model.embed_tokens" in capsys.readouterr().err
+    both = {"trainable_token_indices": {"embed_tokens": [3], "lm_head": [3]}}
+    assert tied.main(lora=both) == 2
+    assert "follows its trained rows; leave it out" in capsys.readouterr().err
     assert tied.main(model={"untie": True, "name_or_path": str(tiny_base)}) == 2
     assert "not tied" in capsys.readouterr().err
 

@@ -32,7 +32,7 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of names that wrappers of torch modules insert."""
 
 LEAVES = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
-"""After these a torch model's names have the adapter's, such as ``default``; PEFT's files do not."""
+"""In a torch model these are followed by the adapter's name, such as ``default``."""
 
 LEADING = ("base_model", "module", "model")
 """First parts of names that tools add or leave out."""

@@ -19,6 +19,11 @@ NO_HEAD = (
     "in Python with model, params = jlora.untie(model, params)"
 )
 
+FOLLOWS_ROWS = (
+    " does not exist: the output head is tied to the embedding, and follows its trained rows; "
+    "leave it out"
+)
+
 
 def target_faults(
     config: LoraConfig,
@@ -156,8 +161,9 @@ def _tokens(
     names = [leaf.module() for leaf in tables]
     for end in wanted if isinstance(wanted, Mapping) else ():
         if not any(matching.matches(name, (end,)) for name in names):
-            tied = end in TIED_HEADS
-            cause = NO_HEAD if tied else f" is no embedding or output head{_near(end, names)}"
+            cause = f" is no embedding or output head{_near(end, names)}"
+            if end in TIED_HEADS:
+                cause = FOLLOWS_ROWS if len(wanted) > 1 else NO_HEAD
             yield f"trainable_token_indices: {end!r}{cause}"
     if not isinstance(wanted, Mapping) and not any(token_indices(config, n) for n in names):
         known = ", ".join(names)
