@@ -30,6 +30,7 @@ from jlora.run.batches import (
     prepare_rows,
     rows_per_adapter,
 )
+from jlora.run.checkpoints import check_resumable
 from jlora.run.header import show_header
 from jlora.run.init_from import taken_over
 from jlora.run.job import open_tokenizer
@@ -87,6 +88,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
                 check_rows_fit(abstract, prepared)
                 check_same_rows(prepared, key)
         counts = count_steps(config, mesh, rows)
+        check_resumable(config, counts, rows.fingerprint)
         show_header(console, abstract, counts, rows, held_out)
         program = TrainStep.of(abstract, counts, rows.length)
         console.note(f"loading {config.model.name_or_path}, and compiling …")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -91,16 +92,62 @@ def clock(*times):
     return mock.patch.object(module.time, "monotonic", mock.Mock(side_effect=times))
 
 
+def array(ready):
+    return SimpleNamespace(is_ready=lambda: ready)
+
+
 def test_tokens_per_second_exclude_the_first_step_and_pauses():
     meter = ThroughputMeter()
-    with clock(100.0, 103.0, 105.0, 110.0, 112.0):
-        meter.add(1000)  # ends at 100; its duration, with compilation, is unknown
+    with clock(100.0, 103.0, 105.0, 106.0, 110.0, 112.0):
+        for _ in range(4):
+            meter.dispatched(array(ready=False))
+        meter.completed(1000)  # ends at 100; its duration, with compilation, is unknown
         assert meter.measure_and_restart() == {}
-        meter.add(40)
-        with meter.paused():  # from 103 to 105
+        meter.completed(40)  # at 103
+        with meter.paused():  # from 105 to 106
             pass
-        meter.add(20)
-        assert meter.measure_and_restart() == {"tokens_per_second": 60 / 8}  # at 110
+        meter.completed(20)  # at 110
+        assert meter.measure_and_restart() == {"tokens_per_second": round(60 / 9, 1)}
         assert meter.measure_and_restart() == {}
-        meter.add(50)
-        assert meter.measure_and_restart() == {"tokens_per_second": 50 / 2}  # at 112
+        meter.completed(50)  # at 112
+        assert meter.measure_and_restart() == {"tokens_per_second": 50 / 2}
+
+
+@pytest.mark.parametrize("synchronous", [True, False])
+def test_a_rate_is_that_of_the_steps_whenever_they_are_fetched(synchronous):
+    """The order of train_loop, each step 2 s of 10 tokens; the loop waits for steps 3 and 6.
+
+    A dispatch runs its step, or returns at once and the fetch waits: the rate is the same.
+    """
+    now, meter, rates = [0.0], ThroughputMeter(), []
+    ends = {step: 2.0 * step for step in range(1, 7)}
+
+    def dispatch(step):
+        now[0] = ends[step] if synchronous else now[0]
+        meter.dispatched(array(ready=synchronous))
+
+    def fetch(step):
+        now[0] = max(now[0], ends[step])
+        meter.completed(10)
+        rates.append(meter.measure_and_restart())
+
+    with mock.patch.object(module.time, "monotonic", lambda: now[0]):
+        unfetched = None
+        for step in ends:
+            dispatch(step)
+            if unfetched:
+                fetch(unfetched)
+            unfetched = step
+            if step in (3, 6):
+                fetch(step)
+                unfetched = None
+    assert rates == [{}, *[{"tokens_per_second": 5.0}] * 5]
+
+
+def test_without_time_between_steps_there_is_no_rate():
+    meter = ThroughputMeter()
+    with clock(1.0, 1.0):
+        for _ in range(2):
+            meter.dispatched(array(ready=False))
+            meter.completed(10)
+    assert meter.measure_and_restart() == {}

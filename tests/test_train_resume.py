@@ -9,6 +9,7 @@ import time
 import pytest
 from tiny_runs import Place
 
+from jlora import train
 from jlora.distributed.lock import RunLock
 from jlora.errors import ConfigError, OutputInUseError
 from jlora.run.checkpoints import Checkpoints
@@ -210,7 +211,10 @@ def test_never_starts_over(done):
         ("lora.r=8", "lora.r: 4 there, 8 here"),
     ],
 )
-def test_other_settings_are_refused_by_name_and_change_nothing(done, change, named):
+def test_other_settings_are_refused_by_name_and_change_nothing(done, change, named, monkeypatch):
+    """Before a weight is loaded."""
+    monkeypatch.setattr(train, "open_job", lambda *_, **__: pytest.fail("loaded"))
+
     def files():
         every = {path: path.stat().st_mtime_ns for path in done.output.rglob("*")}
         return {path: time for path, time in every.items() if path.name != ".lock"}
@@ -219,6 +223,20 @@ def test_other_settings_are_refused_by_name_and_change_nothing(done, change, nam
     with pytest.raises(ConfigError, match=named):
         done.run(change)
     assert files() == before
+
+
+def test_a_deleted_log_is_a_warning(done, capsys):
+    """A finished run writes its results again; the rest of an unfinished one is logged."""
+    adapter, log = done.adapter(), done.output / "metrics.jsonl"
+    lines = done.log()
+    log.unlink()
+    done.run()
+    assert "metrics.jsonl lacks 4 of the 4 lines" in capsys.readouterr().out.replace("\n", " ")
+    assert done.log() == [] and done.adapter() == adapter
+    done.run(f"train.resume={done.output}/checkpoints/6")
+    assert done.log() == lines[-1:] and done.adapter() == adapter
+    done.run()
+    assert done.log() == lines[-1:]
 
 
 def test_switching_early_stopping_on_is_refused_by_name(done):

@@ -63,6 +63,18 @@ def test_a_log_without_later_lines_is_left_unchanged(tmp_path):
     assert path.stat().st_ino == before
 
 
+def test_missing_lines_are_counted_and_a_deleted_file_is_made_again(tmp_path):
+    path = tmp_path / "m.jsonl"
+    with MetricsLog(path) as log:
+        log.write(1, loss=1.0)
+        assert log.truncate_to(1) == 1
+        assert log.truncate_to(3) == 1
+        path.unlink()
+        assert log.truncate_to(0) == 0 and not path.exists()
+        assert log.truncate_to(3) == 0 and metrics_log.read_metrics(path) == []
+    assert MetricsLog(path, enabled=False).truncate_to(3) == 3
+
+
 def test_starting_over_drops_everything(tmp_path):
     with MetricsLog(tmp_path / "m.jsonl") as log:
         log.truncate_to(0)

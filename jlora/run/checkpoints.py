@@ -58,6 +58,26 @@ def fixed_settings(config: Config, *sections: str) -> dict[str, Any]:
     return fixed
 
 
+def check_resumable(config: Config, counts: StepCounts, data_fingerprint: str) -> None:
+    """Raises what resuming would raise for other settings or rows; needs no weights.
+
+    Raises ConfigError if the checkpoint that ``train.resume`` asks for is not this run's, DataError
+    if another version of jlora wrote it.
+    """
+    own = Path(config.train.output_dir) / "checkpoints"
+    folder, step = chosen_checkpoint(own, config.train.resume)
+    if step is not None:
+        saved = checkpoint.check_run(folder, step, identity(config, counts, data_fingerprint))
+        Progress.from_checkpoint(saved)
+
+
+def chosen_checkpoint(folder: Path, resume: str) -> tuple[Path, int | None]:
+    """The folder and the step of the checkpoint that ``train.resume`` asks for; None: none."""
+    if resume in ("never", "auto"):
+        return folder, checkpoint.latest(folder) if resume == "auto" else None
+    return find_checkpoint(resume, "train.resume")
+
+
 class Checkpoints:
     """A run's checkpoints: state, progress and, with early stopping, the best tree so far.
 
@@ -86,15 +106,12 @@ class Checkpoints:
         self, state: TrainState, progress: Progress, console: Console
     ) -> tuple[TrainState, Progress]:
         """The checkpoint that ``train.resume`` asks for; what was given if there is none."""
-        folder, step = self._folder, None
-        if self._settings.resume == "never":
+        resume = self._settings.resume
+        if resume in ("never", "auto"):
             self._discard(checkpoint.discard_incomplete, "unfinished", console)
+        if resume == "never":
             self._discard(functools.partial(checkpoint.discard_later, step=-1), "earlier", console)
-        elif self._settings.resume == "auto":
-            self._discard(checkpoint.discard_incomplete, "unfinished", console)
-            step = checkpoint.latest(folder)
-        else:
-            folder, step = find_checkpoint(self._settings.resume, "train.resume")
+        folder, step = chosen_checkpoint(self._folder, resume)
         if step is None:
             return state, progress
         tree, extra = checkpoint.restore(folder, step, self._tree(state), **self._run)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jlora import data
 from jlora.distributed.mesh import compiler_options
@@ -122,13 +123,14 @@ def train_loop(
     # Not before: a checkpoint of other settings is refused, and then keeps its config.yaml.
     write_settings(run.job, run.base_record)
     # The lines after the checkpoint are of steps that are now done again.
-    run.log.truncate_to(run.progress.log_lines)
+    restore_log(run)
     if run.progress.step == 0:
         evaluate_untrained(run)
     unfetched = None  # metrics of a step that may still be running
     with run.console.progress(total, run.progress.step):
         for step, batch in enumerate(remaining_batches(run), run.progress.step + 1):
             run.state, metrics = train_step(run.state, run.job.frozen, batch)
+            run.meter.dispatched(metrics["loss"])
             # Only now, with the next step dispatched, are the last one's metrics waited for: the
             # devices never idle while the host fetches and logs.
             if unfetched:
@@ -153,6 +155,17 @@ def train_loop(
                 run.console.note(f"stopped early at step {step}: eval_loss no longer improves")
                 break
     finish_run(run)
+
+
+def restore_log(run: RunState) -> None:
+    """Cuts the log back to the lines that the checkpoint counts; a warning if lines are missing."""
+    counted = run.progress.log_lines
+    run.progress.log_lines = run.log.truncate_to(counted)
+    if missing := counted - run.progress.log_lines:
+        run.console.warn(
+            f"{run.log.path} lacks {missing} of the {counted} lines written before step "
+            f"{run.progress.step}: the log and the report have a gap there"
+        )
 
 
 def evaluate_untrained(run: RunState) -> None:
@@ -182,11 +195,11 @@ def finish_step(run: RunState, metrics: dict[str, Any]) -> None:
     """Waits for a step's metrics; counts, checks and logs them."""
     job, counts, progress = run.job, run.counts, run.progress
     values = jax.device_get(metrics)
+    run.meter.completed(int(np.sum(values["tokens"])))
     values = total_metrics(values, job.adapters) if job.adapters else values
     progress.count_step(values)
     check_finite(values, progress, counts)
     check_learning(progress, run.state.trainable, counts, job.adapters)
-    run.meter.add(int(values["tokens"]))
     run.console.advance(progress.step)
     logging = progress.step % job.config.train.logging_steps == 0
     if logging or progress.step == counts.total_steps:

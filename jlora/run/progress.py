@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -136,17 +137,30 @@ def total_metrics(metrics: Mapping[str, Any], adapters: Sequence[str]) -> dict[s
 
 
 class ThroughputMeter:
-    """Tokens a second, without the first step (which compiles) and without pauses."""
+    """Tokens a second of completed steps, without the first (which compiles) and without pauses.
+
+    A step that ran within its dispatch, as it may on a CPU, was complete when that returned, and
+    not when its metrics are fetched a step later.
+    """
 
     def __init__(self) -> None:
+        self._ready: deque[float | None] = deque()
+        """For each step in flight, when it was seen to be complete, if that was at its dispatch."""
         self._since: float | None = None
+        self._last = 0.0
         self._tokens = 0
         self._paused = 0.0
 
-    def add(self, tokens: int) -> None:
-        """Counts a finished step; the first one only starts the clock."""
+    def dispatched(self, result: Any) -> None:
+        """Notes a step's dispatch; ``result`` is an array that it computes."""
+        self._ready.append(time.monotonic() if result.is_ready() else None)
+
+    def completed(self, tokens: int) -> None:
+        """Counts the step that was dispatched first; the run's first one only starts the clock."""
+        ready = self._ready.popleft()
+        self._last = time.monotonic() if ready is None else ready
         if self._since is None:
-            self._since = time.monotonic()
+            self._since = self._last
         else:
             self._tokens += tokens
 
@@ -161,7 +175,6 @@ class ThroughputMeter:
         """``tokens_per_second`` since the last call, if a whole step was timed."""
         if self._since is None or not self._tokens:
             return {}
-        now = time.monotonic()
-        rate = self._tokens / max(now - self._since - self._paused, 1e-9)
-        self._since, self._tokens, self._paused = now, 0, 0.0
-        return {"tokens_per_second": round(rate, 1)}
+        elapsed = self._last - self._since - self._paused
+        tokens, self._since, self._tokens, self._paused = self._tokens, self._last, 0, 0.0
+        return {"tokens_per_second": round(tokens / elapsed, 1)} if elapsed > 0 else {}

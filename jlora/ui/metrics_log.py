@@ -50,17 +50,21 @@ class MetricsLog:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
 
-    def truncate_to(self, lines: int) -> None:
-        """Keeps the first ``lines`` lines; an incomplete last line is dropped."""
+    def truncate_to(self, lines: int) -> int:
+        """Keeps the first ``lines`` lines; an incomplete last line is dropped.
+
+        Returns how many are there now: fewer than ``lines`` if some, or the file, were deleted.
+        """
         self.close()
-        if not self._enabled or not self.path.exists():
-            return
+        if not self._enabled:
+            return lines
         with storage_errors(self.path):
-            text = self.path.read_bytes()
+            text = self.path.read_bytes() if self.path.exists() else b""
         kept = _lines(self.path, text)[:lines]
         content = b"".join(raw + b"\n" for raw, _ in kept)
-        if content != text:
+        if content != text or (lines and not self.path.exists()):
             write_atomic(self.path, content)
+        return len(kept)
 
     def sync(self) -> None:
         """Forces the lines to disk; to be called before a checkpoint that records their number."""

@@ -11,10 +11,17 @@ without a word; here every file and every restored leaf is compared with its SHA
 With several processes all of them call ``save`` and ``restore``, on a folder that all of them see.
 """
 
-from jlora.io.checkpoint.manifest import discard_incomplete, discard_later, latest, steps
+from jlora.io.checkpoint.manifest import (
+    check_run,
+    discard_incomplete,
+    discard_later,
+    latest,
+    steps,
+)
 from jlora.io.checkpoint.store import restore, restore_part, save
 
 __all__ = [
+    "check_run",
     "discard_incomplete",
     "discard_later",
     "latest",

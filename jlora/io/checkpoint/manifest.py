@@ -101,10 +101,25 @@ def check_files(folder: Path, manifest: Mapping[str, Any], part: str = "") -> No
             raise damaged(folder, folder / name, leaf if leaf in manifest["leaves"] else None)
 
 
-def check_identity(folder: Path, manifest: Mapping[str, Any], identity: Any, base: str) -> None:
-    """ConfigError listing the settings in which this run differs from the one that saved."""
+def check_run(directory: Path, step: int, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``extra`` of a checkpoint, of which only the manifest is read.
+
+    Raises ConfigError listing the settings in which this run differs from the one that saved.
+    """
+    folder = Path(directory) / str(step)
+    manifest = read(folder)
+    _check_run_settings(folder, manifest, identity)
+    return manifest["extra"]
+
+
+def _check_run_settings(folder: Path, manifest: Mapping[str, Any], identity: Any) -> None:
     sections = {**manifest["identity"], **identity}
     check_settings(folder, manifest, {name: identity.get(name) for name in sections})
+
+
+def check_identity(folder: Path, manifest: Mapping[str, Any], identity: Any, base: str) -> None:
+    """ConfigError listing the settings in which this run differs from the one that saved."""
+    _check_run_settings(folder, manifest, identity)
     if manifest["base_fingerprint"] != base:
         raise ConfigError(
             "the checkpoint was made on another base model: its weights differ",
