@@ -39,6 +39,7 @@ install_import_hook(checked, "checker.check")
 
 
 LONGEST = (
+    "test_parity_quant_params.py",
     "test_train_resume.py",
     "test_train.py",
     "test_train_mesh.py",
@@ -47,7 +48,9 @@ LONGEST = (
     "test_models.py",
     "test_training_step.py",
     "test_parity_train.py",
+    "test_parity_lora.py",
     "test_parity_models_logits.py",
+    "test_parity_training_optim_eight_bit.py",
 )
 """Files that take minutes. They come first, or one of them would run alone at the end."""
 

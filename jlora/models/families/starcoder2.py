@@ -17,6 +17,7 @@ STARCODER2 = {
     "max_position_embeddings": 4096,
     "norm_eps": 1e-5,
     "tie_word_embeddings": True,
+    "initializer_range": 0.018042,
     "bos_token_id": 50256,
     "eos_token_id": 50256,
 }
