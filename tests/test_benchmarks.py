@@ -315,6 +315,7 @@ def test_the_memory_table_has_a_row_per_model_and_the_papers_figures(tmp_path):
     assert "paper" not in tables.memory("x", tmp_path)
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_is_not_compiled(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     memory = load("memory")

@@ -87,6 +87,7 @@ def test_what_does_not_fit_exits_2_with_remedies_that_hold(
     assert all(setting in err for one in named for setting in one.split())
 
 
+@pytest.mark.slow
 def test_training_refuses_what_does_not_fit_unless_told(place, monkeypatch, standard_promotion):
     place.settings_for_loss()
     place.defaults["train"] = {"optim": "sgd"}  # two remedies, each compiles the step once more

@@ -113,6 +113,7 @@ def test_two_kills_leave_no_trace(place, whole):
     assert_no_trace(place, config, whole)
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_the_same_command_goes_on(place, whole):
     config = place.write(train=LONG)
     for signum, after in ((signal.SIGTERM, 3), (signal.SIGINT, 15)):
@@ -131,6 +132,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(place, whole):
     assert place.log() == whole.log() and place.adapter() == whole.adapter()
 
 
+@pytest.mark.slow
 def test_8_bit_moments_in_host_memory_resume_to_the_last_bit(place):
     place.settings_for_loss()
     train = {"optim": "paged_adamw_8bit", "max_steps": 5, "save_steps": 2, "logging_steps": 1}
