@@ -272,16 +272,6 @@ def test_nothing_is_read_before_the_headers_fit(folder, monkeypatch):
         load_pretrained(folder)
 
 
-def test_the_single_file_wins_over_an_index(sharded, tmp_path):
-    """As in transformers; a folder may have both after another save."""
-    model, params = build("llama")
-    other = jax.tree.map(lambda x: x + 1, params)
-    save_pretrained(tmp_path / "other", model, other)
-    shutil.copy(tmp_path / "other" / "model.safetensors", sharded)
-    assert (sharded / INDEX).exists()
-    same(load_pretrained(sharded, dtype="float32")[1], other)
-
-
 def test_index_and_shards_must_agree(sharded):
     index = json.loads((sharded / INDEX).read_text())
     first, second = sorted(set(index["weight_map"].values()))[:2]

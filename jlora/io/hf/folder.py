@@ -121,8 +121,7 @@ def shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
 
     Raises DataError for pickled or missing weights and for names outside the folder.
     """
-    # As in transformers the single file wins where a folder has both.
-    if (folder / SINGLE).exists():
+    if (folder / SINGLE).exists() and not (folder / INDEX).exists():
         names, weight_map = [SINGLE], None
     elif not (folder / INDEX).exists():
         raise _no_weights(folder)
