@@ -1,11 +1,21 @@
 """Loading tokenizers, and the plain template."""
 
+import random
+
 import pytest
 import tiny_tokenizer as tt
+from tokenizers import AddedToken, pre_tokenizers
 
 from jlora.data.chat import ChatRenderer
 from jlora.data.rows import Chat
-from jlora.data.tokenizer import bos_prefix, ensure_template, eos_suffix, load_tokenizer, token_ids
+from jlora.data.tokenizer import (
+    bos_prefix,
+    ensure_template,
+    eos_suffix,
+    load_tokenizer,
+    prefix_ids,
+    token_ids,
+)
 from jlora.errors import ConfigError, DataError
 
 MESSAGES = [
@@ -69,3 +79,64 @@ def test_the_plain_template():
     ensure_template(llama)
     (rendered,) = ChatRenderer(llama)(Chat("x:1", MESSAGES))
     assert rendered.text.startswith("<|begin|>### System")
+
+
+def space_marking_tokenizer(scheme):
+    """A SentencePiece-like tokenizer that marks a space at the beginning, as the scheme says."""
+    tokenizer = tt.merging_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = None
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    return tokenizer
+
+
+def stripping_tokenizer():
+    """Special tokens that take the white space before or after them."""
+    tokenizer = tt.tiny_tokenizer()
+    extra = [AddedToken("<l>", lstrip=True, special=True), AddedToken("<r>", rstrip=True)]
+    tokenizer.add_tokens(extra, special_tokens=True)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        tt.tiny_tokenizer(),
+        tt.tiny_tokenizer(adds_bos=True),
+        tt.merging_tokenizer(),
+        space_marking_tokenizer("first"),
+        space_marking_tokenizer("always"),
+        stripping_tokenizer(),
+    ],
+    ids=["bytes", "adds bos", "merging", "marks first", "marks always", "strips"],
+)
+def test_prefixes_are_tokenized_as_texts_of_their_own(tokenizer):
+    rng = random.Random(0)
+    special = [*tokenizer.all_special_tokens, "<l>", "<r>"]
+    words = ["hel", "the", " ", "\n", "\nh", "t\n", "a t", *special, *special]
+    texts = ["".join(rng.choices(words, k=rng.randint(0, 12))) for _ in range(300)]
+    cuts = [sorted(rng.choices(range(len(text) + 1), k=5)) for text in texts]
+    expected = [
+        [token_ids(text[:cut], tokenizer) for cut in ends]
+        for text, ends in zip(texts, cuts, strict=True)
+    ]
+    assert list(prefix_ids(texts, cuts, tokenizer)) == expected
+
+
+def test_what_precedes_a_special_token_is_tokenized_once():
+    """The characters that are tokenized for a chat of 40 replies: fewer than twice its own."""
+    tokenizer, given = tt.tiny_tokenizer(), []
+
+    class Counting:
+        is_fast, added_tokens_decoder = True, tokenizer.added_tokens_decoder
+
+        def __call__(self, texts, **options):
+            given.extend(texts)
+            return tokenizer(texts, **options)
+
+    turn = "<|im_start|>user\nask<|im_end|>\n<|im_start|>assistant\nreply<|im_end|>\n"
+    text = turn * 40
+    starts = [at for at in range(len(text)) if text.startswith("reply", at)]
+    cuts = [end for start in starts for end in (start, start + len("reply<|im_end|>"))]
+    (ids,) = prefix_ids([text], [cuts], Counting())
+    assert ids[-1] == token_ids(text[: cuts[-1]], tokenizer)
+    assert sum(map(len, given)) < 2 * len(text)

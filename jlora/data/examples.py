@@ -20,7 +20,13 @@ from jaxtyping import Int32, Int64
 from jlora.data.chat import ChatRenderer
 from jlora.data.rows import Chat, Completion, Text, learned_messages
 from jlora.data.shown import is_empty
-from jlora.data.tokenizer import UnwritableCharacters, bos_prefix, eos_suffix, token_ids
+from jlora.data.tokenizer import (
+    UnwritableCharacters,
+    bos_prefix,
+    eos_suffix,
+    prefix_ids,
+    token_ids,
+)
 from jlora.errors import DataError
 
 IGNORE = -100
@@ -218,14 +224,9 @@ def tokenize(found: Sequence[Piece], tokenizer: Any) -> Iterator[Tokens]:
     inference: the ids of the text before a span, as of any prompt, then the span's.
     """
     cuts = [[e for span in p.spans or () for e in span] or [len(p.text)] for p in found]
-    texts = [piece.text[:cut] for piece, ends in zip(found, cuts, strict=True) for cut in ends]
-    encoded = iter(
-        # Not verbose: it warns of texts longer than the model's maximum, which are cut later.
-        tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ()
-    )
+    prefixes = prefix_ids([piece.text for piece in found], cuts, tokenizer)
     bos, eos = bos_prefix(tokenizer), eos_suffix(tokenizer)
-    for piece, ends in zip(found, cuts, strict=True):
-        ids = [list(next(encoded)) for _ in ends]
+    for piece, ids in zip(found, prefixes, strict=True):
         before = bos if piece.add_bos_eos and ids[-1][: len(bos)] != bos else []
         if piece.spans is None:
             tokens = Tokens(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +98,55 @@ def ensure_template(tokenizer: Any) -> bool:
 def token_ids(text: str, tokenizer: Any) -> list[int]:
     """The tokens of a text without special ones: rendered chat templates contain their bos."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def prefix_ids(
+    texts: Sequence[str], cuts: Sequence[Sequence[int]], tokenizer: Any
+) -> Iterator[list[list[int]]]:
+    """For each text the ids of ``text[:cut]``, without added special tokens, for each of its cuts.
+
+    A tokenizer splits a text at special tokens before anything else. What lies before the last of
+    them is therefore tokenized once for all cuts after it: the time grows with the length of a
+    chat, not with its length times the number of its replies.
+    """
+    special, splitting = _special_tokens(tokenizer)
+    plans, segments = [], []
+    for text, ends in zip(texts, cuts, strict=True):
+        found = [m for m in special.finditer(text) if m[0] in splitting] if splitting else []
+        stops = [m.end() for m in found]
+        counts = [bisect.bisect_right(stops, end) for end in ends]
+        anchors = [found[n - 1].start() if n else 0 for n in counts]
+        inner = sorted({0, *anchors})
+        plans.append((inner, anchors))
+        segments += [text[a:b] for a, b in itertools.pairwise(inner)]
+        segments += [text[a:end] for a, end in zip(anchors, ends, strict=True)]
+    encoded = iter(_encode(segments, tokenizer))
+    for inner, anchors in plans:
+        before = {0: []}
+        for a, b in itertools.pairwise(inner):
+            before[b] = before[a] + next(encoded)
+        yield [before[a] + next(encoded) for a in anchors]
+
+
+def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    # Not verbose: it warns of texts longer than the model's maximum, which are cut later.
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def _special_tokens(tokenizer: Any) -> tuple[re.Pattern[str], set[str]]:
+    """A pattern of all added tokens, and those at which a text can be tokenized in parts.
+
+    Not those that take white space before them or depend on the letters around them, and none of
+    tokenizers in Python, which treat white space around any of them in ways of their own.
+    """
+    added = list(tokenizer.added_tokens_decoder.values()) if tokenizer.is_fast else []
+    longest_first = sorted((token.content for token in added), key=len, reverse=True)
+    splitting = {
+        token.content
+        for token in added
+        if token.special and not (token.lstrip or token.single_word or token.normalized)
+    }
+    return re.compile("|".join(map(re.escape, longest_first))), splitting
 
 
 class UnwritableCharacters:
