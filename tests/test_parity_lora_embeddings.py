@@ -12,6 +12,8 @@ import jax
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
+from tiny_models import CONFIGS
 from tiny_peers import (
     IDS,
     LLAMA,
@@ -28,7 +30,7 @@ from tiny_peers import (
 
 import jlora
 from jlora.errors import ConfigError, DataError
-from jlora.models import head_differs
+from jlora.models import Model, head_differs, init_params
 
 pytestmark = [
     *PEERS_TALK,
@@ -167,6 +169,24 @@ def test_an_adapter_with_a_resized_vocabulary_brings_its_embeddings(bases, tied,
     with pytest.raises(DataError, match="holds no embedding"):
         jlora.save_adapter(tmp_path / "none", same)
         jlora.with_adapter_embeddings(tmp_path / "none", base.model, base.params)
+
+
+@pytest.mark.parametrize(("outer", "inner"), [("qwen3_vl", "qwen3"), ("gemma3", "gemma3")])
+def test_a_text_tower_with_a_resized_vocabulary_is_saved_and_read(outer, inner, tmp_path):
+    """The size of its vocabulary is in ``text_config``."""
+    tied = {"tie_word_embeddings": True}
+    text = {**CONFIGS[inner], **tied, "model_type": f"{outer}_text"}
+    hf = {"model_type": outer, "text_config": text, "vision_config": {}, **tied}
+    model = Model.from_config(hf, "float32")
+    table = np.random.default_rng(0).standard_normal((64, 32), np.float32)
+    name = "base_model.model.model.language_model.embed_tokens.weight"
+    save_file({name: table}, tmp_path / "adapter_model.safetensors")
+    params = init_params(jax.random.key(0), model)
+    model, params = jlora.with_adapter_embeddings(tmp_path, model, params)
+    jlora.save_pretrained(tmp_path / "base", model, params)
+    again, read = jlora.load_pretrained(tmp_path / "base", dtype="float32")
+    assert again.config.vocab_size == 64
+    jax.tree.map(np.testing.assert_array_equal, read, params)
 
 
 def test_untying_while_loading_or_later_is_the_same(bases):

@@ -142,6 +142,13 @@ class DecoderConfig:
         """The original ``config.json``, as a new dict."""
         return json.loads(self.hf_json)
 
+    def hf_json_with(self, **settings: Any) -> str:
+        """``config.json`` with other settings of the language model, wherever it has them."""
+        hf = self.hf
+        text = hf.get("text_config")
+        (text if isinstance(text, dict) else hf).update(settings)
+        return json.dumps(hf, sort_keys=True)
+
     @property
     def quant_method(self) -> str | None:
         """The method by which the folder's weights are quantized; None if they are not."""

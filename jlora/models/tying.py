@@ -47,9 +47,9 @@ def with_untied_head(model: Any) -> Model:
             where="untie",
             fix="leave it out",
         )
-    hf = {**model.config.hf, "tie_word_embeddings": False}
-    if "text_config" in hf:
-        hf["text_config"]["tie_word_embeddings"] = False
+    untied = {"tie_word_embeddings": False}
+    # Of a text tower it is also at the top level, where it precedes the one in text_config.
+    hf = {**json.loads(model.config.hf_json_with(**untied)), **untied}
     config = dataclasses.replace(
         model.config,
         tie_word_embeddings=False,

@@ -6,7 +6,6 @@ It does so for those that are adapted, and for all of them after the vocabulary 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,7 @@ def with_adapter_embeddings(
     if any(leaf.path not in found and leaf.shape[-1] not in sizes for leaf in heads):
         raise DataError(f"holds no output head of {sizes} columns", where=str(file))
     (size,) = sizes
-    hf = json.dumps({**model.config.hf, "vocab_size": size}, sort_keys=True)
+    hf = model.config.hf_json_with(vocab_size=size)
     config = dataclasses.replace(model.config, vocab_size=size, hf_json=hf)
     return dataclasses.replace(model, config=config), paths.nest(leaves)
 
