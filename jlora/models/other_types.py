@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-MULTIMODAL = "a multimodal model"
+MULTIMODAL = "a multimodal model of a type that is not implemented"
 ENCODER_DECODER = "an encoder-decoder model"
 
 _KINDS = {

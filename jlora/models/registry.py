@@ -71,7 +71,7 @@ def parse_config(hf: Mapping[str, Any], *, where: str = "config.json") -> Decode
             f"model_type {model_type!r} is not supported{f': it is {kind}' if kind else ''}"
             f"{remote if 'auto_map' in hf else ''}",
             where=f"{where}: model_type",
-            fix=_misspelt(str(model_type), kind) or f"supported: {', '.join(FAMILIES)}",
+            fix=_misspelt(str(model_type)) or f"supported: {', '.join(FAMILIES)}",
         )
     keys = ConfigReader(hf, where)
     _check_quantization_method(keys, FAMILIES[model_type])
@@ -80,9 +80,10 @@ def parse_config(hf: Mapping[str, Any], *, where: str = "config.json") -> Decode
     return dataclasses.replace(FAMILIES[model_type].read(keys), num_labels=_num_labels(keys))
 
 
-def _misspelt(model_type: str, kind: str | None) -> str | None:
+def _misspelt(model_type: str) -> str | None:
     """A remedy if it is the misspelt name of a family: another number is another model."""
-    if kind is not None:
+    # What the other keys of config.json show is true of families with a misspelt name, too.
+    if what_is({"model_type": model_type}) is not None:
         return None
     numbers = re.findall(r"\d+", model_type)
     alike = [name for name in FAMILIES if re.findall(r"\d+", name) == numbers]
