@@ -33,7 +33,7 @@ class TensorMap:
     """Where the tensors of a model are in its files."""
 
     names: Mapping[str, str]
-    """CheckpointTensor of the model → the one in the file."""
+    """Name of a tensor of the model → its name in the files."""
     prequantized: Mapping[str, StoredMatrix]
     """The layout of each tensor that is quantized in the files."""
 
