@@ -272,6 +272,16 @@ def test_nothing_is_read_before_the_headers_fit(folder, monkeypatch):
         load_pretrained(folder)
 
 
+def test_a_single_file_wins_over_an_index(sharded, tmp_path):
+    """As in transformers; another program's save may have left both."""
+    model, params = build("llama")
+    other = jax.tree.map(lambda x: x + 1, params)
+    save_pretrained(tmp_path / "other", model, other)
+    shutil.copy(tmp_path / "other" / "model.safetensors", sharded)
+    assert (sharded / INDEX).exists()
+    same(load_pretrained(sharded, dtype="float32")[1], other)
+
+
 def test_index_and_shards_must_agree(sharded):
     index = json.loads((sharded / INDEX).read_text())
     first, second = sorted(set(index["weight_map"].values()))[:2]
@@ -314,6 +324,8 @@ def test_links_out_of_the_folder_are_refused_but_for_the_hub_cache(folder, tmp_p
         load_pretrained(folder)
 
     for name in ("config.json", "generation_config.json", INDEX):
+        if name == INDEX:  # beside a single file it is not read
+            (folder / "model.safetensors").unlink()
         inside, backup = folder / name, folder / "kept"
         if inside.exists():
             inside.rename(backup)
@@ -331,7 +343,6 @@ def test_links_out_of_the_folder_are_refused_but_for_the_hub_cache(folder, tmp_p
     (repository / "snapshots").mkdir()
     snapshot = repository / "snapshots" / "abc"
     folder.rename(snapshot)
-    (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors").symlink_to("../../blobs/0123")
     same(load_pretrained(snapshot, dtype="float32")[1], build("llama")[1])
 
@@ -386,6 +397,8 @@ def test_malformed_folders_are_named(folder, file, text, message):
     if text is None:
         (folder / file).unlink()
     else:
+        if file == INDEX:  # beside a single file it is not read
+            (folder / "model.safetensors").unlink()
         (folder / file).write_text(text)
     with pytest.raises(DataError, match=message):
         load_pretrained(folder)

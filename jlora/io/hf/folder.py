@@ -124,7 +124,8 @@ def shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
 
     Raises DataError for pickled or missing weights and for names outside the folder.
     """
-    if (folder / SINGLE).exists() and not (folder / INDEX).exists():
+    # As in transformers the single file wins where a folder has both.
+    if (folder / SINGLE).exists():
         names, weight_map = [SINGLE], None
     elif not (folder / INDEX).exists():
         raise _no_weights(folder)
