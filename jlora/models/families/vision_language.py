@@ -69,6 +69,9 @@ def _text_tower(
         inner = {**defaults, **given, "model_type": kind}
         if (tied := keys.hf.get("tie_word_embeddings")) is not None:
             inner["tie_word_embeddings"] = tied or (flat and given.get("tie_word_embeddings", tied))
+        for key in ("bos_token_id", "eos_token_id"):
+            if keys.hf.get(key) is not None:
+                inner[key] = keys.hf[key]
         for section in ("rope_scaling", "rope_parameters"):
             inner[section] = _rope_of_text(given.get(section))
         where = keys.where if given is keys.hf else f"{keys.where}: text_config"
