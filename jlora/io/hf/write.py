@@ -89,24 +89,25 @@ def save_pretrained(
         for name, shard in zip(names, shards, strict=True):
             arrays = {}
             for tensor in shard:
-                if isinstance(tensor, str):
-                    arrays[tensor] = others.read(tensor)
-                else:
+                if not isinstance(tensor, str):
+                    # In every process: leaves that are sharded over several are gathered.
                     arrays |= _arrays(params, tensor, quantized)
+                elif writes:
+                    arrays[tensor] = others.read(tensor)
             weight_map |= dict.fromkeys(arrays, name)
             total += sum(value.nbytes for value in arrays.values())
             if writes:
                 _write_shard(staging / name, arrays)
-        texts = {"config.json": _config(model, params, quantized, others.files)}
+        texts = _processor_texts(model)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             texts[INDEX] = json.dumps(index, indent=2, sort_keys=True) + "\n"
         if model.config.generation_json:
             texts[GENERATION] = model.config.generation_json
-        texts |= _processor_texts(model)
+        texts["config.json"] = _config(model, params, quantized, others.files)
         for name, text in texts.items() if writes else ():
             (staging / name).write_text(text, encoding="utf-8")
-    return [folder / name for name in (*names, *sorted(texts, reverse=True))]
+    return [folder / name for name in (*names, *texts)]
 
 
 def stored_dtypes(folder: Path) -> dict[paths.Path, np.dtype]:
