@@ -281,6 +281,8 @@ class DequantizedShards(Shards):
         hidden = {name for parts in self._parts.values() for name in parts.values()}
         self.files = {name: file for name, file in shards.files.items() if name not in hidden}
         self._dtype = dtype
+        self._stored_type = next(stored for stored, name in FLOATS.items() if name == dtype)
+        self._shapes: dict[str, tuple[int, int]] = {}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape; for a quantized one the matrix's.
@@ -292,16 +294,16 @@ class DequantizedShards(Shards):
             return self._shards.shape(name)
         state = self._parts[name][states[0]]
         try:
-            rows, columns = json.loads(self._shards.read(state).tobytes())["shape"]
-            return int(rows), int(columns)
+            if name not in self._shapes:
+                rows, columns = json.loads(self._shards.read(state).tobytes())["shape"]
+                self._shapes[name] = int(rows), int(columns)
+            return self._shapes[name]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise DataError("does not say the matrix's shape", where=state) from error
 
     def dtype(self, name: str) -> str:
         """The type's name."""
-        if name not in self._parts:
-            return self._shards.dtype(name)
-        return next(stored for stored, numpy in FLOATS.items() if numpy == self._dtype)
+        return self._stored_type if name in self._parts else self._shards.dtype(name)
 
     def read(self, name: str, span: slice | None = None) -> np.ndarray:
         """The tensor's values, or those of a slice of rows."""
