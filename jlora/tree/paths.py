@@ -146,11 +146,13 @@ def first_layer(stack: Path) -> int:
 
 
 def is_parameter(path: Path) -> bool:
-    """Whether a leaf's path may be a parameter without a linear layer: experts, or a router's.
+    """Whether a leaf's path is that of a bare parameter (not a linear layer's): experts, or a
+    router's.
 
     Such matrices are [out, in]; adapters name them with the leaf's own key (``mlp.gate.weight``).
     """
-    return path[-1] in EXPERTS or (path[-1] == "weight" and path[-2:-1] in [(r,) for r in ROUTERS])
+    in_router = len(path) > 1 and path[-1] == "weight" and path[-2] in ROUTERS
+    return path[-1] in EXPERTS or in_router
 
 
 def is_part(module: Path) -> bool:
