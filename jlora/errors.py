@@ -70,12 +70,12 @@ class StoppedError(JloraError):
 def nearest(word: str, options: Iterable[str], n: int = 3) -> list[str]:
     """The options that ``word`` may be a misspelling of, nearest first, at most ``n``.
 
-    One edit in four letters is allowed; where nothing is as near, options that have all of the
-    word's parts are (``epochs``: ``num_train_epochs``). Empty if there are none.
+    One edit is allowed in names of two to six letters, and one more for each further four. Where
+    nothing is as near, options that have all of the word's parts are (``epochs``:
+    ``num_train_epochs``). Empty if there are none.
     """
     options, plain = list(dict.fromkeys(options)), _plain(word)
-    edits = {option: _edits(*_without_common_ends(plain, _plain(option))) for option in options}
-    near = sorted((o for o in options if edits[o] is not None), key=lambda o: edits[o] or 0)
+    near = [option for _, option in _near(plain, options)]
     if not near and len(plain) > 2:
         parts = set(plain.split("_"))
         near = [option for option in options if parts <= set(_plain(option).split("_"))]
@@ -85,9 +85,16 @@ def nearest(word: str, options: Iterable[str], n: int = 3) -> list[str]:
 def did_you_mean(word: str, options: Iterable[str]) -> str | None:
     """A remedy that names the nearest option, or several that are equally near; or None."""
     close = nearest(word, options)
-    first = [_edits(_plain(word), _plain(option)) for option in close]
-    close = [option for option, edits in zip(close, first, strict=True) if edits == first[0]]
+    edits = {option: distance for distance, option in _near(_plain(word), close)}
+    close = [option for option in close if edits.get(option) == edits.get(close[0])]
     return f"did you mean {' or '.join(repr(c) for c in close)}?" if close else None
+
+
+def _near(plain: str, options: Iterable[str]) -> list[tuple[int, str]]:
+    """(edits, option) of the options that are few edits away from a plain word, nearest first."""
+    edits = [(_edits(*_without_common_ends(plain, _plain(option))), option) for option in options]
+    # Not by the option: those that are equally near stay in their order.
+    return sorted(((n, option) for n, option in edits if n is not None), key=lambda pair: pair[0])
 
 
 def _plain(word: str) -> str:
