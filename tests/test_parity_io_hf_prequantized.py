@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_peers import BASES, FAST, IDS, PEERS_TALK, assert_close, torch, transformers
+from tiny_peers import (
+    BASES,
+    FAST,
+    IDS,
+    PEERS_TALK,
+    add_noise,
+    assert_close,
+    torch,
+    transformers,
+)
 
 import jlora
 from jlora.io.hf.names import checkpoint_tensors
@@ -61,10 +70,7 @@ def dense(tmp_path_factory):
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
         module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for weight in module.parameters():
-                if weight.ndim == 1:
-                    weight.add_(0.2 * torch.randn_like(weight))
+        add_noise(module)
         folders[name] = tmp_path_factory.mktemp(name)
         module.save_pretrained(folders[name])
     return folders

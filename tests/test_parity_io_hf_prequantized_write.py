@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tiny_models import CONFIGS, tokens
-from tiny_peers import PEERS_TALK
+from tiny_peers import PEERS_TALK, load_torch
 
 import jlora
 from jlora.io.hf import save_pretrained
@@ -49,18 +49,6 @@ def dense(tmp_path_factory):
         folders[name] = tmp_path_factory.mktemp(name)
         save_pretrained(folders[name], model, params)
     return folders
-
-
-def load_torch(folder, **options):
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        output_loading_info=True,
-        **options,
-    )
-    assert not any(info.values()), info
-    return model
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import CONFIGS, LENGTH, build, run, tokens
-from tiny_peers import PEERS_TALK, peft, torch, transformers
+from tiny_peers import PEERS_TALK, load_torch, peft, torch, transformers
 
 import jlora
 from jlora.io.hf import load_pretrained, save_pretrained
@@ -16,15 +16,6 @@ from jlora.lora.targets import find_targets
 
 pytestmark = PEERS_TALK
 EVERY_MODEL = pytest.mark.parametrize("name", CONFIGS)
-
-
-def load_torch(folder):
-    """transformers' model loaded from a folder; asserts that no tensor is missing or unexpected."""
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
-    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.eval()
 
 
 def torch_logits(torch_model, ids, **inputs):

@@ -3,6 +3,7 @@
 Its folders are read, and what jlora writes is read by it: without images both compute the same.
 """
 
+import copy
 import json
 import shutil
 
@@ -11,7 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_peers import FAST, PEERS_TALK, peft, torch, transformers
+from tiny_models import LLAMA
+from tiny_peers import (
+    FAST,
+    PEERS_TALK,
+    add_noise,
+    load_torch,
+    peft,
+    torch,
+    torch_logits,
+    transformers,
+)
 
 import jlora
 from jlora.errors import ConfigError
@@ -21,23 +32,11 @@ from jlora.lora.targets import find_targets
 from jlora.models import Model
 from jlora.models.registry import family_of
 from jlora.models.tying import untie
-from jlora.tree import paths
 
 pytestmark = PEERS_TALK
 
-TEXT = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.15,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+TEXT = {**LLAMA, "initializer_range": 0.15, "pad_token_id": 0}
+del TEXT["model_type"]
 SIZES = {"hidden_size": 16, "intermediate_size": 16}
 PATCHES = {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 QWEN_VISION = {**SIZES, "depth": 1, "num_heads": 2, "out_hidden_size": 32, "patch_size": 14}
@@ -88,28 +87,9 @@ CONFIGS = {
         "tie_word_embeddings": True,
     },
 }
+AUTO = transformers.AutoModelForImageTextToText
 EVERY_MODEL = pytest.mark.parametrize("name", CONFIGS)
 IDS = np.random.default_rng(0).integers(3, 57, (2, 12), dtype=np.int32)
-
-
-def torch_class(name):
-    return transformers.AutoModelForImageTextToText, transformers.AutoConfig.for_model(
-        name, **json.loads(json.dumps(CONFIGS[name]))
-    )
-
-
-def load_torch(folder):
-    """transformers' model of a folder; asserts that no tensor is missing or unexpected."""
-    model, info = transformers.AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
-    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    return model.eval()
-
-
-def torch_logits(model):
-    with torch.no_grad():
-        return model(input_ids=torch.tensor(IDS).long()).logits.numpy()
 
 
 def logits(model, params):
@@ -128,13 +108,10 @@ def made(tmp_path_factory):
 
     def get(name):
         if name not in cache:
-            auto, config = torch_class(name)
+            config = transformers.AutoConfig.for_model(name, **copy.deepcopy(CONFIGS[name]))
             torch.manual_seed(0)
-            model = auto.from_config(config, attn_implementation="eager").eval()
-            with torch.no_grad():
-                for weight in model.parameters():
-                    if weight.ndim == 1:
-                        weight.add_(0.2 * torch.randn_like(weight))
+            model = AUTO.from_config(config, attn_implementation="eager").eval()
+            add_noise(model)
             folder = tmp_path_factory.mktemp(name)
             model.save_pretrained(folder)
             (folder / "preprocessor_config.json").write_text("{}")
@@ -155,7 +132,8 @@ def test_logits_match_transformers_and_no_vision_tensor_is_read(made, name, monk
 
     monkeypatch.setattr(hf_folder.Shards, "read", spy)
     model, params = load_pretrained(folder, dtype="float32")
-    assert_close(logits(model, params), torch_logits(torch_model))
+    assert_close(logits(model, params), torch_logits(torch_model, IDS))
+    assert read
     assert not [tensor for tensor in read if "vis" in tensor or "projector" in tensor]
     assert family_of(model.config).architecture == type(torch_model).__name__
 
@@ -170,7 +148,9 @@ def test_a_saved_folder_holds_what_it_was_read_from(made, name, tmp_path):
     assert written.keys() == want.keys()
     for tensor, value in want.items():
         np.testing.assert_array_equal(written[tensor], value, err_msg=tensor)
-    np.testing.assert_array_equal(torch_logits(load_torch(tmp_path)), torch_logits(torch_model))
+    np.testing.assert_array_equal(
+        torch_logits(load_torch(tmp_path, AUTO), IDS), torch_logits(torch_model, IDS)
+    )
     assert (tmp_path / "preprocessor_config.json").read_text() == "{}"
     again, again_params = load_pretrained(tmp_path, dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, again_params, params)
@@ -192,7 +172,7 @@ def test_adapters_have_the_names_that_peft_gives_them(made, name, tmp_path):
     jlora.save_adapter(tmp_path, adapter)
 
     peft_model = peft.get_peft_model(
-        load_torch(folder),
+        load_torch(folder, AUTO),
         peft.LoraConfig(target_modules="all-linear", exclude_modules=r".*(vis|projector).*"),
     )
     peft_model.save_pretrained(tmp_path / "peft")
@@ -200,10 +180,10 @@ def test_adapters_have_the_names_that_peft_gives_them(made, name, tmp_path):
     got = load_file(tmp_path / "adapter_model.safetensors")
     assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in want.items()}
 
-    loaded = peft.PeftModel.from_pretrained(load_torch(folder), tmp_path)
+    loaded = peft.PeftModel.from_pretrained(load_torch(folder, AUTO), tmp_path)
     adapted = {n for n, _ in loaded.named_parameters() if "lora_" in n}
     assert len(adapted) == len(got), "nothing but the text tower is adapted"
-    assert_close(logits(model, jlora.attach(params, adapter)), torch_logits(loaded.eval()))
+    assert_close(logits(model, jlora.attach(params, adapter)), torch_logits(loaded.eval(), IDS))
     back = jlora.load_adapter(tmp_path, params)
     jax.tree.map(np.testing.assert_array_equal, back.weights, adapter.weights)
 
@@ -220,6 +200,23 @@ def test_files_may_have_the_names_of_modules(made, name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@EVERY_MODEL
+def test_files_may_be_of_the_base_model_alone(name, tmp_path):
+    """Without the head's class, by their names in it or with those of modules."""
+    hf = {**copy.deepcopy(CONFIGS[name]), "tie_word_embeddings": True}
+    config = transformers.AutoConfig.for_model(name, **hf)
+    torch_model = transformers.AutoModel.from_config(config, attn_implementation="eager")
+    torch_model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "modules").mkdir()
+    shutil.copy(tmp_path / "saved" / "config.json", tmp_path / "modules")
+    state = {k: v.detach().numpy() for k, v in torch_model.state_dict().items()}
+    save_file(state, tmp_path / "modules" / "model.safetensors", metadata={"format": "pt"})
+    for folder in ("saved", "modules"):
+        _, params = load_pretrained(tmp_path / folder, dtype="float32")
+        got = params["model"]["language_model"]["embed_tokens"]["embedding"]
+        np.testing.assert_array_equal(got, state["language_model.embed_tokens.weight"])
+
+
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
 def test_text_settings_may_be_beside_the_vision_towers(made, name, tmp_path):
     """As in the files that Qwen published."""
@@ -232,9 +229,11 @@ def test_text_settings_may_be_beside_the_vision_towers(made, name, tmp_path):
     text["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
     flat = {**text, **hf, "model_type": name}
     (tmp_path / "config.json").write_text(json.dumps(flat))
-    np.testing.assert_array_equal(torch_logits(load_torch(tmp_path)), torch_logits(torch_model))
+    np.testing.assert_array_equal(
+        torch_logits(load_torch(tmp_path, AUTO), IDS), torch_logits(torch_model, IDS)
+    )
     model, params = load_pretrained(tmp_path, dtype="float32")
-    assert_close(logits(model, params), torch_logits(torch_model))
+    assert_close(logits(model, params), torch_logits(torch_model, IDS))
 
 
 def test_a_tied_head_is_untied_for_transformers_too(made, tmp_path):
@@ -244,8 +243,9 @@ def test_a_tied_head_is_untied_for_transformers_too(made, tmp_path):
         leaf = untied["lm_head"]["kernel"]
         untied = {**untied, "lm_head": {"kernel": leaf * 1.5}}
         save_pretrained(tmp_path / name, separate, untied)
-        assert_close(logits(separate, untied), torch_logits(load_torch(tmp_path / name)))
-        assert paths.get(load_pretrained(tmp_path / name)[1], ("lm_head", "kernel")).shape
+        assert_close(logits(separate, untied), torch_logits(load_torch(tmp_path / name, AUTO), IDS))
+        again = load_pretrained(tmp_path / name, dtype="float32")[1]
+        np.testing.assert_array_equal(again["lm_head"]["kernel"], untied["lm_head"]["kernel"])
 
 
 @pytest.mark.parametrize(
@@ -270,20 +270,19 @@ def test_folders_quantized_by_bitsandbytes_are_read_and_written(tmp_path, skippe
     hf = {**CONFIGS["gemma3"], "text_config": text, "vision_config": vision}
     config = transformers.AutoConfig.for_model("gemma3", **hf)
     torch.manual_seed(0)
-    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "16")
+    AUTO.from_config(config).save_pretrained(tmp_path / "16")
     settings = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skipped
     )
     options = {"dtype": torch.float32, "attn_implementation": "eager", "device_map": "cpu"}
-    auto = transformers.AutoModelForImageTextToText
-    quantized = auto.from_pretrained(tmp_path / "16", quantization_config=settings, **options)
+    quantized = AUTO.from_pretrained(tmp_path / "16", quantization_config=settings, **options)
     quantized.save_pretrained(tmp_path / "4")
 
     model, params = load_pretrained(tmp_path / "4", dtype="float32")
     save_pretrained(tmp_path / "dense", model, params)
     save_pretrained(tmp_path / "again", model, params, quantized=True)
-    dense, again = load_torch(tmp_path / "dense"), load_torch(tmp_path / "again")
-    assert_close(logits(model, params), torch_logits(dense))
+    dense, again = (load_torch(tmp_path / name, AUTO) for name in ("dense", "again"))
+    assert_close(logits(model, params), torch_logits(dense, IDS))
     modules = dict(quantized.named_modules())
     linear = [n for n, m in modules.items() if isinstance(m, bnb.nn.Linear4bit)]
     assert any("vision" in name for name in linear) == (skipped is None)

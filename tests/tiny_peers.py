@@ -255,16 +255,34 @@ class Base:
     params: dict
 
 
+def load_torch(folder: Path, auto: Any = transformers.AutoModelForCausalLM, **options: Any) -> Any:
+    """transformers' model of a folder; asserts that no tensor is missing or unexpected."""
+    model, info = auto.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+        **options,
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def add_noise(module: Any) -> None:
+    """Changes norms and biases, whose initial values do not show whether they are used."""
+    with torch.no_grad():
+        for weight in module.parameters():
+            if weight.ndim == 1:
+                weight.add_(0.2 * torch.randn_like(weight))
+
+
 def make_base(name: str, folder: Path) -> Base:
     """A random model, with random norms and biases too."""
     torch.manual_seed(0)
     module = transformers.AutoModelForCausalLM.from_config(
         BASES[name], attn_implementation="eager", dtype=torch.float32
     ).eval()
-    with torch.no_grad():
-        for weight in module.parameters():
-            if weight.ndim == 1:
-                weight.add_(0.2 * torch.randn_like(weight))
+    add_noise(module)
     module.save_pretrained(folder)
     model, params = jlora.load_pretrained(folder, dtype="float32")
     return Base(module, folder, model, params)

@@ -96,12 +96,14 @@ def _find(
     names, problems = {}, list(shards.problems)
     conventions, table, head = family_of(model.config), embedding_name(model), head_name(model)
     wanted, tied_files = {*expected}, _is_tied_in_files(model)
+    base = conventions.rename(("model",))[0]
     known = {name for group in parts.values() for name in group.values()}
     if tied_files:
         wanted.add(head)
     for name in shards.files:
-        # Files of the base model alone lack a prefix; others have the modules' names.
-        forms = name, f"{table.split('.')[0]}.{name}", conventions.name_in_files(name)
+        # Files of the base model alone lack a prefix; others have the modules' names, or both.
+        modules = map(conventions.name_in_files, (name, f"{base}.{name}"))
+        forms = (name, f"{table.split('.')[0]}.{name}", *modules)
         full = next((form for form in forms if form in wanted), name)
         ignored = name in known or is_of_others(name, model)
         if full in names:
