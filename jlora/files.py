@@ -36,6 +36,12 @@ STORAGE = (
 )  # fmt: skip
 """System errors that are looked for behind the errors of libraries."""
 
+WRAPPED_ONLY = (errno.ENOENT, errno.ENOTDIR)
+"""Those that are looked for as a number in a library's own text: a folder was removed meanwhile.
+
+An error of Python's own for a missing file may be handled and followed by an unrelated one.
+"""
+
 
 @contextmanager
 def storage_errors(where: str | os.PathLike[str], needed: int | None = None) -> Iterator[None]:
@@ -100,11 +106,17 @@ def system_errno(error: BaseException | None) -> int | None:
         if isinstance(error, BaseExceptionGroup):
             return next(filter(None, map(system_errno, error.exceptions)), None)
         text = str(error)
-        codes = {getattr(error, "errno", None), *map(int, WRAPPED.findall(text))}
+        wrapped = [int(code) for code in WRAPPED.findall(text)]
+        codes = {getattr(error, "errno", None), *wrapped}
         for code in STORAGE:
             if code in codes or os.strerror(code).lower() in text.lower():
                 return code
-        error = error.__cause__ or error.__context__
+        if not isinstance(error, OSError):
+            for code in WRAPPED_ONLY:
+                if code in wrapped:
+                    return code
+        # Not the context of an error that was raised `from None`.
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 
 

@@ -76,9 +76,26 @@ def test_errors_that_libraries_wrap_are_the_systems(tmp_path, text, code, words)
     assert ("MiB free" in caught.value.cause) == ("needed" in words)
 
 
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.ENOTDIR])
+def test_a_folder_that_a_library_finds_removed_is_the_systems(code):
+    words = os.strerror(code)
+    with pytest.raises(StorageError, match=words), storage_errors("/out"):
+        raise ValueError(RUST.format(words=words, code=code))
+
+
 def test_other_errors_pass():
     with pytest.raises(ValueError, match="errno 111"), storage_errors("/out"):
         raise ValueError("connection refused (errno 111)")
+    with pytest.raises(KeyError, match="bug"), storage_errors("/out"):
+        try:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        except PermissionError:
+            raise KeyError("bug") from None
+    with pytest.raises(KeyError, match="bug"), storage_errors("/out"):
+        try:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", "a")
+        except FileNotFoundError:
+            raise KeyError("bug")  # noqa: B904
 
 
 def test_a_staged_folder_is_all_or_nothing(tmp_path):
