@@ -398,6 +398,18 @@ def test_optimizer_settings_for_adapters_need_a_lora_section(write, name):
     config.load(path, ["lora={}"])
 
 
+def test_the_home_folder_is_expanded_in_output_folders(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write(
+        MINIMAL.replace("output_dir: out", "output_dir: ~/out") + "merge:\n  output_dir: ~/m"
+    )
+    c = config.load(path, ["export.output_dir=~/e", "quantize.output_dir=~/q"])
+    found = c.train.output_dir, c.merge.output_dir, c.export.output_dir, c.quantize.output_dir
+    assert found == tuple(str(tmp_path / name) for name in ("out", "m", "e", "q"))
+    assert config.load(path, ["train.output_dir=~/o"]).train.output_dir == str(tmp_path / "o")
+    assert TrainConfig(output_dir="~/o").output_dir == str(tmp_path / "o")
+
+
 def test_files_that_cannot_be_read(write, tmp_path):
     path = write(MINIMAL)
     assert "did you mean 'c.yaml'?" in fault(path.with_name("cc.yaml"))
