@@ -30,6 +30,9 @@ CAUSES = {
 WRAPPED = re.compile(r"\b(?:os[ _]error(?:_code)?|errno)[ :='\"]*(\d+)", re.IGNORECASE)
 """How Rust, TensorStore (C++) and Python write a system error into the text of their own error."""
 
+PARTIAL = ".partial-"
+"""Prefix of the temporary folders; one that is left is of a process that was killed."""
+
 STORAGE = (
     *CAUSES, errno.EACCES, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG, errno.ENFILE, errno.EPERM,
     errno.EROFS, errno.ESTALE,
@@ -152,7 +155,7 @@ def staged_folder(
     target = Path(folder)
     with storage_errors(target):
         target.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".partial-", dir=target))
+        temporary = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target))
     try:
         with storage_errors(target):
             yield temporary

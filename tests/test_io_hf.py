@@ -464,6 +464,14 @@ def test_shards_of_an_earlier_save_are_removed(sharded):
     assert left == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
+def test_what_a_killed_save_left_is_removed(tmp_path):
+    left = tmp_path / ".partial-x" / ".partial-y"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_text("part")
+    save_pretrained(tmp_path, *build("gpt2"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_parameters_of_another_model_are_refused(tmp_path):
     params = dict(build("llama")[1])
     params["extra"] = params.pop("lm_head")

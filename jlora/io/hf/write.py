@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -25,7 +26,7 @@ from safetensors.numpy import save_file
 
 from jlora.distributed import sharding
 from jlora.errors import ConfigError, DataError, StorageError
-from jlora.files import staged_folder, storage_errors
+from jlora.files import PARTIAL, staged_folder, storage_errors
 from jlora.io.hf import mxfp4, prequantized, prequantized_write
 from jlora.io.hf.folder import FLOATS, GENERATION, INDEX, SINGLE, Shards, open_shards
 from jlora.io.hf.match import match_tensors
@@ -136,10 +137,13 @@ def common_dtype(dtypes: Iterable[Any]) -> np.dtype:
 def staged_model(directory: str | Path) -> AbstractContextManager[Path]:
     """Where to write the files of a model folder, see ``staged_folder``; for process 0.
 
-    In other processes, which write nothing, it is the folder itself.
+    What earlier saves that were killed have left there, as large as a model, is removed first. In
+    other processes, which write nothing, it is the folder itself.
     """
     if jax.process_index() != 0:
         return contextlib.nullcontext(Path(directory))
+    for left in Path(directory).glob(f"{PARTIAL}*"):
+        shutil.rmtree(left, ignore_errors=True)
     # transformers prefers model.safetensors to an index: a stale one would be loaded in place of
     # the new shards.
     return staged_folder(directory, last="config.json", stale=STALE)
