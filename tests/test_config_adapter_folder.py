@@ -48,6 +48,22 @@ def test_the_settings_are_those_of_the_adapter_and_its_base(folder, result):
     assert (other.model.name_or_path, other.model.dtype) == ("org/base", "bfloat16")
 
 
+def test_the_base_of_a_folder_of_mlx_lm_is_its_model(tmp_path):
+    raw = {"model": "org/base", "lora_parameters": {"rank": 4, "scale": 2.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(raw))
+    assert config.load(tmp_path, adapters=True).model.name_or_path == "org/base"
+
+
+@pytest.mark.parametrize("outer", [{}, {"dtype": "float8"}])
+def test_the_data_type_may_be_that_of_the_language_model(folder, tmp_path, outer):
+    base = tmp_path / "base"
+    base.mkdir()
+    inner = {"text_config": {"torch_dtype": "float16"}}
+    (base / "config.json").write_text(json.dumps(outer | inner))
+    edit(folder / "adapter_config.json", str(base))
+    assert config.load(folder, adapters=True).model.dtype == "float16"
+
+
 def test_merge(folder, result):
     assert run("merge", folder) == 0
     model, params = tiny_results.trained(result)

@@ -16,8 +16,8 @@ CHAT_TEMPLATE = "chat_template.jinja"
 def settings_of_adapter(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """``adapter_config.json`` and its settings; None if the folder holds no adapter.
 
-    The base model is the one that it names, in the data type of its own ``config.json`` where it is
-    a local folder. ``data.train`` is required, but not read: its format is how ``jlora generate``
+    The base model is the one that it names (mlx-lm's key is ``model``), in the data type of its own
+    ``config.json`` where it is a local folder. ``data.train`` is required, but not read: its format is how ``jlora generate``
     writes prompts. How the adapter computes is not repeated in ``lora``: whoever loads it reads the
     file.
 
@@ -28,7 +28,7 @@ def settings_of_adapter(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         return None
     adapter = _json_object(file)
     template = folder / CHAT_TEMPLATE
-    name = adapter.get("base_model_name_or_path")
+    name = adapter.get("base_model_name_or_path") or adapter.get("model")
     model = {"name_or_path": name, "revision": adapter.get("revision"), "dtype": _dtype(name)}
     kept = ("r", "lora_alpha", "lora_dropout", "task_type", "base_model_name_or_path", "revision")
     is_classifier = adapter.get("task_type") == "SEQ_CLS"
@@ -67,6 +67,10 @@ def _dtype(base: Any) -> str | None:
     if base is None or not file.is_file():
         return None
     settings = _json_object(file)
-    name = str(settings.get("dtype") or settings.get("torch_dtype"))
-    name = DTYPE_ALIASES.get(name, name)
-    return name if name in get_args(DType) else None
+    inner = settings.get("text_config")  # of a multimodal model
+    for part in (settings, inner if isinstance(inner, dict) else {}):
+        name = str(part.get("dtype") or part.get("torch_dtype"))
+        name = DTYPE_ALIASES.get(name, name)
+        if name in get_args(DType):
+            return name
+    return None
