@@ -30,7 +30,7 @@ def settings_of_adapter(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     template = folder / CHAT_TEMPLATE
     name = adapter.get("base_model_name_or_path") or adapter.get("model")
     model = {"name_or_path": name, "revision": adapter.get("revision"), "dtype": _dtype(name)}
-    kept = ("r", "lora_alpha", "lora_dropout", "task_type", "base_model_name_or_path", "revision")
+    kept = ("lora_dropout", "task_type", "base_model_name_or_path", "revision")
     is_classifier = adapter.get("task_type") == "SEQ_CLS"
     row_format = "classification" if is_classifier else "messages"
     data = {

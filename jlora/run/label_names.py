@@ -35,7 +35,10 @@ def with_label_names(config: Config) -> tuple[Config, str]:
         if found.num_labels is not None:
             found = as_classifier(found, model.num_labels or found.num_labels)
         names, origin = found.id2label, "the model"
-    if not names and (Path(config.data.train[0].path) / CONFIG_FILE).is_file():
+    # The settings of an adapter's folder name that folder in place of training rows.
+    named, folder = Path(config.data.train[0].path), Path(config.train.output_dir)
+    is_adapter = named.resolve() == folder.resolve() and (folder / CONFIG_FILE).is_file()
+    if not names and is_adapter:
         raise ConfigError(
             "an adapter's folder does not name the classes",
             where="model.id2label",
