@@ -9,7 +9,7 @@ from typing import Any, get_args
 from jlora.config.engine.schema import DTYPE_ALIASES, DType
 from jlora.errors import DataError, StorageError
 
-ADAPTER_CONFIG = "adapter_config.json"
+CONFIG_FILE = "adapter_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
@@ -23,7 +23,7 @@ def settings_of_adapter(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
     Raises DataError if the file is not a JSON object.
     """
-    file = folder / ADAPTER_CONFIG
+    file = folder / CONFIG_FILE
     if not file.is_file():
         return None
     adapter = _json_object(file)

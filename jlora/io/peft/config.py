@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from jlora.config import LoraConfig
+from jlora.config.adapter_folder import CONFIG_FILE
 from jlora.errors import ConfigError, DataError
 from jlora.files import storage_errors, write_atomic
 from jlora.io.peft.other_tools import MLX_FILE, mlx_fields
 from jlora.io.peft.tensors import TENSOR_FILE
-
-CONFIG_FILE = "adapter_config.json"
 
 OTHER_KEYS: dict[str, Any] = {
     "alora_invocation_tokens": None,
