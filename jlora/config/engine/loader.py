@@ -93,7 +93,10 @@ def _file_text(file: Path) -> str:
         folder = file.parent if file.parent.is_dir() else Path()
         fix = errors.did_you_mean(file.name, [f.name for f in folder.iterdir()])
         if file.name == RESOLVED:
-            fix = "name a YAML file, or the output folder of a run"
+            fix = (
+                "name a YAML file, the output folder of a run, or (evaluate, generate, merge, "
+                "export) the folder of a PEFT adapter"
+            )
         raise errors.ConfigError("no such file", where=str(file), fix=fix) from None
     except OSError as bad:
         reason = bad.strerror or str(bad)
