@@ -283,6 +283,14 @@ def test_exact_match_needs_held_out_replies(write, held_out, words):
     assert "evaluate.exact_match" in message and words in message
 
 
+def test_exact_match_that_no_rows_allow_is_refused_once(write):
+    path = write(classes(rest=SEQ_CLS + "\nevaluate: {exact_match: true}"))
+    assert "held-out" not in fault(path)
+    text = MINIMAL.replace("messages}", "messages, adapter: a}")
+    message = fault(write(text + "lora: {r: 4}\nevaluate: {exact_match: true}\n"))
+    assert "several adapters" in message and "held-out" not in message
+
+
 FAULTY = """\
 model: {name_or_path: org/base, torch_dtype: bfloat16}
 quantization:

@@ -38,9 +38,14 @@ def multi_adapter_faults(config: Any) -> Iterator[Fault]:
 
 
 def exact_match_faults(config: Any) -> Iterator[Fault]:
-    """``evaluate.exact_match`` without rows that have replies."""
+    """``evaluate.exact_match`` without rows that have replies.
+
+    Classifiers and several adapters are left to the other rules, which refuse it with any rows.
+    """
     key = "evaluate.exact_match"
-    if not config.evaluate.exact_match:
+    sources = (*(config.data.train or ()), *config.data.eval)
+    is_refused = any(s.adapter or s.format == CLASSIFICATION for s in sources)
+    if is_refused or not config.evaluate.exact_match:
         return
     if not config.data.eval:
         fix = "name held-out rows in data.eval, or leave it out"
