@@ -20,11 +20,11 @@ from jlora.config import Config
 from jlora.distributed import processes
 from jlora.errors import ConfigError
 from jlora.files import check_output
-from jlora.io.hf import save_pretrained
 from jlora.io.hf.folder import find_folder
-from jlora.io.hf.write import common_dtype, staged_model, stored_dtypes
+from jlora.io.hf.write import common_dtype, stored_dtypes
 from jlora.io.peft import CONFIG_FILE
 from jlora.models import head_differs, untie
+from jlora.run.artifacts import save_model
 from jlora.run.job import Job, open_tokenizer
 from jlora.run.label_names import with_label_names
 from jlora.run.open_job import open_job
@@ -100,10 +100,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
                 merged = original
         if not quantized:
             rows["logit difference"] = _difference(job, expected, merged)
-        with staged_model(out) as folder:
-            save_pretrained(folder, job.model, merged)
-            if jax.process_index() == 0:
-                tokenizer.save_pretrained(folder)
+        save_model(out, job.model, merged, tokenizer)
     console.card("merged", rows)
 
 

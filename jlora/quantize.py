@@ -18,11 +18,11 @@ from jlora.config import Config, QuantConfig
 from jlora.distributed import processes, sharding
 from jlora.errors import ConfigError
 from jlora.files import check_output, storage_errors
-from jlora.io.hf import load_pretrained, prequantized_write, save_pretrained
+from jlora.io.hf import load_pretrained, prequantized_write
 from jlora.io.hf.folder import find_folder, shard_files
 from jlora.io.hf.read import read_model
-from jlora.io.hf.write import staged_model
 from jlora.quant.params import is_quantized, quantize_params, scheme_text
+from jlora.run.artifacts import save_model
 from jlora.run.job import open_tokenizer
 from jlora.tree import paths
 from jlora.ui.console import Console
@@ -63,10 +63,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
             )
         console.note(f"writing {out}")
         model = dataclasses.replace(model, dtype=asked.bnb_4bit_compute_dtype)
-        with staged_model(out) as folder:
-            save_pretrained(folder, model, params, quantized=True)
-            if jax.process_index() == 0:
-                tokenizer.save_pretrained(folder)
+        save_model(out, model, params, tokenizer, quantized=True)
     if jax.process_index() == 0:
         rows = {
             "quantized model": out,

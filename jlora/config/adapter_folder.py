@@ -17,9 +17,9 @@ def settings_of_adapter(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """``adapter_config.json`` and its settings; None if the folder holds no adapter.
 
     The base model is the one that it names (mlx-lm's key is ``model``), in the data type of its own
-    ``config.json`` where it is a local folder. ``data.train`` is required, but not read: its format is how ``jlora generate``
-    writes prompts. How the adapter computes is not repeated in ``lora``: whoever loads it reads the
-    file.
+    ``config.json`` where it is a local folder. ``data.train`` is required, but not read:
+    its format is how ``jlora generate`` writes prompts. How the adapter computes is not repeated in
+    ``lora``: whoever loads it reads the file.
 
     Raises DataError if the file is not a JSON object.
     """

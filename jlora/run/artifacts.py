@@ -59,10 +59,19 @@ def write_trained(out: Path, dtype: str, model: Model, tokenizer: Any, trained: 
             tokenizer.save_pretrained(folder)
         return f"{out / TENSOR_FILE} ({size / 2**20:,.1f} MiB)"
     saved_dtype = jax.numpy.dtype(dtype)
-    with staged_model(out) as folder:
-        save_pretrained(folder, model, jax.tree.map(lambda leaf: leaf.astype(saved_dtype), tree))
-        tokenizer.save_pretrained(folder)
+    params = jax.tree.map(lambda leaf: leaf.astype(saved_dtype), tree)
+    save_model(out, model, params, tokenizer)
     return str(out / "model.safetensors")
+
+
+def save_model(
+    out: Path, model: Model, params: Any, tokenizer: Any, *, quantized: bool = False
+) -> None:
+    """Writes a model with its tokenizer, see ``save_pretrained``; all of it or nothing."""
+    with staged_model(out) as folder:
+        save_pretrained(folder, model, params, quantized=quantized)
+        if jax.process_index() == 0:
+            tokenizer.save_pretrained(folder)
 
 
 def note_local_base(console: Console, trained: Any) -> None:
