@@ -21,7 +21,7 @@ from jlora.io.peft import BASE_FILE, CONFIG_FILE, load_adapter, misreadings
 from jlora.io.peft.config import read_config
 from jlora.models import Model
 from jlora.run.abstract_job import abstract_adapter, abstract_base, abstract_model
-from jlora.run.artifacts import note_local_base, write_trained
+from jlora.run.artifacts import check_no_adapter, note_local_base, write_trained
 from jlora.run.checkpoints import find_checkpoint, fixed_settings
 from jlora.run.job import Job, open_tokenizer, split_adapters, with_base_name
 from jlora.run.label_names import with_label_names
@@ -57,6 +57,8 @@ def run(config: Config, options: argparse.Namespace) -> None:
         "the folder of the base model": config.model.name_or_path,
     }
     check_output("export.output_dir", out, inputs)
+    if config.lora is None:
+        check_no_adapter("export.output_dir", out)
     config, _ = with_label_names(config)
     tokenizer = open_tokenizer(config)
     model = abstract_model(config, tokenizer)

@@ -22,9 +22,8 @@ from jlora.errors import ConfigError
 from jlora.files import check_output
 from jlora.io.hf.folder import find_folder
 from jlora.io.hf.write import common_dtype, stored_dtypes
-from jlora.io.peft import CONFIG_FILE
 from jlora.models import head_differs, untie
-from jlora.run.artifacts import save_model
+from jlora.run.artifacts import check_no_adapter, save_model
 from jlora.run.job import Job, open_tokenizer
 from jlora.run.label_names import with_label_names
 from jlora.run.open_job import open_job
@@ -108,12 +107,7 @@ def _check_output(out: Path, source: Path, adapter: str) -> None:
     """ConfigError if the merged model would overwrite what it is made of, or lie beside it."""
     inputs = {"the folder of the base model": source, "the folder of the adapter": adapter}
     check_output("merge.output_dir", out, inputs)
-    if (out / CONFIG_FILE).exists():
-        raise ConfigError(
-            f"{out} holds an adapter, which transformers would put on the merged model again",
-            where="merge.output_dir",
-            fix="name another folder",
-        )
+    check_no_adapter("merge.output_dir", out)
 
 
 def _file_dtypes(config: Config, source: Path) -> dict[paths.Path, Any]:

@@ -22,7 +22,7 @@ from jlora.io.hf import load_pretrained, prequantized_write
 from jlora.io.hf.folder import find_folder, shard_files
 from jlora.io.hf.read import read_model
 from jlora.quant.params import is_quantized, quantize_params, scheme_text
-from jlora.run.artifacts import save_model
+from jlora.run.artifacts import check_no_adapter, save_model
 from jlora.run.job import open_tokenizer
 from jlora.tree import paths
 from jlora.ui.console import Console
@@ -79,6 +79,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
 def _check_output(source: Path, out: Path, asked: QuantConfig) -> None:
     """ConfigError for an output that cannot be written or loaded, before any weight is read."""
     check_output("quantize.output_dir", out, {"the folder of the base model": source})
+    check_no_adapter("quantize.output_dir", out)
     shapes = read_model(source).shapes
     prequantized_write.check_writable(jax.eval_shape(lambda p: quantize_params(p, asked), shapes))
 

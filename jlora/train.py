@@ -23,6 +23,7 @@ from jlora.files import check_output
 from jlora.plan.check import compiled_beside
 from jlora.run import environment
 from jlora.run.abstract_job import abstract_job
+from jlora.run.artifacts import check_no_adapter
 from jlora.run.batches import (
     check_rows_fit,
     check_same_rows,
@@ -58,6 +59,8 @@ def run(config: Config, options: argparse.Namespace) -> None:
         "lora.init_from": config.lora and config.lora.init_from,
     }
     check_output("train.output_dir", out, inputs, above=False)
+    if config.lora is None:
+        check_no_adapter("train.output_dir", out)
     check_optimizer(config.train)
     config, origin = with_label_names(config)
     tokenizer = open_tokenizer(config)

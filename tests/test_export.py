@@ -148,7 +148,7 @@ def test_a_damaged_leaf_is_named_and_the_optimizer_is_not_read(ran, capsys, tmp_
     assert not (tmp_path / "no").exists()
 
 
-def test_a_fully_trained_model_becomes_a_transformers_folder(place):
+def test_a_fully_trained_model_becomes_a_transformers_folder(place, capsys):
     """Equals ``write_trained`` of the saved state; masters are float32, files bfloat16."""
     place.settings_for_loss()
     file = place.write(lora=None, model={"dtype": "bfloat16"})
@@ -165,7 +165,11 @@ def test_a_fully_trained_model_becomes_a_transformers_folder(place):
         base_fingerprint=fingerprint(job.base),
     )
     checkpoints.save(state, Progress(step=5))
-    wanted = place.folder / "wanted"
+    wanted, other = place.folder / "wanted", place.folder / "adapter"
+    other.mkdir()
+    (other / "adapter_config.json").write_text("{}")
+    assert cli.main("export", [str(file), f"export.output_dir={other}"]) == 2
+    assert "holds an adapter" in capsys.readouterr().err
     write_trained(wanted, "bfloat16", job.model, job.tokenizer, trained)
     assert cli.main("export", [str(file)]) == 0
     got = content(place.output / "exported" / "5")

@@ -92,6 +92,7 @@ def test_it_reports_its_settings_and_sizes(place, capsys):
         (["quantization.include_modules=[lm_haed]"], "no module is called 'lm_haed'"),
         (["quantize.output_dir={base}"], r"quantize\.output_dir: is the folder of the base"),
         (["quantize.output_dir={link}/."], r"quantize\.output_dir: is the folder of the base"),
+        (["quantize.output_dir={adapter}"], r"quantize\.output_dir: .* holds an adapter"),
         (["quantize.output=x"], "unknown key"),
     ],
 )
@@ -103,7 +104,11 @@ def test_errors_are_reported_before_weights_are_read(
     link.symlink_to(place.base)
     file = str(place.write(quantization=NF4))
     before = sorted(place.base.iterdir())
-    overrides = [text.format(base=place.base, link=link) for text in overrides]
+    adapter = place.folder / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    folders = {"base": place.base, "link": link, "adapter": adapter}
+    overrides = [text.format(**folders) for text in overrides]
     assert cli.dispatch(["quantize", file, *overrides]) == ConfigError.exit_code
     assert re.search(message, capsys.readouterr().err)
     assert sorted(place.base.iterdir()) == before and not place.output.exists()

@@ -127,6 +127,13 @@ def test_a_pattern_that_matches_nothing_exits_2_with_near_names(place, capsys):
     assert "q_porj" in said and "q_proj" in said.replace("q_porj", "")
 
 
+def test_a_model_is_not_trained_into_the_folder_of_an_adapter(place, capsys):
+    place.output.mkdir()
+    (place.output / "adapter_config.json").write_text("{}")
+    assert place.main(lora=None) == 2
+    assert "train.output_dir: " in (said := capsys.readouterr().err) and "holds an adapter" in said
+
+
 def test_an_output_folder_that_cannot_be_one_exits_74(place, capsys):
     place.output.write_text("a file")
     assert place.main() == 74

@@ -14,6 +14,7 @@ import jax
 
 from jlora.config import to_yaml
 from jlora.distributed import sharding
+from jlora.errors import ConfigError
 from jlora.files import staged_folder, write_atomic
 from jlora.io.hf import save_pretrained
 from jlora.io.hf.write import staged_model
@@ -62,6 +63,16 @@ def write_trained(out: Path, dtype: str, model: Model, tokenizer: Any, trained: 
     params = jax.tree.map(lambda leaf: leaf.astype(saved_dtype), tree)
     save_model(out, model, params, tokenizer)
     return str(out / "model.safetensors")
+
+
+def check_no_adapter(key: str, out: Path) -> None:
+    """ConfigError if ``out``, the folder that a setting names for a model, holds an adapter."""
+    if (out / CONFIG_FILE).exists():
+        raise ConfigError(
+            f"{out} holds an adapter, which transformers would put on the model in it",
+            where=key,
+            fix="name another folder",
+        )
 
 
 def save_model(
