@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from jlora.data.formats import TEMPLATE_VARIABLES
 from jlora.data.shown import REASONING_KEYS
@@ -13,13 +15,13 @@ CHAT_KEYS = {"tools", "functions", "system", "chat_template_kwargs", *TEMPLATE_V
 MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "function_call"}
 MESSAGE_KEYS |= {"weight", "train", *REASONING_KEYS}
 TURN_KEYS = {"from", "value", "weight", "train"}
-CALL_KEYS = {"id", "type", "function", "name", "arguments", "parameters"}
+FUNCTION_KEYS = {"name", "arguments", "parameters"}
+CALL_KEYS = {"id", "type", "function"} | FUNCTION_KEYS
 
 KEYS = {
     "messages": {"messages"} | CHAT_KEYS,
     "sharegpt": {"conversations"} | CHAT_KEYS,
-    "alpaca": {"instruction", "input", "output", "system", "history", "chat_template_kwargs"}
-    | {*TEMPLATE_VARIABLES},
+    "alpaca": {"instruction", "input", "output", "history"} | CHAT_KEYS,
     "text": {"text"},
     "classification": {"text", "label"},
 }
@@ -45,7 +47,9 @@ class UnknownKeys:
 
 
 def is_read(name: str, template: str) -> bool:
-    """Whether a chat template reads a key; turns of ShareGPT are not given to it."""
+    """Whether a chat template reads a key; ShareGPT's turns and calls' other keys are not given."""
+    if ".tool_calls[]." in name:
+        return False
     if not name.startswith(("messages[]", "prompt[]", "completion[]", *VARIABLES)):
         return False
     return re.search(rf"\b{re.escape(name.rpartition('.')[2])}\b", template) is not None
@@ -62,11 +66,17 @@ def _unread(format: str, row: Mapping) -> Iterator[str]:
             continue
         if key not in known or key in TEMPLATE_VARIABLES:
             yield str(key)
-        elif key == "chat_template_kwargs" and isinstance(value, Mapping):
-            yield from (f"{key}.{name}" for name in value)
+        elif key == "chat_template_kwargs":
+            yield from (f"{key}.{name}" for name in _parsed(value))
         elif key in ("messages", "conversations", "prompt", "completion"):
-            for message in value if isinstance(value, list) else ():
-                yield from (f"{key}[].{name}" for name in _unread_of_message(message))
+            messages = _parsed(value) if key in ("messages", "conversations") else value
+            for message in messages if isinstance(messages, list) else ():
+                yield from (f"{key}[].{name}" for name in _unread_of_message(key, message))
+
+
+def _parsed(value: Any) -> Any:
+    """A value that may be written as JSON text; the row has been converted, so it is valid."""
+    return json.loads(value) if isinstance(value, str) else value
 
 
 def _completion_keys(row: Mapping) -> set[str]:
@@ -75,12 +85,15 @@ def _completion_keys(row: Mapping) -> set[str]:
     return {"prompt", "completion"} | (CHAT_KEYS if isinstance(row.get("prompt"), list) else set())
 
 
-def _unread_of_message(message: Mapping) -> Iterator[str]:
-    known = TURN_KEYS if "from" in message else MESSAGE_KEYS
-    for key, value in message.items():
-        if value is not None and key not in known:
-            yield str(key)
-    for call in message.get("tool_calls") or ():
-        for key, value in call.items():
-            if value is not None and key not in CALL_KEYS:
-                yield f"tool_calls[].{key}"
+def _unread_of_message(key: str, message: Mapping) -> Iterator[str]:
+    turn = key == "conversations" and "from" in message
+    known = TURN_KEYS if turn else MESSAGE_KEYS
+    yield from _others(message, known)
+    for call in () if turn else message.get("tool_calls") or ():
+        yield from (f"tool_calls[].{name}" for name in _others(call, CALL_KEYS))
+        inner = _others(call.get("function", {}), FUNCTION_KEYS)
+        yield from (f"tool_calls[].function.{name}" for name in inner)
+
+
+def _others(value: Mapping, known: set[str]) -> Iterator[str]:
+    return (str(key) for key, item in value.items() if item is not None and key not in known)
