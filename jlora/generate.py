@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jlora.config import Config
-from jlora.data import reply_row
+from jlora.data import ChatRenderer, reply_row
 from jlora.data.formats import BadRow, from_alpaca, from_messages
 from jlora.data.rows import Chat, Completion
 from jlora.data.tokenizer import bos_prefix, token_ids
@@ -60,7 +60,8 @@ def run(config: Config, options: argparse.Namespace) -> None:
     if config.train.compilation_cache:
         environment.enable_compilation_cache()
     tokenizer = open_tokenizer(config)
-    ids = [_prompt_ids(p, config, tokenizer) for p in prompts]
+    render = ChatRenderer(tokenizer, config.data.chat_template_kwargs)
+    ids = [_prompt_ids(p, config, render) for p in prompts]
     console = Console(enabled=jax.process_index() == 0, file=sys.stderr)  # stdout is for replies
     with console.loading() as progress:
         job = open_job(config, tokenizer, trained=True, progress=progress)
@@ -137,16 +138,16 @@ def _prompt_of_row(row: Any) -> str | Chat:
     return row["prompt"]
 
 
-def _prompt_ids(prompt: PromptRow, config: Config, tokenizer: Any) -> list[int]:
+def _prompt_ids(prompt: PromptRow, config: Config, render: ChatRenderer) -> list[int]:
     """The prompt's tokens, up to where the reply begins in a training row of the same format."""
-    text = prompt.text
+    text, tokenizer = prompt.text, render.tokenizer
     if isinstance(text, str) and not config.generate.chat:
         ids = bos_prefix(tokenizer) + token_ids(text, tokenizer)
         # An empty prompt still needs a token whose successor is predicted.
         return ids or [tokenizer.eos_token_id]
     try:
         row = _training_row(text, config.data.train[0].format)
-        opened = reply_row(row, tokenizer, config.data.chat_template_kwargs)
+        opened = reply_row(row, render)
     except BadRow as error:
         raise DataError(str(error), where=prompt.where) from error
     assert opened is not None

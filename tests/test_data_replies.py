@@ -6,6 +6,7 @@ import pytest
 import tiny_tokenizer as tt
 
 from jlora.config import DataConfig, SourceConfig
+from jlora.data.chat import ChatRenderer
 from jlora.data.examples import encode
 from jlora.data.formats import FORMATS, alpaca_prompt
 from jlora.data.replies import reply_row, reply_rows
@@ -20,7 +21,7 @@ REPLY = {"role": "assistant", "content": "hello"}
 def test_the_last_reply_of_a_chat_is_the_reference():
     tokenizer = tt.tiny_tokenizer("{{ bos_token }}" + tt.CHATML, adds_bos=True)
     row = Chat("x:1", [USER, REPLY, {"role": "user", "content": "more"}, {**REPLY, "content": "b"}])
-    made = reply_row(row, tokenizer)
+    made = reply_row(row, ChatRenderer(tokenizer))
     assert made.reply == "b" and made.prompt.endswith("<|im_start|>assistant\n")
     assert list(made.prompt_ids).count(tokenizer.bos_token_id) == 1
     # Generation begins at the first training target.
@@ -33,13 +34,15 @@ def test_the_last_reply_of_a_chat_is_the_reference():
 
 def test_completions_and_alpaca_without_a_template():
     tokenizer = tt.tiny_tokenizer(None, adds_bos=True)
-    made = reply_row(Completion("x:1", "a", "b"), tokenizer)
+    made = reply_row(Completion("x:1", "a", "b"), ChatRenderer(tokenizer))
     assert made.prompt_ids == tuple(tokenizer("a")["input_ids"]) and made.reply == "b"
     row = FORMATS["alpaca"]("x:1", {"instruction": "T", "output": "O"})
-    made = reply_row(row, tokenizer)
+    made = reply_row(row, ChatRenderer(tokenizer))
     assert made.prompt == alpaca_prompt("T") and made.reply == "O"
     tokenizer.chat_template = tt.CHATML
-    assert reply_row(row, tokenizer).prompt.startswith("<|im_start|>user\nT<|im_end|>")
+    assert reply_row(row, ChatRenderer(tokenizer)).prompt.startswith(
+        "<|im_start|>user\nT<|im_end|>"
+    )
 
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
@@ -56,7 +59,7 @@ def test_a_model_that_learned_a_reply_matches_it(style, messages):
     """What training teaches after the prompt, decoded as generated tokens are, is the reference."""
     tokenizer = tt.tiny_tokenizer(getattr(tt, style))
     row = Chat("x:1", messages, TOOLS if "tool_calls" in messages[1] else None)
-    made = reply_row(row, tokenizer)
+    made = reply_row(row, ChatRenderer(tokenizer))
     examples, _ = encode([row], tokenizer, 1024)
     ids, labels = examples[0]
     n = len(made.prompt_ids)
@@ -70,14 +73,14 @@ def test_tool_calls_of_templates_without_tools():
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     message = {"role": "assistant", "content": "", "tool_calls": [call]}
     row = Chat("x:1", [USER, message], TOOLS)
-    made = reply_row(row, tt.tiny_tokenizer(tt.CHATML))
+    made = reply_row(row, ChatRenderer(tt.tiny_tokenizer(tt.CHATML)))
     assert made.reply == '{"name": "f", "arguments": {}}' and "hi<|im_end|>" in made.prompt
 
 
 def test_rows_without_replies_are_left_out(tmp_path):
     tokenizer = tt.tiny_tokenizer()
-    assert reply_row(Text("x:1", "a"), tokenizer) is None
-    assert reply_row(Chat("x:1", [USER]), tokenizer) is None
+    assert reply_row(Text("x:1", "a"), ChatRenderer(tokenizer)) is None
+    assert reply_row(Chat("x:1", [USER]), ChatRenderer(tokenizer)) is None
     path = tmp_path / "a.jsonl"
     rows = [{"messages": [USER]}, {"messages": [USER, REPLY]}, {"messages": [USER, REPLY]}]
     path.write_text("\n".join(map(json.dumps, rows)))

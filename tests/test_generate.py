@@ -11,6 +11,7 @@ from tiny_runs import Place, write_rows
 
 from jlora import config, data, generate
 from jlora.config import DataConfig, SourceConfig
+from jlora.data.chat import ChatRenderer
 from jlora.data.rows import Chat
 from jlora.data.tokenizer import load_tokenizer
 from jlora.errors import ConfigError, DataError
@@ -146,8 +147,8 @@ def test_a_prompt_begins_like_the_training_rows(place, format, template):
     source = SourceConfig(path=str(file), format=format)
     (learned,) = data.reply_rows([source], tokenizer, DataConfig(train=[source]))
     settings = config.load(place.write(data={"train": [{"path": str(file), "format": format}]}))
-    prompt = generate.PromptRow("generate.prompt", "say one", {})
-    assert generate._prompt_ids(prompt, settings, tokenizer) == list(learned.prompt_ids)
+    prompt, render = generate.PromptRow("generate.prompt", "say one", {}), ChatRenderer(tokenizer)
+    assert generate._prompt_ids(prompt, settings, render) == list(learned.prompt_ids)
     if format == "messages":
         prompt = prompt._replace(text=Chat("", user("say one")))
-        assert generate._prompt_ids(prompt, settings, tokenizer) == list(learned.prompt_ids)
+        assert generate._prompt_ids(prompt, settings, render) == list(learned.prompt_ids)

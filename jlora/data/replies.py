@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,12 +42,13 @@ def reply_rows(
     ``config.on_bad_row`` is ``skip``.
     """
     found: list[ReplyRow] = []
+    render = ChatRenderer(tokenizer, config.chat_template_kwargs)
     for source in sources:
         for row in load_rows(source, config.on_bad_row).rows:
             if max_rows is not None and len(found) >= max_rows:
                 return found
             try:
-                made = reply_row(row, tokenizer, config.chat_template_kwargs)
+                made = reply_row(row, render)
             except DataError:
                 if config.on_bad_row == "error":
                     raise
@@ -57,15 +58,16 @@ def reply_rows(
     return found
 
 
-def reply_row(
-    row: Row, tokenizer: Any, template_variables: Mapping[str, Any] | None = None
-) -> ReplyRow | None:
+def reply_row(row: Row, render: ChatRenderer) -> ReplyRow | None:
     """The prompt and reply of one row, rendered as for training; None if it has no reply.
+
+    A tokenizer without a chat template is given one if the row needs it.
 
     Raises:
       DataError: the chat template refuses the row.
     """
-    piece = _last_reply(row, tokenizer, template_variables or {})
+    tokenizer = render.tokenizer
+    piece = _last_reply(row, render)
     if piece is None:
         return None
     ((ids, mask),) = next(tokenize([piece], tokenizer)).streams
@@ -75,18 +77,18 @@ def reply_row(
     return ReplyRow(piece.where, tuple(ids[:count]), piece.text[:start], reply)
 
 
-def _last_reply(row: Row, tokenizer: Any, template_variables: Mapping[str, Any]) -> Piece | None:
+def _last_reply(row: Row, render: ChatRenderer) -> Piece | None:
     """The text of a row up to the end of its last reply, which is its only span."""
     if isinstance(row, Completion):
         return completion_piece(row.where, row.prompt, row.completion)
     if not isinstance(row, Chat):
         return None
-    if row.plain is not None and not tokenizer.chat_template:
+    if row.plain is not None and not render.tokenizer.chat_template:
         return completion_piece(row.where, *row.plain)
-    ensure_template(tokenizer)
+    ensure_template(render.tokenizer)
     turns = list(learned_messages(row))
     if not turns:
         return None
     # Only the last reply as a target: earlier ones could split the chat into several texts.
-    (rendered,) = ChatRenderer(tokenizer, template_variables)(replace(row, first=turns[-1]))
+    (rendered,) = render(replace(row, first=turns[-1]))
     return Piece(row.where, rendered.text, rendered.spans)
