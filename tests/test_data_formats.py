@@ -36,11 +36,12 @@ def test_tool_calls_become_objects_and_nulls_go():
     assert chat.tools is None
 
 
-def test_legacy_calls_and_functions_become_tool_calls_and_tools():
+@pytest.mark.parametrize("role", ["function", "ipython"])
+def test_legacy_calls_and_functions_become_tool_calls_and_tools(role):
     """OpenAI's older form; without it the reply would be empty and the tools unsaid."""
     legacy = {"role": "assistant", "content": None}
     legacy["function_call"] = {"name": "f", "arguments": '{"a": 1}'}
-    result = {"role": "function", "name": "f", "content": "2"}
+    result = {"role": role, "name": "f", "content": "2"}
     row = {"messages": [USER, legacy, result, REPLY], "functions": [{"name": "f"}]}
     chat = FORMATS["messages"]("x:1", row)
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
@@ -160,6 +161,12 @@ def test_alpaca_prompt_is_stanfords():
     )
 
 
+@pytest.mark.parametrize("arguments", [None, {}, "", "{}", "null"])
+def test_a_call_without_arguments_has_an_empty_object(arguments):
+    (message,) = FORMATS["messages"]("x:1", {"messages": [calling(arguments)]}).messages
+    assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+
+
 def test_prompt_completion():
     make = FORMATS["prompt_completion"]
     assert make("x:1", {"prompt": "a", "completion": "b"}) == Completion("x:1", "a", "b")
@@ -176,6 +183,14 @@ def test_text():
 def test_weight_zero_is_context():
     quiet = {**REPLY, "weight": 0}
     assert list(learned_messages(Chat("x:1", [USER, quiet, USER, REPLY]))) == [3]
+
+
+def calling(arguments):
+    return {"role": "assistant", "function_call": {"name": "f", "arguments": arguments}}
+
+
+def nested(depth):
+    return [nested(depth - 1)] if depth else []
 
 
 BAD = [
@@ -195,6 +210,18 @@ BAD = [
     ("messages", {"conversations": []}, "no 'messages' (the row has 'con", "format: sharegpt"),
     ("messages", {"instruction": "", "output": ""}, "no 'messages'", "format: alpaca"),
     ("messages", {"messages": [{**REPLY, "weight": 0.5}]}, "the weight 0.5", "0 or 1"),
+    ("messages", {"messages": [{**REPLY, "thinking": True}]}, "'thinking' (a boolean)", "its text"),
+    ("messages", {"messages": [{**REPLY, "reasoning": ["a"]}]}, "'reasoning' (a list)", "its text"),
+    ("messages", {"messages": [calling("3")]}, "must be an object, not a number", "an object"),
+    ("messages", {"messages": [calling([1])]}, "must be an object, not a list", "an object"),
+    ("messages", {"messages": "[" * 200_000}, "'messages' is nested too deeply", None),
+    (
+        "messages",
+        {"messages": [USER], "tools": [{"name": "f", "a": nested(600)}]},
+        "nested too",
+        None,
+    ),
+    ("messages", {"messages": [USER], "tools": "[" * 200_000}, "'tools' is nested too", None),
     ("messages", {"messages": [{**REPLY, "train": "no"}]}, "'train': 'no'", "true or false"),
     ("messages", {"messages": [USER], "tools": ["f"]}, "tools[0] is not valid JSON", None),
     ("messages", {"messages": [USER], "tools": [{"n": 1}]}, "tools[0] has no function", "write"),

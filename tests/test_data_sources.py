@@ -200,6 +200,9 @@ def test_rows_that_cannot_be_read_carry_their_fault(tmp_path):
     good, bad = read_raw_rows(str(path))
     assert good.fault is None and bad.where == f"{path}:2"
     assert "column" in bad.fault
+    deep = tmp_path / "deep.json"
+    deep.write_text('{"a": ' + "[" * 200_000)
+    assert [r.fault for r in read_raw_rows(str(deep))] == ["not valid JSON: nested too deeply"]
     path = tmp_path / "a.csv"
     path.write_text("a,b\n1,2\n1,2,3\n")
     assert [r.fault for r in read_raw_rows(str(path))] == [None, "3 fields, but the header has 2"]

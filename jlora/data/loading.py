@@ -46,10 +46,11 @@ def load_rows(source: SourceConfig, on_bad_row: str = "error") -> LoadedRows:
                 raise BadRow("it has half of a character: a lone surrogate, such as \\ud83d", fix)
             result.rows.append(row)
             result.unknown_keys.add(raw.where, source.format, raw.value)
-        except BadRow as e:
+        except (BadRow, RecursionError) as e:
+            bad = e if isinstance(e, BadRow) else BadRow("it is nested too deeply")
             other = detect_format(raw.value, source.format)
-            fix = e.fix or (f"it looks like `format: {other}`" if other else "correct the row")
-            result.bad.append(DataError(str(e), where=raw.where, fix=fix))
+            fix = bad.fix or (f"it looks like `format: {other}`" if other else "correct the row")
+            result.bad.append(DataError(str(bad), where=raw.where, fix=fix))
     if result.bad and (on_bad_row == "error" or not result.rows):
         raise bad_rows_error(result.bad, len(result.rows))
     if not result.rows:

@@ -1,8 +1,9 @@
 """Messages, tool calls and tools of rows, in OpenAI's format.
 
-Legacy spellings are converted: ``function_call`` and ``functions``, the role ``function``, tools
-that are not wrapped as ``{"type": "function", "function": …}``, arguments as JSON text. Messages
-with ``"weight": 0`` or ``"train": false`` are no training targets.
+Legacy spellings are converted: ``function_call`` and ``functions``, the roles ``function`` and
+``ipython`` (Llama 3.1's) of results, tools that are not wrapped as ``{"type": "function",
+"function": …}``, arguments as JSON text. Messages with ``"weight": 0`` or ``"train": false`` are no
+training targets.
 """
 
 from __future__ import annotations
@@ -12,7 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from jlora.data.rows import ROLES
+from jlora.data.shown import REASONING_KEYS
 from jlora.errors import did_you_mean
+
+RESULT_ROLES = ("tool", "function", "ipython")
+"""Roles of messages that hold the result of a call; templates are given the first."""
 
 
 class BadRow(ValueError):
@@ -35,6 +40,8 @@ def parse_json(text: str, what: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as e:
         raise BadRow(f"{what} is not valid JSON: {e.msg} at column {e.colno}") from e
+    except RecursionError as e:
+        raise BadRow(f"{what} is nested too deeply") from e
 
 
 def parse_messages(value: list, key: str) -> list[dict]:
@@ -55,7 +62,9 @@ def parse_message(value: Any, at: str) -> dict:
             raise BadRow(f"{at} has no 'role'", "it looks like `format: sharegpt`")
         cause = f"{at} has the role {role!r}" if role is not None else f"{at} has no 'role'"
         raise BadRow(cause, did_you_mean(str(role), ROLES) or f"use one of {', '.join(ROLES)}")
-    message["role"] = "tool" if role == "function" else role
+    message["role"] = "tool" if role in RESULT_ROLES else role
+    if role == "assistant":
+        _check_reasoning(message, at)
     calls = message.pop("tool_calls", None) or []
     if not isinstance(calls, list):
         raise BadRow(f"{at}'s 'tool_calls' must be a list, not {json_kind(calls)}")
@@ -64,6 +73,12 @@ def parse_message(value: Any, at: str) -> dict:
         message["tool_calls"] = [parse_tool_call(c, at) for c in calls]
     message["content"] = _content(message, at)
     return message | untrained(message, at)
+
+
+def _check_reasoning(message: Mapping, at: str) -> None:
+    for key in REASONING_KEYS:
+        if message.get(key) and not isinstance(message[key], str):
+            raise BadRow(f"{at} has no text {key!r} ({json_kind(message[key])})", "write its text")
 
 
 def untrained(value: Mapping, at: str) -> dict:
@@ -97,7 +112,10 @@ def parse_tool_call(call: Any, at: str) -> dict:
         raise BadRow(f"{at} has a tool call without a function name")
     arguments = inner.get("arguments", inner.get("parameters")) or {}
     if isinstance(arguments, str):
-        arguments = parse_json(arguments, f"{at}'s tool call arguments")
+        arguments = parse_json(arguments, f"{at}'s tool call arguments") or {}
+    if not isinstance(arguments, Mapping):
+        cause = f"{at}'s tool call arguments must be an object, not {json_kind(arguments)}"
+        raise BadRow(cause, 'write an object: {"name": value}')
     rest = {k: v for k, v in call.items() if k == "id" and v is not None}
     return {"type": "function", **rest, "function": {"name": inner["name"], "arguments": arguments}}
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-"""The roles of messages: OpenAI's, and ``ipython``, which Llama 3.1 uses for tool results."""
+"""Roles of messages in files: OpenAI's, and ``ipython``, which Llama 3.1 uses for tool results."""
 
 
 @dataclass(frozen=True)

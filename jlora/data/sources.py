@@ -253,7 +253,7 @@ def _one_object(file: Path, text: str) -> Iterator[RawRow]:
     """A ``.json`` file that starts with an object: JSON lines, or a single row."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return _json_lines(file)
     lists = [k for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
     if lists and len(value) <= 2 and "messages" not in value and "conversations" not in value:

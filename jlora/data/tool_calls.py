@@ -14,9 +14,6 @@ from itertools import product
 
 from jlora.data.rows import Chat
 
-RESULT_ROLES = ("tool", "function", "ipython")
-"""Roles of messages that hold the result of a call."""
-
 Render = Callable[[list[dict], list | None, bool], str]
 """(messages, tools, whether to add the generation prompt) → text."""
 
@@ -56,8 +53,8 @@ class ToolSupport:
         ]
         partial = None
         # The plainest form first: many templates take several.
-        for needs_ids, as_text, null in product((False, True), repeat=3):
-            support = cls(shows_tools, True, needs_ids, as_text, null, takes_system)
+        for form in product((False, True), repeat=3):
+            support = cls(shows_tools, True, *form, takes_system)
             text = _attempt(render, support.in_form(messages), tools, False)
             if "probe_call" not in text or "probe_result" not in text:
                 continue
@@ -80,7 +77,7 @@ class ToolSupport:
 
     def _message(self, message: dict, ids: _Ids | None) -> dict:
         calls = message.get("tool_calls")
-        if ids and message["role"] in RESULT_ROLES:
+        if ids and message["role"] == "tool":
             return {**message, "tool_call_id": ids.of_result(message)}
         if not calls:
             return message
@@ -132,9 +129,7 @@ def _attempt(render: Render, messages: list[dict], tools: list | None, prompt: b
 
 def uses_tools(chat: Chat) -> bool:
     """Whether a chat has tools, tool calls or tool results."""
-    return bool(chat.tools) or any(
-        "tool_calls" in m or m["role"] in RESULT_ROLES for m in chat.messages
-    )
+    return bool(chat.tools) or any("tool_calls" in m or m["role"] == "tool" for m in chat.messages)
 
 
 def tools_as_text(chat: Chat, role: str = "system") -> Chat:
@@ -151,7 +146,7 @@ def tools_as_text(chat: Chat, role: str = "system") -> Chat:
 
 def calls_as_text(chat: Chat) -> Chat:
     """The chat with tool calls as JSON text, one a line, and their results as user messages."""
-    if not any(m.get("tool_calls") or m["role"] in RESULT_ROLES for m in chat.messages):
+    if not any(m.get("tool_calls") or m["role"] == "tool" for m in chat.messages):
         return chat
     messages = []
     for message in chat.messages:
@@ -159,7 +154,7 @@ def calls_as_text(chat: Chat) -> Chat:
         if calls := message.get("tool_calls"):
             lines = [json.dumps(c["function"], ensure_ascii=False) for c in calls]
             plain["content"] = "\n".join(t for t in (message["content"], *lines) if t)
-        if message["role"] in RESULT_ROLES:
+        if message["role"] == "tool":
             plain["role"] = "user"
         messages.append(plain)
     return replace(chat, messages=messages)
