@@ -95,6 +95,33 @@ def test_configurations_of_a_card(tmp_path):
         texts(folder)
 
 
+@pytest.mark.parametrize(
+    "data_files", ["[{path: a.jsonl}]", "3", "{train: null}", "[[3]]", '"[b-a].jsonl"']
+)
+def test_a_card_whose_data_files_are_malformed_is_an_error(tmp_path, data_files):
+    folder = make(tmp_path, ["a.jsonl", "b.jsonl"])
+    (folder / "README.md").write_text(f"---\nconfigs:\n- data_files: {data_files}\n---\n")
+    with pytest.raises(DataError, match="data_files is not a pattern, a list of") as caught:
+        texts(folder)
+    assert caught.value.where == str(folder / "README.md")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matched"),
+    [
+        ("[!b].jsonl", ["^.jsonl", "a.jsonl"]),
+        ("[^b].jsonl", ["^.jsonl", "b.jsonl"]),
+        ("[a.jsonl", ["[a.jsonl"]),
+        ("[a-b].jsonl", ["a.jsonl", "b.jsonl"]),
+        ("**/?.jsonl", ["^.jsonl", "a.jsonl", "b.jsonl", "c/d.jsonl"]),
+    ],
+)
+def test_patterns_of_a_card(tmp_path, pattern, matched):
+    folder = make(tmp_path, ["[a.jsonl", "^.jsonl", "a.jsonl", "b.jsonl", "c/d.jsonl"])
+    (folder / "README.md").write_text(f"---\nconfigs:\n- data_files: '{pattern}'\n---\n")
+    assert texts(folder) == matched
+
+
 def test_what_save_to_disk_wrote_is_one_data_set(tmp_path):
     def rows(n, start=0):
         return datasets.Dataset.from_dict({"text": [f"{start + i}" for i in range(n)]})

@@ -93,10 +93,15 @@ def named_splits(folder: Path, files: Sequence[Path], name: str | None = None) -
     patterns = chosen.get("data_files")
     if patterns is None:
         return _splits_by_name(below, visible)
-    return {
-        split: [file for file in visible if _matches(below, file, paths)]
-        for split, paths in _patterns_of_splits(patterns).items()
-    }
+    try:
+        return {
+            split: [file for file in visible if _matches(below, file, paths)]
+            for split, paths in _patterns_of_splits(patterns).items()
+        }
+    except (TypeError, KeyError, AttributeError, re.error) as error:
+        cause = "data_files is not a pattern, a list of patterns, or splits with their paths"
+        fix = "write it as datasets documents it"
+        raise DataError(cause, where=str(folder / "README.md"), fix=fix) from error
 
 
 def _is_hidden(path: Path) -> bool:
@@ -139,7 +144,7 @@ def _configs(readme: Path) -> dict[str, dict[str, Any]]:
     configs = values.get("configs") if isinstance(values, Mapping) else None
     return {
         str(config.get("config_name", "default")): dict(config)
-        for config in configs or ()
+        for config in (configs if isinstance(configs, list) else ())
         if isinstance(config, Mapping)
     }
 
@@ -185,7 +190,15 @@ def _matches(folder: Path, file: Path, patterns: Iterable[str]) -> bool:
 def _regex(pattern: str) -> str:
     pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern.removeprefix("./"))
     known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    # Every second piece is one that the split was at.
     return "".join(
-        known.get(piece) or (piece if piece.startswith("[") else re.escape(piece))
-        for piece in pieces
+        known.get(piece) or (_character_set(piece) if i % 2 else re.escape(piece))
+        for i, piece in enumerate(pieces)
     )
+
+
+def _character_set(piece: str) -> str:
+    negated, inner = piece.startswith("[!"), piece[1:-1].replace("\\", r"\\")
+    if inner.startswith("^"):  # no negation in a glob pattern
+        inner = "\\" + inner
+    return f"[^{inner[1:]}]" if negated else f"[{inner}]"
