@@ -81,7 +81,7 @@ class Counts:
     dropped: int = 0
     """Examples dropped because none of their tokens is a target."""
     split: int = 0
-    """Chats that became several examples: their replies have no common text (see ``chat``)."""
+    """Chats that became several examples: their replies have no common text or no common tokens."""
     split_examples: int = 0
     """How many examples these became."""
     lossy: int = 0
@@ -139,10 +139,8 @@ def encode(
                     streams.extend(_windows(ids, mask, piece, max_length, counts))
             counts.retokenized += retokenized
             if several > 1:
-                counts.split, counts.split_examples = (
-                    counts.split + 1,
-                    counts.split_examples + several,
-                )
+                counts.split += 1
+                counts.split_examples += several
         if progress:
             progress(min(at + ROWS_PER_CALL, len(rows)), len(rows))
     return concatenate_examples(streams), counts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,20 +39,12 @@ class SourceReport:
     """The first of them, each with its place and cause."""
     truncated: int
     dropped: int
-    split: int
-    split_examples: int
-    lossy: int
-    lacks_context: int
-    tools_as_text: int
-    retokenized: int
-    """Rows whose ids are those of inference and not of the whole text (see ``examples``)."""
     examples: int
     packed_rows: int
     tokens: int
     target_tokens: int
     longest: int
     """Tokens of the longest example."""
-    empty_replies: int
     adapter: str | None = None
     """The adapter that learns the rows, in a multi-adapter run."""
 
@@ -246,18 +238,11 @@ def _report(
         skipped_notes=tuple(f"{e.where}: {e.cause}" for e in bad[:5]),
         truncated=counts.truncated,
         dropped=counts.dropped,
-        split=counts.split,
-        split_examples=counts.split_examples,
-        lossy=counts.lossy,
-        lacks_context=counts.lacks_context,
-        tools_as_text=counts.tools_as_text,
-        retokenized=counts.retokenized,
         examples=len(examples),
         packed_rows=len(packed),
         tokens=len(examples.ids),
         target_tokens=int((examples.labels != IGNORE).sum()),
         longest=int(examples.lengths.max(initial=0)),
-        empty_replies=counts.empty_replies,
         adapter=source.adapter,
     )
 
@@ -269,38 +254,11 @@ def _warnings(
     tokenizer: Any,
     config: DataConfig,
 ) -> list[str]:
-    said = []
-    for r, counts in zip(reports, all_counts, strict=True):
-        if r.skipped:
-            said.append(f"{r.path}: {r.skipped} bad rows skipped, first {r.skipped_notes[0]}")
-        if r.truncated:
-            long = f"longer than data.max_length={config.max_length} and cut"
-            said.append(f"{r.path}: {r.truncated} of {r.rows} rows are {long}")
-        if r.dropped:
-            said.append(f"{r.path}: {r.dropped} examples dropped, as nothing in them is learned")
-        if r.split:
-            why = "the chat template writes earlier messages differently later on"
-            said.append(
-                f"{r.path}: {r.split} chats became {r.split_examples} examples, since {why}"
-            )
-        if r.empty_replies:
-            said.append(f"{r.path}: {r.empty_replies} rows teach an empty reply")
-        if counts.unwritable:
-            most = sorted(counts.unwritable.items(), key=lambda item: (-item[1], item[0]))
-            listed = first_ten([f"{character!r} ({n} texts)" for character, n in most])
-            said.append(f"{r.path}: the tokenizer has no tokens for {listed}")
-        if r.lossy:
-            part = "the chat template shows only part of the replies (thinking or tool calls)"
-            said.append(f"{r.path}: {part} of {r.lossy} rows")
-        if r.lacks_context:
-            part = "the chat template leaves out part of the context (system text, tools, results)"
-            said.append(f"{r.path}: {part} of {r.lacks_context} rows")
-        if r.tools_as_text:
-            part = "the chat template does not show all of tools and calls: they are JSON text"
-            said.append(f"{r.path}: {part} in {r.tools_as_text} rows")
-        if r.retokenized:
-            why = "one token of the whole text has characters of a prompt and of its reply"
-            said.append(f"{r.path}: {r.retokenized} rows have the tokens of inference, since {why}")
+    said = [
+        f"{report.path}: {text}"
+        for report, counts in zip(reports, all_counts, strict=True)
+        for text in _of_source(report, counts, config)
+    ]
     eos = tokenizer.eos_token_id
     texts = any(r.format != "classification" for r in reports)
     if texts and eos is not None and not (packed.labels == eos).any():
@@ -309,6 +267,37 @@ def _warnings(
             "a model that stops only there will not stop"
         )
     return said
+
+
+def _of_source(report: SourceReport, counts: Counts, config: DataConfig) -> Iterator[str]:
+    """What is said of one source."""
+    if report.skipped:
+        yield f"{report.skipped} bad rows skipped, first {report.skipped_notes[0]}"
+    if report.truncated:
+        long = f"longer than data.max_length={config.max_length} and cut"
+        yield f"{report.truncated} of {report.rows} rows are {long}"
+    if report.dropped:
+        yield f"{report.dropped} examples dropped, as nothing in them is learned"
+    if counts.split:
+        why = "a later prompt does not begin with the earlier text or its tokens"
+        yield f"{counts.split} chats became {counts.split_examples} examples, since {why}"
+    if counts.empty_replies:
+        yield f"{counts.empty_replies} rows teach an empty reply"
+    if counts.unwritable:
+        most = sorted(counts.unwritable.items(), key=lambda item: (-item[1], item[0]))
+        listed = first_ten([f"{character!r} ({n} texts)" for character, n in most])
+        yield f"the tokenizer has no tokens for {listed}"
+    by_template = (
+        (counts.lossy, "shows only part of the replies (thinking or tool calls) of"),
+        (counts.lacks_context, "leaves out part of the context (system text, tools, results) of"),
+        (counts.tools_as_text, "does not show all of tools and calls: they are JSON text in"),
+    )
+    for count, what in by_template:
+        if count:
+            yield f"the chat template {what} {count} rows"
+    if counts.retokenized:
+        why = "one token of the whole text has characters of a prompt and of its reply"
+        yield f"{counts.retokenized} rows are tokenized as prompt and reply apart, since {why}"
 
 
 def _digest(packed: PackedRows, reports: Sequence[SourceReport]) -> str:
