@@ -88,6 +88,7 @@ def test_fractional_weights_are_exact_over_a_run(batch, rows, weight, epochs, to
 def test_the_mean_of_steps_is_whole_for_whole_weights():
     order = Order(((7, 1.0), (3, 2.0)), batch=4)
     assert order.mean_steps_per_epoch(2.5) == order.steps_per_epoch == 4
+    assert order.mean_steps_per_epoch(1e15) == 4, "in constant memory"
 
 
 def test_sources_are_sampled_independently():

@@ -50,8 +50,15 @@ class Order:
 
     def mean_steps_per_epoch(self, epochs: float) -> Fraction:
         """The mean number of steps in an epoch of a run of ``epochs``, rounded up, epochs."""
+        if self._is_whole:
+            return Fraction(self.steps_per_epoch)
         count = max(math.ceil(epochs), 1)
         return Fraction(int(_first_steps(self.sources, self.batch, count)[count]), count)
+
+    @functools.cached_property
+    def _is_whole(self) -> bool:
+        """Every source has the same number of rows in all epochs."""
+        return all(_rows_per_epoch(n, w).denominator == 1 for n, w in self.sources)
 
     def rows_at(self, step: int) -> Int64[np.ndarray, " batch"]:
         """The rows of a step (from 0); PADDING_ROW after the last row of an epoch."""
@@ -62,7 +69,7 @@ class Order:
 
     def _epoch_at(self, step: int) -> tuple[int, int]:
         """The epoch of a step, and the step's number in it."""
-        if all(_rows_per_epoch(n, w).denominator == 1 for n, w in self.sources):
+        if self._is_whole:
             return divmod(step, self.steps_per_epoch)
         count = 16
         while (first := _first_steps(self.sources, self.batch, count))[-1] <= step:
@@ -92,7 +99,7 @@ def _rows_of_epochs(
     return np.diff(sum(_rows_until(n, w, until) for n, w in sources))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)  # more than the doublings of _epoch_at
 def _first_steps(
     sources: tuple[tuple[int, float], ...], batch: int, epochs: int
 ) -> Int64[np.ndarray, " epochs_plus_1"]:
