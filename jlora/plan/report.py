@@ -126,7 +126,8 @@ def _time(result: Forecast) -> dict[str, Any]:
         return rows
     rows["steps"] = f"{plan.total_steps:,}"
     if result.rows.steps_per_epoch:
-        rows["steps"] += f" ({plan.steps_per_epoch:,} an epoch of {result.rows.tokens:,} tokens"
+        rows["steps"] += f" ({round(plan.steps_per_epoch, 2):,} an epoch of "
+        rows["steps"] += f"{result.rows.tokens:,} tokens"
         rows["steps"] += f", rows {result.rows.fill:.0%} full)"
     if bounds:
         rows["the run"] = f"at least {duration(max(bounds.values()) * plan.total_steps)}"

@@ -151,8 +151,8 @@ def _data(train: Prepared, held_out: Prepared | None) -> HeaderTable:
     rows = []
     for role, prepared in (("train", train), ("eval", held_out)):
         for s in prepared.sources if prepared else ():
-            role = f"{role}, {s.adapter}" if s.adapter else role
-            rows.append((role, s.path, s.format, s.rows, s.packed_rows, s.tokens, s.target_tokens))
+            shown = f"{role}, {s.adapter}" if s.adapter else role
+            rows.append((shown, s.path, s.format, s.rows, s.packed_rows, s.tokens, s.target_tokens))
     names = ("role", "source", "format", "rows", "packed rows", "tokens", "target tokens")
     return HeaderTable(names, rows)
 
@@ -166,7 +166,7 @@ def _run(job: Job, counts: StepCounts) -> Mapping[str, Any]:
         "batch": f"{counts.rows_per_step} rows per step "
         f"({settings.per_device_train_batch_size} per device, "
         f"gradient accumulation {counts.accumulation})",
-        "steps": f"{counts.total_steps} ({counts.steps_per_epoch:g} per epoch)",
+        "steps": f"{counts.total_steps} ({round(counts.steps_per_epoch, 2):,} per epoch)",
         "optimizer": f"{optimizer_text(settings)}, "
         f"learning rate {settings.learning_rate:g} ({settings.lr_scheduler_type}, {warm} warm-up "
         f"steps), weight decay {settings.weight_decay:g}, gradient clipping "
