@@ -41,27 +41,24 @@ def write(path, kind):
     return path
 
 
-@pytest.mark.parametrize(
-    ("kind", "lines"),
-    [
-        ("jsonl", [1, 3, 5]),
-        ("json", [2, 5, 8]),
-        ("csv", [2, 3, 5]),
-        ("tsv", [2, 3, 5]),
-        ("parquet", [1, 2, 3]),
-        ("arrow", [1, 2, 3]),
-        ("feather", [1, 2, 3]),
-        ("jsonl.gz", [1, 3, 5]),
-        ("json.gz", [2, 5, 8]),
-        ("csv.gz", [2, 3, 5]),
-        ("tsv.zst", [2, 3, 5]),
-        ("jsonl.zst", [1, 3, 5]),
-    ],
-)
-def test_every_kind_of_file_gives_the_same_rows_with_their_lines(tmp_path, kind, lines):
+LINES = {
+    "jsonl": [1, 3, 5],
+    "json": [2, 5, 8],
+    "csv": [2, 3, 5],
+    "tsv": [2, 3, 5],
+    "parquet": [1, 2, 3],
+    "arrow": [1, 2, 3],
+    "feather": [1, 2, 3],
+}
+COMPRESSED = ["jsonl.gz", "json.gz", "csv.gz", "tsv.zst", "jsonl.zst"]
+
+
+@pytest.mark.parametrize("kind", [*LINES, *COMPRESSED])
+def test_every_kind_of_file_gives_the_same_rows_with_their_lines(tmp_path, kind):
     path = write(tmp_path / f"rows.{kind}", kind)
     rows = list(read_raw_rows(str(path)))
     assert [r.value for r in rows] == ROWS
+    lines = LINES[kind.removesuffix(".gz").removesuffix(".zst")]
     assert [r.where for r in rows] == [f"{path}:{n}" for n in lines]
 
 
@@ -216,6 +213,17 @@ def test_missing_files_name_their_neighbours(tmp_path):
         read_raw_rows(str(tmp_path / "*.parquet"))
 
 
+def test_a_configuration_that_nothing_has_is_refused(tmp_path):
+    import datasets
+
+    (tmp_path / "train.jsonl").write_text("{}")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    for path in ("train.jsonl", "*.jsonl", "saved"):
+        with pytest.raises(ConfigError, match="no configurations to choose 'main'") as e:
+            read_raw_rows(str(tmp_path / path), None, "main")
+        assert e.value.where == "name" and "leave it out" in e.value.fix
+
+
 def test_hub_names_go_through_datasets_without_remote_code(monkeypatch):
     import datasets
 
@@ -232,5 +240,7 @@ def test_hub_names_go_through_datasets_without_remote_code(monkeypatch):
     assert [r.value for r in rows] == ROWS
     assert rows[1].where == "owner/name[test[:2]]:2"
     assert calls == [("owner/name", "main", {"split": "test[:2]"})]
+    read_raw_rows("owner/name", "[:2]+test")
+    assert calls[-1][-1] == {"split": "train[:2]+test"}, "as of a local file"
     with pytest.raises(ConfigError, match="Couldn't find 'no/such'"):
         read_raw_rows("no/such")

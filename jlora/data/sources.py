@@ -68,12 +68,19 @@ def read_raw_rows(path: str, split: str | None = None, name: str | None = None) 
 def _local_splits(path: str, name: str | None) -> dict[str, list[Path]] | None:
     """Split → files; None if ``path`` can only be a name on the hub."""
     place = Path(path).expanduser()
-    if (saved := saved_splits(place)) is not None:
-        return saved
-    files = find_files(path)
-    if files is None:
-        return None
-    return named_splits(place, files, name) if place.is_dir() else {"train": files}
+    splits = saved_splits(place)
+    if splits is None:
+        files = find_files(path)
+        if files is None:
+            return None
+        if place.is_dir():
+            return named_splits(place, files, name)
+        splits = {"train": files}
+    if name is not None:
+        cause = f"{path} has no configurations to choose {name!r} from"
+        fix = "leave it out; only a hub data set and a folder with a README.md have configurations"
+        raise ConfigError(cause, where="name", fix=fix)
+    return splits
 
 
 def _files_of_split(path: str, splits: dict[str, list[Path]], split: str) -> list[Path]:
@@ -362,7 +369,8 @@ def hub_rows(path: str, split: str | None, name: str | None) -> Iterator[RawRow]
     """The rows of a data set on the hub (or in its local cache), through ``datasets``."""
     import datasets
 
-    split = split or "train"
+    parts = [part.strip() for part in (split or "train").split("+")]
+    split = "+".join(f"train{part}" if part.startswith("[") else part for part in parts)
     try:
         table = datasets.load_dataset(path, name, split=split)
     except Exception as e:  # datasets raises many kinds, and users need one message
