@@ -1,6 +1,5 @@
 """A run on many devices, in one process or two, logs and gives what one device does."""
 
-import itertools
 import signal
 import socket
 import time
@@ -13,7 +12,6 @@ from tiny_runs import Place, chat, write_rows
 from jlora.ui import metrics_log
 
 MESHES = {
-    "data": {"mesh.data": 8},
     "fsdp": {"mesh.data": 1, "mesh.fsdp": 8},
     "cube": {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
 }
@@ -62,17 +60,8 @@ def assert_same_run(place, expected, tolerance=1e-5):
         np.testing.assert_allclose(value, wanted[name], atol=2e-4, err_msg=name)
 
 
-# Two of the six stay in plain pytest: with them every axis of the mesh and both methods are run.
-QUICK = {("fsdp", "lora"), ("cube", "qlora")}
-
-
-@pytest.mark.parametrize(
-    ("mesh", "method"),
-    [
-        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
-        for case in itertools.product(MESHES, METHODS)
-    ],
-)
+# Between them every axis of the mesh and both methods; test_devices has all meshes.
+@pytest.mark.parametrize(("mesh", "method"), [("fsdp", "lora"), ("cube", "qlora")])
 def test_eight_devices_train_as_one(place, alone, mesh, method):
     sizes = MESHES[mesh]
     replicas = sizes["mesh.data"] * sizes.get("mesh.fsdp", 1)

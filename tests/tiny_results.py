@@ -10,13 +10,13 @@ from unittest import mock
 
 import jax
 import numpy as np
-from tiny_runs import OFF, Place
+from tiny_runs import OFF, TARGETS, Place
 
 import jlora
 from jlora import config
 from jlora.distributed import sharding
 
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}
 
 
 def make_result(place: Place) -> Place:
