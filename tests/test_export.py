@@ -1,5 +1,7 @@
 """A checkpoint's weights, exported as training writes them, without the base's weights."""
 
+import contextlib
+import io
 import json
 import shutil
 
@@ -31,7 +33,11 @@ def ran(tmp_path_factory, tiny_base, tiny_cache):
     base = shutil.copytree(tiny_base, place.folder / "base")
     place.defaults["model"] = {"name_or_path": str(base)}
     place.defaults["train"] = {"max_steps": 2, "save_steps": 1, "gradient_accumulation_steps": 1}
-    place.run(lora={"rank_pattern": {"q_proj": 2}, "modules_to_save": ["model.norm"]})
+    lora = {"rank_pattern": {"q_proj": 2}, "modules_to_save": ["model.norm"]}
+    lora["alpha_pattern"] = {"q_proj": 3}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        place.run(lora=lora)
+    place.printed = printed.getvalue()
     (base / "model.safetensors").unlink()
     return place
 
@@ -49,6 +55,15 @@ def test_exporting_the_last_checkpoint_reproduces_the_trained_files(ran):
     got, wrote = content(ran.output / "exported" / "2"), content(ran.output)
     assert {"adapter_model.safetensors", "adapter_config.json", *TOKENIZER} <= got.keys()
     assert got == {name: wrote[name] for name in got}
+
+
+def test_programs_that_misread_the_scales_are_named_by_train_and_export(ran, tmp_path, capsys):
+    assert export(ran, f"export.output_dir={tmp_path / 'out'}") == 0
+    for printed in (ran.printed, capsys.readouterr().out):
+        said = " ".join(printed.split())
+        for program in ("vLLM", "SGLang", "llama.cpp"):
+            assert program in said
+        assert "would apply another scale than PEFT to 2 of 14 modules" in said
 
 
 def test_a_checkpoint_is_named_by_step_or_folder(ran, tmp_path):

@@ -36,11 +36,11 @@ def saved(tmp_path):
     return params, adapter, rename
 
 
-def with_adapter_name(name):
+def with_adapter_name(name, adapter="default"):
     for end in ("lora_A", "lora_B", "lora_magnitude_vector"):
-        name = name.replace(end, f"{end}.default")
-    name = name.replace("lm_head", "lm_head.modules_to_save.default")
-    return name + ".weight" if name.endswith("vector.default") else name
+        name = name.replace(end, f"{end}.{adapter}")
+    name = name.replace("lm_head.weight", f"lm_head.modules_to_save.{adapter}.weight")
+    return name + ".weight" if name.endswith(f"vector.{adapter}") else name
 
 
 RENAMED = {
@@ -50,6 +50,7 @@ RENAMED = {
     "the adapter's name": with_adapter_name,
     "model. once more": lambda name: name.replace("base_model.model.", "base_model.model.model."),
     "no prefix": lambda name: name.removeprefix("base_model.model."),
+    "an adapter's name with a hyphen": lambda name: with_adapter_name(name, "my-adapter"),
     "several": lambda name: with_adapter_name(f"module._orig_mod.{name}"),
 }
 
@@ -59,6 +60,40 @@ def test_known_prefixes_are_stripped_with_a_warning(saved, tmp_path, kind):
     params, adapter, rename = saved
     rename(RENAMED[kind])
     with pytest.warns(AdapterNamesWarning, match=r"tensors have names of another tool: .* is read"):
+        loaded = jlora.load_adapter(tmp_path, params)
+    chex.assert_trees_all_equal(loaded.weights, adapter.weights)
+
+
+@pytest.mark.parametrize("kind", RENAMED)
+def test_known_prefixes_are_stripped_from_weights_of_the_base_too(tmp_path, kind):
+    """PEFT saves the embedding and the head beside an adapter of theirs, here of the head's."""
+    params = make_params()
+    adapter = trained(params, LoraConfig(target_modules=["q_proj", "lm_head"]))
+    jlora.save_adapter(tmp_path, adapter)
+    prefix = "base_model.model."
+    table, head = params["model"]["embed_tokens"]["embedding"], params["lm_head"]["kernel"].T
+    tensors = load_file(tmp_path / FILE) | {
+        f"{prefix}model.embed_tokens.weight": np.ascontiguousarray(table),
+        f"{prefix}lm_head.base_layer.weight": np.ascontiguousarray(head),
+    }
+
+    save_file({RENAMED[kind](name): value for name, value in tensors.items()}, tmp_path / FILE)
+    with pytest.warns(AdapterNamesWarning):
+        loaded = jlora.load_adapter(tmp_path, params)
+    chex.assert_trees_all_equal(loaded.weights, adapter.weights)
+
+
+def test_the_adapters_name_is_stripped_from_trained_rows(tmp_path):
+    params = make_params()
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 4])
+    adapter = trained(params, config)
+    jlora.save_adapter(tmp_path, adapter)
+    rows = "trainable_tokens_delta"
+    tensors = load_file(tmp_path / FILE)
+    assert any(name.endswith(rows) for name in tensors)
+    renamed = {name.replace(rows, f"{rows}.default"): value for name, value in tensors.items()}
+    save_file(renamed, tmp_path / FILE)
+    with pytest.warns(AdapterNamesWarning, match=f"{rows}.default is read as"):
         loaded = jlora.load_adapter(tmp_path, params)
     chex.assert_trees_all_equal(loaded.weights, adapter.weights)
 
@@ -124,4 +159,7 @@ def test_a_folder_of_mlx_lm_loads(tmp_path):
     chex.assert_trees_all_close(jlora.merge(params, loaded), jlora.merge(params, adapter))
     write_mlx(tmp_path, adapter, fine_tune_type="full")
     with pytest.raises(ConfigError, match="fine_tune_type: full"):
+        jlora.load_adapter(tmp_path, params)
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+    with pytest.raises(DataError, match="lora_parameters is missing"):
         jlora.load_adapter(tmp_path, params)

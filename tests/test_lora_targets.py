@@ -74,3 +74,18 @@ def test_rows_name_the_layer_by_a_star_and_the_spread_of_ranks():
     plain = {"params": {"Dense_0": {"kernel": jnp.ones((3, 5))}}}
     (row,) = match_table(find_targets(plain, LoraConfig(target_modules=["Dense_0"]))[1])
     assert (row["module"], row["parameters"]) == ("params.Dense_0", 8 * (3 + 5))
+
+
+def test_only_who_trains_a_tied_head_is_told_to_untie_it():
+    params = make_params()
+    del params["lm_head"]
+    for fields, untie in (
+        ({"target_modules": ["lm_head"]}, True),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, True),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["lm_head"]}, False),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"lm_head": 4}}, False),
+    ):
+        with pytest.raises(ConfigError, match="lm_head") as caught:
+            find_targets(params, LoraConfig(**fields))
+        assert ("untie it" in str(caught.value)) == untie, fields
+        assert ("matches nothing" in str(caught.value)) != untie, fields

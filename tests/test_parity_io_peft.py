@@ -78,13 +78,12 @@ def test_a_peft_folder_round_trips_byte_for_byte(bases, name, tmp_path):
     )
     del want["peft_version"]  # jlora writes no version of peft
     if isinstance(want["target_modules"], str):  # the expression may match more modules in torch
-        del (
-            want["target_modules"],
-            jlora_config["target_modules"],
-        )  # load_peft compares what matches
+        for raw in (jlora_config, want):
+            del raw["target_modules"]  # load_peft compares what matches
     for raw in (jlora_config, want):
         for key in ("target_modules", "exclude_modules", "modules_to_save"):
-            raw[key] = sorted(raw[key]) if isinstance(raw.get(key), list) else raw.get(key)
+            if isinstance(raw.get(key), list):
+                raw[key].sort()
     assert jlora_config == want
     parsed = peft.LoraConfig.from_pretrained(tmp_path / "jlora")
     assert (parsed.r, parsed.lora_alpha) == (want["r"], want["lora_alpha"])

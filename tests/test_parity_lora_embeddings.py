@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tiny_models import CONFIGS
 from tiny_peers import (
     IDS,
@@ -31,6 +31,7 @@ from tiny_peers import (
 import jlora
 from jlora.errors import ConfigError, DataError
 from jlora.models import Model, head_differs, init_params
+from jlora.tree import paths
 
 pytestmark = [
     *PEERS_TALK,
@@ -80,10 +81,17 @@ UNTIED_WAYS = {
 }
 
 
-def make_base(folder, tied):
+PHI = transformers.PhiConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+    num_attention_heads=4, max_position_embeddings=32, initializer_range=0.1,
+)  # fmt: skip
+"""Its head has a bias."""
+
+
+def make_base(folder, config, **changes):
     torch.manual_seed(0)
-    config = copy.deepcopy(LLAMA)
-    config.tie_word_embeddings, config.num_hidden_layers = tied, 1
+    config = copy.deepcopy(config)
+    config.update(changes)
     module = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", dtype=torch.float32
     ).eval()
@@ -93,8 +101,12 @@ def make_base(folder, tied):
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """By whether the head is tied."""
-    return {tied: make_base(tmp_path_factory.mktemp("base"), tied) for tied in (True, False)}
+    """Llama by whether the head is tied."""
+    changes = {"num_hidden_layers": 1}
+    return {
+        tied: make_base(tmp_path_factory.mktemp("b"), LLAMA, **changes, tie_word_embeddings=tied)
+        for tied in (True, False)
+    }
 
 
 def reloaded(base, folder):
@@ -147,15 +159,27 @@ def test_a_tied_head_trains_after_untying_and_loads_in_peft_on_the_tied_base(bas
     check(base, dataclasses.replace(base, model=model, params=params), fields, tmp_path)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_an_adapter_with_a_resized_vocabulary_brings_its_embeddings(bases, tied, tmp_path):
-    base, fields = bases[tied], {"target_modules": ["q_proj"]}
+RESIZED = {
+    "tied": (True, ["q_proj"]),
+    "untied": (False, ["q_proj"]),
+    "Phi": (None, ["q_proj"]),
+    "Phi, with LoRA on the head": (None, ["q_proj", "lm_head"]),
+}
+
+
+@pytest.mark.parametrize("case", RESIZED)
+def test_an_adapter_with_a_resized_vocabulary_brings_its_embeddings(bases, case, tmp_path):
+    tied, targets = RESIZED[case]
+    base = make_base(tmp_path / "phi", PHI) if tied is None else bases[tied]
+    fields = {"target_modules": targets}
     make_peft(base, fields).save_pretrained(tmp_path / "same", save_embedding_layers=True)
     same = jlora.load_adapter(tmp_path / "same", base.params)
-    assert set(same.weights) == {"model"}
+    assert {path[-1] for path, _ in paths.walk(same.weights)} == {"lora_A", "lora_B"}
 
     module = copy.deepcopy(base.module)
     module.resize_token_embeddings(70, mean_resizing=False)
+    if tied is None:  # zeros otherwise
+        torch.nn.init.normal_(module.lm_head.bias)
     peft_model = make_peft(base, fields, module)
     peft_model.save_pretrained(tmp_path / "more", save_embedding_layers=True)
     with pytest.raises(DataError, match=r"vocabulary may have been resized(.|\n)*embeddings\("):
@@ -166,9 +190,30 @@ def test_an_adapter_with_a_resized_vocabulary_brings_its_embeddings(bases, tied,
     assert_close(jlora_logits(resized, params, adapter), torch_logits(peft_model), 1e-5)
     jlora.save_pretrained(tmp_path / "base", model, params)
     assert jlora.load_pretrained(tmp_path / "base")[0].config.vocab_size == 70
-    with pytest.raises(DataError, match="holds no embedding"):
-        jlora.save_adapter(tmp_path / "none", same)
-        jlora.with_adapter_embeddings(tmp_path / "none", base.model, base.params)
+
+
+def test_a_folder_without_all_embeddings_of_one_size_is_refused(bases, tmp_path):
+    base, file = bases[False], tmp_path / "adapter_model.safetensors"
+    make_peft(base, {"target_modules": ["q_proj"]}).save_pretrained(
+        tmp_path, save_embedding_layers=True
+    )
+    saved = load_file(file)
+    table, head = (next(n for n in saved if end in n) for end in ("embed_tokens", "lm_head"))
+
+    def message(**tensors):
+        lora = {name: x for name, x in saved.items() if name not in (table, head)}
+        save_file(lora | {{"table": table, "head": head}[k]: x for k, x in tensors.items()}, file)
+        with pytest.raises(DataError) as caught:
+            jlora.with_adapter_embeddings(tmp_path, base.model, base.params)
+        return str(caught.value)
+
+    rows = np.zeros((70, 64), np.float32)
+    assert "holds no embedding\n  fix: use the base model as it is" in message()
+    text = message(table=rows, head=rows[:66])
+    assert "its embedding and its head have different numbers of tokens: [66, 70]" in text
+    text = message(table=rows)
+    assert "holds an embedding of 70 tokens, but no output head; the model's is not tied" in text
+    assert "save_embedding_layers=True" in text
 
 
 @pytest.mark.parametrize(("outer", "inner"), [("qwen3_vl", "qwen3"), ("gemma3", "gemma3")])

@@ -60,6 +60,10 @@ def test_runs_of_layers_are_stacked_each_by_itself():
         "model.layers.1-2.mlp.experts",
     )
     assert last.module(0) == "model.layers.3.mlp.up_proj"
+    joined = ("model", "layers", "mlp", "up_proj", "kernel")
+    assert paths.without_run(last.path, last.stack) == joined
+    assert paths.without_run(joined, ("model", "layers")) == joined
+    assert paths.without_run(("lm_head", "kernel"), None) == ("lm_head", "kernel")
 
 
 def test_only_nodes_with_a_common_leading_axis_are_stacked(llama):

@@ -42,13 +42,18 @@ def with_settings_of(config: Config, adapter: LoraConfig, base: Any) -> Config:
         return config
     names = [f.name for f in dataclasses.fields(LoraConfig) if f.name not in RUN]
     given = [n for n in names if n not in INIT and getattr(asked, n) != getattr(default, n)]
-    if faults := [n for n in given if _differs(n, asked, adapter, base)]:
+    differing = [n for n in given if getattr(asked, n) != getattr(adapter, n)]
+    # Replaced all at once: one alone, beside the folder's others, would select something else.
+    chosen = {n: getattr(asked, n) for n in given if n in SELECTION}
+    if SELECTION & {*differing} and _selects_the_same(adapter, chosen, base):
+        differing = [n for n in differing if n not in SELECTION]
+    if differing:
         listed = "; ".join(
-            f"{n}: {getattr(asked, n)} (there {getattr(adapter, n)})" for n in faults
+            f"{n}: {getattr(asked, n)} (there {getattr(adapter, n)})" for n in differing
         )
         raise ConfigError(
             f"asks for another adapter than that in {asked.init_from}: {listed}",
-            where=", ".join(f"lora.{n}" for n in faults),
+            where=", ".join(f"lora.{n}" for n in differing),
             fix="leave these out, and the folder's settings are used; or leave out lora.init_from",
         )
     taken = {n: getattr(adapter, n) for n in names if n != "task_type"}
@@ -66,18 +71,13 @@ def taken_over(before: Config, after: Config) -> str:
     return ", ".join(f"{name}: {getattr(b, name)}" for name in changed)
 
 
-def _differs(name: str, asked: LoraConfig, adapter: LoraConfig, base: Any) -> bool:
-    """Whether the setting ``name`` of ``asked`` would change the adapter."""
-    value = getattr(asked, name)
-    if name not in SELECTION:
-        return value != getattr(adapter, name)
+def _selects_the_same(adapter: LoraConfig, chosen: dict[str, Any], base: Any) -> bool:
+    """Whether the ``chosen`` settings leave the modules, ranks and scales as they are."""
     try:
-        changed = _selected(dataclasses.replace(adapter, **{name: value}), base)
-    except (
-        ConfigError
-    ):  # it names modules that do not exist, or none that the folder's others match
-        return True
-    return changed != _selected(adapter, base)
+        changed = _selected(dataclasses.replace(adapter, **chosen), base)
+    except ConfigError:  # a setting matches no module, or none that the others select
+        return False
+    return changed == _selected(adapter, base)
 
 
 def _selected(config: LoraConfig, base: Any) -> dict[str, tuple[int, float]]:

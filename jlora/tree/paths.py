@@ -145,6 +145,12 @@ def first_layer(stack: Path) -> int:
     return int(run[1]) if run else 0
 
 
+def without_run(path: Path, stack: Path | None) -> Path:
+    """A path in the stacked node ``stack`` without the key of a run, if that is the node's key."""
+    is_run = stack and RUN.fullmatch(stack[-1])
+    return (*stack[:-1], *path[len(stack) :]) if stack and is_run else path
+
+
 def is_parameter(path: Path) -> bool:
     """Whether a leaf's path is that of a bare parameter (not a linear layer's): experts, or a
     router's.

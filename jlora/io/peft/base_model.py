@@ -59,9 +59,7 @@ def _stacked_together(leaves: Iterable[paths.Leaf]) -> dict[paths.Path, Any]:
     """The leaves by path, without runs of layers, which depend on what is quantized."""
     parts: dict[paths.Path, dict[int, Any]] = {}
     for leaf in leaves:
-        path = leaf.path
-        if leaf.stack and paths.RUN.fullmatch(leaf.stack[-1]):
-            path = (*leaf.stack[:-1], *path[len(leaf.stack) :])
+        path = paths.without_run(leaf.path, leaf.stack)
         first = paths.first_layer(leaf.stack) if leaf.stack else 0
         parts.setdefault(path, {})[first] = leaf.value
     return {

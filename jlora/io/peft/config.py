@@ -53,7 +53,7 @@ def read_config(directory: str | Path) -> LoraConfig:
             raw = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"is not JSON: {error}", where=str(file)) from error
-    if isinstance(raw, dict) and "lora_parameters" in raw and "peft_type" not in raw:
+    if isinstance(raw, dict) and is_mlx(directory):
         return LoraConfig(**mlx_fields(raw, directory))
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         kind = raw.get("peft_type") if isinstance(raw, dict) else None
@@ -72,7 +72,7 @@ def read_config(directory: str | Path) -> LoraConfig:
 
 
 def is_mlx(directory: str | Path) -> bool:
-    """Whether the folder is mlx-lm's."""
+    """Whether the folder is mlx-lm's, by the name of its tensor file."""
     return (Path(directory) / MLX_FILE).is_file() and not (Path(directory) / TENSOR_FILE).is_file()
 
 

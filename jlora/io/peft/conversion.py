@@ -40,6 +40,7 @@ def to_peft_form(adapter: Adapter) -> Adapter:
     """
     config = adapter.config
     leaves = {leaf.path: leaf for leaf in paths.leaves(adapter.weights)}
+    # Beside it are towers that jlora does not load, whose modules may have the same last names.
     text_tower = any("language_model" in path for path in leaves)
     in_parts = any(paths.is_part(path[:-1]) for path in leaves)
     if in_parts or adapter.initial is not None:
@@ -60,10 +61,11 @@ def to_peft_form(adapter: Adapter) -> Adapter:
         for leaf, _ in _weights(leaves)
         if not paths.is_parameter(leaf.path)
     ]
-    adapted = [(whole, [name in settings for name in whole.names()]) for whole in wholes]
-    names = listed_names(adapted, names_of_all(config))
     if text_tower:
         names = [name for whole in wholes for name in whole.names() if name in settings]
+    else:
+        adapted = [(whole, [name in settings for name in whole.names()]) for whole in wholes]
+        names = listed_names(adapted, names_of_all(config))
     return dataclasses.replace(adapter, config=with_listed_targets(adapter.config, names))
 
 

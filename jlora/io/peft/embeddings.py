@@ -15,6 +15,7 @@ import numpy as np
 
 from jlora.config import LoraConfig
 from jlora.errors import DataError
+from jlora.io.peft.other_tools import with_peft_names
 from jlora.io.peft.tensors import PREFIX, TENSOR_FILE, read_tensors
 from jlora.lora.targets import is_replaced
 from jlora.lora.targets.rules import INPUT_EMBEDDINGS
@@ -35,7 +36,7 @@ def drop_base_weights(
         if is_replaced(config, leaf.module(), leaf.kind):
             continue
         value = tensors.pop(name)
-        shape = leaf.shape if leaf.kind == "embedding" else leaf.shape[::-1]
+        shape = leaf.shape[::-1] if leaf.kind == "kernel" else leaf.shape
         # Abstract leaves, quantized ones and shards on other hosts are not compared by value.
         here = getattr(leaf.value, "is_fully_addressable", False)
         cause = f"it has the shape {value.shape}, here it is {shape}"
@@ -71,41 +72,67 @@ def with_adapter_embeddings(
       DataError: the folder has no embedding, or its shapes do not fit together.
     """
     file = Path(directory) / TENSOR_FILE
-    tensors = read_tensors(file)
+    tensors = with_peft_names(read_tensors(file), base_names(params), file)
     found = {leaf.path: (leaf, tensors[name]) for name, leaf in _saved_weights(tensors, params)}
     sizes = {value.shape[0] for _, value in found.values()}
     table = next((leaf for leaf, _ in found.values() if leaf.kind == "embedding"), None)
-    if table is None or len(sizes) > 1:
-        cause = f"holds {sorted(sizes)} rows" if found else "holds no embedding"
-        raise DataError(cause, where=str(file), fix="use the base model as it is")
+    if table is None:
+        fix = "use the base model as it is"
+        raise DataError("holds no embedding", where=str(file), fix=fix)
+    if len(sizes) > 1:
+        raise DataError(
+            f"its embedding and its head have different numbers of tokens: {sorted(sizes)}",
+            where=str(file),
+        )
+    (size,) = sizes
     leaves = dict(paths.walk(params))
     for path, (leaf, value) in found.items():
-        value = value if leaf.kind == "embedding" else value.T
+        value = value.T if leaf.kind == "kernel" else value
         leaves[path] = jnp.asarray(value.astype(np.dtype(leaf.value.dtype)))
-    heads = [leaf for leaf in paths.leaves(params) if leaf.path[-2:] == ("lm_head", "kernel")]
-    if any(leaf.path not in found and leaf.shape[-1] not in sizes for leaf in heads):
-        raise DataError(f"holds no output head of {sizes} columns", where=str(file))
-    (size,) = sizes
+    heads = [leaf for leaf in paths.leaves(params) if leaf.path[-2:-1] == ("lm_head",)]
+    if any(leaf.path not in found and leaf.shape[-1] != size for leaf in heads):
+        raise DataError(
+            f"holds an embedding of {size} tokens, but no output head; the model's is not tied",
+            where=str(file),
+            fix="save the adapter again with save_embedding_layers=True",
+        )
     hf = model.config.hf_json_with(vocab_size=size)
     config = dataclasses.replace(model.config, vocab_size=size, hf_json=hf)
     return dataclasses.replace(model, config=config), paths.nest(leaves)
 
 
+def base_names(params: Any) -> dict[str, paths.Leaf]:
+    """The names under which PEFT saves weights of the base, and the leaves.
+
+    A tied head's weight is the table. Only an output head is saved with its bias.
+    """
+    leaves = [leaf for leaf in paths.leaves(params) if leaf.stack is None]
+    weights, biases = {}, {}
+    for leaf in leaves:
+        last = leaf.module().rpartition(".")[2]
+        if leaf.kind in ("kernel", "embedding") and len(leaf.shape) == 2:
+            weights[leaf.module()] = leaf
+        elif leaf.kind == "bias" and len(leaf.shape) == 1 and last in paths.OUTPUT_HEADS:
+            biases[leaf.module()] = leaf
+    tables = [x for name, x in weights.items() if name.rpartition(".")[2] in INPUT_EMBEDDINGS]
+    tied = {} if not tables else dict.fromkeys(paths.OUTPUT_HEADS, tables[0])
+    return {
+        f"{PREFIX}{module}{node}.{end}": leaf
+        for end, found in (("weight", tied | weights), ("bias", biases))
+        for module, leaf in found.items()
+        for node in ("", ".base_layer")
+    }
+
+
 def _saved_weights(
     tensors: Mapping[str, np.ndarray], params: Any
 ) -> Iterator[tuple[str, paths.Leaf]]:
-    """Names of tensors that are weights of the base, and the leaves; a tied head's is the table."""
-    leaves = [leaf for leaf in paths.leaves(params) if leaf.stack is None and len(leaf.shape) == 2]
-    by_module = {leaf.module(): leaf for leaf in leaves if leaf.kind in ("kernel", "embedding")}
-    tables = [x for name, x in by_module.items() if name.rpartition(".")[2] in INPUT_EMBEDDINGS]
-    tied = {} if not tables else dict.fromkeys(paths.OUTPUT_HEADS, tables[0])
-    for module, leaf in (tied | by_module).items():
-        for end in (".weight", ".base_layer.weight"):
-            if f"{PREFIX}{module}{end}" in tensors:
-                yield f"{PREFIX}{module}{end}", leaf
+    """Names of tensors that are weights of the base, and the leaves."""
+    return ((name, leaf) for name, leaf in base_names(params).items() if name in tensors)
 
 
 def _differing_rows(value: np.ndarray, leaf: paths.Leaf) -> list[int]:
     weight = np.asarray(leaf.value)
-    weight = weight if leaf.kind == "embedding" else weight.T
-    return np.flatnonzero((value.astype(weight.dtype) != weight).any(1)).tolist()
+    weight = weight.T if leaf.kind == "kernel" else weight
+    differs = value.astype(weight.dtype) != weight
+    return np.flatnonzero(differs.reshape(len(weight), -1).any(1)).tolist()

@@ -25,13 +25,15 @@ import safetensors
 
 from jlora.errors import ConfigError, DataError
 from jlora.files import storage_errors
+from jlora.io.peft.tensors import PREFIX
 
 MLX_FILE = "adapters.safetensors"
-PREFIX = "base_model.model."
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of names that wrappers of torch modules insert."""
 
-LEAVES = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
+LEAVES = (
+    "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|trainable_tokens_delta"
+)
 """In a torch model these are followed by the adapter's name, such as ``default``."""
 
 LEADING = ("base_model", "module", "model")
@@ -77,8 +79,8 @@ def with_peft_names(
 
 def _core(name: str) -> tuple[str, ...]:
     """The parts of a name without those that tools add."""
-    name = re.sub(rf"\.({LEAVES})\.(?!weight$|bias$)\w+(?=\.|$)", r".\1", name)
-    name = re.sub(r"\.modules_to_save\.\w+(?=\.weight$|\.bias$)", "", name)
+    name = re.sub(rf"\.({LEAVES})\.(?!weight$|bias$)[^.]+(?=\.|$)", r".\1", name)
+    name = re.sub(r"\.modules_to_save\.[^.]+(?=\.weight$|\.bias$)", "", name)
     name = name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
     parts = [p for p in name.split(".") if p not in WRAPPERS]
     while parts and parts[0] in LEADING:
@@ -93,8 +95,9 @@ def mlx_fields(raw: Mapping[str, Any], directory: str | Path) -> dict[str, Any]:
 
     Raises:
       ConfigError: it is not an adapter of LoRA or DoRA, or one of experts.
+      DataError: the folder has mlx-lm's tensors, but not its settings.
     """
-    kind, settings = raw.get("fine_tune_type", "lora"), raw["lora_parameters"]
+    kind, settings = raw.get("fine_tune_type", "lora"), raw.get("lora_parameters")
     file = Path(directory) / MLX_FILE
     with storage_errors(file), safetensors.safe_open(file, "numpy") as f:
         shapes = {name: f.get_slice(name).get_shape() for name in f.keys()}  # noqa: SIM118
@@ -102,6 +105,12 @@ def mlx_fields(raw: Mapping[str, Any], directory: str | Path) -> dict[str, Any]:
     if kind not in ("lora", "dora") or odd:
         cause = f"mlx-lm's {odd[0]} is of experts" if odd else f"mlx-lm's fine_tune_type: {kind}"
         raise ConfigError(f"{cause}, which jlora does not read", where=str(file))
+    if not isinstance(settings, Mapping) or not {"rank", "scale"} <= settings.keys():
+        raise DataError(
+            f"{MLX_FILE} is mlx-lm's, but the settings are not: lora_parameters is missing or "
+            "incomplete",
+            where=str(directory),
+        )
     rank, scale = settings["rank"], settings["scale"]
     return {
         "r": rank,

@@ -23,7 +23,7 @@ from jlora.files import write_atomic
 from jlora.io.peft.base_model import base_mismatch, write_base_record
 from jlora.io.peft.config import is_mlx, read_config, write_config
 from jlora.io.peft.conversion import to_peft_form
-from jlora.io.peft.embeddings import drop_base_weights
+from jlora.io.peft.embeddings import base_names, drop_base_weights
 from jlora.io.peft.initial_factors import abstract_initial_factors, with_initial_factors
 from jlora.io.peft.older_releases import rename_old_tensors
 from jlora.io.peft.other_tools import MLX_FILE, from_mlx, with_peft_names
@@ -113,7 +113,9 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
     if file.name == MLX_FILE:
         tensors = from_mlx(tensors, views)
     tensors = rename_old_tensors(tensors, views, shapes.config, file)
-    tensors = with_peft_names(tensors, views, file)
+    # Of names that differ in prefixes only, the adapter's is the one that is meant.
+    known = {**dict.fromkeys(base_names(params)), **dict.fromkeys(views)}
+    tensors = with_peft_names(tensors, known, file)
     drop_base_weights(tensors, params, shapes.config, file)
     if faults := [*mismatches(tensors, views), *base_mismatch(directory, params, shapes.config)]:
         more = [f"… and {len(faults) - 10} more"] if faults[10:] else []

@@ -93,10 +93,7 @@ def add_weighted_adapter(
         else:
             a, b, ranks = _merge_deltas(terms, term_weights, module_key, rule, rank, svd_clamp)
         combined[path] = ModuleFactors(terms[0].leaf, a, b, ranks, np.ones(len(ranks)))
-    # The scales are in A and B already. PEFT keeps the first adapter's use_rslora: with it the
-    # result is √r too strong.
-    plain = {"use_rslora": False, "init_lora_weights": True}
-    config = dataclasses.replace(joined_target_config(adapters, combined), **plain)
+    config = dataclasses.replace(joined_target_config(adapters, combined), init_lora_weights=True)
     parts = {name: widths for adapter in adapters for name, widths in adapter.parts.items()}
     return adapter_from_factors(combined, {}, config, parts)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from jlora.config import LoraConfig
 from jlora.errors import nearest
 from jlora.lora.targets.names import SCORE_HEADS
-from jlora.lora.targets.rules import is_saved, is_target, token_indices
+from jlora.lora.targets.rules import has_token_rows, is_saved, is_target, token_indices
 from jlora.lora.targets.target import Target
 from jlora.tree import matching, paths
 
@@ -56,7 +56,10 @@ def _unmatched(
     def check(key: str, pattern: str, hits: Iterator[bool], names: Sequence[str]) -> Iterator[str]:
         if any(hits):
             return
-        if pattern in TIED_HEADS and not any(n.endswith(paths.OUTPUT_HEADS) for n in modules):
+        has_head = any(n.endswith(paths.OUTPUT_HEADS) for n in modules)
+        # Elsewhere, as in exclude_modules, nobody wants the head to be trained.
+        trains = key in ("target_modules", "modules_to_save")
+        if trains and pattern in TIED_HEADS and not has_head:
             yield f"{key}: {pattern}{NO_HEAD}"
         else:
             yield f"{key}: {pattern!r} matches nothing{_near(pattern, names)}"
@@ -178,12 +181,6 @@ def _tokens(
             name in adapted or any(is_saved(name, m) for m in config.modules_to_save or ())
         ):
             yield f"trainable_token_indices: {name} is trained already, by LoRA or in full"
-
-
-def has_token_rows(leaf: paths.Leaf) -> bool:
-    """Whether a leaf is an embedding or an output head, with a row or column for each token."""
-    is_head = leaf.kind == "kernel" and leaf.path[-2:-1] in [(h,) for h in paths.OUTPUT_HEADS]
-    return leaf.stack is None and (leaf.kind == "embedding" or is_head)
 
 
 def _near(pattern: str, names: Sequence[str]) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 
 from jlora.config import LoraConfig
 from jlora.errors import ConfigError
-from jlora.lora.targets.faults import has_token_rows, target_faults
+from jlora.lora.targets.faults import target_faults
 from jlora.lora.targets.names import resolve, with_names_of_parameters, with_score_heads
 from jlora.lora.targets.rules import (
+    has_token_rows,
     is_replaced,
     parameter_rank_of,
     rank_of,
@@ -70,9 +71,8 @@ def across_runs(targets: Sequence[Target]) -> list[Target]:
     """The targets, those of one module in several runs of layers as one, to be shown."""
     found: dict[Any, Target] = {}
     for t in targets:
-        path, stack = t.path, t.stack
-        if stack and paths.RUN.fullmatch(stack[-1]):
-            path, stack = (*stack[:-1], *path[len(stack) :]), stack[:-1]
+        path = paths.without_run(t.path, t.stack)
+        stack = t.stack and paths.without_run(t.stack, t.stack)
         first = found.get((path, t.shape), t._replace(names=(), ranks=()))
         names, ranks = (*first.names, *t.names), (*first.ranks, *t.ranks)
         found[path, t.shape] = t._replace(path=path, stack=stack, names=names, ranks=ranks)

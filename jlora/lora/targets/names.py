@@ -181,6 +181,8 @@ def with_module_settings(
         config,
         r=r,
         lora_alpha=_alpha(r, scale),
+        # The scales are in the alphas. PEFT's add_weighted_adapter keeps the first adapter's
+        # use_rslora: with it the result is √r too strong.
         use_rslora=False,
         rank_pattern=matching.pattern_table({n: rank for n, (rank, _) in settings.items()}, r),
         alpha_pattern=matching.pattern_table(alphas, _alpha(r, scale)),

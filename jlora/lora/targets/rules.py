@@ -85,3 +85,9 @@ def token_indices(config: LoraConfig, name: str) -> Sequence[int]:
     if isinstance(wanted, Mapping):
         return next((rows for end, rows in wanted.items() if matching.matches(name, (end,))), ())
     return wanted if name.rpartition(".")[2] in INPUT_EMBEDDINGS else ()
+
+
+def has_token_rows(leaf: paths.Leaf) -> bool:
+    """Whether a leaf is an embedding or an output head, with a row or column for each token."""
+    is_head = leaf.kind == "kernel" and leaf.module().rpartition(".")[2] in paths.OUTPUT_HEADS
+    return leaf.stack is None and (leaf.kind == "embedding" or is_head)
