@@ -208,7 +208,7 @@ def check_output(
         skipped.
       above: refuse a folder that contains an input, too.
     """
-    resolved = Path(out).expanduser().resolve()
+    resolved = Path(out).resolve()
     for what, path in inputs.items():
         place = None if path is None else Path(str(path)).expanduser()
         if place is None or not place.exists():

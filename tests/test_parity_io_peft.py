@@ -7,7 +7,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
 from tiny_peers import (
     CASES,
     NUMBERS,
@@ -18,6 +17,7 @@ from tiny_peers import (
     make_peft,
     peft,
     torch,
+    torch_files,
     torch_logits,
 )
 
@@ -42,10 +42,10 @@ def load_peft(base, folder):
     peft itself only warns of missing tensors and ignores unexpected ones.
     """
     model = peft.PeftModel.from_pretrained(copy.deepcopy(base.module), folder)
-    result = peft.set_peft_model_state_dict(model, load_file(folder / FILE))
+    result = peft.set_peft_model_state_dict(model, torch_files.load_file(folder / FILE))
     assert not result.unexpected_keys
     trained = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    assert set(trained) == set(load_file(folder / FILE))
+    assert set(trained) == set(torch_files.load_file(folder / FILE))
     return model.eval()
 
 
@@ -101,7 +101,9 @@ def test_a_jlora_folder_matches_what_peft_writes(bases, name, tmp_path):
     assert_close(jlora_logits(base, base.params, adapter), torch_logits(peft_model), 1e-5)
     peft_model.save_pretrained(tmp_path / "peft")
     assert (tmp_path / "jlora" / FILE).read_bytes() == (tmp_path / "peft" / FILE).read_bytes()
-    assert all(v.dtype == torch.float32 for v in load_file(tmp_path / "jlora" / FILE).values())
+    assert all(
+        v.dtype == torch.float32 for v in torch_files.load_file(tmp_path / "jlora" / FILE).values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -176,8 +178,10 @@ def test_bfloat16_adapters_are_read_exactly(bases, tmp_path):
     fields = {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["lm_head"]}
     peft_model = make_peft(base, fields)
     peft_model.save_pretrained(tmp_path)
-    bfloat16_tensors = {k: (v * 2.0**-40).bfloat16() for k, v in load_file(tmp_path / FILE).items()}
-    save_file(bfloat16_tensors, tmp_path / FILE, {"format": "pt"})
+    bfloat16_tensors = {
+        k: (v * 2.0**-40).bfloat16() for k, v in torch_files.load_file(tmp_path / FILE).items()
+    }
+    torch_files.save_file(bfloat16_tensors, tmp_path / FILE, {"format": "pt"})
     tensors = adapter_io.to_peft_tensors(jlora.load_adapter(tmp_path, base.params))
     assert set(tensors) == set(bfloat16_tensors)
     for key, value in bfloat16_tensors.items():
@@ -190,7 +194,7 @@ def test_the_base_weight_saved_with_an_adapted_head_must_be_the_models(bases, tm
     peft_model = make_peft(base, {"target_modules": ["lm_head"]})
     peft_model.save_pretrained(tmp_path)
     key = "base_model.model.lm_head.base_layer.weight"
-    tensors = load_file(tmp_path / FILE)
+    tensors = torch_files.load_file(tmp_path / FILE)
     adapter = jlora.load_adapter(tmp_path, base.params)
     assert_close(jlora_logits(base, base.params, adapter), torch_logits(peft_model), 1e-5)
     jlora.save_adapter(tmp_path / "jlora", adapter)
@@ -198,6 +202,6 @@ def test_the_base_weight_saved_with_an_adapted_head_must_be_the_models(bases, tm
         torch_logits(load_peft(base, tmp_path / "jlora")), torch_logits(peft_model)
     )
     for other in (tensors[key] + 1, tensors[key][:-1].contiguous()):
-        save_file({**tensors, key: other}, tmp_path / FILE, {"format": "pt"})
+        torch_files.save_file({**tensors, key: other}, tmp_path / FILE, {"format": "pt"})
         with pytest.raises(DataError, match=r"lm_head.*not the model's weight"):
             jlora.load_adapter(tmp_path, base.params)

@@ -11,7 +11,6 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
 from tiny_models import CONFIGS
 from tiny_peers import (
@@ -24,6 +23,7 @@ from tiny_peers import (
     jlora_logits,
     make_peft,
     peft,
+    torch,
     torch_logits,
     transformers,
 )
@@ -159,19 +159,10 @@ def test_a_tied_head_trains_after_untying_and_loads_in_peft_on_the_tied_base(bas
     check(base, dataclasses.replace(base, model=model, params=params), fields, tmp_path)
 
 
-RESIZED = {
-    "tied": (True, ["q_proj"]),
-    "untied": (False, ["q_proj"]),
-    "Phi": (None, ["q_proj"]),
-    "Phi, with LoRA on the head": (None, ["q_proj", "lm_head"]),
-}
-
-
-@pytest.mark.parametrize("case", RESIZED)
-def test_an_adapter_with_a_resized_vocabulary_brings_its_embeddings(bases, case, tmp_path):
-    tied, targets = RESIZED[case]
+@pytest.mark.parametrize("tied", [True, False, None], ids=["tied", "untied", "Phi"])
+def test_an_adapter_with_a_resized_vocabulary_brings_its_embeddings(bases, tied, tmp_path):
     base = make_base(tmp_path / "phi", PHI) if tied is None else bases[tied]
-    fields = {"target_modules": targets}
+    fields = {"target_modules": ["q_proj"]}
     make_peft(base, fields).save_pretrained(tmp_path / "same", save_embedding_layers=True)
     same = jlora.load_adapter(tmp_path / "same", base.params)
     assert {path[-1] for path, _ in paths.walk(same.weights)} == {"lora_A", "lora_B"}
@@ -214,6 +205,27 @@ def test_a_folder_without_all_embeddings_of_one_size_is_refused(bases, tmp_path)
     text = message(table=rows)
     assert "holds an embedding of 70 tokens, but no output head; the model's is not tied" in text
     assert "save_embedding_layers=True" in text
+
+
+def test_a_resized_head_without_the_embedding_is_refused(tmp_path):
+    """PEFT saves the weights of a head that has an adapter, and leaves out the embedding."""
+    base = make_base(tmp_path / "phi", PHI)
+    module = copy.deepcopy(base.module)
+    module.resize_token_embeddings(70, mean_resizing=False)
+    fields = {"target_modules": ["q_proj", "lm_head"]}
+    make_peft(base, fields, module).save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.raises(DataError, match="no embedding, only an output head of another size") as e:
+        jlora.with_adapter_embeddings(tmp_path, base.model, base.params)
+    assert "embed_tokens in modules_to_save" in e.value.fix
+
+
+def test_an_adapter_of_a_head_with_its_base_weights_loads(tmp_path):
+    base = make_base(tmp_path / "phi", PHI)
+    fields = {"target_modules": ["q_proj", "lm_head"]}
+    peft_model = make_peft(base, fields)
+    peft_model.save_pretrained(tmp_path, save_embedding_layers=True)
+    adapter = jlora.load_adapter(tmp_path, base.params)
+    assert_close(jlora_logits(base, base.params, adapter), torch_logits(peft_model), 1e-5)
 
 
 @pytest.mark.parametrize(("outer", "inner"), [("qwen3_vl", "qwen3"), ("gemma3", "gemma3")])

@@ -1,11 +1,8 @@
 """``jlora merge`` on a folder that PEFT wrote, against ``merge_and_unload``."""
 
 import numpy as np
-import peft
-import torch
-import transformers
-from safetensors.torch import load_file
-from tiny_peers import PEERS_TALK
+from safetensors.numpy import load_file
+from tiny_peers import PEERS_TALK, peft, torch, transformers
 from tiny_runs import OFF
 
 from jlora import cli
@@ -26,4 +23,4 @@ def test_a_folder_of_peft_merges_as_in_peft(tiny_base, tmp_path):
     wanted = model.merge_and_unload().state_dict()
     assert merged.keys() == wanted.keys()
     for name, value in wanted.items():
-        np.testing.assert_allclose(merged[name].numpy(), value.numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(merged[name], value.numpy(), rtol=1e-5, atol=1e-6)

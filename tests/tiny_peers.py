@@ -20,6 +20,7 @@ from jlora.io import peft as adapter_io
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
+torch_files = pytest.importorskip("safetensors.torch")
 
 PEERS_TALK = [
     pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),

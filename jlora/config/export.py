@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jlora.config.engine.schema import ConfigSection, LocalPath, Natural
+from jlora.config.engine.schema import ConfigSection, LocalPath, Natural, OutputFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,5 +13,5 @@ class ExportConfig(ConfigSection):
 
     checkpoint: Natural | LocalPath | None = None
     """Step or folder of the checkpoint, such as 500; null: the newest complete one."""
-    output_dir: str | None = None
+    output_dir: OutputFolder | None = None
     """Folder for the adapter or model; null: exported/<step> in train.output_dir."""

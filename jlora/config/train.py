@@ -15,6 +15,7 @@ from jlora.config.engine.schema import (
     LocalPath,
     Natural,
     NonNegative,
+    OutputFolder,
     Positive,
 )
 
@@ -49,7 +50,7 @@ class TrainConfig(ConfigSection):
         }
     }
 
-    output_dir: str
+    output_dir: OutputFolder
     """Folder for everything that the run writes."""
     num_train_epochs: Positive = 3.0
     """Number of epochs, which may be fractional."""

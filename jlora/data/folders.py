@@ -1,4 +1,4 @@
-"""The splits of a local folder, as ``datasets`` finds them.
+"""The splits of a local folder, as ``datasets`` finds them, and their slices.
 
 In this order (https://huggingface.co/docs/datasets/repository_structure):
 
@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from jlora.errors import ConfigError, DataError, did_you_mean
+
+Row = TypeVar("Row")
 
 KEYWORDS = {
     "train": "train|training",
@@ -202,3 +205,23 @@ def _character_set(piece: str) -> str:
     if inner.startswith("^"):  # no negation in a glob pattern
         inner = "\\" + inner
     return f"[^{inner[1:]}]" if negated else f"[{inner}]"
+
+
+def slice_rows(rows: Iterable[Row], split: str) -> Iterator[Row]:
+    """The rows that ``[from:to]`` selects; bounds are rows or percentages."""
+    match = re.fullmatch(r"\[(-?\d+%?)?:(-?\d+%?)?\]", split)
+    if match is None:
+        fix = "write a slice such as train[:90%] or [100:200], or leave it out"
+        raise ConfigError(f"split {split!r} is not a slice", where="split", fix=fix)
+    low, high = match.groups()
+    if not any(b and (b.endswith("%") or b.startswith("-")) for b in (low, high)):
+        return islice(rows, int(low or 0), int(high) if high else None)
+    all_rows = list(rows)
+    return iter(all_rows[_bound(low, len(all_rows)) : _bound(high, len(all_rows))])
+
+
+def _bound(text: str | None, total: int) -> int | None:
+    """A bound of a slice in rows; percents round to the nearest row, as in ``datasets``."""
+    if text is None:
+        return None
+    return round(total * int(text[:-1]) / 100) if text.endswith("%") else int(text)

@@ -15,11 +15,11 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jlora.data.folders import named_splits, saved_splits
+from jlora.data.folders import named_splits, saved_splits, slice_rows
 from jlora.errors import ConfigError, DataError, StorageError, did_you_mean, nearest
 
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
@@ -385,23 +385,3 @@ def hub_rows(path: str, split: str | None, name: str | None) -> Iterator[RawRow]
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def slice_rows(rows: Iterable[RawRow], split: str) -> Iterator[RawRow]:
-    """The rows that ``[from:to]`` selects; bounds are rows or percentages."""
-    match = re.fullmatch(r"\[(-?\d+%?)?:(-?\d+%?)?\]", split)
-    if match is None:
-        fix = "write a slice such as train[:90%] or [100:200], or leave it out"
-        raise ConfigError(f"split {split!r} is not a slice", where="split", fix=fix)
-    low, high = match.groups()
-    if not any(b and (b.endswith("%") or b.startswith("-")) for b in (low, high)):
-        return islice(rows, int(low or 0), int(high) if high else None)
-    all_rows = list(rows)
-    return iter(all_rows[_bound(low, len(all_rows)) : _bound(high, len(all_rows))])
-
-
-def _bound(text: str | None, total: int) -> int | None:
-    """A bound of a slice in rows; percents round to the nearest row, as in ``datasets``."""
-    if text is None:
-        return None
-    return round(total * int(text[:-1]) / 100) if text.endswith("%") else int(text)

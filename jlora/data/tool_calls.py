@@ -53,8 +53,8 @@ class ToolSupport:
         ]
         partial = None
         # The plainest form first: many templates take several.
-        for form in product((False, True), repeat=3):
-            support = cls(shows_tools, True, *form, takes_system)
+        for ids, as_text, null_content in product((False, True), repeat=3):
+            support = cls(shows_tools, True, ids, as_text, null_content, takes_system)
             text = _attempt(render, support.in_form(messages), tools, False)
             if "probe_call" not in text or "probe_result" not in text:
                 continue

@@ -152,13 +152,12 @@ def without_run(path: Path, stack: Path | None) -> Path:
 
 
 def is_parameter(path: Path) -> bool:
-    """Whether a leaf's path is that of a bare parameter (not a linear layer's): experts, or a
-    router's.
+    """Whether a leaf's path is that of a bare parameter: of experts or of a router.
 
     Such matrices are [out, in]; adapters name them with the leaf's own key (``mlp.gate.weight``).
     """
-    in_router = len(path) > 1 and path[-1] == "weight" and path[-2] in ROUTERS
-    return path[-1] in EXPERTS or in_router
+    *_, module, name = ("", *path)
+    return name in EXPERTS or (name == "weight" and module in ROUTERS)
 
 
 def is_part(module: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import reprlib
 import types
 import typing
@@ -75,6 +76,11 @@ class InputMark:
     """Marks a string, with ``Annotated``, as the path of something that a command reads."""
 
     may_be_hub_name: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputMark:
+    """Marks a string, with ``Annotated``, as the path of a folder that a command writes."""
 
 
 class BadValueError(Exception):
@@ -210,6 +216,8 @@ def _convert_to_member(value: Any, hint: Any) -> Any:
     for mark in marks:
         if isinstance(mark, Bounds) and value not in mark:
             raise BadValueError(f"must be {mark}, got {value:g}")
+        if isinstance(mark, OutputMark):
+            value = os.path.expanduser(value)
     return value
 
 

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from jlora.config.engine.convert import BadValueError, Bounds, InputMark, convert_value
+from jlora.config.engine.convert import BadValueError, Bounds, InputMark, OutputMark, convert_value
 from jlora.config.engine.faults import Fault, combined_error
 
 Count = Annotated[int, Bounds(1)]
@@ -31,6 +31,9 @@ InputPath = Annotated[str, InputMark(may_be_hub_name=True)]
 
 LocalPath = Annotated[str, InputMark(may_be_hub_name=False)]
 """A file or folder that must exist."""
+
+OutputFolder = Annotated[str, OutputMark()]
+"""A folder that need not exist; ``~`` is the home folder."""
 
 
 class ConfigSection:

@@ -77,8 +77,15 @@ def with_adapter_embeddings(
     sizes = {value.shape[0] for _, value in found.values()}
     table = next((leaf for leaf, _ in found.values() if leaf.kind == "embedding"), None)
     if table is None:
-        fix = "use the base model as it is"
-        raise DataError("holds no embedding", where=str(file), fix=fix)
+        # PEFT 0.21 saves no embedding where only the head has an adapter.
+        resized = any(value.shape[0] != leaf.shape[-1] for leaf, value in found.values())
+        raise DataError(
+            "holds no embedding" + (", only an output head of another size" if resized else ""),
+            where=str(file),
+            fix="name embed_tokens in modules_to_save and train the adapter again"
+            if resized
+            else "use the base model as it is",
+        )
     if len(sizes) > 1:
         raise DataError(
             f"its embedding and its head have different numbers of tokens: {sorted(sizes)}",
@@ -107,7 +114,8 @@ def base_names(params: Any) -> dict[str, paths.Leaf]:
     A tied head's weight is the table. Only an output head is saved with its bias.
     """
     leaves = [leaf for leaf in paths.leaves(params) if leaf.stack is None]
-    weights, biases = {}, {}
+    weights: dict[str, paths.Leaf] = {}
+    biases: dict[str, paths.Leaf] = {}
     for leaf in leaves:
         last = leaf.module().rpartition(".")[2]
         if leaf.kind in ("kernel", "embedding") and len(leaf.shape) == 2:
@@ -115,7 +123,7 @@ def base_names(params: Any) -> dict[str, paths.Leaf]:
         elif leaf.kind == "bias" and len(leaf.shape) == 1 and last in paths.OUTPUT_HEADS:
             biases[leaf.module()] = leaf
     tables = [x for name, x in weights.items() if name.rpartition(".")[2] in INPUT_EMBEDDINGS]
-    tied = {} if not tables else dict.fromkeys(paths.OUTPUT_HEADS, tables[0])
+    tied = {head: tables[0] for head in paths.OUTPUT_HEADS if tables}
     return {
         f"{PREFIX}{module}{node}.{end}": leaf
         for end, found in (("weight", tied | weights), ("bias", biases))
