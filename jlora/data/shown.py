@@ -47,22 +47,19 @@ class ShownText:
 
 def is_empty(message: dict) -> bool:
     """Whether a message says nothing: no content, thinking or calls."""
-    said = (message["content"], *(message.get(key) for key in REASONING_KEYS))
-    return not message.get("tool_calls") and not any(text and text.strip() for text in said)
+    return not message.get("tool_calls") and not any(text.strip() for text in _said(message))
 
 
 def shows_reply(message: dict, reply: str) -> bool:
     """Whether a reply's text shows all of its message: content, thinking and tool calls."""
     text = ShownText(reply)
-    said = [message["content"], *(message.get(key) or "" for key in REASONING_KEYS)]
-    return all(map(text.shows, said)) and text.shows_calls(message)
+    return all(map(text.shows, _said(message))) and text.shows_calls(message)
 
 
 def shows_some(message: dict, reply: str) -> bool:
     """Whether a reply has text, and some word of its message if that has any."""
     names = [call["function"]["name"] for call in message.get("tool_calls", ())]
-    said = [message["content"], *(message.get(key) or "" for key in REASONING_KEYS), *names]
-    words = re.findall(r"\w+", " ".join(said))
+    words = re.findall(r"\w+", " ".join([*_said(message), *names]))
     return bool(reply.strip()) and (not words or any(w in reply for w in words))
 
 
@@ -75,6 +72,11 @@ def shows_context(messages: list[dict], tools: list | None, prompt: str) -> bool
     ]
     calls = all(map(text.shows_calls, messages))
     return calls and text.shows_tools(tools) and all(map(text.shows, said))
+
+
+def _said(message: dict) -> list[str]:
+    """The texts of a message: its content, and its thinking under each key."""
+    return [message["content"], *(message.get(key) or "" for key in REASONING_KEYS)]
 
 
 def thinking(message: dict) -> str:
