@@ -15,7 +15,6 @@ the last user message), the chat becomes one text per reply.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -262,7 +261,7 @@ class ChatRenderer:
         """
         content, best, longest = self._content_start(chat, i, text), None, 0
         for end in range(content, max(content - LONGEST_LEAD, 0) - 1, -1):
-            common = len(os.path.commonprefix([prompt[::-1], text[:end][::-1]]))
+            common = _common_prefix(prompt[::-1], text[:end][::-1])
             if common > max(longest, SHORTEST_END):
                 best, longest = end, common
         return best
@@ -274,7 +273,13 @@ class ChatRenderer:
         other = "§" if not chat.messages[i]["content"].lstrip().startswith("§") else "¶"
         messages = [*chat.messages[:i], {"role": "assistant", "content": other}]
         varied = self._render(replace(chat, messages=messages), i + 1)
-        return len(os.path.commonprefix([text, varied]))
+        return _common_prefix(text, varied)
+
+
+def _common_prefix(a: str, b: str) -> int:
+    """The number of characters with which both texts begin."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _hidden(chat: Chat) -> DataError:
