@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from test_io_peft_linear_experts import NAMES, ends, write_linear_experts
 from tiny_peers import (
     CASES,
     NUMBERS,
@@ -205,3 +206,21 @@ def test_the_base_weight_saved_with_an_adapted_head_must_be_the_models(bases, tm
         torch_files.save_file({**tensors, key: other}, tmp_path / FILE, {"format": "pt"})
         with pytest.raises(DataError, match=r"lm_head.*not the model's weight"):
             jlora.load_adapter(tmp_path, base.params)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_of_transformers_4_are_read_as_peft_reads_them(bases, name, tmp_path):
+    """And what is saved again is read by peft, without its conversion."""
+    base = bases[name]
+    matrices = NAMES[name][1]
+    config = {"target_modules": ["q_proj", "gate", *matrices], "lora_dropout": 0.0}
+    write_linear_experts(
+        tmp_path / "old", name, config, base.params, ends("q_proj", "gate", *matrices)
+    )
+    adapter = jlora.load_adapter(tmp_path / "old", base.params)
+    jlora.save_adapter(tmp_path / "new", adapter)
+    got = jlora_logits(base, base.params, adapter)
+    for folder in ("old", "new"):
+        model = peft.PeftModel.from_pretrained(copy.deepcopy(base.module), tmp_path / folder)
+        assert_close(got, torch_logits(model.eval()), 1e-5, folder)
+    load_peft(base, tmp_path / "new")

@@ -40,6 +40,12 @@ def with_settings_of(config: Config, adapter: LoraConfig, base: Any) -> Config:
     asked, default = config.lora, LoraConfig()
     if asked is None or not asked.init_from:
         return config
+    if asked.lora_dropout and adapter.target_parameters:
+        raise ConfigError(
+            f"is not possible for the experts or routers that {asked.init_from} adapts",
+            where="lora.lora_dropout",
+            fix="set it to 0",
+        )
     names = [f.name for f in dataclasses.fields(LoraConfig) if f.name not in RUN]
     given = [n for n in names if n not in INIT and getattr(asked, n) != getattr(default, n)]
     differing = [n for n in given if getattr(asked, n) != getattr(adapter, n)]

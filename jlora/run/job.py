@@ -179,6 +179,8 @@ def configure_model(config: Config, model: Model, tokenizer: Any) -> Model:
 def with_base_name(config: Config, adapter: lora.Adapter) -> lora.Adapter:
     """The adapter with the base's name in its config, and with the dropout of the settings.
 
+    Experts and routers have no dropout, and PEFT refuses another value than 0 beside them.
+
     The name is that on the hub if it is known: from the settings, or because the base is in the
     hub's cache.
     """
@@ -188,7 +190,7 @@ def with_base_name(config: Config, adapter: lora.Adapter) -> lora.Adapter:
     name, revision = hub_snapshot(name) or (name, revision)
     adapter_config = dataclasses.replace(
         adapter.config,
-        lora_dropout=asked.lora_dropout,
+        lora_dropout=0.0 if adapter.config.target_parameters else asked.lora_dropout,
         base_model_name_or_path=asked.base_model_name_or_path or name,
         revision=asked.revision or revision,
     )

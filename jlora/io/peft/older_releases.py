@@ -5,7 +5,8 @@
 0.6 to 0.17, at least  with ``bias="lora_only"`` the trained biases are not in the file at all
 ====================  ======================================================================
 
-``adapter_config.json`` has only gained keys; an absent key has its default.
+With transformers 4, Mixtral's mixture was ``block_sparse_moe``, now ``mlp`` (its experts:
+``linear_experts``). ``adapter_config.json`` has only gained keys; an absent key has its default.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def rename_old_tensors(
     """
     biases = [name for name in expected if name.endswith(BASE_BIAS)]
     old = {name.replace(BASE_BIAS, ".bias"): name for name in biases}
+    old |= {name.replace(".mlp.", ".block_sparse_moe."): name for name in expected}
     named = {old.get(name, name): value for name, value in tensors.items()}
     others = set(expected) - set(biases)
     if config.bias == "lora_only" and biases and named.keys() == others:

@@ -54,10 +54,10 @@ def with_peft_names(
     Raises:
       DataError: two tensors would have the same name.
     """
-    short = {_core(name): name for name in expected}
+    short = {core_of(name): name for name in expected}
     renamed, changed = {}, {}
     for name, value in tensors.items():
-        new = name if name in expected else short.get(_core(name), name)
+        new = name if name in expected else short.get(core_of(name), name)
         if new in renamed:
             raise DataError(
                 f"{new} is there under two names",
@@ -77,8 +77,8 @@ def with_peft_names(
     return renamed
 
 
-def _core(name: str) -> tuple[str, ...]:
-    """The parts of a name without those that tools add."""
+def core_of(name: str) -> tuple[str, ...]:
+    """The parts of a tensor's or a module's name without those that tools add."""
     name = re.sub(rf"\.({LEAVES})\.(?!weight$|bias$)[^.]+(?=\.|$)", r".\1", name)
     name = re.sub(r"\.modules_to_save\.[^.]+(?=\.weight$|\.bias$)", "", name)
     name = name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")

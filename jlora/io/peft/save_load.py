@@ -25,6 +25,13 @@ from jlora.io.peft.config import is_mlx, read_config, write_config
 from jlora.io.peft.conversion import to_peft_form
 from jlora.io.peft.embeddings import base_names, drop_base_weights
 from jlora.io.peft.initial_factors import abstract_initial_factors, with_initial_factors
+from jlora.io.peft.linear_experts import (
+    Layers,
+    find_linear_experts,
+    linear_views,
+    with_one_scale,
+    with_target_parameters,
+)
 from jlora.io.peft.older_releases import rename_old_tensors
 from jlora.io.peft.other_tools import MLX_FILE, from_mlx, with_peft_names
 from jlora.io.peft.tensors import (
@@ -32,6 +39,7 @@ from jlora.io.peft.tensors import (
     mismatches,
     only_names_differ,
     read_tensors,
+    tensor_names,
     tensor_views,
 )
 from jlora.lora import Adapter, init_adapter
@@ -106,10 +114,14 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
     """
     config = read_config(directory)
     file = Path(directory) / (MLX_FILE if is_mlx(directory) else TENSOR_FILE)
-    shapes = _abstract_adapter(config, params)
-    arrays = {path: np.zeros(x.shape, np.float32) for path, x in paths.walk(shapes.weights)}
-    views = tensor_views(arrays, shapes.config)
     tensors = read_tensors(file)
+    layers = find_linear_experts(tensors, params, config)
+    tensors = with_one_scale(tensors, layers, config)
+    shapes = _abstract_adapter(config, params, layers)
+    arrays = {path: np.zeros(x.shape, np.float32) for path, x in paths.walk(shapes.weights)}
+    linear = {layer.leaf.path for layer in layers.values()}
+    others = {path: array for path, array in arrays.items() if path[:-1] not in linear}
+    views = tensor_views(others, shapes.config) | linear_views(layers, arrays, config)
     if file.name == MLX_FILE:
         tensors = from_mlx(tensors, views)
     tensors = rename_old_tensors(tensors, views, shapes.config, file)
@@ -131,18 +143,21 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
 
 
 def abstract_adapter_from_folder(directory: str | Path, params: Any) -> Adapter:
-    """The abstract result of ``load_adapter``; only ``adapter_config.json`` is read.
+    """The abstract result of ``load_adapter``; no tensors are read, only their names.
 
     Raises:
       DataError: the folder is not a LoRA adapter.
       ConfigError: it uses a feature of PEFT that jlora lacks, or its patterns match nothing.
     """
     config = read_config(directory)
-    return abstract_initial_factors(_abstract_adapter(config, params), params, config)
+    layers = find_linear_experts(tensor_names(Path(directory) / TENSOR_FILE), params, config)
+    return abstract_initial_factors(_abstract_adapter(config, params, layers), params, config)
 
 
-def _abstract_adapter(config: LoraConfig, params: Any) -> Adapter:
+def _abstract_adapter(config: LoraConfig, params: Any, layers: Layers) -> Adapter:
     """The abstract adapter of this config, without initial factors."""
+    if layers:
+        config = with_target_parameters(config, layers, params)
     # Shapes are the same for every kind of initial values, and this one needs no base values.
     plain = dataclasses.replace(config, init_lora_weights=True)
     fresh = functools.partial(init_adapter, config=plain)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,6 +160,19 @@ def _grouped(names: Iterable[str]) -> list[str]:
     ]
 
 
+def tensor_names(file: Path) -> list[str]:
+    """The names in a safetensors file; none if there is no such file.
+
+    Raises:
+      DataError: it is damaged.
+      StorageError: it cannot be read.
+    """
+    if not file.is_file():
+        return []
+    with _opened(file) as f:
+        return list(f.keys())
+
+
 def read_tensors(file: Path) -> dict[str, np.ndarray]:
     """All tensors of a safetensors file.
 
@@ -173,8 +187,14 @@ def read_tensors(file: Path) -> dict[str, np.ndarray]:
             where=str(file.parent),
             fix="save it again with safe_serialization=True" if pickled else None,
         )
+    with _opened(file) as f:
+        return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
         with storage_errors(file), safetensors.safe_open(file, "numpy") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            yield f
     except safetensors.SafetensorError as error:
         raise DataError(f"is damaged: {error}", where=str(file)) from error
