@@ -207,6 +207,50 @@ def test_first_and_weights_choose_replies():
     assert replies(rendered) == ["b<|im_end|>"]
 
 
+STYLES = {
+    name: getattr(tt, name)
+    for name in ("CHATML", "LLAMA3", "QWEN3", "DEEPSEEK", "THINKING", "MISTRAL", "PHI", "HARMONY")
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("excluded", [(0,), (1,), (2,), (3,), (0, 3)])
+def test_a_whole_text_leaves_out_what_is_not_trained(style, excluded):
+    """``"weight": 0`` counts for a loss on all tokens, too, whatever the role."""
+    contents = ["first question", "an answer", "more of it", "last words"]
+    messages = [
+        {**m, "weight": 0} if i in excluded else m for i, m in enumerate(chat(*contents).messages)
+    ]
+    render = ChatRenderer(tt.tiny_tokenizer(STYLES[style]))
+    rendered = render.whole(Chat("x:1", messages))
+    assert len(rendered.excluded) == len(excluded) and rendered.spans == ()
+    for i, (start, end) in zip(excluded, rendered.excluded, strict=True):
+        out = rendered.text[start:end]
+        assert contents[i] in out
+        assert not any(c in out for j, c in enumerate(contents) if j != i)
+        # Neither headers: at most a thought before the content and special tokens around it.
+        rest = out.replace(contents[i], "").replace("<think>", "").replace("</think>", "")
+        assert not rest.replace("[/INST]", "").strip().strip("<|>imend_stopeos \n")
+
+
+def test_a_whole_text_leaves_out_calls_that_are_not_trained():
+    messages = [
+        {"role": "user", "content": "1 + 1"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL], "weight": 0},
+        {"role": "tool", "content": "2", "weight": 0},
+        {"role": "assistant", "content": "two"},
+    ]
+    for template, call, result in (
+        (tt.QWEN3, '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>', "2"),
+        (tt.XML_CALLS, "<function=add><parameter=a>1</parameter></function><|im_end|>", "2"),
+        (tt.CHATML, '{"name": "add", "arguments": {"a": 1}}<|im_end|>', "2<|im_end|>"),
+    ):
+        rendered = ChatRenderer(tt.tiny_tokenizer(template)).whole(Chat("x:1", messages, TOOLS))
+        found = [rendered.text[start:end] for start, end in rendered.excluded]
+        assert found[0] == call
+        assert found[1].startswith(result) and "two" not in found[1]
+
+
 def test_identical_replies_keep_their_positions():
     (rendered,) = render(tt.CHATML, chat("yes", "yes", "yes", "yes"))
     (a, b), (c, d) = rendered.spans

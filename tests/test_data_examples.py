@@ -96,6 +96,34 @@ def test_bos_and_eos_that_a_row_has_are_not_doubled(adds_bos):
                 assert tokens.count(special) == 1
 
 
+@pytest.mark.parametrize("make", [tt.tiny_tokenizer, tt.merging_tokenizer])
+def test_messages_that_are_not_trained_have_no_loss_in_a_whole_text(make):
+    """Counted by hand: the ids are those of the whole text, without the marked messages' labels."""
+    tokenizer = make()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+    )
+    row = chat("how", "hot", "then", "that")
+    row.messages[0]["weight"] = row.messages[1]["weight"] = 0
+    text = "<user>\nhow\n<assistant>\nhot\n<user>\nthen\n<assistant>\nthat\n"
+    examples, counts = encode([row], tokenizer, 512, assistant_only_loss=False)
+    ((tokens, mask),) = streams(examples)
+    assert tokens == tokenizer(text, add_special_tokens=False)["input_ids"]
+    mask = [True, *mask[1:]]  # nothing precedes the first token
+    if make is tt.tiny_tokenizer:
+        taught = tokenizer.decode([t for t, m in zip(tokens, mask, strict=True) if m])
+        assert taught == "<user>\n\n<assistant>\n<user>\nthen\n<assistant>\nthat\n"
+    else:
+        # One token has the line break and the h: it is left out with the reply that it belongs to.
+        pieces = tokenizer.convert_ids_to_tokens(tokens)
+        left_out = [p for p, m in zip(pieces, mask, strict=True) if not m]
+        assert left_out == ["\nh", "o", "w", "\nh", "o", "t\n"], left_out
+    everything, _ = encode([chat("how", "hot", "then", "that")], tokenizer, 512, False)
+    assert all(next(streams(everything))[1][1:])
+    assert counts.dropped == 0
+
+
 def test_long_texts_lose_no_target():
     tokenizer = tt.tiny_tokenizer(adds_bos=True)
     text = "Hello world, how are you today? " * 9

@@ -62,7 +62,8 @@ class DataConfig(ConfigSection):
     shuffle: bool = True
     """Shuffle the rows in each epoch, by train.seed; false: keep the order of the files."""
     assistant_only_loss: bool = True
-    """Compute the loss on assistant messages or completions only; false: on all tokens."""
+    """Compute the loss on assistant messages or completions only; false: on all tokens, except
+    those of messages with weight 0 or train: false."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What a malformed row causes: error stops the run, skip drops and counts the row."""
     on_unknown_key: Literal["warn", "error"] = "warn"

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from jlora.data.rows import Chat, learned_messages
-from jlora.data.shown import shows_context, shows_reply, shows_some, thinking
+from jlora.data.shown import REASONING_KEYS, shows_context, shows_reply, shows_some, thinking
 from jlora.data.tool_calls import ToolSupport, uses_tools
 from jlora.errors import DataError
 
@@ -62,6 +63,8 @@ class RenderedChat:
     """The text lacks part of a reply: of its content, thinking or tool calls."""
     lacks_context: bool = False
     """A prompt lacks part of what was said before it, or tools."""
+    excluded: tuple[tuple[int, int], ...] = ()
+    """In a whole text: spans of messages that are no targets (``"weight": 0``)."""
 
 
 class Reply(NamedTuple):
@@ -159,7 +162,48 @@ class ChatRenderer:
             raise _hidden(chat)
         shown = all(shows_reply(chat.messages[i], text) for i in replies)
         context = shows_context(chat.messages, chat.tools, text)
-        return RenderedChat(text, (), not shown, not context)
+        untrained = [i for i, m in enumerate(chat.messages) if not m.get("weight", 1)]
+        excluded = tuple(self._span(chat, i, text) for i in untrained)
+        return RenderedChat(text, (), not shown, not context, excluded)
+
+    def _span(self, chat: Chat, i: int, text: str) -> tuple[int, int]:
+        """Where the text of a whole chat shows message i, up to its end-of-turn token.
+
+        A reply's span is the one that it is trained by. Of other messages, and where replies are
+        rendered differently later on, it is what changes if the message is another.
+        """
+        if chat.messages[i]["role"] == "assistant":
+            with suppress(DataError):
+                prompt, reply, _ = self._reply(chat, i)
+                if text.startswith(prompt + reply):
+                    return len(prompt), len(prompt) + len(reply)
+        varied = self._without(chat, i, text)
+        start = _common_prefix(text, varied)
+        end = max(start, len(text) - _common_prefix(text[::-1], varied[::-1]))
+        ends = [token for token in self.special if text[end:].startswith(token)]
+        # After a user's message it may be the next header's first token.
+        is_reply = chat.messages[i]["role"] == "assistant"
+        if ends and (is_reply or self._render(chat, i + 1)[: end + 1] == text[: end + 1]):
+            end += max(map(len, ends))
+        return start, end
+
+    def _without(self, chat: Chat, i: int, text: str) -> str:
+        """The whole chat with another message i, that says nothing of what ``text`` has."""
+        message = chat.messages[i]
+        sign = next(c for c in map(chr, range(167, 9999)) if c not in text)
+
+        def with_message(other: dict) -> str:
+            messages = [*chat.messages[:i], other, *chat.messages[i + 1 :]]
+            return self._render(replace(chat, messages=messages), len(messages))
+
+        said = {key: sign for key in ("content", *REASONING_KEYS) if message.get(key)}
+        if not message.get("tool_calls"):
+            return with_message(message | said)
+        with suppress(Exception):  # some templates refuse results without their calls
+            return with_message({"role": message["role"], "content": sign})
+        function = {"name": sign, "arguments": {sign: sign}}
+        calls = [{**call, "function": function} for call in message["tool_calls"]]
+        return with_message({**message, **said, "tool_calls": calls})
 
     def _texts(self, chat: Chat) -> list[RenderedChat]:
         turns = list(learned_messages(chat))

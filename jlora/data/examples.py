@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 
     ``spans`` are the character ranges of the targets, None for the whole text. ``add_bos_eos`` adds
     the tokenizer's bos and eos, unless the text has them; ``cut`` cuts a long text into windows
-    instead of truncating it.
+    instead of truncating it. If the whole text is the target, ``excluded`` are ranges that are not.
     """
 
     where: str
@@ -49,6 +49,7 @@ class Piece(NamedTuple):
     spans: tuple[tuple[int, int], ...] | None
     add_bos_eos: bool = False
     cut: bool = False
+    excluded: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass
@@ -199,7 +200,7 @@ def _chat(
     counts.empty_replies += any(is_empty(message) for message in replies)
     counts.lossy += texts[0].lossy
     counts.lacks_context += texts[0].lacks_context
-    return [Piece(row.where, rendered.text, rendered.spans) for rendered in texts]
+    return [Piece(row.where, r.text, r.spans, excluded=r.excluded) for r in texts]
 
 
 Stream = tuple[list[int], list[bool]]
@@ -227,9 +228,8 @@ def tokenize(found: Sequence[Piece], tokenizer: Any) -> Iterator[Tokens]:
     for piece, ids in zip(found, prefixes, strict=True):
         before = bos if piece.add_bos_eos and ids[-1][: len(bos)] != bos else []
         if piece.spans is None:
-            tokens = Tokens(
-                [(before + ids[0], [False] * len(before) + [True] * len(ids[0]))], False
-            )
+            mask = [False] * len(before) + _all_but_excluded(piece, ids[0], tokenizer)
+            tokens = Tokens([(before + ids[0], mask)], False)
         elif not piece.spans:
             tokens = Tokens([(ids[0], [False] * len(ids[0]))], False)
         else:
@@ -238,6 +238,23 @@ def tokenize(found: Sequence[Piece], tokenizer: Any) -> Iterator[Tokens]:
         if piece.add_bos_eos and last[-len(eos) :] != eos:
             tokens.streams[-1] = (last + eos, mask + [True] * len(eos))
         yield tokens
+
+
+def _all_but_excluded(piece: Piece, ids: list[int], tokenizer: Any) -> list[bool]:
+    """Which tokens of a whole text are targets: those without a character that is excluded."""
+    mask = [True] * len(ids)
+    for start, end in piece.excluded:
+        first = _alike(ids, token_ids(piece.text[:start], tokenizer))
+        last = len(ids) - _alike(ids[::-1], token_ids(piece.text[end:], tokenizer)[::-1])
+        if end > start:
+            mask[first:last] = [False] * (last - first)
+    return mask
+
+
+def _alike(a: list[int], b: list[int]) -> int:
+    """The number of tokens with which both begin."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _by_spans(piece: Piece, ids: list[list[int]], tokenizer: Any) -> Tokens:

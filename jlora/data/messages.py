@@ -3,7 +3,7 @@
 Legacy spellings are converted: ``function_call`` and ``functions``, the roles ``function`` and
 ``ipython`` (Llama 3.1's) of results, tools that are not wrapped as ``{"type": "function",
 "function": …}``, arguments as JSON text. Messages with ``"weight": 0`` or ``"train": false`` are no
-training targets.
+training targets, whatever ``assistant_only_loss`` says (as in axolotl; TRL reads neither).
 """
 
 from __future__ import annotations
