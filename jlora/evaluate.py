@@ -20,6 +20,7 @@ from jlora.files import write_atomic
 from jlora.inference import scoring
 from jlora.run import environment
 from jlora.run.batches import check_rows_fit, eval_device_batches, prepare_rows
+from jlora.run.data_summary import data_warnings
 from jlora.run.job import open_tokenizer
 from jlora.run.label_names import with_label_names
 from jlora.run.open_job import open_job
@@ -52,6 +53,8 @@ def run(config: Config, options: argparse.Namespace) -> None:
     with console.loading() as progress:
         job = open_job(config, tokenizer, trained=True, progress=progress)
     check_rows_fit(job, rows)
+    for text in data_warnings([rows], job.model.config.max_position_embeddings):
+        console.warn(text)
     with jax.set_mesh(job.mesh):
         step = make_eval_step(job.model, job.bind, compiler_options(job.mesh))
         batches = eval_device_batches(job.mesh, rows, eval_batch_rows(config, job.mesh))

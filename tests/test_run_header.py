@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax.numpy as jnp
-import numpy as np
 import yaml
 from tiny_runs import LLAMA
 
@@ -18,8 +17,6 @@ from jlora.config import (
     in_lines,
     to_yaml,
 )
-from jlora.data.packing import PackedRows
-from jlora.data.preparation import Prepared, SourceReport
 from jlora.distributed import sharding
 from jlora.models import Model
 from jlora.run import header
@@ -53,17 +50,6 @@ def test_attention_is_named_with_its_reason():
         assert header.attention_text(other, "gpu", 1024).startswith("chunked: cuDNN ")
     asked = dataclasses.replace(model, dtype="float32", attention="reference")
     assert header.attention_text(asked, "gpu", 1024) == "reference: asked for"
-
-
-def test_each_source_has_its_own_adapter_in_its_role():
-    def source(adapter):
-        counts = (5, 0, (), 0, 0, 5, 2, 60, 30, 20)
-        return SourceReport("a.jsonl", "messages", 1.0, *counts, adapter)
-
-    packed = PackedRows(*np.zeros((3, 2, 32), np.int32))
-    prepared = Prepared(packed, (source("one"), source("two")), (), "")
-    rows = header._data(prepared, None).rows
-    assert [row[0] for row in rows] == ["train, one", "train, two"]
 
 
 def test_every_setting_is_shown_as_it_was_resolved(tmp_path):

@@ -1,6 +1,7 @@
 """Training as the settings say it: what is learned, logged, kept and written."""
 
 import functools
+import html
 import json
 import logging
 import math
@@ -68,6 +69,17 @@ def test_a_run_leaves_what_the_contract_names(epochs):
     assert peft["base_model_name_or_path"] == str(place.base) and peft["r"] == 4
     tokenizer = transformers.AutoTokenizer.from_pretrained(place.output)
     assert "<|im_start|>" in tokenizer.chat_template
+
+
+def test_the_report_says_what_the_header_said_of_the_rows(epochs):
+    place, _ = epochs
+    page = (place.output / "report.html").read_text()
+    settings = config.load(place.output)
+    rows = data.prepare(settings.data.train, open_tokenizer(settings), settings.data)
+    assert rows.warnings and "is never learned" in rows.warnings[0]
+    assert all(html.escape(text) in page for text in rows.warnings)
+    for text in (str(place.rows), str(place.held_out), f"{rows.tokens:,}"):
+        assert f'<td class="number">{text}</td>' in page
 
 
 def test_epochs_end_with_their_last_partial_batch(epochs):

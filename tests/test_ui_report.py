@@ -23,8 +23,15 @@ SAMPLES = [
 ]
 
 
-def html(metrics=METRICS, samples=SAMPLES, summary=None, config="train:\n  seed: 1\n"):
-    return report_html("A <run>", config, metrics, samples, summary or {})
+def html(metrics=METRICS, samples=SAMPLES, summary=None, config="train:\n  seed: 1\n", **data):
+    return report_html(
+        title="A <run>",
+        config_yaml=config,
+        metrics=metrics,
+        samples=samples,
+        summary=summary or {},
+        **{"sources": ((), ()), "warnings": [], **data},
+    )
 
 
 def parse(text):
@@ -146,15 +153,25 @@ def test_texts_are_escaped_and_shown_unchanged():
     assert ["20", "2.5", "12.18"] in rows  # the evaluations
 
 
+def test_the_data_is_listed_with_what_may_surprise():
+    sources = ("role", "source", "rows"), [("train", "a <&>.jsonl", 1200), ("eval", "b.jsonl", 3)]
+    page = parse(html(sources=sources, warnings=["a <&>.jsonl: 3 rows teach an empty reply"]))
+    rows = [[cell.text for cell in row.iter("td")] for row in page.iter("tr")]
+    assert ["train", "a <&>.jsonl", "1,200"] in rows and ["eval", "b.jsonl", "3"] in rows
+    said = [p.text for p in page.iter("p") if p.get("class") == "warning"]
+    assert said == ["a <&>.jsonl: 3 rows teach an empty reply"]
+    assert "<h2>Data</h2>" not in html()
+
+
 def test_free_text_is_not_marked():
     assert "✗" in html()
     assert "✗" not in html(samples=SAMPLES[1:])
 
 
 def test_written_in_place(tmp_path):
-    path = report.write_report(tmp_path / "run", "A <run>", "train:\n  seed: 1\n", METRICS, [], {})
+    path = report.write_report(tmp_path / "run", html())
     assert path == tmp_path / "run" / "report.html"
-    assert path.read_text(encoding="utf-8") == html(samples=[])
+    assert path.read_text(encoding="utf-8") == html()
 
 
 @pytest.mark.parametrize(

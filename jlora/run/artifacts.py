@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jlora.config import to_yaml
+from jlora.data import Prepared
 from jlora.distributed import sharding
 from jlora.errors import ConfigError
 from jlora.files import staged_folder, write_atomic
@@ -21,6 +23,7 @@ from jlora.io.hf.write import staged_model
 from jlora.io.peft import CONFIG_FILE, TENSOR_FILE, save_adapter, write_base_record
 from jlora.lora import Adapter
 from jlora.models import Model
+from jlora.run.data_summary import data_warnings, sources_table
 from jlora.run.job import Job
 from jlora.run.step_counts import StepCounts
 from jlora.ui import metrics_log, report
@@ -98,12 +101,16 @@ def note_local_base(console: Console, trained: Any) -> None:
 def write_results(
     job: Job,
     counts: StepCounts,
+    rows: Mapping[str, Sequence[Prepared]],
     trained: Any,
     base_record: dict[str, str] | None,
     samples: list[dict[str, str]],
     console: Console,
 ) -> None:
-    """Writes what was trained and the report, and shows where everything is."""
+    """Writes what was trained and the report, and shows where everything is.
+
+    ``rows`` has those of ``train`` and ``eval``.
+    """
     written = []
     for adapter_job, tree in job.per_adapter(trained):
         if isinstance(tree, Adapter):
@@ -118,18 +125,34 @@ def write_results(
         return
     note_local_base(console, trained)
     console.samples(samples)
-    html = _write_report(job, counts, samples)
+    html = _write_report(job, counts, rows, samples)
     _show_final_card(console, job, ", ".join(written), html)
 
 
-def _write_report(job: Job, counts: StepCounts, samples: list[dict[str, str]]) -> Path:
-    """``report.html`` from the run's log."""
+def _write_report(
+    job: Job,
+    counts: StepCounts,
+    rows: Mapping[str, Sequence[Prepared]],
+    samples: list[dict[str, str]],
+) -> Path:
+    """``report.html`` from the run's log, and what the header said of the rows."""
     out = Path(job.config.train.output_dir)
     lines = metrics_log.read_metrics(out / "metrics.jsonl")
     summary = {"model": job.config.model.name_or_path, "steps": counts.total_steps}
     for line in lines:
         summary |= {name: line[name] for name in SUMMARY if name in line}
-    return report.write_report(out, out.name, to_yaml(job.config), lines, samples, summary)
+    prepared = [part for parts in rows.values() for part in parts]
+    warnings = data_warnings(prepared, job.model.config.max_position_embeddings)
+    page = report.report_html(
+        title=out.name,
+        config_yaml=to_yaml(job.config),
+        metrics=lines,
+        samples=samples,
+        summary=summary,
+        sources=sources_table(rows),
+        warnings=warnings,
+    )
+    return report.write_report(out, page)
 
 
 def _show_final_card(console: Console, job: Job, written: str, html: Path) -> None:

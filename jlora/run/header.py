@@ -20,6 +20,7 @@ from jlora.lora.weight import is_weight_leaf
 from jlora.models import Model
 from jlora.ops.attention import Case, choose, cudnn
 from jlora.quant.params import is_quantized, quant_config_of, scheme_text
+from jlora.run.data_summary import data_warnings, sources_table
 from jlora.run.job import Job
 from jlora.run.step_counts import StepCounts
 from jlora.training.optim import trainable_leaves, warmup_steps
@@ -36,14 +37,16 @@ def show_header(
     sections: dict[str, Any] = {"model": _model(job, train.length)}
     if job.targets:
         sections["adapter"] = table(match_table(job.targets))
-    sections["data"] = _data(train, held_out)
+    rows = {"train": [train], "eval": [held_out] if held_out else []}
+    sections["data"] = sources_table(rows)
     sections["run"] = _run(job, counts)
     lines = in_lines(job.config)
     sections["settings"] = {name: lines[name] for name in SECTIONS}
     if job.mesh.size > 1:
         sections["layout"] = layout((job.frozen, job.trainable), job.mesh)
     console.header(f"jlora · {job.config.train.output_dir}", sections)
-    for text in (*train.warnings, *(held_out.warnings if held_out else ())):
+    positions = job.model.config.max_position_embeddings
+    for text in data_warnings([*rows["train"], *rows["eval"]], positions):
         console.warn(text)
     if job.config.lora:
         adapter = dataclasses.replace(job.trainable, initial=job.initial)
@@ -51,12 +54,6 @@ def show_header(
             adapter = jax.eval_shape(functools.partial(jax.tree.map, lambda x: x[0]), adapter)
         for text in misreadings(adapter):
             console.warn(text)
-    for source in (*train.sources, *(held_out.sources if held_out else ())):
-        if source.longest > (limit := job.model.config.max_position_embeddings):
-            console.warn(
-                f"{source.path}: examples of up to {source.longest} tokens, but the base has "
-                f"max_position_embeddings={limit}"
-            )
     asked, compute_dtype = job.config.quantization, job.config.compute_dtype
     if asked and asked.bnb_4bit_compute_dtype != compute_dtype:
         console.warn(
@@ -145,16 +142,6 @@ def sizes(config: Config, frozen: Any, trainable: Any, initial: Any = None) -> d
         formats = dict.fromkeys(scheme_text(quant_config_of(leaf)) for leaf in quantized)
         rows["quantization"] = "; ".join(formats)
     return rows
-
-
-def _data(train: Prepared, held_out: Prepared | None) -> HeaderTable:
-    rows = []
-    for role, prepared in (("train", train), ("eval", held_out)):
-        for s in prepared.sources if prepared else ():
-            shown = f"{role}, {s.adapter}" if s.adapter else role
-            rows.append((shown, s.path, s.format, s.rows, s.packed_rows, s.tokens, s.target_tokens))
-    names = ("role", "source", "format", "rows", "packed rows", "tokens", "target tokens")
-    return HeaderTable(names, rows)
 
 
 def _run(job: Job, counts: StepCounts) -> Mapping[str, Any]:

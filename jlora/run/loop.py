@@ -252,7 +252,8 @@ def finish_run(run: RunState) -> None:
         # With exact match there are more replies afterwards than samples before.
         for before, s in zip(progress.replies_before, samples, strict=False)
     ]
-    write_results(run.job, run.counts, trained, run.base_record, shown, run.console)
+    rows = {"train": [run.rows], "eval": run.held_out}
+    write_results(run.job, run.counts, rows, trained, run.base_record, shown, run.console)
 
 
 def record_line(run: RunState, line: dict[str, float]) -> None:

@@ -30,37 +30,38 @@ CHARTS = (  # title, frame, unit, ((name in metrics.jsonl, name in the legend), 
 )
 
 
-def write_report(
-    output_dir: str | os.PathLike[str],
+Table = tuple[Sequence[str], Sequence[Sequence[Any]]]
+"""The names of columns, and rows."""
+
+
+def write_report(output_dir: str | os.PathLike[str], page: str) -> Path:
+    """Writes ``<output_dir>/report.html`` atomically and returns its path. Raises StorageError."""
+    path = Path(output_dir) / "report.html"
+    write_atomic(path, page)
+    return path
+
+
+def report_html(
+    *,
     title: str,
     config_yaml: str,
     metrics: Sequence[Mapping[str, Any]],
     samples: Sequence[Mapping[str, str]],
     summary: Mapping[str, Any],
-) -> Path:
-    """Writes ``<output_dir>/report.html`` atomically and returns its path. Raises StorageError.
+    sources: Table,
+    warnings: Sequence[str],
+) -> str:
+    """The HTML of the page, which is also well-formed XML.
 
     Args:
-      output_dir: the run's folder.
       title: the page's heading.
       config_yaml: the resolved settings.
       metrics: the lines of metrics.jsonl; a value that is null leaves a gap in its curve.
       samples: rows with the keys ``prompt``, ``before``, ``after``, ``expected``, or some of them.
       summary: names and values for the tiles at the top.
+      sources: the sources of the data with their counts.
+      warnings: what may surprise in the data.
     """
-    path = Path(output_dir) / "report.html"
-    write_atomic(path, report_html(title, config_yaml, metrics, samples, summary))
-    return path
-
-
-def report_html(
-    title: str,
-    config_yaml: str,
-    metrics: Sequence[Mapping[str, Any]],
-    samples: Sequence[Mapping[str, str]],
-    summary: Mapping[str, Any],
-) -> str:
-    """The HTML of the page, which is also well-formed XML."""
     style = resources.files("jlora.ui.report").joinpath("style.css").read_text(encoding="utf-8")
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
@@ -75,6 +76,7 @@ def report_html(
                 _charts(metrics),
                 _samples(samples),
                 _evaluations(metrics),
+                _data(sources, warnings),
                 _settings(config_yaml),
             ]
         )
@@ -169,19 +171,29 @@ def _evaluations(metrics: Sequence[Mapping[str, Any]]) -> str:
     if not lines:
         return ""
     names = list(dict.fromkeys(key for line in lines for key in line))
-    head = "".join(f'<th scope="col">{_text(_words(name))}</th>' for name in names)
-    rows = "".join(
-        "<tr>"
-        + "".join(f'<td class="number">{_text(_number(line.get(name, "")))}</td>' for name in names)
-        + "</tr>"
-        for line in lines
-    )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    rows = [[line.get(name, "") for name in names] for line in lines]
     shown = ' open="open"' if len(lines) <= 12 else ""
     return (
         f'<h2>Evaluations</h2><details class="card"{shown}>'
-        f'<summary>{len(lines):,} in this run</summary><div class="scroll">{table}</div></details>'
+        f"<summary>{len(lines):,} in this run</summary>"
+        f'<div class="scroll">{_table(list(map(_words, names)), rows)}</div></details>'
     )
+
+
+def _data(sources: Table, warnings: Sequence[str]) -> str:
+    if not sources[1]:
+        return ""
+    said = "".join(f'<p class="warning">{_text(text)}</p>' for text in warnings)
+    return f'<h2>Data</h2><div class="card scroll">{_table(*sources)}{said}</div>'
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    def cell(value: Any) -> str:
+        return f'<td class="number">{_text(_number(value))}</td>'
+
+    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in columns)
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _settings(config_yaml: str) -> str:
