@@ -21,9 +21,9 @@ from jlora.inference import scoring
 from jlora.run import environment
 from jlora.run.batches import check_rows_fit, eval_device_batches, prepare_rows
 from jlora.run.data_summary import data_warnings
-from jlora.run.job import open_tokenizer
 from jlora.run.label_names import with_label_names
 from jlora.run.open_job import open_job
+from jlora.run.open_tokenizer import note_other_tokenizer, open_tokenizer
 from jlora.run.replies import greedy_replies, reply_prompts
 from jlora.run.step_counts import eval_batch_rows
 from jlora.training.step import make_eval_step
@@ -49,6 +49,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
     console = Console(enabled=jax.process_index() == 0)
     config, _ = with_label_names(config)
     tokenizer = open_tokenizer(config)
+    note_other_tokenizer(console, config, tokenizer)
     rows = prepare_rows(config, tokenizer, "eval")
     with console.loading() as progress:
         job = open_job(config, tokenizer, trained=True, progress=progress)

@@ -23,9 +23,10 @@ from jlora.models import Model
 from jlora.run.abstract_job import abstract_adapter, abstract_base, abstract_model
 from jlora.run.artifacts import check_no_adapter, note_local_base, write_trained
 from jlora.run.checkpoints import find_checkpoint, fixed_settings
-from jlora.run.job import Job, open_tokenizer, split_adapters, with_base_name
+from jlora.run.job import Job, split_adapters, with_base_name
 from jlora.run.label_names import with_label_names
 from jlora.run.open_job import open_job
+from jlora.run.open_tokenizer import note_other_tokenizer, open_tokenizer
 from jlora.ui.console import Console
 
 main = functools.partial(cli.main, "export")
@@ -81,6 +82,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
     kind = "adapter" if config.lora else "model"
     rows = {"checkpoint": source, "step": chosen[1]} if chosen else {"from": source}
     note_local_base(console := Console(), trained)
+    note_other_tokenizer(console, config, tokenizer)
     console.card("exported", rows | {kind: ", ".join(written), "tokenizer": out})
     for note in notes:
         console.warn(note)

@@ -27,8 +27,8 @@ from jlora.files import storage_errors
 from jlora.inference import decoding
 from jlora.models import Model
 from jlora.run import environment
-from jlora.run.job import open_tokenizer
 from jlora.run.open_job import open_job
+from jlora.run.open_tokenizer import note_other_tokenizer, open_tokenizer
 from jlora.ui.console import Console
 
 main = functools.partial(cli.main, "generate")
@@ -63,6 +63,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
     render = ChatRenderer(tokenizer, config.data.chat_template_kwargs)
     ids = [_prompt_ids(p, config, render) for p in prompts]
     console = Console(enabled=jax.process_index() == 0, file=sys.stderr)  # stdout is for replies
+    note_other_tokenizer(console, config, tokenizer)
     with console.loading() as progress:
         job = open_job(config, tokenizer, trained=True, progress=progress)
     _check_prompts_fit(prompts, ids, job.model)

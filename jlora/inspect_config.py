@@ -30,8 +30,8 @@ from jlora.models import Model
 from jlora.quant.params import is_quantized, quant_config_of, quantize_params, scheme_text
 from jlora.run import header
 from jlora.run.abstract_job import abstract_adapter, abstract_model
-from jlora.run.job import open_tokenizer
 from jlora.run.label_names import with_label_names
+from jlora.run.open_tokenizer import open_tokenizer
 from jlora.training.optim import check_optimizer, make_optimizer
 from jlora.tree import paths
 from jlora.ui.console import Console, HeaderTable

@@ -24,9 +24,10 @@ from jlora.io.hf.folder import find_folder
 from jlora.io.hf.write import common_dtype, stored_dtypes
 from jlora.models import head_differs, untie
 from jlora.run.artifacts import check_no_adapter, save_model
-from jlora.run.job import Job, open_tokenizer
+from jlora.run.job import Job
 from jlora.run.label_names import with_label_names
 from jlora.run.open_job import open_job
+from jlora.run.open_tokenizer import note_other_tokenizer, open_tokenizer
 from jlora.tree import paths
 from jlora.ui.console import Console
 
@@ -56,8 +57,15 @@ def run(config: Config, options: argparse.Namespace) -> None:
     _check_output(out, source, config.train.output_dir)
     config, _ = with_label_names(config)
     tokenizer = open_tokenizer(config)
+    note_other_tokenizer(console, config, tokenizer)
     with console.loading() as progress:
         job = open_job(config, tokenizer, trained=True, progress=progress)
+    size = job.model.config.vocab_size
+    if missing := [token for token, i in tokenizer.get_vocab().items() if i >= size]:
+        console.warn(
+            f"of the tokenizer that is saved with the model it has no embeddings for "
+            f"{len(missing)} tokens, such as {missing[0]!r}: it has {size}"
+        )
     prequantized = job.model.config.prequantized
     if prequantized and config.merge.base == "original":
         raise ConfigError(

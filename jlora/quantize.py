@@ -23,7 +23,7 @@ from jlora.io.hf.folder import find_folder, shard_files
 from jlora.io.hf.read import read_model
 from jlora.quant.params import is_quantized, quantize_params, scheme_text
 from jlora.run.artifacts import check_no_adapter, save_model
-from jlora.run.job import open_tokenizer
+from jlora.run.open_tokenizer import open_tokenizer
 from jlora.tree import paths
 from jlora.ui.console import Console
 

@@ -34,10 +34,10 @@ from jlora.run.batches import (
 from jlora.run.checkpoints import check_resumable
 from jlora.run.header import show_header
 from jlora.run.init_from import taken_over
-from jlora.run.job import open_tokenizer
 from jlora.run.label_names import with_label_names
 from jlora.run.loop import start_run, train_loop
 from jlora.run.open_job import open_job
+from jlora.run.open_tokenizer import note_other_tokenizer, open_tokenizer
 from jlora.run.train_step import TrainStep
 from jlora.training.optim import check_optimizer
 from jlora.tree.fingerprint import fingerprint
@@ -76,6 +76,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
     ):
         if names := config.model.id2label:
             console.note(f"{len(names)} classes, from {origin}: {first_ten(names)}")
+        note_other_tokenizer(console, config, tokenizer)
         console.note("reading and tokenizing the data …")
         rows = prepare_rows(config, tokenizer, "train")
         held_out = prepare_rows(config, tokenizer, "eval") if config.data.eval else None

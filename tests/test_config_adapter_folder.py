@@ -12,6 +12,7 @@ from tiny_runs import OFF, Place
 
 import jlora
 from jlora import cli, config
+from jlora.data.tokenizer import load_tokenizer
 from jlora.errors import ConfigError, DataError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -46,6 +47,61 @@ def test_the_settings_are_those_of_the_adapter_and_its_base(folder, result):
     assert settings.data.chat_template == str(folder / "chat_template.jinja")
     other = config.load(folder, ["model.name_or_path=org/base", "model.dtype=bf16"], adapters=True)
     assert (other.model.name_or_path, other.model.dtype) == ("org/base", "bfloat16")
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '[' + m.role + '] ' + m.content + '<|eos|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def with_tokenizer(folder, result):
+    """The folder with a tokenizer that has another template and another token than the base's."""
+    tokenizer = load_tokenizer(str(result.base))
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.add_tokens(["<|tool|>"])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_tokenizer_is_the_folders_as_for_auto_peft_model(with_tokenizer, result, capsys):
+    folder = with_tokenizer
+    template = folder.parent / "template.jinja"
+    template.write_text(TEMPLATE)
+    assert config.load(folder, adapters=True).model.tokenizer_name_or_path == str(folder)
+    place = Place(folder.parent, result.base, result.cache)
+    place.output = result.output
+    settings = place.write(lora=tiny_results.LORA)
+    heard = {}
+    for where, more in (
+        (folder, ()),
+        (settings, (f"data.chat_template={template}",)),
+        (settings, ()),
+    ):
+        prompt = ("generate.prompt=say one", "generate.max_new_tokens=5")
+        assert run("generate", where, *prompt, *more) == 0
+        heard[where, more] = capsys.readouterr()
+    own, same, base = heard.values()
+    assert own.out == same.out != base.out
+    said = f"the tokenizer is that of {folder}: it has tokens that the base's lacks (1: '<|tool|>')"
+    assert f"{said} and another chat template" in own.err and "tokenizer" not in base.err
+    assert run("generate", folder, *prompt, f"model.tokenizer_name_or_path={result.base}") == 0
+    assert "tokenizer is that" not in capsys.readouterr().err
+
+
+def test_a_token_without_an_embedding_is_an_error_or_said(with_tokenizer, result, capsys):
+    tokenizer = load_tokenizer(str(with_tokenizer))
+    size = json.loads((result.base / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"<|{i}|>" for i in range(size + 2 - len(tokenizer))])
+    tokenizer.save_pretrained(with_tokenizer)
+    last = tokenizer.convert_ids_to_tokens(size + 1)
+    assert run("generate", with_tokenizer, f"generate.prompt=say {last}") == 65
+    assert f"holds token {size + 1}, but the model has {size}" in capsys.readouterr().err
+    assert run("merge", with_tokenizer) == 0
+    assert "no embeddings for 2 tokens, such as" in capsys.readouterr().out
+    merged = load_tokenizer(str(with_tokenizer / "merged"))
+    assert merged.chat_template == TEMPLATE and last in merged.get_vocab()
 
 
 def test_the_base_of_a_folder_of_mlx_lm_is_its_model(tmp_path):

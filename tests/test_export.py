@@ -14,8 +14,8 @@ from jlora import cli, config
 from jlora.run.abstract_job import abstract_adapter, abstract_model
 from jlora.run.artifacts import write_trained
 from jlora.run.checkpoints import Checkpoints, identity
-from jlora.run.job import open_tokenizer
 from jlora.run.open_job import open_job
+from jlora.run.open_tokenizer import open_tokenizer
 from jlora.run.progress import Progress
 from jlora.run.step_counts import StepCounts
 from jlora.training.optim import make_optimizer

@@ -19,7 +19,7 @@ import jax  # noqa: E402
 import jlora  # noqa: E402
 from jlora import config as settings  # noqa: E402
 from jlora import data  # noqa: E402
-from jlora.run.job import open_tokenizer  # noqa: E402
+from jlora.run.open_tokenizer import open_tokenizer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries warn about each other
 STEPS = 20

@@ -16,7 +16,7 @@ from jlora.io.hf.read import LoadingCancelledError
 from jlora.plan import target
 from jlora.plan.forecast import Rows
 from jlora.run import batches
-from jlora.run.job import open_tokenizer
+from jlora.run.open_tokenizer import open_tokenizer
 from jlora.run.train_step import TrainStep
 
 

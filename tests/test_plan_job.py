@@ -13,7 +13,7 @@ from jlora import cli
 from jlora.distributed import sharding
 from jlora.run import batches
 from jlora.run.abstract_job import abstract_job
-from jlora.run.job import open_tokenizer
+from jlora.run.open_tokenizer import open_tokenizer
 from jlora.run.train_step import TrainStep
 
 CASES = {

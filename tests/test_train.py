@@ -18,8 +18,8 @@ import jlora
 from jlora import config, data, train
 from jlora.io.peft import to_peft_tensors
 from jlora.run import train_step
-from jlora.run.job import open_tokenizer
 from jlora.run.open_job import open_job
+from jlora.run.open_tokenizer import open_tokenizer
 from jlora.tree import paths
 from jlora.ui import metrics_log
 

@@ -10,8 +10,8 @@ from jlora import config
 from jlora.distributed import sharding
 from jlora.plan import target
 from jlora.plan.forecast import Rows, forecast
-from jlora.run.job import open_tokenizer
 from jlora.run.open_job import open_job
+from jlora.run.open_tokenizer import open_tokenizer
 
 HERE = target.CompileTarget()
 QLORA = {"quantization": {"load_in_4bit": True, "block_size": 32}}

@@ -10,6 +10,9 @@ from jlora.config.engine.schema import DTYPE_ALIASES, DType
 from jlora.errors import DataError, StorageError
 
 CONFIG_FILE = "adapter_config.json"
+TOKENIZER = "tokenizer_config.json"
+"""By this file AutoPeftModel recognises that an adapter has a tokenizer of its own."""
+
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
@@ -17,7 +20,8 @@ def settings_of_adapter(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """``adapter_config.json`` and its settings; None if the folder holds no adapter.
 
     The base model is the one that it names (mlx-lm's key is ``model``), in the data type of its own
-    ``config.json`` where it is a local folder. ``data.train`` is required, but not read:
+    ``config.json`` where it is a local folder. The tokenizer is the folder's, if it has one: tokens
+    may have been added for the adapter. ``data.train`` is required, but not read:
     its format is how ``jlora generate`` writes prompts. How the adapter computes is not repeated in
     ``lora``: whoever loads it reads the file.
 
@@ -29,7 +33,12 @@ def settings_of_adapter(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     adapter = _json_object(file)
     template = folder / CHAT_TEMPLATE
     name = adapter.get("base_model_name_or_path") or adapter.get("model")
-    model = {"name_or_path": name, "revision": adapter.get("revision"), "dtype": _dtype(name)}
+    model = {
+        "name_or_path": name,
+        "revision": adapter.get("revision"),
+        "dtype": _dtype(name),
+        "tokenizer_name_or_path": str(folder) if (folder / TOKENIZER).is_file() else None,
+    }
     kept = ("lora_dropout", "task_type", "base_model_name_or_path", "revision")
     is_classifier = adapter.get("task_type") == "SEQ_CLS"
     row_format = "classification" if is_classifier else "messages"

@@ -24,6 +24,9 @@ class ModelConfig(ConfigSection):
     otherwise."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    tokenizer_name_or_path: InputPath | None = None
+    """Folder or hub name of the tokenizer; null: the model's. For a PEFT adapter's folder: that
+    folder, if it has a tokenizer."""
     attention: str = "auto"
     """Attention implementation: reference, chunked, cudnn (GPU) or splash (TPU); auto picks one,
     which is printed when a run starts."""

@@ -14,8 +14,8 @@ from jlora.plan.remedies import find_remedies, text
 from jlora.plan.target import CompileTarget
 from jlora.run import environment
 from jlora.run.batches import prepare_rows
-from jlora.run.job import open_tokenizer
 from jlora.run.label_names import with_label_names
+from jlora.run.open_tokenizer import open_tokenizer
 from jlora.training.optim import check_optimizer
 from jlora.ui.console import Console
 

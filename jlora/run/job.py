@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from jlora import lora
 from jlora.config import Config
-from jlora.data import load_tokenizer
 from jlora.errors import ConfigError
 from jlora.io.hf.folder import hub_snapshot
 from jlora.lora.targets import Target, find_targets, token_rows
@@ -146,18 +145,6 @@ def split_adapters(config: Config, trainable: Any) -> list[tuple[Config, Any]]:
         (config.for_adapter(name), jax.tree.map(lambda leaf, i=i: leaf[i], trainable))
         for i, name in enumerate(config.adapters)
     ]
-
-
-def open_tokenizer(config: Config) -> Any:
-    """The base model's tokenizer, with ``data.chat_template`` if that is given.
-
-    A classifier's always has a padding token: transformers finds the end of a text by it.
-    """
-    name, revision = config.model.name_or_path, config.model.revision
-    tokenizer = load_tokenizer(name, config.data.chat_template, revision)
-    if config.is_classification and tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def configure_model(config: Config, model: Model, tokenizer: Any) -> Model:
