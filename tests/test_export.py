@@ -63,7 +63,7 @@ def test_programs_that_misread_the_scales_are_named_by_train_and_export(ran, tmp
         said = " ".join(printed.split())
         for program in ("vLLM", "SGLang", "llama.cpp"):
             assert program in said
-        assert "would apply another scale than PEFT to 2 of 14 modules" in said
+        assert "would apply another scale than PEFT to 2 of 4 modules" in said
 
 
 def test_a_checkpoint_is_named_by_step_or_folder(ran, tmp_path):

@@ -1,12 +1,17 @@
 """Adapter files with other names than PEFT's: recognised, or explained in a few lines."""
 
+import dataclasses
 import json
+import re
 
 import chex
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from test_lora import make_params, trained
+from tiny_models import build
 
 import jlora
 from jlora.config import LoraConfig
@@ -163,3 +168,94 @@ def test_a_folder_of_mlx_lm_loads(tmp_path):
     (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4}))
     with pytest.raises(DataError, match="lora_parameters is missing"):
         jlora.load_adapter(tmp_path, params)
+
+
+TUNE = {
+    "q_proj": "attn.q_proj", "k_proj": "attn.k_proj", "v_proj": "attn.v_proj",
+    "o_proj": "attn.output_proj", "gate_proj": "mlp.w1", "up_proj": "mlp.w3", "down_proj": "mlp.w2",
+}  # fmt: skip
+"""PEFT's modules → torchtune's (``torchtune/models/convert_weights.py``)."""
+
+
+def in_tune_order(rows, head_dim):
+    """Rows of queries or keys as torchtune has them: pairs that are rotated are neighbours."""
+    return rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def write_as_torchtune(tensors, folder, heads, kv_heads, head_dim, targets):
+    """An imitation of ``tune_to_peft_adapter_weights``, ``tune_to_peft_adapter_config`` and the
+    checkpointer, from PEFT's tensors in torchtune's form, as its model has them.
+    """
+    own = {}
+    for name, value in tensors.items():
+        _, layer, module, end = re.fullmatch(
+            r"base_model\.model\.model\.(layers)\.(\d+)\.\w+\.(\w+)\.(.*)", name
+        ).groups()
+        if module in ("q_proj", "k_proj") and "lora_B" in end:
+            value = in_tune_order(value, head_dim)
+        own[f"layers.{layer}.{TUNE[module]}.{end.lower()}"] = value
+    back = {tune: module for module, tune in TUNE.items()}
+    written = {}
+    for name, value in own.items():
+        _, layer, tune, end = re.fullmatch(r"(layers)\.(\d+)\.(\w+\.\w+)\.(.*)", name).groups()
+        node = "self_attn" if tune.startswith("attn") else "mlp"
+        end = end.replace("lora_a", "lora_A").replace("lora_b", "lora_B")
+        if back[tune] in ("q_proj", "k_proj") and "lora_B" in end:
+            n = heads if back[tune] == "q_proj" else kv_heads
+            value = value.reshape(n, head_dim // 2, 2, value.shape[-1]).swapaxes(1, 2)
+            value = value.reshape(n * head_dim, -1)
+        path = f"model.layers.{layer}.{node}.{back[tune]}.{end}"
+        written[f"base_model.model.{path}"] = value.astype(ml_dtypes.bfloat16)
+    (folder / "adapter_model").mkdir(parents=True)  # its checkpointer makes this empty folder, too
+    (folder / "adapter_model.pt").write_bytes(b"a pickle")
+    save_file(written, folder / FILE, metadata={"format": "pt"})
+    config = {"r": 4, "lora_alpha": 8, "target_modules": targets, "peft_type": "LORA"}
+    (folder / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": "org/base"}))
+    return own
+
+
+@pytest.fixture
+def torchtunes(tmp_path):
+    """Parameters, the adapter, the folder for PEFT, and the tensors by torchtune's own names."""
+    model, params = build("llama")
+    targets = [*TUNE]
+    adapter = trained(params, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    half = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), adapter.weights)
+    adapter = dataclasses.replace(adapter, weights=half)
+    jlora.save_adapter(tmp_path / "own", adapter)
+    c = model.config
+    sizes = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+    tensors = load_file(tmp_path / "own" / FILE)
+    own = write_as_torchtune(tensors, tmp_path / "tune", *sizes, targets)
+    return params, adapter, tmp_path / "tune", own
+
+
+def test_torchtunes_folder_for_peft_is_read(torchtunes):
+    params, adapter, folder, _ = torchtunes
+    loaded = jlora.load_adapter(folder, params)
+    chex.assert_trees_all_equal(loaded.weights, adapter.weights)
+    assert (loaded.config.r, loaded.config.lora_alpha) == (4, 8)
+    assert loaded.config.task_type == "CAUSAL_LM"
+
+
+def test_torchtunes_own_tensors_are_refused_with_what_to_take(torchtunes):
+    params, _, folder, own = torchtunes
+    (folder / FILE).unlink()
+    with pytest.raises(DataError, match=r"adapter_model\.pt is a pickle") as caught:
+        jlora.load_adapter(folder, params)
+    assert "adapter_model.safetensors beside it" in caught.value.fix
+    save_file({name: np.ascontiguousarray(value) for name, value in own.items()}, folder / FILE)
+    with pytest.raises(DataError, match=r"torchtune's own names, such as layers\.0") as caught:
+        jlora.load_adapter(folder, params)
+    assert "that torchtune writes for PEFT" in caught.value.fix
+
+
+def test_magnitudes_without_use_dora_are_an_error(torchtunes):
+    """torchtune's config does not say that it trained DoRA; PEFT leaves the magnitudes out."""
+    params, _, folder, _ = torchtunes
+    tensors = load_file(folder / FILE)
+    name = "base_model.model.model.layers.0.mlp.down_proj.lora_magnitude_vector"
+    save_file({**tensors, name: np.ones(32, np.float32)}, folder / FILE)
+    with pytest.raises(DataError, match=r"magnitudes of DoRA .* does not say use_dora") as caught:
+        jlora.load_adapter(folder, params)
+    assert '"use_dora": true' in caught.value.fix

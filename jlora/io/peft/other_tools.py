@@ -8,8 +8,10 @@
 mlx-lm             ``adapters.safetensors``: ``lora_a`` (in, r), ``lora_b`` (r, out), ``scale``
 =================  =========================================================================
 
-torchtune's adapter in PEFT's format has PEFT's names; its own checkpoints are refused, because
-they permute the rows of queries and keys.
+torchtune's ``adapter_model.safetensors`` has PEFT's names and order of rows. Not read are its own
+tensors (``layers.0.attn.q_proj.lora_a.weight``), in which the rows of queries and keys are in an
+order that depends on the head's size, and what it writes of DoRA: its ``adapter_config.json`` does
+not say ``use_dora``, and magnitudes of queries and keys keep its own order of rows.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from jlora.config import LoraConfig
+from jlora.config.adapter_folder import CONFIG_FILE
 from jlora.errors import ConfigError, DataError
 from jlora.files import storage_errors
 from jlora.io.peft.tensors import PREFIX
@@ -38,6 +42,31 @@ LEAVES = (
 
 LEADING = ("base_model", "module", "model")
 """First parts of names that tools add or leave out."""
+
+
+TORCHTUNE = re.compile(r"(.*\.)?(attn|mlp)\.\w+\.(lora_a\.weight|lora_b\.weight|magnitude)")
+"""Its own names of an adapter's tensors."""
+
+
+def check_not_torchtune(names: Collection[str], config: LoraConfig, file: Path) -> None:
+    """DataError for what torchtune writes in a form that has lost its meaning."""
+    own = [name for name in names if TORCHTUNE.fullmatch(name)]
+    if own:
+        raise DataError(
+            f"its tensors have torchtune's own names, such as {own[0]}: rows of queries and keys "
+            "are in another order there",
+            where=str(file),
+            fix="take the adapter_model.safetensors that torchtune writes for PEFT",
+        )
+    magnitudes = [name for name in names if "lora_magnitude_vector" in name]
+    if magnitudes and not config.use_dora:
+        raise DataError(
+            f"it has magnitudes of DoRA ({len(magnitudes)}, such as {magnitudes[0]}), but "
+            f"{CONFIG_FILE} does not say use_dora",
+            where=str(file),
+            fix=f'write "use_dora": true in {CONFIG_FILE}; not if torchtune wrote the adapter and '
+            "q_proj or k_proj have magnitudes: their rows are in another order than those of B",
+        )
 
 
 class AdapterNamesWarning(UserWarning):

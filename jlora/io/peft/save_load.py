@@ -33,7 +33,7 @@ from jlora.io.peft.linear_experts import (
     with_target_parameters,
 )
 from jlora.io.peft.older_releases import rename_old_tensors
-from jlora.io.peft.other_tools import MLX_FILE, from_mlx, with_peft_names
+from jlora.io.peft.other_tools import MLX_FILE, check_not_torchtune, from_mlx, with_peft_names
 from jlora.io.peft.tensors import (
     TENSOR_FILE,
     mismatches,
@@ -115,6 +115,7 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
     config = read_config(directory)
     file = Path(directory) / (MLX_FILE if is_mlx(directory) else TENSOR_FILE)
     tensors = read_tensors(file)
+    check_not_torchtune(tensors, config, file)
     layers = find_linear_experts(tensors, params, config)
     tensors = with_one_scale(tensors, layers, config)
     shapes = _abstract_adapter(config, params, layers)

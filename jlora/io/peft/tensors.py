@@ -22,6 +22,14 @@ from jlora.tree import paths
 TENSOR_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
+PICKLES = {
+    "adapter_model.bin": "save it again with safe_serialization=True",
+    "adapter_model.pt": "torchtune writes adapter_model.safetensors beside it (checkpointer."
+    "safe_serialization: True), in PEFT's format, which it has not for Phi, Llama 3.2 Vision and "
+    "Llama 4",
+}
+"""Files of adapters that are not read, and what to do about them."""
+
 
 class TensorView(NamedTuple):
     """A tensor of the file as a view of the leaf that contains it."""
@@ -181,11 +189,13 @@ def read_tensors(file: Path) -> dict[str, np.ndarray]:
       StorageError: it cannot be read.
     """
     if not file.is_file():
-        pickled = file.with_name("adapter_model.bin").is_file()
+        pickled = [name for name in PICKLES if file.with_name(name).is_file()]
         raise DataError(
-            "the adapter is a pickle, which could run code" if pickled else f"no {file.name} here",
+            f"{pickled[0]} is a pickle, which could run code"
+            if pickled
+            else f"no {file.name} here",
             where=str(file.parent),
-            fix="save it again with safe_serialization=True" if pickled else None,
+            fix=PICKLES[pickled[0]] if pickled else None,
         )
     with _opened(file) as f:
         return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
