@@ -176,6 +176,23 @@ def test_warnings(tmp_path):
     assert "only part of the replies" in warning
 
 
+@pytest.mark.parametrize("format", ["messages", "sharegpt"])
+def test_marks_on_messages_that_are_not_replies(tmp_path, format):
+    """As in axolotl's rows; only a loss on all tokens learns them."""
+    names = {"messages": ("role", "content", "user", "assistant")}
+    role, content, user, assistant = names.get(format, ("from", "value", "human", "gpt"))
+    turns = [{role: user, content: "a", "train": True}, {role: assistant, content: "b"}]
+    rows = [
+        {"messages" if format == "messages" else "conversations": turns},
+        {"messages" if format == "messages" else "conversations": [turns[1] | {"train": True}]},
+    ]
+    said = "1 rows mark other messages than replies as trained"
+    for only_replies in (True, False):
+        data = config(tmp_path, rows, format=format, assistant_only_loss=only_replies)
+        found = [text for text in made(data).warnings if said in text]
+        assert len(found) == only_replies
+
+
 def test_what_may_surprise_in_a_source_is_said(tmp_path):
     def pair(question, answer):
         user = {"role": "user", "content": question}

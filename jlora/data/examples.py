@@ -93,6 +93,9 @@ class Counts:
     """Chats whose tools or calls are JSON text, since the template does not show them."""
     retokenized: int = 0
     """Rows whose ids are not those of the whole text: a token would straddle a reply's border."""
+    not_replies: int = 0
+    """Rows that mark other messages than replies as targets, which ``assistant_only_loss`` has not.
+    """
     empty_replies: int = 0
     """Rows with a reply that says nothing."""
     unwritable: dict[str, int] = field(default_factory=dict)
@@ -196,6 +199,9 @@ def _chat(
     except DataError as e:
         counts.bad.append(e)
         return []
+    if assistant_only_loss:
+        others = (m for m in row.messages if m["role"] != "assistant")
+        counts.not_replies += any(m.get("weight") for m in others)
     replies = [row.messages[i] for i in learned_messages(row)]
     counts.empty_replies += any(is_empty(message) for message in replies)
     counts.lossy += texts[0].lossy

@@ -30,7 +30,7 @@ from jlora.data.messages import (
     parse_messages,
     parse_tool_call,
     parse_tools,
-    untrained,
+    trained,
 )
 from jlora.data.rows import Chat, Completion, LabelledText, Row, Text
 from jlora.errors import did_you_mean
@@ -154,7 +154,7 @@ def _turn(turn: Any, at: str) -> dict:
         raise BadRow(f"{at} is from {speaker!r}", fix or f"use one of {', '.join(SHAREGPT_ROLES)}")
     if not isinstance(text, str):
         raise BadRow(f"{at} has no text 'value' ({json_kind(text)})")
-    message = {"role": SHAREGPT_ROLES[speaker], "content": text, **untrained(turn, at)}
+    message = {"role": SHAREGPT_ROLES[speaker], "content": text, **trained(turn, at)}
     if speaker != "function_call":
         return message
     calls = parse_json(text, f"{at}'s function call")

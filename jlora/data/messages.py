@@ -72,7 +72,7 @@ def parse_message(value: Any, at: str) -> dict:
     if calls := calls or ([legacy] if legacy else []):
         message["tool_calls"] = [parse_tool_call(c, at) for c in calls]
     message["content"] = _content(message, at)
-    return message | untrained(message, at)
+    return message | trained(message, at)
 
 
 def _check_reasoning(message: Mapping, at: str) -> None:
@@ -81,14 +81,16 @@ def _check_reasoning(message: Mapping, at: str) -> None:
             raise BadRow(f"{at} has no text {key!r} ({json_kind(message[key])})", "write its text")
 
 
-def untrained(value: Mapping, at: str) -> dict:
-    """``{"weight": 0}`` for a message or turn that is no training target, else nothing."""
+def trained(value: Mapping, at: str) -> dict:
+    """``{"weight": 0}`` or ``{"weight": 1}`` if a message or turn says whether it is a target."""
     weight, train = value.get("weight"), value.get("train")
     if weight not in (None, 0, 1):
         raise BadRow(f"{at} has the weight {weight!r}", "a message's weight is 0 or 1")
     if train not in (None, 0, 1):
         raise BadRow(f"{at} has 'train': {train!r}", "write true or false")
-    return {"weight": 0} if weight == 0 or train == 0 else {}
+    if weight is None and train is None:
+        return {}
+    return {"weight": 0 if weight == 0 or train == 0 else 1}
 
 
 def _content(message: dict, at: str) -> str:

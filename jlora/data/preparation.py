@@ -281,6 +281,9 @@ def _of_source(report: SourceReport, counts: Counts, config: DataConfig) -> Iter
     if counts.split:
         why = "a later prompt does not begin with the earlier text or its tokens"
         yield f"{counts.split} chats became {counts.split_examples} examples, since {why}"
+    if counts.not_replies:
+        why = "with data.assistant_only_loss, only replies are learned"
+        yield f"{counts.not_replies} rows mark other messages than replies as trained: {why}"
     if counts.empty_replies:
         yield f"{counts.empty_replies} rows teach an empty reply"
     if counts.unwritable:
