@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from jlora.interop.linen import from_linen
     from jlora.interop.nnx import from_nnx
     from jlora.io.hf import load_pretrained, save_pretrained
-    from jlora.io.peft import load_adapter, save_adapter, with_adapter_embeddings
+    from jlora.io.peft import (
+        embeddings_to_save,
+        load_adapter,
+        save_adapter,
+        with_adapter_embeddings,
+    )
     from jlora.lora import (
         Adapter,
         AdapterStack,
@@ -34,7 +39,7 @@ if TYPE_CHECKING:
         unmerge,
     )
     from jlora.lora.combine import add_weighted_adapter, extract_adapter, reduce_rank
-    from jlora.models import untie
+    from jlora.models import resize_token_embeddings, untie
     from jlora.ops.dot import dot, embed
     from jlora.quant import nf4
     from jlora.quant.params import quantize_params as quantize
@@ -53,6 +58,7 @@ __all__ = [
     "detach",
     "dot",
     "embed",
+    "embeddings_to_save",
     "eva",
     "extract_adapter",
     "from_linen",
@@ -66,6 +72,7 @@ __all__ = [
     "quantize",
     "reduce_rank",
     "residual",
+    "resize_token_embeddings",
     "save_adapter",
     "save_pretrained",
     "sharding",
@@ -85,6 +92,7 @@ _FUNCTIONS = {
     "detach": "lora",
     "dot": "ops.dot",
     "embed": "ops.dot",
+    "embeddings_to_save": "io.peft",
     "eva": "lora",
     "extract_adapter": "lora.combine",
     "from_linen": "interop.linen",
@@ -97,6 +105,7 @@ _FUNCTIONS = {
     "quantize": "quant.params:quantize_params",
     "reduce_rank": "lora.combine",
     "residual": "training.quantized_init",
+    "resize_token_embeddings": "models",
     "save_adapter": "io.peft",
     "save_pretrained": "io.hf",
     "stack_adapters": "lora",

@@ -8,25 +8,39 @@ if __name__ == "__main__":  # settings are checked before the imports below, whi
 import argparse
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jlora.config import Config
+from jlora.config import Config, LoraConfig
 from jlora.errors import ConfigError
 from jlora.files import check_output, write_atomic
 from jlora.io import checkpoint
-from jlora.io.peft import BASE_FILE, CONFIG_FILE, load_adapter, misreadings
+from jlora.io.hf.folder import find_folder
+from jlora.io.hf.read import read_vocabulary
+from jlora.io.peft import (
+    BASE_FILE,
+    CONFIG_FILE,
+    embeddings_to_save,
+    load_adapter,
+    misreadings,
+    with_saved_embeddings,
+)
 from jlora.io.peft.config import read_config
+from jlora.io.peft.embeddings import needed_weights
 from jlora.models import Model
+from jlora.quant.params import is_quantized
 from jlora.run.abstract_job import abstract_adapter, abstract_base, abstract_model
 from jlora.run.artifacts import check_no_adapter, note_local_base, write_trained
 from jlora.run.checkpoints import find_checkpoint, fixed_settings
 from jlora.run.job import Job, split_adapters, with_base_name
 from jlora.run.label_names import with_label_names
+from jlora.run.new_tokens import adapter_folder
 from jlora.run.open_job import open_job
 from jlora.run.open_tokenizer import note_other_tokenizer, open_tokenizer
+from jlora.tree import paths
 from jlora.ui.console import Console
 
 main = functools.partial(cli.main, "export")
@@ -62,7 +76,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
         check_no_adapter("export.output_dir", out)
     config, _ = with_label_names(config)
     tokenizer = open_tokenizer(config)
-    model = abstract_model(config, tokenizer)
+    model = abstract_model(config, tokenizer, trained=chosen is None)
     if chosen is None:
         trained, initial = _adapter_of_folder(config, tokenizer, model, from_weights)
     else:
@@ -75,8 +89,11 @@ def run(config: Config, options: argparse.Namespace) -> None:
         if config.lora:
             tree = dataclasses.replace(tree, initial=initial)
             notes |= dict.fromkeys(misreadings(tree))
+        tables = None
+        if config.lora:
+            tables = _embeddings(config, tokenizer, model, tree.config, trained=chosen is None)
         target = out / Path(adapter_config.train.output_dir).relative_to(run_folder)
-        written.append(write_trained(target, config.model.dtype, model, tokenizer, tree))
+        written.append(write_trained(target, config.model.dtype, model, tokenizer, tree, tables))
         if config.lora and (run_folder / BASE_FILE).is_file():
             write_atomic(target / BASE_FILE, (run_folder / BASE_FILE).read_bytes())
     kind = "adapter" if config.lora else "model"
@@ -97,6 +114,23 @@ def _adapter_of_folder(
         return job.trainable, job.initial
     adapter = load_adapter(config.train.output_dir, abstract_base(config, model))
     return with_base_name(config, adapter), None
+
+
+def _embeddings(
+    config: Config, tokenizer: Any, model: Model, adapter: LoraConfig, trained: bool
+) -> Mapping[str, Any]:
+    """What ``save_adapter`` needs of a resized base, whose other weights are not read."""
+    if not (needed := needed_weights(model, adapter)):
+        return {}
+    shapes = abstract_base(config, model)
+    if any(is_quantized(paths.get(shapes, leaf.path)) for leaf in needed):
+        job = _open(config, tokenizer, trained)
+        return embeddings_to_save(job.model, job.base, adapter)
+    folder = find_folder(config.model.name_or_path, config.model.revision)
+    params = read_vocabulary(folder, dataclasses.replace(model, dtype=config.model.dtype))
+    if source := adapter_folder(config, trained):
+        params = with_saved_embeddings(source, model, params)
+    return embeddings_to_save(model, params, adapter)
 
 
 def _abstract_trained(config: Config, model: Model) -> Any:

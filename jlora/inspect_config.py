@@ -16,7 +16,7 @@ import jax
 
 from jlora.config import Config, LoraConfig
 from jlora.errors import ConfigError
-from jlora.io.peft import file_bytes
+from jlora.io.peft import embeddings_to_save, file_bytes
 from jlora.lora.targets import (
     Target,
     across_runs,
@@ -31,7 +31,8 @@ from jlora.quant.params import is_quantized, quant_config_of, quantize_params, s
 from jlora.run import header
 from jlora.run.abstract_job import abstract_adapter, abstract_model
 from jlora.run.label_names import with_label_names
-from jlora.run.open_tokenizer import open_tokenizer
+from jlora.run.new_tokens import new_tokens_text, untrained_rows
+from jlora.run.open_tokenizer import open_with_new_tokens
 from jlora.training.optim import check_optimizer, make_optimizer
 from jlora.tree import paths
 from jlora.ui.console import Console, HeaderTable
@@ -47,20 +48,27 @@ def run(config: Config, options: argparse.Namespace) -> None:
     """
     del options
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: do not occupy an accelerator
+    console = Console()
     check_optimizer(config.train)
     config, _ = with_label_names(config)
-    model = abstract_model(config, open_tokenizer(config) if config.is_classification else None)
+    tokenizer = None
+    if config.is_classification or config.model.new_tokens:
+        config, tokenizer = open_with_new_tokens(config, console)
+    model = abstract_model(config, tokenizer)
     dtype = config.model.dtype if config.lora else "float32"  # full fine-tuning trains in float32
     shapes = dataclasses.replace(model, dtype=dtype).shapes
     base, adapter, targets = _abstract_trees(config, shapes)
-    sections: dict[str, Any] = {"model": _summary(config, model, base, adapter)}
+    sections: dict[str, Any] = {"model": _summary(config, model, tokenizer, base, adapter)}
     if targets:
         sections["adapter"] = _target_table(targets, adapter.config)
     if adapter is not None and (rows := _replaced_table(base, adapter.config)).rows:
         sections["trained in full"] = rows
     if config.quantization:
         sections["base"] = _base_table(base)
-    Console().header(f"jlora · {config.model.name_or_path}", sections)
+    console.header(f"jlora · {config.model.name_or_path}", sections)
+    if adapter is not None:
+        for text in untrained_rows(config, adapter.config, tokenizer, model):
+            console.warn(text)
 
 
 def _abstract_trees(config: Config, shapes: Any) -> tuple[Any, Any, list[Target]]:
@@ -90,7 +98,9 @@ def _abstract_trees(config: Config, shapes: Any) -> tuple[Any, Any, list[Target]
     return shapes, adapter, targets
 
 
-def _summary(config: Config, model: Model, base: Any, adapter: Any) -> Mapping[str, Any]:
+def _summary(
+    config: Config, model: Model, tokenizer: Any, base: Any, adapter: Any
+) -> Mapping[str, Any]:
     trainable = base if adapter is None else adapter
     frozen = {} if adapter is None else base
     architecture = model.config
@@ -100,10 +110,13 @@ def _summary(config: Config, model: Model, base: Any, adapter: Any) -> Mapping[s
         f"hidden size {architecture.hidden_size}, vocabulary {architecture.vocab_size:,}",
         **header.sizes(config, frozen, trainable),
     }
+    if config.model.new_tokens:
+        rows["new tokens"] = new_tokens_text(config, tokenizer, model)
     if adapter is None:
         rows["trains"] = "all parameters, in float32"
     else:
-        rows["adapter file"] = f"{header.size_text(file_bytes(adapter))}"
+        tables = jax.eval_shape(lambda b: embeddings_to_save(model, b, adapter.config), base)
+        rows["adapter file"] = header.size_text(file_bytes(adapter, tables))
     if architecture.prequantized:
         method = architecture.quant_method
         rows["quantization"] = f"the base is already quantized ({method}): it takes less than this"

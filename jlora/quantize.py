@@ -23,7 +23,8 @@ from jlora.io.hf.folder import find_folder, shard_files
 from jlora.io.hf.read import read_model
 from jlora.quant.params import is_quantized, quantize_params, scheme_text
 from jlora.run.artifacts import check_no_adapter, save_model
-from jlora.run.open_tokenizer import open_tokenizer
+from jlora.run.new_tokens import vocab_size
+from jlora.run.open_tokenizer import open_with_new_tokens
 from jlora.tree import paths
 from jlora.ui.console import Console
 
@@ -49,7 +50,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
     source = find_folder(config.model.name_or_path, config.model.revision)
     out = Path(config.quantize.output_dir or Path(config.train.output_dir) / "quantized")
     _check_output(source, out, asked)
-    tokenizer = open_tokenizer(config)
+    config, tokenizer = open_with_new_tokens(config, console)
     console.note(f"reading {config.model.name_or_path}, quantizing to {scheme_text(asked)}")
     with jax.set_mesh(sharding.make_mesh(config.mesh)) as mesh:
         with console.loading() as progress:
@@ -60,6 +61,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
                 mesh,
                 progress=progress,
                 untie=config.model.untie,
+                vocab_size=vocab_size(config, tokenizer, read_model(source), trained=False),
             )
         console.note(f"writing {out}")
         model = dataclasses.replace(model, dtype=asked.bnb_4bit_compute_dtype)

@@ -37,7 +37,7 @@ from jlora.run.init_from import taken_over
 from jlora.run.label_names import with_label_names
 from jlora.run.loop import start_run, train_loop
 from jlora.run.open_job import open_job
-from jlora.run.open_tokenizer import note_other_tokenizer, open_tokenizer
+from jlora.run.open_tokenizer import note_other_tokenizer, open_with_new_tokens
 from jlora.run.train_step import TrainStep
 from jlora.training.optim import check_optimizer
 from jlora.tree.fingerprint import fingerprint
@@ -63,7 +63,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
         check_no_adapter("train.output_dir", out)
     check_optimizer(config.train)
     config, origin = with_label_names(config)
-    tokenizer = open_tokenizer(config)
+    config, tokenizer = open_with_new_tokens(config, console)
     if options.show_batch:
         for text in _first_batches(config, tokenizer):
             console.text(text)

@@ -238,6 +238,7 @@ def test_a_text_tower_with_a_resized_vocabulary_is_saved_and_read(outer, inner, 
     table = np.random.default_rng(0).standard_normal((64, 32), np.float32)
     name = "base_model.model.model.language_model.embed_tokens.weight"
     save_file({name: table}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     params = init_params(jax.random.key(0), model)
     model, params = jlora.with_adapter_embeddings(tmp_path, model, params)
     jlora.save_pretrained(tmp_path / "base", model, params)

@@ -33,6 +33,10 @@ class ModelConfig(ConfigSection):
     untie: bool = False
     """Give an output head that is tied to the embedding its own copy of it, so that either can be
     trained or merged without the other."""
+    new_tokens: Sequence[str] = ()
+    """Tokens to add to the tokenizer. Where the embedding has no spare rows for them, it and the
+    output head get new ones, each the mean of the others; to train them, name their ids in
+    lora.trainable_token_indices, or the embedding and the head in lora.modules_to_save."""
     num_labels: Annotated[int, Bounds(2)] | None = None
     """Number of classes of a classifier; null: the model's, or else the number in the training
     data."""
@@ -42,6 +46,10 @@ class ModelConfig(ConfigSection):
 
     def check(self) -> Iterator[Fault]:
         """See ConfigSection."""
+        if len(set(self.new_tokens)) < len(self.new_tokens):
+            yield Fault(("new_tokens",), "a token is listed twice")
+        if not all(token.strip() for token in self.new_tokens):
+            yield Fault(("new_tokens",), "a token is empty, or white space only")
         names, keys = self.id2label, ("id2label", "num_labels")
         if names is None:
             return

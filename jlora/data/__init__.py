@@ -8,7 +8,7 @@ from jlora.data.order import Order
 from jlora.data.preparation import Prepared, SourceReport, prepare
 from jlora.data.replies import ReplyRow, reply_row, reply_rows
 from jlora.data.show import show_batch
-from jlora.data.tokenizer import ensure_template, load_tokenizer
+from jlora.data.tokenizer import add_tokens, ensure_template, load_tokenizer
 
 __all__ = [
     "ChatRenderer",
@@ -17,6 +17,7 @@ __all__ = [
     "Prepared",
     "ReplyRow",
     "SourceReport",
+    "add_tokens",
     "batch_at",
     "ensure_template",
     "eval_batches",

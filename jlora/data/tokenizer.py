@@ -51,6 +51,21 @@ def load_tokenizer(
     return tokenizer
 
 
+def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
+    """Adds tokens, which are never split; returns those that the tokenizer has already.
+
+    They are not special: decoded replies show them, also where special tokens are left out.
+    """
+    from transformers import AddedToken
+
+    # To add one again would change its properties, such as that it is special.
+    known = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    # Not normalized: a lower-casing tokenizer would not find what it changes.
+    new = [AddedToken(t, special=False, normalized=False) for t in tokens if t not in known]
+    tokenizer.add_tokens(new)
+    return [token for token in tokens if token in known]
+
+
 def _no_tokenizer(path: str, error: Exception) -> Exception:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     if (Path(path) / "tokenizer.json").is_file():

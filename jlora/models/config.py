@@ -123,6 +123,8 @@ class DecoderConfig:
     logit_softcap: float | None = None
     untied: bool = False
     """The head is separate, and initially the embedding's copy: the files are a tied model's."""
+    vocab_size_in_files: int | None = None
+    """Rows of the embedding in the files, if the vocabulary was resized since."""
     num_labels: int | None = None
     """Number of classes of a classifier, whose score head replaces the language model's head."""
 

@@ -22,11 +22,13 @@ from jlora.io.hf.folder import CONFIG_FILES, find_folder, open_shards
 from jlora.io.hf.match import match_tensors
 from jlora.io.hf.names import checkpoint_tensors
 from jlora.io.hf.read import with_score_head
+from jlora.io.hf.vocabulary import with_vocabulary_rows
 from jlora.io.peft import abstract_adapter_from_folder
-from jlora.models import Model, as_classifier, with_untied_head
+from jlora.models import Model, as_classifier, with_untied_head, with_vocab_size
 from jlora.quant.params import quantize_params
 from jlora.run.init_from import with_settings_of
 from jlora.run.job import Job, build_job, check_trainable, configure_model, with_base_name
+from jlora.run.new_tokens import vocab_size
 
 
 def abstract_job(
@@ -94,7 +96,7 @@ class AbstractArrays:
         return sharding.abstract_arrays(tree, self.mesh)
 
 
-def abstract_model(config: Config, tokenizer: Any) -> Model:
+def abstract_model(config: Config, tokenizer: Any, *, trained: bool = False) -> Model:
     """The model that ``open_job`` would open, without its parameters.
 
     Of a repository on the hub only the configuration is downloaded.
@@ -105,6 +107,7 @@ def abstract_model(config: Config, tokenizer: Any) -> Model:
     check_trainable(config, model)
     if config.model.untie:
         model = with_untied_head(model)
+    model = with_vocab_size(model, vocab_size(config, tokenizer, model, trained))
     if (classes := config.model.num_labels) is not None:
         model = dataclasses.replace(model, config=as_classifier(model.config, classes))
     return configure_model(config, model, tokenizer)
@@ -142,6 +145,7 @@ def _prequantized_base(config: Config, model: Model) -> Any:
         if model.config.num_labels is not None:
             shards = with_score_head(shards, model, config.train.seed)
         source = match_tensors(shards, model, folder)
+        with_vocabulary_rows(shards, source, model)  # refuses quantized embeddings
         return prequantized.prequantized_shapes(model.shapes, groups, source.prequantized)
 
 

@@ -20,7 +20,13 @@ from jlora.errors import ConfigError
 from jlora.files import staged_folder, write_atomic
 from jlora.io.hf import save_pretrained
 from jlora.io.hf.write import staged_model
-from jlora.io.peft import CONFIG_FILE, TENSOR_FILE, save_adapter, write_base_record
+from jlora.io.peft import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    embeddings_to_save,
+    save_adapter,
+    write_base_record,
+)
 from jlora.lora import Adapter
 from jlora.models import Model
 from jlora.run.data_summary import data_warnings, sources_table
@@ -46,20 +52,30 @@ def write_settings(job: Job, base_record: dict[str, str] | None) -> None:
         write_base_record(out, base_record)
 
 
-def write_trained(out: Path, dtype: str, model: Model, tokenizer: Any, trained: Any) -> str:
+def write_trained(
+    out: Path, dtype: str, model: Model, tokenizer: Any, trained: Any, embeddings: Any = None
+) -> str:
     """Writes the adapter, or the fully trained model in ``dtype``, with its tokenizer.
 
-    Every process calls this, since ``trained`` may be sharded over all; process 0 writes.
+    Every process calls this, since arrays may be sharded over all; process 0 writes.
+
+    Args:
+      out: the folder.
+      dtype: see above.
+      model: the base.
+      tokenizer: the run's.
+      trained: the Adapter or the parameters.
+      embeddings: see ``save_adapter``.
 
     Returns:
       What was written, for people; empty in the other processes.
     """
-    tree = sharding.gather(trained)
+    tree, embeddings = sharding.gather((trained, embeddings))
     if jax.process_index() != 0:
         return ""
     if isinstance(tree, Adapter):
         with staged_folder(out, last=CONFIG_FILE) as folder:
-            size = save_adapter(folder, tree)
+            size = save_adapter(folder, tree, embeddings=embeddings)
             tokenizer.save_pretrained(folder)
         return f"{out / TENSOR_FILE} ({size / 2**20:,.1f} MiB)"
     saved_dtype = jax.numpy.dtype(dtype)
@@ -119,8 +135,10 @@ def write_results(
         if job.adapters:  # each folder is a run of its own to the other commands
             write_settings(adapter_job, base_record)
         out = Path(adapter_job.config.train.output_dir)
-        dtype = job.config.model.dtype
-        written.append(write_trained(out, dtype, job.model, job.tokenizer, tree))
+        dtype, tables = job.config.model.dtype, None
+        if isinstance(tree, Adapter):
+            tables = embeddings_to_save(job.model, job.base, tree.config)
+        written.append(write_trained(out, dtype, job.model, job.tokenizer, tree, tables))
     if jax.process_index() != 0:
         return
     note_local_base(console, trained)

@@ -22,6 +22,7 @@ from jlora.ops.attention import Case, choose, cudnn
 from jlora.quant.params import is_quantized, quant_config_of, scheme_text
 from jlora.run.data_summary import data_warnings, sources_table
 from jlora.run.job import Job
+from jlora.run.new_tokens import new_tokens_text, untrained_rows
 from jlora.run.step_counts import StepCounts
 from jlora.training.optim import trainable_leaves, warmup_steps
 from jlora.ui.console import Console, HeaderTable
@@ -53,6 +54,8 @@ def show_header(
         if job.adapters:  # all alike
             adapter = jax.eval_shape(functools.partial(jax.tree.map, lambda x: x[0]), adapter)
         for text in misreadings(adapter):
+            console.warn(text)
+        for text in untrained_rows(job.config, adapter.config, job.tokenizer, job.model):
             console.warn(text)
     asked, compute_dtype = job.config.quantization, job.config.compute_dtype
     if asked and asked.bnb_4bit_compute_dtype != compute_dtype:
@@ -112,6 +115,8 @@ def _model(job: Job, length: int) -> Mapping[str, Any]:
     }
     if job.adapters:
         rows["adapters"] = f"{', '.join(job.adapters)} (trained together, each on its own rows)"
+    if config.model.new_tokens:
+        rows["new tokens"] = new_tokens_text(config, job.tokenizer, job.model)
     if names := config.model.id2label:
         rows["classes"] = f"{len(names)}: {first_ten(names)}"
     if job.model.config.prequantized and "quantization" in rows:

@@ -13,10 +13,13 @@ from jlora import lora
 from jlora.config import Config, LoraConfig
 from jlora.distributed import sharding
 from jlora.errors import ConfigError
-from jlora.io.hf import load_pretrained
-from jlora.io.peft import CONFIG_FILE, load_adapter
+from jlora.io.hf import load_pretrained, read_model
+from jlora.io.hf.folder import find_folder
+from jlora.io.peft import CONFIG_FILE, load_adapter, with_saved_embeddings
 from jlora.models import Model
+from jlora.quant.params import quantize_params
 from jlora.run.job import Job, build_job, configure_model
+from jlora.run.new_tokens import adapter_folder, vocab_size
 from jlora.training import quantized_init
 
 
@@ -80,13 +83,17 @@ class LoadedArrays:
         elif self.trained:
             name = _result_folder(config, "model", "config.json")
         loftq = config.lora and config.lora.effective_init == "loftq" and not self.trained
+        quantization = None if self.dense or loftq else config.quantization
+        # A revision of the hub's repository; the result of a run is a local folder.
+        revision = config.model.revision if name == config.model.name_or_path else None
+        stored = read_model(find_folder(name, revision))
         model, params = load_pretrained(
             name,
             dtype=dtype,
-            quantization=None if self.dense or loftq else config.quantization,
+            quantization=quantization,
             mesh=self.mesh,
-            # A revision of the hub's repository; the result of a run is a local folder.
-            revision=config.model.revision if name == config.model.name_or_path else None,
+            revision=revision,
+            vocab_size=vocab_size(config, self.tokenizer, stored, self.trained),
             attention=config.model.attention,
             progress=self.progress,
             cancel=self.cancel,
@@ -95,6 +102,11 @@ class LoadedArrays:
             # The result of a run has its own head already.
             untie=config.model.untie and name == config.model.name_or_path,
         )
+        folder = adapter_folder(config, self.trained)
+        if folder and model.config.vocab_size_in_files is not None:
+            params = with_saved_embeddings(folder, model, params)
+            # What was taken from there is dense.
+            params = params if quantization is None else quantize_params(params, quantization)
         return configure_model(config, model, self.tokenizer), params
 
     def adapter(self, params: Any) -> tuple[Any, lora.Adapter]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from jlora.config import Config
-from jlora.data import load_tokenizer
+from jlora.data import add_tokens, load_tokenizer
 from jlora.errors import JloraError
 from jlora.ui.console import Console
 
 
 def open_tokenizer(config: Config) -> Any:
-    """The tokenizer that the settings name, with ``data.chat_template`` if that is given.
+    """The tokenizer that the settings name, with ``model.new_tokens`` and ``data.chat_template``.
 
     A classifier's always has a padding token: transformers finds the end of a text by it.
     """
@@ -19,9 +20,28 @@ def open_tokenizer(config: Config) -> Any:
     if other := config.model.tokenizer_name_or_path:
         name, revision = other, None
     tokenizer = load_tokenizer(name, config.data.chat_template, revision)
+    add_tokens(tokenizer, config.model.new_tokens)
     if config.is_classification and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def open_with_new_tokens(config: Config, console: Console) -> tuple[Config, Any]:
+    """The tokenizer, and the settings without new tokens that the base has already.
+
+    These are noted. A tokenizer that is not the base's may have tokens that the base lacks.
+    """
+    asked = config.model
+    without = dataclasses.replace(config, model=dataclasses.replace(asked, new_tokens=()))
+    tokenizer = open_tokenizer(without)
+    known = add_tokens(tokenizer, asked.new_tokens)
+    if asked.tokenizer_name_or_path:
+        return config, tokenizer
+    for token in known:
+        number = tokenizer.convert_tokens_to_ids(token)
+        console.note(f"model.new_tokens: the tokenizer has {token} already, as token {number}")
+    new = tuple(token for token in asked.new_tokens if token not in known)
+    return dataclasses.replace(config, model=dataclasses.replace(asked, new_tokens=new)), tokenizer
 
 
 def note_other_tokenizer(console: Console, config: Config, tokenizer: Any) -> None:

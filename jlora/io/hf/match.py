@@ -25,6 +25,7 @@ from jlora.io.hf.names import (
 from jlora.io.hf.prequantized import Problems, StoredMatrix
 from jlora.models.model import Model
 from jlora.models.registry import family_of
+from jlora.models.resizing import as_in_files
 from jlora.tree import paths
 
 
@@ -42,9 +43,11 @@ def match_tensors(shards: Shards, model: Model, folder: Path) -> TensorMap:
     """Maps the tensors of the model to those of the files; DataError if they do not fit.
 
     Names differ in checkpoints without the head's prefix and in tied models that store the head.
+    A resized vocabulary is matched as it is in the files.
     If ``config.json`` has a ``quantization_config``, the prequantization layout (which tensors are
     quantized, and how) is read from the safetensors headers.
     """
+    model = as_in_files(model)
     expected = {t.name: t for t in checkpoint_tensors(model)}
     parts = (
         prequantized.find_quantization_tensors(shards.files) if model.config.prequantized else {}

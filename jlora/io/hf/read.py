@@ -40,8 +40,10 @@ from jlora.io.hf.names import (
 )
 from jlora.io.hf.placement import Index, assemble_leaf
 from jlora.io.hf.score_head import ScoreHeadShards
+from jlora.io.hf.vocabulary import with_vocabulary_rows
 from jlora.models.model import Model
 from jlora.models.registry import as_classifier, family_of, parse_config
+from jlora.models.resizing import vocabulary_leaves, with_vocab_size
 from jlora.models.tying import with_untied_head
 from jlora.quant.params import is_quantized, quantize_matrix, quantize_params, scheme_text
 from jlora.tree import paths
@@ -63,6 +65,7 @@ def load_pretrained(
     seed: int = 0,
     cancel: Callable[[], bool] | None = None,
     untie: bool = False,
+    vocab_size: int | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """The model in a transformers folder or hub repository, and its frozen parameters.
 
@@ -82,10 +85,13 @@ def load_pretrained(
       cancel: asked before every tensor, such as the ``is_set`` of a ``threading.Event``; when it
         returns True, nothing more is read.
       untie: gives a tied output head its own copy of the embedding, as ``jlora.untie`` does.
+      vocab_size: another number of tokens of the embedding and the output head, as
+        ``jlora.resize_token_embeddings`` gives them: new rows are the mean of those in the files.
 
     Raises:
       ConfigError: the model is not there, its configuration is not supported, or the folder is
-        packed otherwise than ``quantization`` says, or has another number of classes.
+        packed otherwise than ``quantization`` says, or has another number of classes, or an
+        embedding or head in it that needs more rows is quantized.
       DataError: a file is missing or damaged, or its tensors do not fit the model: all missing,
         unexpected, misshapen and duplicate ones are listed.
       LoadingCancelledError: ``cancel`` returned True.
@@ -94,6 +100,8 @@ def load_pretrained(
     model = read_model(folder, dtype=dtype, attention=attention)
     if untie:
         model = with_untied_head(model)
+    if vocab_size is not None:
+        model = with_vocab_size(model, vocab_size)
     fresh = num_labels is not None and model.config.num_labels is None
     if num_labels is not None:
         model = dataclasses.replace(model, config=as_classifier(model.config, num_labels))
@@ -104,7 +112,24 @@ def load_pretrained(
         source = match_tensors(shards, model, folder)
         if source.prequantized and quantization is not None:
             _check_same_quantization(source, model, quantization)
+        shards = with_vocabulary_rows(shards, source, model)
         return model, read_params(shards, source, model, quantization, mesh, progress, cancel)
+
+
+def read_vocabulary(folder: Path, model: Model) -> dict[str, Any]:
+    """The model's embedding and output head alone, dense, as a part of its parameter tree."""
+    groups, found = tensors_by_leaf(model), {}
+    with open_shards(folder) as stored:
+        shards = mxfp4.DecodedShards(stored) if model.config.quant_method == "mxfp4" else stored
+        if model.config.num_labels is not None:
+            shards = with_score_head(shards, model, seed=0)
+        source = match_tensors(shards, model, folder)
+        shards = with_vocabulary_rows(shards, source, model)
+        for leaf in vocabulary_leaves(model):
+            (tensor,) = groups[leaf.path]
+            value = _value(shards, source.names[tensor.name], np.dtype(leaf.value.dtype))
+            found[leaf.path] = jnp.asarray(value.mT if tensor.transposed else value)
+    return paths.nest(found)
 
 
 def with_score_head(shards: Shards, model: Model, seed: int) -> Shards:

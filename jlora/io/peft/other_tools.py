@@ -74,9 +74,9 @@ class AdapterNamesWarning(UserWarning):
 
 
 def with_peft_names(
-    tensors: dict[str, np.ndarray], expected: Collection[str], file: Path
-) -> dict[str, np.ndarray]:
-    """The tensors under the ``expected`` names that they have without known prefixes.
+    tensors: Mapping[str, Any], expected: Collection[str], file: Path
+) -> dict[str, Any]:
+    """The tensors (or shapes) under the ``expected`` names that they have without known prefixes.
 
     A warning says what was renamed. Names that are not recognised stay.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ from jlora.io.peft.tensors import (
     TENSOR_FILE,
     mismatches,
     only_names_differ,
+    read_shapes,
     read_tensors,
-    tensor_names,
     tensor_views,
 )
 from jlora.lora import Adapter, init_adapter
@@ -47,7 +48,10 @@ from jlora.tree import paths
 
 
 def save_adapter(
-    directory: str | Path, adapter: Adapter, base: dict[str, str] | None = None
+    directory: str | Path,
+    adapter: Adapter,
+    base: dict[str, str] | None = None,
+    embeddings: Mapping[str, Any] | None = None,
 ) -> int:
     """Writes a folder for ``PeftModel.from_pretrained``, and verifies it by reading it back.
 
@@ -59,6 +63,9 @@ def save_adapter(
       adapter: the adapter.
       base: ``base_record(params, adapter.config)``, by which ``load_adapter`` recognises the base
         model; PEFT ignores it.
+      embeddings: ``embeddings_to_save(model, params, adapter.config)``, rows that are not in the
+        base's files; with them PEFT loads the adapter on the base after
+        ``base.resize_token_embeddings(…)``.
 
     Returns:
       The size of the tensor file in bytes.
@@ -85,6 +92,8 @@ def save_adapter(
             where=faults[0] if faults else str(directory),
             fix="go back to an earlier checkpoint and lower the learning rate",
         )
+    for name, value in (embeddings or {}).items():
+        tensors[name] = np.ascontiguousarray(value)
     file = Path(directory) / TENSOR_FILE
     # "pt", as in files that PEFT writes itself.
     data = safetensors.numpy.save(tensors, metadata={"format": "pt"})
@@ -129,7 +138,7 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
     # Of names that differ in prefixes only, the adapter's is the one that is meant.
     known = {**dict.fromkeys(base_names(params)), **dict.fromkeys(views)}
     tensors = with_peft_names(tensors, known, file)
-    drop_base_weights(tensors, params, shapes.config, file)
+    drop_base_weights(tensors, params, views, file)
     if faults := [*mismatches(tensors, views), *base_mismatch(directory, params, shapes.config)]:
         more = [f"… and {len(faults) - 10} more"] if faults[10:] else []
         cause, fix = "the adapter does not fit the model", "use the base model of its training"
@@ -151,7 +160,7 @@ def abstract_adapter_from_folder(directory: str | Path, params: Any) -> Adapter:
       ConfigError: it uses a feature of PEFT that jlora lacks, or its patterns match nothing.
     """
     config = read_config(directory)
-    layers = find_linear_experts(tensor_names(Path(directory) / TENSOR_FILE), params, config)
+    layers = find_linear_experts(read_shapes(Path(directory) / TENSOR_FILE), params, config)
     return abstract_initial_factors(_abstract_adapter(config, params, layers), params, config)
 
 
@@ -166,13 +175,15 @@ def _abstract_adapter(config: LoraConfig, params: Any, layers: Layers) -> Adapte
     return jax.eval_shape(fresh, jax.random.key(0), arrays)
 
 
-def file_bytes(adapter: Adapter) -> int:
-    """Bytes of the tensors that ``save_adapter`` writes for an abstract adapter."""
+def file_bytes(adapter: Adapter, embeddings: Mapping[str, Any] | None = None) -> int:
+    """Bytes of the tensors that ``save_adapter`` writes; its arguments may be abstract."""
     whole = jax.eval_shape(to_peft_form, adapter)
     zero = np.float32(0)
     # Views of one number: shapes without memory.
     arrays = {path: np.broadcast_to(zero, x.shape) for path, x in paths.walk(whole.weights)}
-    return sum(4 * math.prod(view.shape) for view in tensor_views(arrays, whole.config).values())
+    tables = sum(x.size * x.dtype.itemsize for x in (embeddings or {}).values())
+    views = tensor_views(arrays, whole.config).values()
+    return tables + sum(4 * math.prod(view.shape) for view in views)
 
 
 def to_peft_tensors(adapter: Adapter) -> dict[str, np.ndarray]:

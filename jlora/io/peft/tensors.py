@@ -168,19 +168,6 @@ def _grouped(names: Iterable[str]) -> list[str]:
     ]
 
 
-def tensor_names(file: Path) -> list[str]:
-    """The names in a safetensors file; none if there is no such file.
-
-    Raises:
-      DataError: it is damaged.
-      StorageError: it cannot be read.
-    """
-    if not file.is_file():
-        return []
-    with _opened(file) as f:
-        return list(f.keys())
-
-
 def read_tensors(file: Path) -> dict[str, np.ndarray]:
     """All tensors of a safetensors file.
 
@@ -199,6 +186,19 @@ def read_tensors(file: Path) -> dict[str, np.ndarray]:
         )
     with _opened(file) as f:
         return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+
+
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a safetensors file, by name; none if there is no such file.
+
+    Raises:
+      DataError: it is damaged.
+      StorageError: it cannot be read.
+    """
+    if not file.is_file():
+        return {}
+    with _opened(file) as f:
+        return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
 
 
 @contextlib.contextmanager
