@@ -22,6 +22,7 @@ from jlora.io.peft.config import read_config
 from jlora.io.peft.other_tools import with_peft_names
 from jlora.io.peft.tensors import PREFIX, TENSOR_FILE, read_shapes, read_tensors
 from jlora.lora.targets import is_replaced, is_saved, rank_of, token_indices
+from jlora.lora.targets.names import SCORE_HEADS
 from jlora.lora.targets.rules import INPUT_EMBEDDINGS
 from jlora.lora.weight import dense
 from jlora.models import Model, resize_token_embeddings, vocabulary_leaves
@@ -263,7 +264,8 @@ def base_names(params: Any) -> dict[str, paths.Leaf]:
         elif leaf.kind == "bias" and len(leaf.shape) == 1 and last in paths.OUTPUT_HEADS:
             biases[leaf.module()] = leaf
     tables = [x for name, x in weights.items() if name.rpartition(".")[2] in INPUT_EMBEDDINGS]
-    tied = {head: tables[0] for head in paths.OUTPUT_HEADS if tables}
+    heads = [head for head in paths.OUTPUT_HEADS if head not in SCORE_HEADS]
+    tied = {head: tables[0] for head in heads if tables}
     return {
         f"{PREFIX}{module}{node}.{end}": leaf
         for end, found in (("weight", tied | weights), ("bias", biases))
