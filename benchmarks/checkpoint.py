@@ -1,10 +1,12 @@
 """The cost of a checkpoint, compared with ``torch.save`` of the same values and a training step.
 
-    python benchmarks/checkpoint.py [--ranks 4,16,64]
+    python benchmarks/checkpoint.py [--ranks 4,16,64] [--what wait,save,restore]
 
 The adapter and the optimizer's moments of the 63-million-parameter Llama are saved and restored in
 float32, with LoRA on every linear layer. jlora writes orbax's checkpoint and a manifest with a
-digest of every leaf and file, which restoring verifies; all of it is on disk when saving returns.
+digest of every leaf and file, which restoring verifies. "wait" is the time for which training
+stands still (the state is copied, a thread writes it), "save" the time until all is on the disk.
+The checkpoint before is deleted after that, which is not counted: it is off the step's path.
 ``torch.save`` writes one file without digests; "synced" adds the fsync. The step is that of
 ``training_step.py``, 8 × 256 tokens; the results also hold the bytes on disk. Needs the extra
 ``parity``.
@@ -15,6 +17,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +35,17 @@ def _bytes(path: Path) -> int:
 
 
 def jlora_unit(what: str, rank: int) -> Any:
-    """``checkpoint.save`` of a new step each time, or ``checkpoint.restore``."""
+    """A run's ``Checkpoints.save``, ``checkpoint.save``, or ``checkpoint.restore``."""
     import jax
     import jax.numpy as jnp
     import numpy as np
     import optax
 
     import jlora
+    from jlora.config import TrainConfig
     from jlora.io import checkpoint
+    from jlora.run.checkpoints import Checkpoints
+    from jlora.run.progress import Progress
     from jlora.training.state import init_state
 
     _, base = llama.jlora_model(llama.shape())
@@ -50,13 +56,25 @@ def jlora_unit(what: str, rank: int) -> Any:
     state = jax.tree.map(lambda x: jnp.asarray(draw(x.shape)).astype(x.dtype), state)
     tree = {"state": state}
     folder = Path(tempfile.mkdtemp())
+    settings = TrainConfig(output_dir=str(folder), save_total_limit=1)
+    checkpoints = Checkpoints(folder, settings, **RUN)
     step = 0
+
+    def wait() -> dict[str, float]:
+        nonlocal step
+        step, start = step + 1, time.perf_counter()
+        checkpoints.save(state, Progress(step=step))
+        seconds = time.perf_counter() - start
+        checkpoints.wait()
+        return {"seconds": seconds}
 
     def save() -> dict[str, float]:
         nonlocal step
-        step += 1
-        checkpoint.save(folder, step, tree, {}, keep=1, **RUN)
-        return {"bytes": _bytes(folder / str(step))}
+        step, start = step + 1, time.perf_counter()
+        checkpoint.save(folder, step, tree, {}, **RUN)
+        seconds = time.perf_counter() - start
+        shutil.rmtree(folder / str(step - 1), ignore_errors=True)
+        return {"seconds": seconds, "bytes": _bytes(folder / str(step))}
 
     def restore() -> dict[str, float]:
         jax.block_until_ready(checkpoint.restore(folder, step, tree, **RUN)[0])
@@ -64,7 +82,7 @@ def jlora_unit(what: str, rank: int) -> Any:
 
     if what == "restore":
         save()
-    return _with_cleanup(save if what == "save" else restore, folder)
+    return _with_cleanup({"wait": wait, "save": save, "restore": restore}[what], folder)
 
 
 def torch_unit(what: str, rank: int, synced: bool) -> Any:
@@ -99,7 +117,7 @@ def torch_unit(what: str, rank: int, synced: bool) -> Any:
 
     if what == "restore":
         save()
-    return _with_cleanup(save if what == "save" else restore, folder)
+    return _with_cleanup(restore if what == "restore" else save, folder)
 
 
 def _with_cleanup(unit: Any, folder: Path) -> Any:
@@ -111,15 +129,18 @@ def _with_cleanup(unit: Any, folder: Path) -> Any:
 
 
 def main() -> None:
-    """Measures saving and restoring for each rank."""
+    """Measures waiting, saving and restoring for each rank."""
     parser = paired.arguments(__doc__)
     parser.add_argument("--ranks", default="4,16,64")
+    parser.add_argument("--what", default="wait,save,restore")
     args = parser.parse_args()
-    for what in ("save", "restore"):
+    for what in args.what.split(","):
         points = {}
         for rank in map(int, args.ranks.split(",")):
             arguments = {"what": what, "rank": rank}
-            variants = {"torch": False, "torch, synced": True} if what == "save" else {"torch": 0}
+            variants = {"torch": False}
+            if what != "restore":
+                variants["torch, synced"] = True
             points[rank] = [
                 paired.Contestant("jlora", "checkpoint:jlora_unit", arguments),
                 *(
@@ -129,7 +150,7 @@ def main() -> None:
                     for name, synced in variants.items()
                 ),
             ]
-            if what == "save":
+            if what == "wait":
                 sizes = {**training_step.HEADLINE, "rank": rank}
                 arguments = {"method": "lora", "sizes": sizes}
                 step = paired.Contestant("a step", "training_step:jlora_step", arguments)

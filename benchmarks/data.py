@@ -44,8 +44,9 @@ def write(file: Path, count: int) -> None:
         for row in range(count):
             chat = []
             for turn in range(3):
-                user, assistant = pairs[(7 * row + 13 * turn) % len(pairs)]
-                chat += [{**user, "content": f"{user['content']} ({row}.{turn})"}, assistant]
+                pair = pairs[(7 * row + 13 * turn) % len(pairs)]
+                # Numbered, so that no text occurs twice.
+                chat += [{**m, "content": f"{m['content']} ({row}.{turn})"} for m in pair]
             out.write(json.dumps({"messages": chat}) + "\n")
 
 

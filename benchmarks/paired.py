@@ -143,11 +143,16 @@ def work(setup: str, arguments: str) -> None:
     for line in sys.stdin:
         if line.strip() != "unit":
             break
-        start = time.perf_counter()
+        start, used = time.perf_counter(), _used()
         facts = unit()
-        seconds = time.perf_counter() - start
-        answer(**{"seconds": seconds, **(facts or {})})
+        seconds, used = time.perf_counter() - start, _used() - used
+        answer(**{"seconds": seconds, "processor": used, **(facts or {})})
     answer(peak_bytes=_peak_bytes())
+
+
+def _used() -> float:
+    """Processor seconds of all threads of this process, and of its children that have ended."""
+    return time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
 def _peak_bytes() -> int:
@@ -164,17 +169,21 @@ def measure(
 
     A unit during which this process was suspended is repeated.
 
-    Returns, for each name: ``seconds`` of every unit in the rounds' order, their ``median``,
-    ``peak_bytes`` of its process, the ``facts`` of the last unit; and summed over all units the
-    elapsed seconds (``wall``) and the processor seconds of other processes (``others``).
+    Returns, for each name: ``seconds`` of every unit in the rounds' order, their ``median``, the
+    ``processor`` seconds of every unit, ``peak_bytes`` of its process, the ``facts`` of the last
+    unit; and summed over all units the elapsed seconds (``wall``) and the processor seconds of
+    other processes (``others``).
     """
-    results: dict[str, dict[str, Any]] = {c.name: {"seconds": []} for c in contestants}
+    results: dict[str, dict[str, Any]] = {
+        c.name: {"seconds": [], "processor": []} for c in contestants
+    }
 
     def count(contestant: Contestant, answer: dict[str, Any]) -> None:
         result = results[contestant.name]
         for name in ("wall", "others"):
             result[name] = result.get(name, 0.0) + answer.pop(name)
         result["seconds"].append(seconds := answer.pop("seconds"))
+        result["processor"].append(answer.pop("processor"))
         result["facts"] = answer
         say(f"  {contestant.name}: {seconds:.4g} s {answer or ''}")
 

@@ -8,7 +8,7 @@ page differs. Where results are missing, the page says so.
 
 In a table of ``paired.compare`` a figure is a contestant's time divided by jlora's: the ratio of
 their medians and, in brackets, the smallest and the largest ratio within a round. Above 1, jlora is
-faster.
+faster. Where other processes used the machine, the ratio of processor time stands beside it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import functools
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -66,7 +67,12 @@ def paired(result: Mapping[str, Any]) -> str:
     points = result["points"]
     jlora, *others = points[0]["results"]
     grows = result.get("grows", True)
+    # Elapsed time depends on what others used of the machine; processor time much less.
+    busy = (
+        result["conditions"]["used_by_others"] > BUSY and "processor" in points[0]["results"][jlora]
+    )
     head = [result["axis"], *(f"{name} / {jlora}" for name in others)]
+    head += [f"{name} / {jlora}, processor" for name in others if busy]
     head += ["memory"] if result.get("memory", True) else []
     head += [f"growth of {jlora}", "of the fastest other"] if grows else []
     rows = []
@@ -75,7 +81,8 @@ def paired(result: Mapping[str, Any]) -> str:
         peers = result.get("peers", others)
         fastest = min(peers, key=medians.__getitem__)
         row = [str(point["value"])]
-        row += [ratio(point["results"][name], point["results"][jlora]) for name in others]
+        for kind in ("seconds", "processor")[: 1 + busy]:
+            row += [ratio(point["results"][name], point["results"][jlora], kind) for name in others]
         if result.get("memory", True):
             memory = {name: one["peak_bytes"] for name, one in point["results"].items()}
             row.append(f"{memory[fastest] / memory[jlora]:.2f}")
@@ -88,10 +95,15 @@ def paired(result: Mapping[str, Any]) -> str:
     return f"{markdown(head, rows)}\n\n{conditions(result['conditions'])}"
 
 
-def ratio(peer: Mapping[str, Any], jlora: Mapping[str, Any]) -> str:
-    """The peer's median divided by jlora's, and the range of this ratio over the rounds."""
-    rounds = [a / b for a, b in zip(peer["seconds"], jlora["seconds"], strict=True)]
+def ratio(peer: Mapping[str, Any], jlora: Mapping[str, Any], kind: str = "seconds") -> str:
+    """The peer's median divided by jlora's, and the range of this ratio over the rounds.
+
+    ``kind`` is ``seconds``, the elapsed time, or ``processor``.
+    """
+    rounds = [a / b for a, b in zip(peer[kind], jlora[kind], strict=True)]
     middle = peer["median"] / jlora["median"]
+    if kind != "seconds":
+        middle = statistics.median(peer[kind]) / statistics.median(jlora[kind])
     return f"{short(middle)} ({short(min(rounds))}–{short(max(rounds))})"
 
 

@@ -81,6 +81,7 @@ def test_contestants_alternate_in_separate_processes(toy, tmp_path):
     assert len(set(zip(names, processes, strict=True))) == 2
     assert str(os.getpid()) not in processes and len(set(processes)) == 2
     assert results["a"]["seconds"] == [4.0, 6.0, 8.0] and results["a"]["median"] == 6.0
+    assert all(0 < used < 1 for used in results["a"]["processor"])
     assert results["b"]["seconds"] == [6.0, 9.0, 12.0]
     assert results["b"]["facts"] == {"count": 4}
 
@@ -157,18 +158,24 @@ def test_a_table_shows_ratios_growth_and_conditions(result):
     for name, factor in (("a", 3), ("b", 2)):
         second[name]["seconds"] = [factor * s for s in second[name]["seconds"]]
         second[name]["median"] = statistics.median(second[name]["seconds"])
+        for point in result["points"]:
+            point["results"][name]["processor"] = [factor] * 3
     second["b"]["seconds"][0] *= 2  # b was slow in one round
     for point in result["points"]:
         point["results"]["a"]["peak_bytes"], point["results"]["b"]["peak_bytes"] = 200, 300
     result["conditions"] |= {"used_by_others": 0.25, "gpu": "H200"}
     head, _, *rows, blank, where = tables.paired(result).splitlines()
-    assert head == "| size | b / a | memory | growth of a | of the fastest other |"
+    assert (
+        head == "| size | b / a | b / a, processor | memory | growth of a | of the fastest other |"
+    )
     assert rows == [
-        "| 1 | 1.50 (1.50–1.50) | 1.50 | 1.00 | 1.00 |",
-        "| 2 | 1.00 (1.00–2.00) | 1.50 | 3.00 | 2.00 |",
+        "| 1 | 1.50 (1.50–1.50) | 0.67 (0.67–0.67) | 1.50 | 1.00 | 1.00 |",
+        "| 2 | 1.00 (1.00–2.00) | 0.67 (0.67–0.67) | 1.50 | 3.00 | 2.00 |",
     ]
     assert not blank and "`python benchmarks/toys.py --repeats 3`, 3 rounds" in where
     assert "H200" in where and "**Others used 25% of the machine.**" in where
+    result["conditions"]["used_by_others"] = 0.05
+    assert "processor" not in tables.paired(result)
 
 
 def test_tables_of_the_page_are_regenerated(result, tmp_path):

@@ -122,21 +122,42 @@ def test_prefixes_are_tokenized_as_texts_of_their_own(tokenizer):
     assert list(prefix_ids(texts, cuts, tokenizer)) == expected
 
 
+class Counting:
+    """A tokenizer that records the texts it is given."""
+
+    is_fast = True
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.given = tokenizer, []
+        self.added_tokens_decoder = tokenizer.added_tokens_decoder
+
+    def __call__(self, texts, **options):
+        self.given.extend(texts)
+        return self.tokenizer(texts, **options)
+
+
 def test_what_precedes_a_special_token_is_tokenized_once():
-    """The characters that are tokenized for a chat of 40 replies: fewer than twice its own."""
-    tokenizer, given = tt.tiny_tokenizer(), []
-
-    class Counting:
-        is_fast, added_tokens_decoder = True, tokenizer.added_tokens_decoder
-
-        def __call__(self, texts, **options):
-            given.extend(texts)
-            return tokenizer(texts, **options)
-
+    """The characters that are tokenized for a chat of 40 replies: fewer than its own."""
+    tokenizer = tt.tiny_tokenizer()
+    counting = Counting(tokenizer)
     turn = "<|im_start|>user\nask<|im_end|>\n<|im_start|>assistant\nreply<|im_end|>\n"
-    text = turn * 40
+    text = "".join(turn.replace("ask", str(100 + i)) for i in range(40))
     starts = [at for at in range(len(text)) if text.startswith("reply", at)]
     cuts = [end for start in starts for end in (start, start + len("reply<|im_end|>"))]
-    (ids,) = prefix_ids([text], [cuts], Counting())
+    (ids,) = prefix_ids([text], [cuts], counting)
     assert ids[-1] == token_ids(text[: cuts[-1]], tokenizer)
-    assert sum(map(len, given)) < 2 * len(text)
+    assert sum(map(len, counting.given)) < len(text)
+
+
+def test_equal_texts_are_tokenized_once():
+    """A system prompt that all chats have, and special tokens by themselves."""
+    tokenizer = tt.tiny_tokenizer()
+    counting = Counting(tokenizer)
+    texts = [f"<|im_start|>system\nsame<|im_end|>\n<|im_start|>user\n{i}<|im_end|>" for i in "abc"]
+    cuts = [[len(text) - 10, len(text)] for text in texts]
+    found = list(prefix_ids(texts, cuts, counting))
+    assert found == [
+        [token_ids(t[:c], tokenizer) for c in e] for t, e in zip(texts, cuts, strict=True)
+    ]
+    assert len(counting.given) == len(set(counting.given))
+    assert sum("same" in text for text in counting.given) == 1

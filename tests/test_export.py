@@ -180,6 +180,7 @@ def test_a_fully_trained_model_becomes_a_transformers_folder(place, capsys):
         base_fingerprint=fingerprint(job.base),
     )
     checkpoints.save(state, Progress(step=5))
+    checkpoints.wait()
     wanted, other = place.folder / "wanted", place.folder / "adapter"
     other.mkdir()
     (other / "adapter_config.json").write_text("{}")

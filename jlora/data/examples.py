@@ -10,7 +10,8 @@ up to its last target, with labels already shifted::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -128,16 +129,23 @@ def encode(
     """
     counts, streams, unwritable = Counts(), [], UnwritableCharacters(tokenizer)
     render = ChatRenderer(tokenizer, template_variables or {}) if tokenizer.chat_template else None
-    for at in range(0, len(rows), ROWS_PER_CALL):
-        chunk = rows[at : at + ROWS_PER_CALL]
-        found = [pieces(row, render, counts, assistant_only_loss) for row in chunk]
+    chunks = [rows[at : at + ROWS_PER_CALL] for at in range(0, len(rows), ROWS_PER_CALL)]
+    rendered = (
+        [pieces(row, render, counts, assistant_only_loss) for row in chunk] for chunk in chunks
+    )
+
+    def tokenized(found: list[list[Piece]]) -> tuple[list[list[Piece]], list[Tokens]]:
         flat = [piece for of_row in found for piece in of_row]
         unwritable.count([piece.text for piece in flat], counts.unwritable)
-        tokens = tokenize(flat, tokenizer)
+        return found, list(tokenize(flat, tokenizer))
+
+    done = 0
+    for found, tokens in _one_ahead(tokenized, rendered):
+        made_of = iter(tokens)
         for of_row in found:
             several, retokenized = 0, False
             for piece in of_row:
-                made = next(tokens)
+                made = next(made_of)
                 several, retokenized = several + len(made.streams), retokenized or made.retokenized
                 for ids, mask in made.streams:
                     streams.extend(_windows(ids, mask, piece, max_length, counts))
@@ -145,9 +153,26 @@ def encode(
             if several > 1:
                 counts.split += 1
                 counts.split_examples += several
+        done += len(found)
         if progress:
-            progress(min(at + ROWS_PER_CALL, len(rows)), len(rows))
+            progress(done, len(rows))
     return concatenate_examples(streams), counts
+
+
+def _one_ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """The function of each item, computed in a thread while the next item is made.
+
+    Rendering needs the interpreter, which tokenizing leaves free.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        last = None
+        for item in items:
+            following = pool.submit(function, item)
+            if last is not None:
+                yield last.result()
+            last = following
+        if last is not None:
+            yield last.result()
 
 
 def concatenate_examples(streams: list[tuple[np.ndarray, np.ndarray]]) -> Examples:

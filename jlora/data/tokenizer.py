@@ -112,7 +112,7 @@ def ensure_template(tokenizer: Any) -> bool:
 
 def token_ids(text: str, tokenizer: Any) -> list[int]:
     """The tokens of a text without special ones: rendered chat templates contain their bos."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return list(_ids_only(text, tokenizer))
 
 
 def prefix_ids(
@@ -135,7 +135,7 @@ def prefix_ids(
         plans.append((inner, anchors))
         segments += [text[a:b] for a, b in itertools.pairwise(inner)]
         segments += [text[a:end] for a, end in zip(anchors, ends, strict=True)]
-    encoded = iter(_encode(segments, tokenizer))
+    encoded = _encode(segments, tokenizer)
     for inner, anchors in plans:
         before = {0: []}
         for a, b in itertools.pairwise(inner):
@@ -143,9 +143,24 @@ def prefix_ids(
         yield [before[a] + next(encoded) for a in anchors]
 
 
-def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
+def _encode(texts: list[str], tokenizer: Any) -> Iterator[list[int]]:
+    """The tokens of each text; equal ones (a special token, a system prompt) are tokenized once."""
+    numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    ids = _ids_only(list(numbers), tokenizer) if numbers else []
+    return (ids[numbers[text]] for text in texts)
+
+
+def _ids_only(texts: Any, tokenizer: Any) -> Any:
+    """The tokens of a text, or of several in parallel, without added special tokens."""
     # Not verbose: it warns of texts longer than the model's maximum, which are cut later.
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return encoded["input_ids"]
 
 
 def _special_tokens(tokenizer: Any) -> tuple[re.Pattern[str], set[str]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import yaml
 from jax.experimental import multihost_utils
 
@@ -81,6 +83,9 @@ def chosen_checkpoint(folder: Path, resume: str) -> tuple[Path, int | None]:
 class Checkpoints:
     """A run's checkpoints: state, progress and, with early stopping, the best tree so far.
 
+    A single process writes them in a thread while it goes on training. As a context it waits for
+    the last one at the end, which leaves nothing half-written for the next run in the folder.
+
     Args:
       folder: holds a sub-folder for each step.
       settings: the ``train`` section.
@@ -101,6 +106,17 @@ class Checkpoints:
         self._run = {"identity": identity, "base_fingerprint": base_fingerprint}
         self.best: Any = None
         """The trainable tree of the best evaluation; None without early stopping."""
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._unfinished: Future[None] | None = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self.wait()
+        elif self._unfinished is not None:
+            wait([self._unfinished])  # what ended the training is the error to show
 
     def resume(
         self, state: TrainState, progress: Progress, console: Console
@@ -124,15 +140,40 @@ class Checkpoints:
         return tree["state"], progress
 
     def save(self, state: TrainState, progress: Progress) -> None:
-        """Saves the state as ``<step>``; existing checkpoints stay intact if this fails."""
-        checkpoint.save(
+        """Saves the state as ``<step>``; existing checkpoints stay intact if this fails.
+
+        In a single process it returns once the state is copied to host memory and the save before
+        is finished; ``wait`` returns when everything is on the disk. Several processes return only
+        then, because all of them take part.
+
+        Raises what the save before raised.
+        """
+        self.wait()
+        alone = jax.process_count() == 1
+        write = functools.partial(
+            checkpoint.save,
             self._folder,
             progress.step,
-            self._tree(state),
+            _copied_to_host(self._tree(state)) if alone else self._tree(state),
             dataclasses.asdict(progress),
             keep=self._settings.save_total_limit,
             **self._run,
         )
+        if alone:
+            self._unfinished = self._writer.submit(write)
+        else:
+            write()
+
+    def wait(self) -> None:
+        """Returns when the last save is on the disk; raises what it raised."""
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is not None:
+            unfinished.result()
+
+    def raise_failed(self) -> None:
+        """Raises what the last save raised, if it has failed by now."""
+        if self._unfinished is not None and self._unfinished.done():
+            self.wait()
 
     def set_best(self, trainable: Any) -> None:
         """Copies this tree as the best so far, if early stopping may return to it."""
@@ -151,6 +192,14 @@ class Checkpoints:
             console.note(f"removed {kind} checkpoints: {', '.join(map(str, removed))}")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"jlora {kind} checkpoints removed")
+
+
+def _copied_to_host(tree: Any) -> Any:
+    """The tree as NumPy arrays of its own: the next step donates the state's buffers."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array):
+            leaf.copy_to_host_async()
+    return jax.tree.map(np.array, tree)
 
 
 def find_checkpoint(folder: str, key: str) -> tuple[Path, int]:

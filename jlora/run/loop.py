@@ -127,10 +127,11 @@ def train_loop(
     if run.progress.step == 0:
         evaluate_untrained(run)
     unfetched = None  # metrics of a step that may still be running
-    with run.console.progress(total, run.progress.step):
+    with run.checkpoints, run.console.progress(total, run.progress.step):
         for step, batch in enumerate(remaining_batches(run), run.progress.step + 1):
             run.state, metrics = train_step(run.state, run.job.frozen, batch)
             run.meter.dispatched(metrics["loss"])
+            run.checkpoints.raise_failed()
             # Only now, with the next step dispatched, are the last one's metrics waited for: the
             # devices never idle while the host fetches and logs.
             if unfetched:
@@ -150,6 +151,7 @@ def train_loop(
                 if saving or stop or run.progress.stopped_early:
                     save_checkpoint(run)
             if stop:
+                run.checkpoints.wait()
                 raise stopped_error(step, stop, settings)
             if run.progress.stopped_early:
                 run.console.note(f"stopped early at step {step}: eval_loss no longer improves")
@@ -247,6 +249,7 @@ def finish_run(run: RunState) -> None:
             record_line(run, line)
         progress.finished = True
         save_checkpoint(run)
+        run.checkpoints.wait()
     shown = [
         {"prompt": s.prompt, "before": before, "after": s.reply, "expected": s.expected}
         # With exact match there are more replies afterwards than samples before.
@@ -264,6 +267,6 @@ def record_line(run: RunState, line: dict[str, float]) -> None:
 
 
 def save_checkpoint(run: RunState) -> None:
-    """Saves a checkpoint; first the log lines that it counts are on the disk."""
+    """Starts to save a checkpoint; the log lines that it counts are on the disk before."""
     run.log.sync()
     run.checkpoints.save(run.state, run.progress)

@@ -7,6 +7,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ def save(
     # Absolute: orbax refuses other paths.
     folder = Path(directory).resolve() / str(step)
     leaves = _named_leaves(tree)
+    if jax.process_count() == 1:
+        leaves = sharding.gather(leaves)  # once, for the digests and for the files
     content = {
         "step": step,
         "identity": manifests.as_json(identity),
@@ -97,9 +100,6 @@ def restore(
     manifests.check_identity(folder, manifest, identity, base_fingerprint)
     wanted = _named_leaves(like)
     _check_leaves(folder, manifest["leaves"], wanted)
-    # Once is enough: every process compares the digests of the leaves that it restored.
-    if jax.process_index() == 0:
-        manifests.check_files(folder, manifest)
     return _restored(folder, manifest, wanted, like), manifest["extra"]
 
 
@@ -121,19 +121,39 @@ def restore_part(directory: Path, step: int, part: str, like: Any, run: Mapping[
     wanted = {f"{part}.{name}": leaf for name, leaf in _named_leaves(like).items()}
     saved = {k: v for k, v in manifest["leaves"].items() if k.startswith(f"{part}.")}
     _check_leaves(folder, saved, wanted)
-    manifests.check_files(folder, manifest, part)
-    return _restored(folder, manifest, wanted, like)
+    return _restored(folder, manifest, wanted, like, part)
 
 
-def _restored(folder: Path, manifest: Mapping[str, Any], wanted: Mapping, like: Any) -> Any:
+def _restored(
+    folder: Path, manifest: Mapping[str, Any], wanted: Mapping, like: Any, part: str = ""
+) -> Any:
     """The leaves ``wanted`` in ``like``'s structure, each with the digest it was saved with."""
-    restored = _read(folder, {name: leaf for name, leaf in wanted.items() if _size(leaf)})
+    restored = _read_checked(
+        folder, manifest, {name: leaf for name, leaf in wanted.items() if _size(leaf)}, part
+    )
     for name, value in restored.items():
         # orbax restores flipped bits without an error
         if _digest(value) != manifest["leaves"][name]["sha256"]:
             raise manifests.damaged(folder, folder / "state" / name, name)
+        restored[name] = _placed(value, wanted[name])
     values = [restored.get(name, leaf) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), values)
+
+
+def _read_checked(
+    folder: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Any], part: str
+) -> dict[str, Any]:
+    """The leaves ``wanted``; meanwhile a thread compares the files' digests with the manifest."""
+    with ThreadPoolExecutor(1) as pool:
+        # Once is enough: every process compares the digests of the leaves that it restored.
+        parts = [part] if jax.process_index() == 0 else []
+        checks = [pool.submit(manifests.check_files, folder, manifest, part) for part in parts]
+        try:
+            return _read(folder, wanted)
+        finally:
+            # A damaged file is named by its digest, better than by what orbax makes of it.
+            for check in checks:
+                check.result()
 
 
 def _write(folder: Path, leaves: Mapping[str, Any], content: Mapping[str, Any]) -> None:
@@ -195,12 +215,26 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 
 
 def _restore_args(leaf: Any) -> ocp.RestoreArgs:
-    if isinstance(leaf, np.ndarray | np.generic):
+    # A single process compares the digests of NumPy arrays, before it places them.
+    if jax.process_count() == 1 or _is_numpy(leaf):
         return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+    return ocp.ArrayRestoreArgs(sharding=_sharding(leaf), global_shape=leaf.shape, dtype=leaf.dtype)
+
+
+def _placed(value: Any, like: Any) -> Any:
+    """A restored leaf where ``like`` is, or would be."""
+    placed = isinstance(value, jax.Array) or _is_numpy(like)
+    return value if placed else jax.device_put(value, _sharding(like))
+
+
+def _sharding(leaf: Any) -> jax.sharding.Sharding:
     # Without one orbax would place the leaf as the run that saved it did, on devices that need not
     # exist here.
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+    return leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _is_numpy(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray | np.generic)
 
 
 @contextmanager
