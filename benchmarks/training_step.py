@@ -71,7 +71,15 @@ def jlora_step(
         trainable = init_adapter(jax.random.key(1), base, config.lora)
         if adapters > 1:
             trainable = jax.tree.map(lambda leaf: jnp.stack([leaf] * adapters), trainable)
-    job = Job(config, mesh, model, None, base, trainable, make_bind(config))
+    job = Job(
+        config=config,
+        mesh=mesh,
+        model=model,
+        tokenizer=None,
+        base=base,
+        trainable=trainable,
+        bind=make_bind(config),
+    )
     program = TrainStep.of(job, StepCounts.of(config, mesh, lambda rows: 1), sizes["length"])
     state = program.init_state(trainable)
 

@@ -196,10 +196,22 @@ class Checkpoints:
 
 def _copied_to_host(tree: Any) -> Any:
     """The tree as NumPy arrays of its own: the next step donates the state's buffers."""
-    for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.Array):
-            leaf.copy_to_host_async()
-    return jax.tree.map(np.array, tree)
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    for leaf in arrays:
+        leaf.copy_to_host_async()
+
+    def copied(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and _is_on_accelerator(leaf):
+            return np.asarray(leaf)  # a copy in any case
+        return np.array(leaf)
+
+    return jax.tree.map(copied, tree)
+
+
+def _is_on_accelerator(leaf: jax.Array) -> bool:
+    where = leaf.sharding
+    in_host_memory = where.memory_kind not in (None, "device")
+    return not in_host_memory and all(d.platform != "cpu" for d in where.device_set)
 
 
 def find_checkpoint(folder: str, key: str) -> tuple[Path, int]:

@@ -22,6 +22,9 @@ from jlora.errors import DataError, JloraError, StorageError
 from jlora.files import is_storage_error, storage_error, storage_errors
 from jlora.io.checkpoint import manifest as manifests
 
+THREADS = 8
+"""Threads that compute digests."""
+
 
 def save(
     directory: Path,
@@ -57,7 +60,10 @@ def save(
         "identity": manifests.as_json(identity),
         "base_fingerprint": base_fingerprint,
         "extra": manifests.as_json(extra),
-        "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
+        "leaves": {
+            name: {"shape": list(leaves[name].shape), "dtype": str(leaves[name].dtype), "sha256": s}
+            for name, s in _digests(leaves).items()
+        },
     }
     saved = _saved(folder)
     if any(saved.get(key) != value for key, value in content.items()):
@@ -131,11 +137,11 @@ def _restored(
     restored = _read_checked(
         folder, manifest, {name: leaf for name, leaf in wanted.items() if _size(leaf)}, part
     )
-    for name, value in restored.items():
+    for name, digest in _digests(restored).items():
         # orbax restores flipped bits without an error
-        if _digest(value) != manifest["leaves"][name]["sha256"]:
+        if digest != manifest["leaves"][name]["sha256"]:
             raise manifests.damaged(folder, folder / "state" / name, name)
-        restored[name] = _placed(value, wanted[name])
+    restored = _placed(restored, wanted)
     values = [restored.get(name, leaf) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), values)
 
@@ -221,10 +227,10 @@ def _restore_args(leaf: Any) -> ocp.RestoreArgs:
     return ocp.ArrayRestoreArgs(sharding=_sharding(leaf), global_shape=leaf.shape, dtype=leaf.dtype)
 
 
-def _placed(value: Any, like: Any) -> Any:
-    """A restored leaf where ``like`` is, or would be."""
-    placed = isinstance(value, jax.Array) or _is_numpy(like)
-    return value if placed else jax.device_put(value, _sharding(like))
+def _placed(restored: dict[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves, each on the devices where the wanted one is, or would be."""
+    on_host = {n: v for n, v in restored.items() if _is_numpy(v) and not _is_numpy(wanted[n])}
+    return restored | jax.device_put(on_host, {name: _sharding(wanted[name]) for name in on_host})
 
 
 def _sharding(leaf: Any) -> jax.sharding.Sharding:
@@ -269,8 +275,13 @@ def _size(leaf: Any) -> int:
     return math.prod(leaf.shape)
 
 
-def _describe(leaf: Any) -> dict[str, Any]:
-    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": _digest(leaf)}
+def _digests(leaves: Mapping[str, Any]) -> dict[str, str]:
+    """The digest of each leaf."""
+    if jax.process_count() > 1:  # all processes gather the leaves in the same order
+        return {name: _digest(leaf) for name, leaf in leaves.items()}
+    # hashlib releases the GIL
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(leaves, pool.map(_digest, leaves.values()), strict=True))
 
 
 def _digest(leaf: Any) -> str:
