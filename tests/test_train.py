@@ -105,18 +105,14 @@ def test_training_and_evaluation_are_compiled_once_each(epochs):
     ("optim", "rate"),
     [
         ("sgd", 1.0),
-        ("lion", 1e-2),
-        pytest.param("lion_8bit", 1e-2, marks=pytest.mark.slow),
-        pytest.param("paged_lion_32bit", 1e-2, marks=pytest.mark.slow),
-        pytest.param("paged_lion_8bit", 1e-2, marks=pytest.mark.slow),
         ("adafactor", 3e-2),
-        ("adamw", 3e-2),
         ("adamw_8bit", 3e-2),
-        pytest.param("paged_adamw_32bit", 3e-2, marks=pytest.mark.slow),
         ("optax.adan", 3e-2),
+        pytest.param("paged_lion_8bit", 1e-2, marks=pytest.mark.slow),
     ],
 )
-def test_every_optimizer_learns(place, optim, rate):
+def test_optimizers_of_every_kind_learn(place, optim, rate):
+    """What each computes, test_training_optim_* compare with formulas, optax and bitsandbytes."""
     steps = {"max_steps": 12, "logging_steps": 1, "save_steps": None}
     place.settings_for_loss()
     lora = {"r": 64, "lora_alpha": 128} if "8bit" in optim else {}  # 4096 values and more
@@ -224,7 +220,7 @@ def test_init_from_goes_on_from_an_adapter(place, capsys):
     assert "lora.r, lora.target_modules, lora.bias: asks for another adapter" in message
     assert "r: 2 (there 4)" in message and "leave these out" in message
     capsys.readouterr()
-    lora = {"init_from": str(result), "r": 8, "lora_alpha": 8, "target_modules": r".*_proj"}
+    lora = {"init_from": str(result), "r": 8, "lora_alpha": 8, "target_modules": r".*(q|down)_proj"}
     place.run(lora=lora, train={"logging_steps": 1})
     assert place.losses()[0] < 0.95 * first[0]
     peft = json.loads((place.output / "adapter_config.json").read_text())
