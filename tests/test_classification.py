@@ -9,7 +9,7 @@ import pytest
 import tiny_results
 from safetensors.numpy import load_file, save_file
 from tiny_models import LLAMA
-from tiny_runs import Place, write_rows
+from tiny_runs import TARGETS, Place, write_rows
 
 import jlora
 from jlora import evaluate, generate
@@ -22,7 +22,7 @@ from jlora.tree import paths
 LIKED, DISLIKED = ("fine", "good", "nice", "lovely"), ("bad", "awful", "poor", "sad")
 THINGS = ("sun", "moon", "tree", "bird", "boat", "lake", "road", "song", "hat", "wall")
 NAMES = ("disliked", "liked")
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "SEQ_CLS"}
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "SEQ_CLS"}
 
 
 def rows(things):

@@ -1,4 +1,7 @@
-"""What quantization costs on real weights, by the script that makes the documentation's table."""
+"""What quantization costs on real weights, by the script that makes the documentation's table.
+
+These models compute for longer than they compile, so XLA's optimizations are on.
+"""
 
 import functools
 import importlib.util
@@ -9,6 +12,17 @@ import jax
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimized():
+    """XLA's optimizations, here and in child processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        before = jax.config.read("jax_disable_most_optimizations")
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
