@@ -22,7 +22,7 @@ from jlora.tree import paths
 LIKED, DISLIKED = ("fine", "good", "nice", "lovely"), ("bad", "awful", "poor", "sad")
 THINGS = ("sun", "moon", "tree", "bird", "boat", "lake", "road", "song", "hat", "wall")
 NAMES = ("disliked", "liked")
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "SEQ_CLS"}
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "SEQ_CLS"}
 
 
 def rows(things):
@@ -139,7 +139,8 @@ def test_full_fine_tuning_starts_from_a_classifiers_own_head(here, merged, place
 def test_what_a_classifier_cannot_do_is_refused(here, merged, place, result):
     with pytest.raises(ConfigError, match="is a classifier, which writes no replies"):
         tiny_results.run(here, generate, **here.given | {"generate": {"prompt": "x"}})
-    causal = here.given | {"lora": LORA | {"init_from": str(result.output)}}
+    lora = LORA | {"target_modules": TARGETS, "init_from": str(result.output)}
+    causal = here.given | {"lora": lora}
     with pytest.raises(ConfigError, match=r"no score head \(task_type: CAUSAL_LM\)") as caught:
         place.run(**causal)
     assert caught.value.where == str(result.output)
