@@ -1,4 +1,4 @@
-"""The cost of a checkpoint, compared with ``torch.save`` of the same values and a training step.
+"""The cost of a checkpoint, compared with ``torch.save`` of the same values.
 
     python benchmarks/checkpoint.py [--ranks 4,16,64] [--what wait,save,restore]
 
@@ -7,9 +7,8 @@ float32, with LoRA on every linear layer. jlora writes orbax's checkpoint and a 
 digest of every leaf and file, which restoring verifies. "wait" is the time for which training
 stands still (the state is copied, a thread writes it), "save" the time until all is on the disk.
 The checkpoint before is deleted after that, which is not counted: it is off the step's path.
-``torch.save`` writes one file without digests; "synced" adds the fsync. The step is that of
-``training_step.py``, 8 × 256 tokens; the results also hold the bytes on disk. Needs the extra
-``parity``.
+``torch.save`` writes one file without digests; "synced" adds the fsync. The results also hold the
+bytes on disk. Needs the extra ``parity``.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from typing import Any
 
 import llama
 import paired
-import training_step
 
 RUN = {"identity": {}, "base_fingerprint": "none"}
 
@@ -150,11 +148,6 @@ def main() -> None:
                     for name, synced in variants.items()
                 ),
             ]
-            if what == "wait":
-                sizes = {**training_step.HEADLINE, "rank": rank}
-                arguments = {"method": "lora", "sizes": sizes}
-                step = paired.Contestant("a step", "training_step:jlora_step", arguments)
-                points[rank].append(step)
         peers = list(variants)
         paired.compare(f"checkpoint-{what}", "rank", points, args, peers=peers, memory=False)
 
