@@ -42,14 +42,20 @@ def jlora_unit(what: str, rank: int) -> Any:
     import jlora
     from jlora.config import TrainConfig
     from jlora.io import checkpoint
+    from jlora.models import Model, init_params
     from jlora.run.checkpoints import Checkpoints
     from jlora.run.progress import Progress
     from jlora.training.state import init_state
 
-    _, base = llama.jlora_model(llama.shape())
+    model = Model.from_config(llama.shape(), "bfloat16")
     config = jlora.LoraConfig(r=rank, target_modules="all-linear")
-    adapter = jlora.init_adapter(jax.random.key(1), base, config)
-    state = init_state(adapter, optax.adamw(1e-4))
+
+    def initial() -> Any:
+        base = init_params(jax.random.key(0), model)
+        adapter = jlora.init_adapter(jax.random.key(1), base, config)
+        return init_state(adapter, optax.adamw(1e-4))
+
+    state = jax.eval_shape(initial)
     draw = np.random.default_rng(0).standard_normal  # zeros would be compressed
     state = jax.tree.map(lambda x: jnp.asarray(draw(x.shape)).astype(x.dtype), state)
     tree = {"state": state}
@@ -87,14 +93,16 @@ def torch_unit(what: str, rank: int, synced: bool) -> Any:
     """``torch.save`` and ``torch.load`` of tensors of the same sizes in three dicts."""
     torch = llama.torch_threads()
     hf = llama.shape()
-    model = llama.transformers_model({**hf, "num_hidden_layers": 1})
-    layer = [m for m in model.model.layers[0].modules() if isinstance(m, torch.nn.Linear)]
+    width, inner = hf["hidden_size"], hf["intermediate_size"]
+    shared = width * hf["num_key_value_heads"] // hf["num_attention_heads"]
+    attention = [(width, width), (width, shared), (width, shared), (width, width)]
+    layer = [*attention, (width, inner), (width, inner), (inner, width)]
     tree = {
         kind: {
             f"{index}.{number}.{ab}": torch.randn(size, rank)
             for index in range(hf["num_hidden_layers"])
-            for number, linear in enumerate(layer)
-            for ab, size in (("A", linear.in_features), ("B", linear.out_features))
+            for number, sizes in enumerate(layer)
+            for ab, size in zip("AB", sizes, strict=True)
         }
         for kind in ("adapter", "mu", "nu")
     }
