@@ -120,7 +120,7 @@ def _check_output(out: Path, source: Path, adapter: str) -> None:
 
 def _file_dtypes(config: Config, source: Path) -> dict[paths.Path, Any]:
     """Leaf → the type to write it in: ``merge.dtype``, or the base's own, from its files."""
-    stored = stored_dtypes(source)
+    stored = stored_dtypes(source, config.quantization)
     told = config.merge.dtype
     return stored if told is None else dict.fromkeys(stored, jnp.dtype(told))
 

@@ -82,7 +82,7 @@ def _check_output(source: Path, out: Path, asked: QuantConfig) -> None:
     """ConfigError for an output that cannot be written or loaded, before any weight is read."""
     check_output("quantize.output_dir", out, {"the folder of the base model": source})
     check_no_adapter("quantize.output_dir", out)
-    shapes = read_model(source).shapes
+    shapes = read_model(source, asked).shapes
     prequantized_write.check_writable(jax.eval_shape(lambda p: quantize_params(p, asked), shapes))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tiny_models import LLAMA, build, each_family, tokens
+from tiny_models import LLAMA, build, each_family, run, tokens
 
 from jlora.config import MeshConfig, QuantConfig
 from jlora.distributed import sharding
@@ -26,7 +26,7 @@ from jlora.io.hf.match import TensorMap
 from jlora.io.hf.names import CheckpointTensor
 from jlora.io.hf.placement import assemble_leaf
 from jlora.quant import nf4
-from jlora.quant.params import quantize_params
+from jlora.quant.params import is_quantized, quantize_params
 from jlora.tree import paths
 
 INDEX = "model.safetensors.index.json"
@@ -116,6 +116,51 @@ def test_quantizing_while_loading_equals_quantizing_after_loading(tmp_path, name
     assert jax.tree.structure(quantized) == jax.tree.structure(want)
     same(quantized, want)
     assert sum(isinstance(leaf, nf4.NF4Array) for _, leaf in paths.walk(quantized)) > 2
+
+
+def by_module(params):
+    """Every module's leaf in one layer, dense, and whether it is quantized."""
+    found = {}
+    for leaf in paths.leaves(params):
+        value = leaf.value.dequantize() if is_quantized(leaf.value) else leaf.value
+        for i, module in enumerate(leaf.modules()):
+            one = value[i] if leaf.stack else value
+            found[module, leaf.kind] = np.asarray(one), is_quantized(leaf.value)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe-mlp-first"])
+def test_modules_may_be_left_unquantized_in_some_layers(tmp_path, name):
+    """As in BitsAndBytesConfig. Layers that differ are stacked apart, and nothing else changes."""
+    model, params = build(name)
+    save_pretrained(tmp_path, model, params)
+    last = model.config.num_hidden_layers - 1
+    skip = (f"model.layers.{last}.mlp", "model.layers.0.self_attn.q_proj", "o_proj")
+    config = QuantConfig(llm_int8_skip_modules=skip)
+    loaded, got = load_pretrained(tmp_path, "float32", config)
+    everything = by_module(load_pretrained(tmp_path, "float32", QuantConfig())[1])
+    plain, got_by_module = by_module(params), by_module(got)
+    assert got_by_module.keys() == plain.keys()
+    left_out = set()
+    for key, (value, quantized) in got_by_module.items():
+        named = any(f".{key[0]}.".startswith(f".{n}.") or key[0].endswith(f".{n}") for n in skip)
+        want = plain[key] if named else everything[key]
+        assert quantized == want[1], key
+        np.testing.assert_array_equal(value, want[0])
+        left_out |= {key[0]} if named and everything[key][1] else set()
+    assert {module.split(".")[2] for module in left_out} == {str(i) for i in range(last + 1)}
+    dense = paths.map_leaves(lambda _, x: x.dequantize() if is_quantized(x) else x, got)
+    ids = tokens(model, 2, 9)
+    want = run(loaded, dense, ids)
+    np.testing.assert_allclose(run(loaded, got, ids), want, atol=1e-5 * np.abs(want).max())
+    if model.config.experts is None:  # transformers cannot load quantized experts
+        save_pretrained(tmp_path / "packed", loaded, got, quantized=True)
+        _, again = load_pretrained(tmp_path / "packed", "float32")
+        assert jax.tree.structure(again) == jax.tree.structure(got)
+    # Dense with the same stacks, as merging and LoftQ take it.
+    _, unpacked = load_pretrained(tmp_path, "float32", stacked_for=config)
+    assert dict(paths.walk(unpacked)).keys() == dict(paths.walk(got)).keys()
+    assert not any(is_quantized(leaf) for _, leaf in paths.walk(unpacked))
 
 
 @pytest.mark.parametrize("quantization", [None, QuantConfig()])

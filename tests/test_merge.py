@@ -84,6 +84,14 @@ def test_merging_into_the_quantized_or_the_original_base(here, logits, base, lik
     np.testing.assert_allclose(shown["original base"], (gap.mean(), gap.max()), rtol=0.06)
 
 
+def test_merging_into_the_original_of_a_base_quantized_in_some_layers(here, logits, capsys):
+    skip = {"llm_int8_skip_modules": ["model.layers.1.mlp"]}
+    got = merged(here, merge={"base": "original"}, quantization=QUANTIZED | skip)
+    assert close(got, logits[0])
+    shown = differences(capsys.readouterr().out)
+    assert 0 < shown["dequantized base"][1] < 1e-4 < shown["original base"][1]
+
+
 def test_the_default_output_is_in_the_run_folder(here, logits):
     tiny_results.run(here, command)
     got = tiny_results.logits(*jlora.load_pretrained(str(here.output / "merged"), dtype="float32"))

@@ -16,9 +16,13 @@ from jlora.run.abstract_job import abstract_job
 from jlora.run.open_tokenizer import open_tokenizer
 from jlora.run.train_step import TrainStep
 
+SKIP = {"llm_int8_skip_modules": ["model.layers.0.mlp"]}
 CASES = {
     "LoRA": ({}, 1),
-    "QLoRA, fsdp and tensor": ({**QLORA, "mesh": {"fsdp": 2, "tensor": 2}}, 4),
+    "QLoRA but in one layer's MLP, fsdp and tensor": (
+        {"quantization": QLORA["quantization"] | SKIP, "mesh": {"fsdp": 2, "tensor": 2}},
+        4,
+    ),
     "in full, fsdp": ({"lora": None, "mesh": {"data": 1, "fsdp": 2}}, 2),
     "PiSSA, paged, data": (
         {"lora": {"init_lora_weights": "pissa"}, "train": {"optim": "paged_adamw_32bit"}},

@@ -33,7 +33,8 @@ class QuantConfig(ConfigSection):
     block_size: Annotated[int, Bounds(32, 4096)] = 64
     """Number of consecutive values that share one absmax (4-bit only); a power of two."""
     llm_int8_skip_modules: Sequence[str] = ()
-    """Modules to leave unquantized, by name; embeddings and lm_head always are."""
+    """Modules to leave unquantized, by name, in all layers or in one (model.layers.0.mlp);
+    embeddings and lm_head always are."""
     include_modules: Sequence[str] = ()
     """Modules to quantize although they are skipped by default: embed_tokens, lm_head."""
 

@@ -103,7 +103,7 @@ class DecoderConfig:
     mlp_only_layers: tuple[int, ...] = ()
     """With ``experts``: the layers that have an MLP all the same."""
     unquantized: tuple[frozenset[str], ...] = ()
-    """Per layer: the modules that a prequantized folder does not quantize; () if all agree."""
+    """Per layer: the matrices that are not quantized though others are; () if all layers agree."""
     qk_norm: Literal["head", "each_head", "all"] | None = None
     """Norm of queries and keys before rotation: per head with one scale, per head with separate
     scales, or over all heads together."""

@@ -89,6 +89,29 @@ def stored_as_in_torch(path: paths.Path) -> bool:
     return path[-1] in ("embedding", *paths.EXPERTS)
 
 
+def skipped_in_some_layers(params: Any, config: QuantConfig) -> tuple[frozenset[str], ...]:
+    """Per layer: the leaves that ``llm_int8_skip_modules`` names there, but not in every layer.
+
+    () if there are none. Layers that differ must not be stacked together: quantized and dense
+    matrices are not one array. ``params`` are stacked in one run, or in runs that agree.
+    """
+    found: dict[int, set[str]] = {}
+    layers: set[int] = set()
+    whole: dict[str, set[int]] = {}
+    for leaf in paths.leaves(params):
+        if leaf.stack is not None:
+            first = paths.first_layer(leaf.stack)
+            layers |= {*range(first, first + (leaf.layers or 0))}
+            name = ".".join(leaf.path[len(leaf.stack) :])
+            for i, module in enumerate(leaf.modules()):
+                whole.setdefault(name, set()).add(first + i)
+                if any(_names(skip, module) for skip in config.llm_int8_skip_modules):
+                    found.setdefault(first + i, set()).add(name)
+    everywhere = {n for n, has in whole.items() if all(n in found.get(i, ()) for i in has)}
+    apart = tuple(frozenset(found.get(i, set()) - everywhere) for i in sorted(layers))
+    return apart if any(apart) else ()
+
+
 def _is_selected(leaf: paths.Leaf, config: QuantConfig) -> bool:
     is_array = not is_quantized(leaf.value) and hasattr(leaf.value, "dtype")
     axes = 3 if leaf.kind in paths.EXPERTS else 2
@@ -109,7 +132,10 @@ def _named(leaf: paths.Leaf, names: Sequence[str], key: str) -> bool:
         raise ConfigError(
             f"names only some layers of {leaf.module()}, which are one array",
             where=f"quantization.{key}",
-            fix="name the module without its layer number",
+            fix="name the module without its layer number, or name the layers in the quantization "
+            "with which the model is loaded"
+            if key == "llm_int8_skip_modules"
+            else "name the module without its layer number",
         )
     return any(hit)
 

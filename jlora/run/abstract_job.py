@@ -103,7 +103,9 @@ def abstract_model(config: Config, tokenizer: Any, *, trained: bool = False) -> 
     """
     name, revision = config.model.name_or_path, config.model.revision
     folder = find_folder(name, revision, CONFIG_FILES)
-    model = read_model(folder, dtype=config.model.dtype, attention=config.model.attention)
+    model = read_model(
+        folder, config.quantization, dtype=config.model.dtype, attention=config.model.attention
+    )
     check_trainable(config, model)
     if config.model.untie:
         model = with_untied_head(model)

@@ -91,6 +91,7 @@ class LoadedArrays:
             name,
             dtype=dtype,
             quantization=quantization,
+            stacked_for=config.quantization,
             mesh=self.mesh,
             revision=revision,
             vocab_size=vocab_size(config, self.tokenizer, stored, self.trained),

@@ -45,7 +45,13 @@ from jlora.models.model import Model
 from jlora.models.registry import as_classifier, family_of, parse_config
 from jlora.models.resizing import vocabulary_leaves, with_vocab_size
 from jlora.models.tying import with_untied_head
-from jlora.quant.params import is_quantized, quantize_matrix, quantize_params, scheme_text
+from jlora.quant.params import (
+    is_quantized,
+    quantize_matrix,
+    quantize_params,
+    scheme_text,
+    skipped_in_some_layers,
+)
 from jlora.tree import paths
 
 
@@ -66,6 +72,7 @@ def load_pretrained(
     cancel: Callable[[], bool] | None = None,
     untie: bool = False,
     vocab_size: int | None = None,
+    stacked_for: QuantConfig | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """The model in a transformers folder or hub repository, and its frozen parameters.
 
@@ -87,6 +94,7 @@ def load_pretrained(
       untie: gives a tied output head its own copy of the embedding, as ``jlora.untie`` does.
       vocab_size: another number of tokens of the embedding and the output head, as
         ``jlora.resize_token_embeddings`` gives them: new rows are the mean of those in the files.
+      stacked_for: stacks the layers as for this ``quantization``, but reads them dense.
 
     Raises:
       ConfigError: the model is not there, its configuration is not supported, or the folder is
@@ -97,7 +105,7 @@ def load_pretrained(
       LoadingCancelledError: ``cancel`` returned True.
     """
     folder = find_folder(path_or_hub_id, revision)
-    model = read_model(folder, dtype=dtype, attention=attention)
+    model = read_model(folder, quantization or stacked_for, dtype=dtype, attention=attention)
     if untie:
         model = with_untied_head(model)
     if vocab_size is not None:
@@ -139,12 +147,12 @@ def with_score_head(shards: Shards, model: Model, seed: int) -> Shards:
     return ScoreHeadShards(shards, model.config, head_name(model), seed)
 
 
-def read_model(folder: Path, **options: Any) -> Model:
+def read_model(folder: Path, quantization: QuantConfig | None = None, **options: Any) -> Model:
     """The model that a folder's ``config.json`` describes, without its parameters.
 
     Its end-of-sequence ids are those of ``config.json`` and ``generation_config.json`` combined.
-    The headers of a prequantized folder's weights, if they are there, say which layers differ in
-    the modules that are quantized: these are not stacked together.
+    Layers that differ in the modules that are quantized are not stacked together. Which do is said
+    by the headers of a prequantized folder's weights, if they are there; else by ``quantization``.
     """
     config = parse_config(read_json(folder / "config.json"), where=str(folder / "config.json"))
     # Chat models often name the token that ends a turn there only, and transformers stops at it.
@@ -160,6 +168,9 @@ def read_model(folder: Path, **options: Any) -> Model:
     if config.prequantized and any(folder.glob("*.safetensors")):
         with open_shards(folder) as shards:
             config = dataclasses.replace(config, unquantized=unquantized_matrices(shards, model))
+    elif quantization is not None and not config.prequantized:
+        apart = skipped_in_some_layers(model.shapes, quantization)
+        config = dataclasses.replace(config, unquantized=apart)
     return dataclasses.replace(model, config=config)
 
 

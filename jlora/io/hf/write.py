@@ -24,6 +24,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from jlora.config import QuantConfig
 from jlora.distributed import sharding
 from jlora.errors import ConfigError, DataError, StorageError
 from jlora.files import PARTIAL, staged_folder, storage_errors
@@ -111,13 +112,17 @@ def save_pretrained(
     return [folder / name for name in (*names, *texts)]
 
 
-def stored_dtypes(folder: Path) -> dict[paths.Path, np.dtype]:
+def stored_dtypes(
+    folder: Path, quantization: QuantConfig | None = None
+) -> dict[paths.Path, np.dtype]:
     """Leaf → the type of its tensors in a model folder, which a merged model keeps.
+
+    The leaves are those of the model as it is loaded with ``quantization``.
 
     Leaves that are quantized in the folder are left out; float64, which is never loaded, counts as
     float32.
     """
-    model, found = read_model(folder), {}
+    model, found = read_model(folder, quantization), {}
     with open_shards(folder) as stored:
         shards = mxfp4.DecodedShards(stored) if model.config.quant_method == "mxfp4" else stored
         source = match_tensors(shards, model, folder)
