@@ -149,6 +149,8 @@ class DecoderConfig:
         hf = self.hf
         text = hf.get("text_config")
         (text if isinstance(text, dict) else hf).update(settings)
+        # Files of some releases repeat settings of the text tower at the top level.
+        hf.update({key: value for key, value in settings.items() if key in hf})
         return json.dumps(hf, sort_keys=True)
 
     @property

@@ -46,8 +46,8 @@ def as_in_files(model: Model) -> Model:
 def vocabulary_leaves(model: Model) -> list[paths.Leaf]:
     """The leaves of ``model.shapes`` with a row, or in the head a column, for each token."""
     rename = family_of(model.config).rename
-    wanted = {rename(path) for path in LEAVES}
-    return [leaf for leaf in paths.leaves(model.shapes) if leaf.path in wanted]
+    known = {leaf.path: leaf for leaf in paths.leaves(model.shapes)}
+    return [known[path] for path in map(rename, LEAVES) if path in known]
 
 
 def resize_token_embeddings(

@@ -94,7 +94,8 @@ def check_rows_fit(job: Job, rows: data.Prepared) -> None:
         raise DataError(
             f"the tokenizer makes token {largest}, but the model has {size} embeddings",
             where=rows.largest_token_where or job.config.model.name_or_path,
-            fix="use the tokenizer that belongs to the model",
+            fix="use the tokenizer that belongs to the model, or name the tokens that the model "
+            "lacks in model.new_tokens",
         )
     limit = job.model.config.position_limit
     if limit is not None and rows.length > limit:

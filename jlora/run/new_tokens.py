@@ -59,7 +59,8 @@ def new_tokens_text(config: Config, tokenizer: Any, model: Model) -> str:
     in_files = model.config.vocab_size_in_files or model.config.vocab_size
     added = sum(i >= in_files for i in ids.values())
     spare = len(ids) - added
-    rows = [f"{added} rows added, the mean of the others"] * bool(added)
+    word = "row" if added == 1 else "rows"
+    rows = [f"{added} {word} added, the mean of the others"] * bool(added)
     rows += [f"{spare} in rows that the base has"] * bool(spare)
     return f"{listed} ({'; '.join(rows)})"
 
