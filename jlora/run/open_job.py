@@ -106,8 +106,9 @@ class LoadedArrays:
         folder = adapter_folder(config, self.trained)
         if folder and model.config.vocab_size_in_files is not None:
             params = with_saved_embeddings(folder, model, params)
-            # What was taken from there is dense.
-            params = params if quantization is None else quantize_params(params, quantization)
+            # What was taken from there is dense; in a prequantized base it was before, too.
+            if quantization is not None and not model.config.prequantized:
+                params = quantize_params(params, quantization)
         return configure_model(config, model, self.tokenizer), params
 
     def adapter(self, params: Any) -> tuple[Any, lora.Adapter]:
