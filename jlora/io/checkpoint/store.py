@@ -134,9 +134,11 @@ def _restored(
     folder: Path, manifest: Mapping[str, Any], wanted: Mapping, like: Any, part: str = ""
 ) -> Any:
     """The leaves ``wanted`` in ``like``'s structure, each with the digest it was saved with."""
-    restored = _read_checked(
-        folder, manifest, {name: leaf for name, leaf in wanted.items() if _size(leaf)}, part
-    )
+    # Before orbax reads them: it prints errors of its own about a damaged file. Once is enough,
+    # since every process compares the digests of the leaves that it restored.
+    if jax.process_index() == 0:
+        manifests.check_files(folder, manifest, part)
+    restored = _read(folder, {name: leaf for name, leaf in wanted.items() if _size(leaf)})
     for name, digest in _digests(restored).items():
         # orbax restores flipped bits without an error
         if digest != manifest["leaves"][name]["sha256"]:
@@ -144,22 +146,6 @@ def _restored(
     restored = _placed(restored, wanted)
     values = [restored.get(name, leaf) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), values)
-
-
-def _read_checked(
-    folder: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Any], part: str
-) -> dict[str, Any]:
-    """The leaves ``wanted``; meanwhile a thread compares the files' digests with the manifest."""
-    with ThreadPoolExecutor(1) as pool:
-        # Once is enough: every process compares the digests of the leaves that it restored.
-        parts = [part] if jax.process_index() == 0 else []
-        checks = [pool.submit(manifests.check_files, folder, manifest, part) for part in parts]
-        try:
-            return _read(folder, wanted)
-        finally:
-            # A damaged file is named by its digest, better than by what orbax makes of it.
-            for check in checks:
-                check.result()
 
 
 def _write(folder: Path, leaves: Mapping[str, Any], content: Mapping[str, Any]) -> None:
