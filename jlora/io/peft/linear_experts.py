@@ -50,7 +50,7 @@ OLD_BLOCK, BLOCK = "block_sparse_moe", "mlp"
 
 
 class LinearLayer(NamedTuple):
-    """A linear layer of then, and where its weight is today."""
+    """A linear layer in transformers 4, and where its weight is in transformers 5."""
 
     module: str
     """Its name, to which the settings apply."""
@@ -71,7 +71,7 @@ Layers = Mapping[str, LinearLayer]
 def find_linear_experts(names: Iterable[str], params: Any, config: LoraConfig) -> Layers:
     """The linear layers of experts and routers that the tensors ``names`` of a file adapt.
 
-    None if ``config``, the folder's, adapts them as parameters. ``params`` may be abstract.
+    Not those that ``config``, the folder's, adapts as parameters. ``params`` may be abstract.
     """
     parameters = {
         core_of(PREFIX + name): (name, leaf, i)
