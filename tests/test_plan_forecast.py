@@ -99,7 +99,10 @@ def test_flops_are_four_for_a_frozen_parameter_and_attention(place, standard_pro
     Without checkpointing that is the scores.
     """
     settings = load(
-        place, model={"attention": "reference"}, train={"gradient_checkpointing": remat}
+        place,
+        model={"attention": "reference"},
+        lora={"target_modules": "all-linear"},
+        train={"gradient_checkpointing": remat},
     )
     result = looked(settings, 1)
     width, inner, keys, layers, vocabulary, r, length = 32, 64, 16, 2, 336, 4, 64

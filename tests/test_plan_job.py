@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_plans import QLORA, load, opened
-from tiny_runs import write_rows
+from tiny_runs import TARGETS, write_rows
 
 import jlora
 from jlora import cli
@@ -125,7 +125,7 @@ def test_so_it_is_of_a_classifier_on_one(place, standard_promotion, packed):
 def test_so_it_is_of_an_adapter_that_goes_on(place, standard_promotion, kind):
     """Of PEFT's olora the base's values are needed, and described is what comes of them."""
     _, params = jlora.load_pretrained(str(place.base), dtype="float32")
-    plain = jlora.LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
+    plain = jlora.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="gaussian")
     folder = place.folder / "before"
     jlora.save_adapter(folder, jlora.init_adapter(jax.random.key(0), params, plain))
     file = folder / "adapter_config.json"
