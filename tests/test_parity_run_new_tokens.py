@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tiny_peers import PEERS_TALK, assert_close, load_torch, peft, torch, torch_logits, transformers
-from tiny_runs import ADAPTER, OFF, Place, chat, make_base, write_rows
+from tiny_runs import ADAPTER, NEW_TOKENS, OFF, Place, make_base_with_new_tokens
 from tiny_tokenizer import tiny_tokenizer
 
 import jlora
@@ -27,7 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tied:UserWarning"),
 ]
 
-TOKENS = ["<|tool|>", "<|end of tool|>"]
 SIZE = len(tiny_tokenizer())
 IDS = np.random.default_rng(0).integers(0, SIZE + 2, (2, 24), dtype=np.int32)
 IDS[:, 3:5] = SIZE, SIZE + 1
@@ -58,14 +57,10 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    def make(tied):
-        folder = tmp_path_factory.mktemp("tied" if tied else "untied")
-        make_base(folder, vocab_size=SIZE, tie_word_embeddings=tied)
-        rows = [chat(f"use {i}", f"<|tool|>{i}<|end of tool|>") for i in range(12)]
-        write_rows(folder / "train.jsonl", rows)
-        return folder
-
-    return {tied: make(tied) for tied in (True, False)}
+    return {
+        tied: make_base_with_new_tokens(tmp_path_factory.mktemp("base"), tied)
+        for tied in (True, False)
+    }
 
 
 def resized(folder, size=SIZE + 2, **options):
@@ -107,14 +102,16 @@ def test_a_folder_has_the_rows_that_peft_needs(way, bases, tmp_path):
     assert_close(logits_of_adapter(tmp_path), got, 1e-6)
 
 
-@pytest.mark.parametrize("size", [SIZE + 2, SIZE - 8], ids=["more", "fewer"])
-@pytest.mark.parametrize("way", [w for w in WAYS if "one row" not in w])
+# Trained rows are new ones; where the head has LoRA, peft 0.21 saves no embedding.
+MORE = [way for way in WAYS if way not in ("tied, one row", "untied, LoRA on the head")]
+FEWER = [way for way in MORE if "trainable_token_indices" not in WAYS[way][1]]
+
+
+@pytest.mark.parametrize(
+    ("way", "size"), [*((way, SIZE + 2) for way in MORE), *((way, SIZE - 8) for way in FEWER)]
+)
 def test_the_commands_read_what_peft_saves(way, size, bases, tmp_path):
     tied, lora, _ = WAYS[way]
-    if size < SIZE and "trainable_token_indices" in lora:
-        pytest.skip("the rows that are trained are new ones")
-    if way in ("untied, LoRA on the head",):
-        pytest.skip("peft 0.21 leaves out the embedding")
     config = peft.LoraConfig(**({"target_modules": ["q_proj"]} | lora), init_lora_weights=False)
     base = resized(bases[tied], size)
     with torch.no_grad():  # so that no row is ours by chance
@@ -135,7 +132,7 @@ def check_run(place, quantization=None):
     job = open_job(asked, open_tokenizer(asked), trained=True)
     got = np.asarray(job.model(job.params, IDS))
     tokenizer = transformers.AutoTokenizer.from_pretrained(place.output)
-    assert [tokenizer(t).input_ids for t in TOKENS] == [[SIZE], [SIZE + 1]]
+    assert [tokenizer(t).input_ids for t in NEW_TOKENS] == [[SIZE], [SIZE + 1]]
     base = resized(
         place.base,
         len(tokenizer),
@@ -146,7 +143,7 @@ def check_run(place, quantization=None):
     command.run(asked, Namespace())
     folder = place.output / "merged"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert [tokenizer(t).input_ids for t in TOKENS] == [[SIZE], [SIZE + 1]]
+    assert [tokenizer(t).input_ids for t in NEW_TOKENS] == [[SIZE], [SIZE + 1]]
     merged = load_torch(folder)
     assert merged.config.vocab_size == SIZE + 2
     return torch_logits(merged, IDS), model
@@ -157,7 +154,7 @@ def test_a_run_and_its_merge(way, bases, tmp_path, tiny_cache):
     tied, lora, _ = WAYS[way]
     place = Place(tmp_path, bases[tied], tiny_cache)
     place.settings_for_loss()
-    place.run(model={"new_tokens": TOKENS}, lora=lora, train={"max_steps": 3, "bf16": False})
+    place.run(model={"new_tokens": NEW_TOKENS}, lora=lora, train={"max_steps": 3, "bf16": False})
     got, model = check_run(place)
     assert_close(got, torch_logits(model.merge_and_unload(), IDS), 1e-5)
     trained = load_file(place.output / ADAPTER)
@@ -177,7 +174,7 @@ def test_a_quantized_run(bases, tmp_path, tiny_cache):
     # Without double quantization the bytes are bitsandbytes'.
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False}
     place.run(
-        model={"new_tokens": TOKENS},
+        model={"new_tokens": NEW_TOKENS},
         quantization={**nf4, "bnb_4bit_compute_dtype": "float32"},
         lora=lora,
         train={"max_steps": 2, "bf16": False},

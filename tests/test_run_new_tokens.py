@@ -10,7 +10,14 @@ import pytest
 import tiny_results
 from safetensors.numpy import load_file
 from tiny_plans import load, opened
-from tiny_runs import ADAPTER, OFF, Place, chat, make_base, write_rows
+from tiny_runs import (
+    ADAPTER,
+    NEW_TOKENS,
+    OFF,
+    Place,
+    make_base_with_new_tokens,
+    write_rows,
+)
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoTokenizer
 
@@ -23,23 +30,18 @@ from jlora.run.open_tokenizer import open_tokenizer
 
 quantize = importlib.import_module("jlora.quantize")  # jlora.quantize is the function
 
-TOKENS = ["<|tool|>", "<|end of tool|>"]
 SIZE = len(tiny_tokenizer())
 IDS = [SIZE, SIZE + 1]
-NEW = {"new_tokens": TOKENS}
+NEW = {"new_tokens": NEW_TOKENS}
 SHORT = {"max_steps": 2, "bf16": False, "save_steps": 2}
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    def make(tied):
-        folder = tmp_path_factory.mktemp("tied" if tied else "untied")
-        make_base(folder, vocab_size=SIZE, tie_word_embeddings=tied)
-        rows = [chat(f"use {i}", f"<|tool|>{i}<|end of tool|>") for i in range(12)]
-        write_rows(folder / "train.jsonl", rows)
-        return folder
-
-    return {tied: make(tied) for tied in (True, False)}
+    return {
+        tied: make_base_with_new_tokens(tmp_path_factory.mktemp("base"), tied)
+        for tied in (True, False)
+    }
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_tokens_that_cannot_be_added(tied, capsys, tokens, cause):
 
 
 def test_ids_and_rows_are_shown(tied, place, capsys):
-    said = inspect(tied, capsys, model={"new_tokens": [*TOKENS, "<|eos|>"]})
+    said = inspect(tied, capsys, model={"new_tokens": [*NEW_TOKENS, "<|eos|>"]})
     assert "model.new_tokens: the tokenizer has <|eos|> already, as token 5" in said
     added = f"<|tool|> = {SIZE}, <|end of tool|> = {SIZE + 1} (2 rows added, the mean of the"
     assert added in said and f"vocabulary {SIZE + 2}" in said
@@ -120,7 +122,7 @@ def test_the_size_of_the_file_is_known_before(untied, capsys):
 
 
 HEAD = {"quantization": {"load_in_4bit": True, "block_size": 32, "include_modules": ["lm_head"]}}
-ODD = {"mesh": {"tensor": 2}, "model": {"new_tokens": TOKENS[:1]}}
+ODD = {"mesh": {"tensor": 2}, "model": {"new_tokens": NEW_TOKENS[:1]}}
 """A vocabulary that two devices cannot share evenly."""
 
 
@@ -164,7 +166,7 @@ def test_a_run_resumes_and_continues_from_its_adapter(tied, tmp_path):
     tied.output = tmp_path / "second"
     with pytest.raises(ConfigError, match=r"new_tokens: the tokenizer has 333 tokens with them"):
         tied.run(
-            model={"new_tokens": [*TOKENS, "<|more|>"]},
+            model={"new_tokens": [*NEW_TOKENS, "<|more|>"]},
             train=SHORT,
             lora={"init_from": str(first), **rows},
         )
@@ -193,7 +195,7 @@ def test_a_quantized_base_is_written_with_them(untied):
 
 
 def test_a_classifier_has_an_embedding_only(untied, tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl", [{"text": t, "label": t} for t in TOKENS] * 4)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": t, "label": t} for t in NEW_TOKENS] * 4)
     untied.run(
         model=NEW,
         lora={"task_type": "SEQ_CLS", "trainable_token_indices": IDS},
@@ -206,13 +208,13 @@ def test_a_classifier_has_an_embedding_only(untied, tmp_path):
     assert cli.main("merge", [str(untied.output), OFF]) == 0
     hf = json.loads((untied.output / "merged" / "config.json").read_text())
     assert hf["vocab_size"] == SIZE + 2
-    assert config.load(untied.output, [OFF]).model.new_tokens == tuple(TOKENS)
+    assert config.load(untied.output, [OFF]).model.new_tokens == tuple(NEW_TOKENS)
 
 
 def test_a_tokenizer_that_has_the_tokens_already(tied, tmp_path, capsys):
     """The model lacks rows for them: without new_tokens the data is refused."""
     tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(TOKENS)
+    tokenizer.add_tokens(NEW_TOKENS)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     other = {"tokenizer_name_or_path": str(tmp_path / "tokenizer")}
     assert tied.main(model=other) == 65

@@ -175,6 +175,17 @@ def standard_promotion():
         jax.config.update("jax_numpy_dtype_promotion", before)
 
 
+NEW_TOKENS = ["<|tool|>", "<|end of tool|>"]
+
+
+def make_base_with_new_tokens(folder: Path, tied: bool) -> Path:
+    """A base without spare rows in its embedding, and rows with ``NEW_TOKENS``, which it lacks."""
+    make_base(folder, vocab_size=len(tiny_tokenizer()), tie_word_embeddings=tied)
+    rows = [chat(f"use {i}", f"<|tool|>{i}<|end of tool|>") for i in range(12)]
+    write_rows(folder / "train.jsonl", rows)
+    return folder
+
+
 def make_base(folder: Path, **config: Any) -> Path:
     """A model folder with random weights, a tokenizer, and rows for training and evaluation."""
     model = Model.from_config(LLAMA | config, "float32")

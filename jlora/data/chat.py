@@ -16,7 +16,7 @@ the last user message), the chat becomes one text per reply.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -178,8 +178,8 @@ class ChatRenderer:
                 if text.startswith(prompt + reply):
                     return len(prompt), len(prompt) + len(reply)
         varied = self._without(chat, i, text)
-        start = _common_prefix(text, varied)
-        end = max(start, len(text) - _common_prefix(text[::-1], varied[::-1]))
+        start = common_prefix(text, varied)
+        end = max(start, len(text) - common_prefix(text[::-1], varied[::-1]))
         ends = [token for token in self.special if text[end:].startswith(token)]
         # After a user's message it may be the next header's first token.
         is_reply = chat.messages[i]["role"] == "assistant"
@@ -305,7 +305,7 @@ class ChatRenderer:
         """
         content, best, longest = self._content_start(chat, i, text), None, 0
         for end in range(content, max(content - LONGEST_LEAD, 0) - 1, -1):
-            common = _common_prefix(prompt[::-1], text[:end][::-1])
+            common = common_prefix(prompt[::-1], text[:end][::-1])
             if common > max(longest, SHORTEST_END):
                 best, longest = end, common
         return best
@@ -317,11 +317,11 @@ class ChatRenderer:
         other = "§" if not chat.messages[i]["content"].lstrip().startswith("§") else "¶"
         messages = [*chat.messages[:i], {"role": "assistant", "content": other}]
         varied = self._render(replace(chat, messages=messages), i + 1)
-        return _common_prefix(text, varied)
+        return common_prefix(text, varied)
 
 
-def _common_prefix(a: str, b: str) -> int:
-    """The number of characters with which both texts begin."""
+def common_prefix(a: Sequence, b: Sequence) -> int:
+    """The number of characters, or of other items, with which both begin."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 

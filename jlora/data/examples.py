@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from jlora.data.chat import ChatRenderer
+from jlora.data.chat import ChatRenderer, common_prefix
 from jlora.data.rows import Chat, Completion, Text, learned_messages
 from jlora.data.shown import is_empty
 from jlora.data.tokenizer import (
@@ -95,8 +95,7 @@ class Counts:
     retokenized: int = 0
     """Rows whose ids are not those of the whole text: a token would straddle a reply's border."""
     not_replies: int = 0
-    """Rows that mark other messages than replies as targets, which ``assistant_only_loss`` has not.
-    """
+    """Rows that mark messages other than replies as targets, though only replies are learned."""
     empty_replies: int = 0
     """Rows with a reply that says nothing."""
     unwritable: dict[str, int] = field(default_factory=dict)
@@ -275,17 +274,11 @@ def _all_but_excluded(piece: Piece, ids: list[int], tokenizer: Any) -> list[bool
     """Which tokens of a whole text are targets: those without a character that is excluded."""
     mask = [True] * len(ids)
     for start, end in piece.excluded:
-        first = _alike(ids, token_ids(piece.text[:start], tokenizer))
-        last = len(ids) - _alike(ids[::-1], token_ids(piece.text[end:], tokenizer)[::-1])
+        first = common_prefix(ids, token_ids(piece.text[:start], tokenizer))
+        last = len(ids) - common_prefix(ids[::-1], token_ids(piece.text[end:], tokenizer)[::-1])
         if end > start:
             mask[first:last] = [False] * (last - first)
     return mask
-
-
-def _alike(a: list[int], b: list[int]) -> int:
-    """The number of tokens with which both begin."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _by_spans(piece: Piece, ids: list[list[int]], tokenizer: Any) -> Tokens:

@@ -300,7 +300,7 @@ def _of_source(report: SourceReport, counts: Counts, config: DataConfig) -> Iter
             yield f"the chat template {what} {count} rows"
     if counts.retokenized:
         why = "one token of the whole text has characters of a prompt and of its reply"
-        yield f"{counts.retokenized} rows are tokenized as prompt and reply apart, since {why}"
+        yield f"{counts.retokenized} rows are tokenized in parts, prompt and reply, since {why}"
 
 
 def _digest(packed: PackedRows, reports: Sequence[SourceReport]) -> str:

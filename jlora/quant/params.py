@@ -129,14 +129,11 @@ def _is_selected(leaf: paths.Leaf, config: QuantConfig) -> bool:
 def _named(leaf: paths.Leaf, names: Sequence[str], key: str) -> bool:
     hit = [any(_names(name, module) for name in names) for module in leaf.modules()]
     if any(hit) and not all(hit):
-        raise ConfigError(
-            f"names only some layers of {leaf.module()}, which are one array",
-            where=f"quantization.{key}",
-            fix="name the module without its layer number, or name the layers in the quantization "
-            "with which the model is loaded"
-            if key == "llm_int8_skip_modules"
-            else "name the module without its layer number",
-        )
+        fix = "name the module without its layer number"
+        if key == "llm_int8_skip_modules":
+            fix += ", or name the layers in the quantization with which the model is loaded"
+        cause = f"names only some layers of {leaf.module()}, which are one array"
+        raise ConfigError(cause, where=f"quantization.{key}", fix=fix)
     return any(hit)
 
 

@@ -86,7 +86,7 @@ def find_linear_experts(names: Iterable[str], params: Any, config: LoraConfig) -
         if end not in ("A.weight", "B.weight"):
             continue
         core = ".".join(core_of(front))
-        path = f".{core}".replace(f".{OLD_BLOCK}.", f".{BLOCK}.")[1:]
+        path = core.replace(f".{OLD_BLOCK}.", f".{BLOCK}.")
         expert, half = None, None
         if match := re.fullmatch(rf"(.*\.experts)\.(\d+)\.({'|'.join(HALVES)})", path):
             last, half = HALVES[match[3]]
