@@ -49,11 +49,11 @@ MOE = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 256,
 }
-# One module whose outputs are split over `tensor`, and one whose inputs are.
-TWO = {"target_modules": ["q_proj", "down_proj"], "lora_dropout": 0.1}
+ALL_LINEAR = {"target_modules": "all-linear", "lora_dropout": 0.1}
 ARCHITECTURES = {
-    "llama": (LLAMA, TWO),
-    "gpt2": (GPT2, {"target_modules": ["c_attn", "c_proj"], "lora_dropout": 0.1}),
+    "llama": (LLAMA, ALL_LINEAR),
+    "gpt2": (GPT2, ALL_LINEAR),
+    # One module whose outputs are split over `tensor`, and one whose inputs are.
     "DoRA, embeddings": (
         LLAMA,
         {"target_modules": ".*(q|down)_proj|.*embed_tokens", "use_dora": True, "lora_dropout": 0.1},
@@ -158,7 +158,7 @@ def alone(architecture: str, quantized: bool):
 
 
 SHORT = [("llama", False, MESHES[1])]
-CASES = [*SHORT, *(("llama", True, sizes) for sizes in MESHES)]
+CASES = [("llama", quantized, sizes) for quantized in (False, True) for sizes in MESHES]
 CASES += [(name, True, MESHES[2]) for name in list(ARCHITECTURES)[1:]]
 CASES = [c if c in SHORT else pytest.param(*c, marks=pytest.mark.slow) for c in CASES]
 

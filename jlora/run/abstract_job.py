@@ -18,11 +18,9 @@ from jlora.config import Config
 from jlora.distributed import sharding
 from jlora.errors import ConfigError
 from jlora.io.hf import prequantized, read_model
-from jlora.io.hf.folder import CONFIG_FILES, find_folder, open_shards
-from jlora.io.hf.match import match_tensors
-from jlora.io.hf.names import checkpoint_tensors
-from jlora.io.hf.read import with_score_head
-from jlora.io.hf.vocabulary import with_vocabulary_rows
+from jlora.io.hf.folder import CONFIG_FILES, find_folder
+from jlora.io.hf.match import tensors_by_leaf
+from jlora.io.hf.read import open_tensors
 from jlora.io.peft import abstract_adapter_from_folder
 from jlora.models import Model, as_classifier, with_untied_head, with_vocab_size
 from jlora.quant.params import quantize_params
@@ -140,14 +138,8 @@ def _prequantized_base(config: Config, model: Model) -> Any:
             where=f"model.name_or_path: {config.model.name_or_path}",
             fix="download the model first, or name the model that it was quantized from",
         )
-    groups: dict[Any, list[Any]] = {}
-    for tensor in checkpoint_tensors(model):
-        groups.setdefault(tensor.path, []).append(tensor)
-    with open_shards(folder) as shards:
-        if model.config.num_labels is not None:
-            shards = with_score_head(shards, model, config.train.seed)
-        source = match_tensors(shards, model, folder)
-        with_vocabulary_rows(shards, source, model)  # refuses quantized embeddings
+    with open_tensors(folder, model, config.train.seed) as (_, source):
+        groups = tensors_by_leaf(model)
         return prequantized.prequantized_shapes(model.shapes, groups, source.prequantized)
 
 

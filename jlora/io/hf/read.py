@@ -7,10 +7,11 @@ host holds one tensor at a time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,26 +114,16 @@ def load_pretrained(
     fresh = num_labels is not None and model.config.num_labels is None
     if num_labels is not None:
         model = dataclasses.replace(model, config=as_classifier(model.config, num_labels))
-    with open_shards(folder) as stored:
-        shards = mxfp4.DecodedShards(stored) if model.config.quant_method == "mxfp4" else stored
-        if fresh:
-            shards = with_score_head(shards, model, seed)
-        source = match_tensors(shards, model, folder)
+    with open_tensors(folder, model, seed if fresh else None) as (shards, source):
         if source.prequantized and quantization is not None:
             _check_same_quantization(source, model, quantization)
-        shards = with_vocabulary_rows(shards, source, model)
         return model, read_params(shards, source, model, quantization, mesh, progress, cancel)
 
 
 def read_vocabulary(folder: Path, model: Model) -> dict[str, Any]:
     """The model's embedding and output head alone, dense, as a part of its parameter tree."""
     groups, found = tensors_by_leaf(model), {}
-    with open_shards(folder) as stored:
-        shards = mxfp4.DecodedShards(stored) if model.config.quant_method == "mxfp4" else stored
-        if model.config.num_labels is not None:
-            shards = with_score_head(shards, model, seed=0)
-        source = match_tensors(shards, model, folder)
-        shards = with_vocabulary_rows(shards, source, model)
+    with open_tensors(folder, model, seed=0) as (shards, source):
         for leaf in vocabulary_leaves(model):
             (tensor,) = groups[leaf.path]
             value = _value(shards, source.names[tensor.name], np.dtype(leaf.value.dtype))
@@ -140,11 +131,26 @@ def read_vocabulary(folder: Path, model: Model) -> dict[str, Any]:
     return paths.nest(found)
 
 
-def with_score_head(shards: Shards, model: Model, seed: int) -> Shards:
-    """A classifier's ``shards``, with a new score head if they have none."""
-    if SCORE_HEAD in shards.files:
-        return shards
-    return ScoreHeadShards(shards, model.config, head_name(model), seed)
+@contextlib.contextmanager
+def open_tensors(
+    folder: Path, model: Model, seed: int | None = None
+) -> Iterator[tuple[Shards, TensorMap]]:
+    """The tensors of a model in a folder, MXFP4 decoded, and where they are.
+
+    With a ``seed`` a classifier gets a new score head if the files have none. The embedding and the
+    output head have as many rows as the model's vocabulary.
+
+    Raises:
+      DataError: the tensors do not fit the model.
+      ConfigError: an embedding or head that needs more rows is quantized.
+    """
+    with open_shards(folder) as stored:
+        shards = mxfp4.DecodedShards(stored) if model.config.quant_method == "mxfp4" else stored
+        lacks_head = model.config.num_labels is not None and SCORE_HEAD not in shards.files
+        if lacks_head and seed is not None:
+            shards = ScoreHeadShards(shards, model.config, head_name(model), seed)
+        source = match_tensors(shards, model, folder)
+        yield with_vocabulary_rows(shards, source, model), source
 
 
 def read_model(folder: Path, quantization: QuantConfig | None = None, **options: Any) -> Model:

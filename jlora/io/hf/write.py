@@ -28,11 +28,10 @@ from jlora.config import QuantConfig
 from jlora.distributed import sharding
 from jlora.errors import ConfigError, DataError, StorageError
 from jlora.files import PARTIAL, staged_folder, storage_errors
-from jlora.io.hf import mxfp4, prequantized, prequantized_write
+from jlora.io.hf import prequantized, prequantized_write
 from jlora.io.hf.folder import FLOATS, GENERATION, INDEX, SINGLE, Shards, open_shards
-from jlora.io.hf.match import match_tensors
 from jlora.io.hf.names import CheckpointTensor, checkpoint_tensors, is_of_others
-from jlora.io.hf.read import read_model
+from jlora.io.hf.read import open_tensors, read_model
 from jlora.lora.weight import dense
 from jlora.models.model import Model
 from jlora.models.registry import family_of
@@ -123,9 +122,7 @@ def stored_dtypes(
     float32.
     """
     model, found = read_model(folder, quantization), {}
-    with open_shards(folder) as stored:
-        shards = mxfp4.DecodedShards(stored) if model.config.quant_method == "mxfp4" else stored
-        source = match_tensors(shards, model, folder)
+    with open_tensors(folder, model) as (shards, source):
         for tensor in checkpoint_tensors(model):
             if tensor.name not in source.prequantized:
                 name = FLOATS[shards.dtype(source.names[tensor.name])]
