@@ -40,6 +40,12 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PACKAGES = ("jax", "flax", "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets")
 SETTINGS = ("JAX_PLATFORMS", "XLA_FLAGS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_AFFINITY")
+VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+"""Vector extensions that decide how fast a bfloat16 product is, as /proc/cpuinfo names them.
+
+Without the third torch's takes a hundred times as long.
+"""
+
 QUIET = 0.1
 """The share of the machine that other processes may use before a run is refused or marked."""
 
@@ -293,12 +299,14 @@ def describe() -> dict[str, Any]:
     """The conditions of a run: date, machine, versions, thread settings, command."""
     cpus = Path("/proc/cpuinfo").read_text()
     found = re.search(r"model name\s*:\s*(.+)", cpus)
+    vectors = [name for name in VECTORS if re.search(rf"\b{name}\b", cpus)]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "date": str(date.today()),
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": _output("git", "-C", str(HERE), "rev-parse", "--short", "HEAD"),
         "cpu": found[1].strip() if found else platform.machine(),
+        "vectors": vectors,
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory / 2**30, 1),
         "gpu": _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),

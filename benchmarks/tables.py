@@ -125,9 +125,12 @@ def conditions(where: Mapping[str, Any]) -> str:
     gpu = f", {where['gpu']}" if where["gpu"] else ""
     busy = where["used_by_others"]
     note = f" **Others used {busy:.0%} of the machine.**" if busy > BUSY else ""
+    cores = f"{where['cores']} cores"
+    if "vectors" in where:
+        cores += f" ({', '.join(where['vectors'])})"
     return (
         f"`{where['command']}`, {where['repeats']} rounds, {where['date']}: {where['cpu']}, "
-        f"{where['cores']} cores{gpu}, Python {where['python']}, {versions}{settings}.{note}"
+        f"{cores}{gpu}, Python {where['python']}, {versions}{settings}.{note}"
     )
 
 
@@ -181,14 +184,16 @@ def limits(results: Path) -> str:
 
 def floors(results: Path) -> str:
     """The headline figures, compared with the least time that they can take on the machine."""
-    best = {
-        case: max(by_framework.values())
-        for case, by_framework in rates(load("limits", results)).items()
-    }
+    limits = load("limits", results)
+    best = {case: max(by_framework.values()) for case, by_framework in rates(limits).items()}
     rows = []
 
     def row(what: str, floor: float, name: str, value: Any) -> None:
-        points = load(name, results)["points"]
+        result = load(name, results)
+        # Another machine has other limits.
+        if result["conditions"].get("vectors") != limits["conditions"].get("vectors"):
+            return
+        points = result["points"]
         found = next(p["results"] for p in points if p["value"] == value)
         jlora, *others = [one["median"] for one in found.values()]
         cells = [f"{1e3 * floor:.3g} ms", *(f"{s / floor:.2f}" for s in (jlora, min(others)))]

@@ -38,9 +38,7 @@ annotated = [file for file in package.rglob("*.py") if "from jaxtyping import" i
 names = [".".join(file.relative_to(package.parent).with_suffix("").parts) for file in annotated]
 install_import_hook(names, "checker.check")
 
-# What the imports made stays: the collector need not look at it again, nor at the rest so often.
-gc.freeze()
-gc.set_threshold(100_000, 20, 20)
+gc.set_threshold(100_000, 20, 20)  # by default the collector takes a twentieth of the tests' time
 
 
 LONGEST = (
@@ -64,6 +62,11 @@ def pytest_collection_modifyitems(items):
     """Sorts the files; within a file tests stay in their order."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+def pytest_collection_finish():
+    """What imports made stays: the garbage collector need not look at it again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
