@@ -64,7 +64,7 @@ def test_launchers_that_jax_knows_start_jax_distributed(environ, monkeypatch):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **kw: calls.append(kw))
     processes.initialize(environ)
-    assert calls == [{}]
+    assert calls == [{"local_device_ids": []}]
 
 
 @pytest.mark.parametrize(

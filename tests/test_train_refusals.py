@@ -29,13 +29,17 @@ def test_divergence_exits_70_and_leaves_the_adapter_of_before(place, capfd):
     assert all("loss" not in line or line["loss"] is not None for line in place.log())
 
 
-def test_weights_that_overflow_are_not_saved(place):
+def test_weights_that_overflow_are_not_saved(place, monkeypatch, capsys):
+    """And a run on a CPU beside GPUs says so: jax without CUDA falls back without a word."""
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     place.settings_for_loss()
     settings = {"learning_rate": 1e30, "optim": "sgd", "weight_decay": 1e30, "max_steps": 1}
     settings["warmup_ratio"] = 0.0
     with pytest.raises(DivergedError, match="weights that are not finite"):
         place.run(train=settings)
     assert not place.checkpoints() and not (place.output / "adapter_model.safetensors").exists()
+    assert "this process uses 0 of 2 GPUs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from jlora.distributed.local_gpus import local_gpus
 from jlora.errors import ConfigError
 
 COMPILER_THREAD = "compile"
@@ -26,13 +27,15 @@ def initialize(environ: Mapping[str, str] = os.environ) -> bool:
     """Joins the other processes of this run, if the environment says that there are any.
 
     ``JLORA_COORDINATOR`` (host:port), ``JLORA_NUM_PROCESSES`` and ``JLORA_PROCESS_ID`` are given
-    together; under SLURM, Open MPI and on TPU slices JAX detects the processes by itself. Call this
-    before anything touches a device.
+    together; under SLURM, Open MPI and on TPU slices JAX detects the processes by itself. The
+    processes of a machine share its GPUs, a single one uses all. Call this before anything touches
+    a device.
 
     Returns whether there are other processes.
 
     Raises:
-      ConfigError: the variables are incomplete or wrong, or the processes cannot connect.
+      ConfigError: the variables are incomplete or wrong, the processes cannot connect, or those of
+        this machine cannot share its GPUs.
     """
     names = ("JLORA_COORDINATOR", "JLORA_NUM_PROCESSES", "JLORA_PROCESS_ID")
     given = [name for name in names if name in environ]
@@ -41,6 +44,8 @@ def initialize(environ: Mapping[str, str] = os.environ) -> bool:
         arguments = _initialize_arguments(environ, names, given)
     elif not _launched_by_cluster(environ):
         return False
+    # An empty list is JAX's way to leave all devices visible, whatever the cluster's local rank.
+    arguments["local_device_ids"] = local_gpus(environ)
     import jax
 
     try:
