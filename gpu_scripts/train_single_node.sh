@@ -14,7 +14,5 @@ fi
 
 # Without a working CUDA installation JAX would fall back to the CPU; this makes it an error.
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda}"
-# The fraction of each GPU's memory that XLA preallocates; cuDNN and NCCL need the rest.
-export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
 
 exec "${PYTHON:-python}" -m jlora.train "$@"

@@ -29,7 +29,6 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export JLORA_COORDINATOR="${nodes[0]}:$((20000 + SLURM_JOB_ID % 10000))"
 export JLORA_NUM_PROCESSES="$SLURM_NTASKS"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda}"
-export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
 export PYTHON="${PYTHON:-python}"
 
 # SLURM_PROCID is set only inside the job step, hence the inner shell.

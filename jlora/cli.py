@@ -139,6 +139,7 @@ def leave(code: int) -> NoReturn:
 
 def _run(command: Command, options: argparse.Namespace) -> None:
     settings = config.load(options.config, options.overrides, command.takes_adapter)
+    environment.reserve_gpu_memory()
     importlib.import_module(command.module).run(settings, options)
 
 

@@ -1,8 +1,13 @@
-"""The persistent compilation cache: its folder, and what happens if it is not writable."""
+"""The compilation cache and its folder; and the memory of GPUs that commands take."""
+
+import os
+from types import SimpleNamespace
 
 import jax
 import pytest
+import tiny_runs
 
+from jlora import cli
 from jlora.run import environment
 
 
@@ -32,3 +37,22 @@ def test_an_unwritable_cache_folder_is_not_an_error(tmp_path, cache_settings):
     before = jax.config.jax_compilation_cache_dir
     assert environment.enable_compilation_cache({"XDG_CACHE_HOME": str(tmp_path / "file")}) is None
     assert jax.config.jax_compilation_cache_dir == before
+
+
+@pytest.mark.parametrize(("given", "taken"), [(None, "0.92"), ("", "0.92"), ("0.5", "0.5")])
+def test_commands_take_most_of_a_gpu_before_jax_starts(place, monkeypatch, given, taken):
+    """What the planner counts, with or without the scripts."""
+    monkeypatch.setenv(environment.MEMORY_FRACTION, given or "")
+    if given is None:
+        monkeypatch.delenv(environment.MEMORY_FRACTION)
+    seen = []
+    command = SimpleNamespace(run=lambda *_: seen.append(os.environ[environment.MEMORY_FRACTION]))
+    monkeypatch.setattr(cli.importlib, "import_module", lambda _: command)
+    assert cli.main("train", [str(place.write()), tiny_runs.OFF]) == 0
+    assert seen == [taken] and environment.memory_fraction() == float(taken)
+
+
+def test_a_fraction_that_is_no_number_is_an_error(place, monkeypatch, capsys):
+    monkeypatch.setenv(environment.MEMORY_FRACTION, "most")
+    assert place.main() == 2
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION='most'" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from typing import Any
 
 from jlora.config import Config, QuantConfig
 from jlora.plan.forecast import Forecast
-from jlora.plan.target import FRACTION
+from jlora.run.environment import MEMORY_FRACTION
 from jlora.run.header import size_text
 
 
@@ -86,12 +86,12 @@ def _try(
     )
 
 
-MOST_OF_GPU = f"{FRACTION}=0.95 (environment)"
+MOST_OF_GPU = f"{MEMORY_FRACTION}=0.95 (environment)"
 """Environment variable that gives a run nearly all of a GPU's memory."""
 
 
 def _fits_most_of_gpu(result: Forecast) -> bool:
-    """Whether the run fits if JAX takes 95 % of a GPU's memory, not 75 % as by default."""
+    """Whether the run fits if JAX takes 95 % of a GPU's memory."""
     limit, memory = result.limit, result.memory
     if memory is None or limit.limit >= 0.94 * limit.total:
         return False

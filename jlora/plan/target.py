@@ -14,15 +14,12 @@ from typing import Any
 
 from jlora.errors import ConfigError, did_you_mean
 from jlora.plan.hardware import HARDWARE, Hardware, of_kind, target_config
+from jlora.run.environment import DEFAULT_MEMORY_FRACTION, MEMORY_FRACTION, memory_fraction
 
 SLICE_TOPOLOGIES = {
     1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16",
 }  # fmt: skip
 """Chips of a TPU slice (v5e, v6e) → its topology."""
-
-FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-DEFAULT_FRACTION = 0.75
-"""Fraction of a GPU's memory that JAX preallocates, and that programs are limited to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,10 +138,12 @@ def memory_limit(target: CompileTarget, present: Sequence[Any] | None) -> Memory
 def _of_table(hardware: Hardware) -> MemoryLimit:
     if hardware.platform == "tpu":
         return MemoryLimit(hardware.memory, "what XLA leaves to a program", hardware.memory)
-    fraction = os.environ.get(FRACTION)
-    share = float(fraction) if fraction else DEFAULT_FRACTION
+    share = memory_fraction()
     source = f"{share:.0%} of {hardware.memory / 2**30:.1f} GiB, "
-    source += f"as {FRACTION} says" if fraction else "as JAX takes at its start"
+    if share == DEFAULT_MEMORY_FRACTION:
+        source += "as jlora takes at its start"
+    else:
+        source += f"as {MEMORY_FRACTION} says"
     return MemoryLimit(int(share * hardware.memory), source, hardware.memory)
 
 

@@ -1,4 +1,4 @@
-"""What a command sets in its own process around JAX: no torch, and a compilation cache.
+"""What a command sets in its own process around JAX: no torch, GPU memory, a compilation cache.
 
 Nothing heavy is imported here: ``jlora.cli`` needs this module before the settings are checked.
 """
@@ -10,8 +10,10 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
+
+from jlora.errors import ConfigError
 
 
 def block_torch() -> None:
@@ -25,6 +27,31 @@ def block_torch() -> None:
     sys.modules.setdefault("torch", None)  # pyright: ignore (None makes the import fail)
     # transformers would print that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+"""The variable for the fraction of a GPU's memory that JAX preallocates, and that programs get."""
+
+DEFAULT_MEMORY_FRACTION = 0.92
+"""Of commands, where JAX's own is 0.75. cuDNN, NCCL and the driver need the rest."""
+
+
+def memory_fraction(environ: Mapping[str, str] = os.environ) -> float:
+    """The fraction of a GPU's memory that a command of jlora takes.
+
+    Raises ConfigError if the variable is set to something else.
+    """
+    text = environ.get(MEMORY_FRACTION) or DEFAULT_MEMORY_FRACTION
+    try:
+        return float(text)
+    except ValueError:
+        cause, fix = f"{MEMORY_FRACTION}={text!r}", "give it a number, such as 0.92"
+        raise ConfigError(cause, where="environment", fix=fix) from None
+
+
+def reserve_gpu_memory(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Lets JAX take ``memory_fraction`` of each GPU; call it before JAX's first use."""
+    environ[MEMORY_FRACTION] = f"{memory_fraction(environ):g}"
 
 
 def enable_compilation_cache(environ: Mapping[str, str] = os.environ) -> Path | None:
