@@ -1,8 +1,5 @@
 """Runs README's commands, and holds the first to its promise: exact match and files.
 
-    python .ci/quickstart.py quickstart
-    python .ci/quickstart.py others      # in the folder that the first left
-
 Its time is printed, not held: a busy machine is no fault of the change.
 """
 
@@ -63,21 +60,18 @@ def faults(seconds: float) -> list[str]:
     return found
 
 
-def quickstart() -> str:
-    """Runs the quickstart; returns what is wrong, if anything."""
+def main() -> None:
+    """Exits with what is wrong, if anything."""
     shutil.rmtree("outputs", ignore_errors=True)
-    assert QUICKSTART in readme_commands(), "README no longer shows the quickstart"
-    return "; ".join(faults(run(QUICKSTART)))
-
-
-def others() -> str:
-    """Runs README's other commands."""
-    for command in readme_commands():
+    wrong = faults(run(QUICKSTART))
+    commands = readme_commands()
+    assert QUICKSTART in commands, "README no longer shows the quickstart"
+    for command in commands:
         if command != QUICKSTART:
             # That README's other trainings start and end is enough.
             run(f"{command} train.max_steps=8" if "jlora.train configs" in command else command)
-    return ""
+    sys.exit("; ".join(wrong) or 0)
 
 
 if __name__ == "__main__":
-    sys.exit({"quickstart": quickstart, "others": others}[sys.argv[1]]() or 0)
+    main()
