@@ -184,14 +184,14 @@ def limits(results: Path) -> str:
 
 def floors(results: Path) -> str:
     """The headline figures, compared with the least time that they can take on the machine."""
-    limits = load("limits", results)
-    best = {case: max(by_framework.values()) for case, by_framework in rates(limits).items()}
+    measured = load("limits", results)
+    best = {case: max(by_framework.values()) for case, by_framework in rates(measured).items()}
     rows = []
 
     def row(what: str, floor: float, name: str, value: Any) -> None:
         result = load(name, results)
         # Another machine has other limits.
-        if result["conditions"].get("vectors") != limits["conditions"].get("vectors"):
+        if result["conditions"].get("vectors") != measured["conditions"].get("vectors"):
             return
         points = result["points"]
         found = next(p["results"] for p in points if p["value"] == value)

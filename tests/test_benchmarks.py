@@ -237,6 +237,12 @@ def test_floors_divide_work_by_the_best_rate(written):
         "| generation, 10 tokens | 500 ms | 6.00 | 10.00 |",
     ]
     assert "| bfloat16 | 4 GFLOP/s | 2 GFLOP/s |" in tables.limits(folder)
+    file = folder / "nf4-quantize.json"
+    other = json.loads(file.read_text())
+    other["conditions"]["vectors"] = ["avx2"]
+    file.write_text(json.dumps(other))
+    assert "NF4 quantize" not in tables.floors(folder)
+    assert "NF4 dequantize" in tables.floors(folder)
     table = tables.training_step(folder)
     assert table.count("| 2.00 (2.00–2.00) | 1.67 (1.67–1.67) |") == 3
     assert table.count("`python benchmarks/x.py`") == 1  # the three runs have the same conditions

@@ -34,6 +34,8 @@ def slurm(tasks, node=0, local=0):
         (slurm("4", local=2) | {"SLURM_TRES_PER_TASK": "cpu=4,gres/gpu=8"}, []),
         (slurm("2", local=1) | {"SLURM_STEP_GPUS": ",".join(map(str, range(16)))}, []),
         (slurm("8", local=3) | {"JAX_LOCAL_DEVICE_IDS": "0,7"}, [0, 7]),
+        # Without GPUs of NVIDIA, as JAX does: those of other makers are one for each process.
+        (slurm("8", local=3) | {"CUDA_VISIBLE_DEVICES": ""}, [3]),
         ({}, []),
     ],
 )
@@ -80,7 +82,8 @@ def test_without_a_variable_nvidia_smi_counts_them(monkeypatch):
 def test_fewer_gpus_than_the_process_should_use_are_told():
     assert local_gpus.missing_gpus(8, EIGHT) is None
     assert local_gpus.missing_gpus(1, EIGHT | slurm("8", local=2)) is None
-    assert local_gpus.missing_gpus(0, {"CUDA_VISIBLE_DEVICES": ""}) is None
+    for environ in ({}, slurm("2", local=1)):
+        assert local_gpus.missing_gpus(0, {"CUDA_VISIBLE_DEVICES": ""} | environ) is None
     assert "uses 1 of 8 GPUs" in local_gpus.missing_gpus(1, EIGHT)
     assert "uses 0 of 4 GPUs" in local_gpus.missing_gpus(0, EIGHT | slurm("2", local=1))
 

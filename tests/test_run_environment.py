@@ -8,6 +8,7 @@ import pytest
 import tiny_runs
 
 from jlora import cli
+from jlora.errors import ConfigError
 from jlora.run import environment
 
 
@@ -50,6 +51,16 @@ def test_commands_take_most_of_a_gpu_before_jax_starts(place, monkeypatch, given
     monkeypatch.setattr(cli.importlib, "import_module", lambda _: command)
     assert cli.main("train", [str(place.write()), tiny_runs.OFF]) == 0
     assert seen == [taken] and environment.memory_fraction() == float(taken)
+
+
+def test_the_newer_name_of_the_variable_is_kept_alone():
+    """JAX refuses to start where both names are set."""
+    environ = {environment.NEW_MEMORY_FRACTION: "0.8"}
+    environment.reserve_gpu_memory(environ)
+    assert environ == {environment.NEW_MEMORY_FRACTION: "0.8"}
+    assert environment.memory_fraction(environ) == 0.8
+    with pytest.raises(ConfigError, match="both set"):
+        environment.reserve_gpu_memory(environ | {environment.MEMORY_FRACTION: "0.8"})
 
 
 def test_a_fraction_that_is_no_number_is_an_error(place, monkeypatch, capsys):

@@ -34,8 +34,7 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> int:
         return len(re.findall(r"^GPU ", found.stdout, re.MULTILINE))
     entries = [entry.strip() for entry in named.split(",")]
     # CUDA ignores what comes after an invalid entry.
-    valid = next((i for i, entry in enumerate(entries) if entry in ("", "-1")), len(entries))
-    return valid
+    return next((i for i, entry in enumerate(entries) if entry in ("", "-1")), len(entries))
 
 
 def local_gpus(environ: Mapping[str, str] = os.environ) -> list[int]:
@@ -46,8 +45,12 @@ def local_gpus(environ: Mapping[str, str] = os.environ) -> list[int]:
     if named := environ.get(RESTRICTED):
         return [int(index) for index in named.split(",")]
     tasks, index = _tasks_here(environ)
+    if tasks == 1:
+        return []
     gpus = visible_gpus(environ)
-    if tasks == 1 or not gpus or _has_its_own(environ, gpus):
+    if not gpus:  # none, or of another maker: as JAX does
+        return [index]
+    if _has_its_own(environ, gpus):
         return []
     if gpus % tasks:
         raise ConfigError(
@@ -61,7 +64,8 @@ def local_gpus(environ: Mapping[str, str] = os.environ) -> list[int]:
 
 def missing_gpus(used: int, environ: Mapping[str, str] = os.environ) -> str | None:
     """What to say if this process uses fewer GPUs than it should, ``used`` being 0 on a CPU."""
-    expected = len(local_gpus(environ)) or visible_gpus(environ)
+    visible = visible_gpus(environ)
+    expected = (len(local_gpus(environ)) or visible) if visible else 0
     if used >= expected:
         return None
     return (

@@ -14,7 +14,7 @@ from typing import Any
 
 from jlora.errors import ConfigError, did_you_mean
 from jlora.plan.hardware import HARDWARE, Hardware, of_kind, target_config
-from jlora.run.environment import DEFAULT_MEMORY_FRACTION, MEMORY_FRACTION, memory_fraction
+from jlora.run.environment import DEFAULT_MEMORY_FRACTION, memory_fraction
 
 SLICE_TOPOLOGIES = {
     1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16",
@@ -143,7 +143,7 @@ def _of_table(hardware: Hardware) -> MemoryLimit:
     if share == DEFAULT_MEMORY_FRACTION:
         source += "as jlora takes at its start"
     else:
-        source += f"as {MEMORY_FRACTION} says"
+        source += "as the environment says"
     return MemoryLimit(int(share * hardware.memory), source, hardware.memory)
 
 

@@ -36,22 +36,34 @@ DEFAULT_MEMORY_FRACTION = 0.92
 """Of commands, where JAX's own is 0.75. cuDNN, NCCL and the driver need the rest."""
 
 
+NEW_MEMORY_FRACTION = "XLA_CLIENT_MEM_FRACTION"
+"""Its newer name. JAX refuses to start where both are set."""
+
+
 def memory_fraction(environ: Mapping[str, str] = os.environ) -> float:
     """The fraction of a GPU's memory that a command of jlora takes.
 
-    Raises ConfigError if the variable is set to something else.
+    Raises ConfigError if both variables are set, or one to something that is no number.
     """
-    text = environ.get(MEMORY_FRACTION) or DEFAULT_MEMORY_FRACTION
+    given = [name for name in (NEW_MEMORY_FRACTION, MEMORY_FRACTION) if environ.get(name)]
+    if not given:
+        return DEFAULT_MEMORY_FRACTION
+    if len(given) == 2:
+        cause, fix = f"{' and '.join(given)} are both set", f"remove {MEMORY_FRACTION}"
+        raise ConfigError(cause, where="environment", fix=fix)
+    (name,) = given
     try:
-        return float(text)
+        return float(environ[name])
     except ValueError:
-        cause, fix = f"{MEMORY_FRACTION}={text!r}", "give it a number, such as 0.92"
+        cause, fix = f"{name}={environ[name]!r}", "give it a number, such as 0.92"
         raise ConfigError(cause, where="environment", fix=fix) from None
 
 
 def reserve_gpu_memory(environ: MutableMapping[str, str] = os.environ) -> None:
     """Lets JAX take ``memory_fraction`` of each GPU; call it before JAX's first use."""
-    environ[MEMORY_FRACTION] = f"{memory_fraction(environ):g}"
+    fraction = memory_fraction(environ)
+    if not environ.get(NEW_MEMORY_FRACTION):
+        environ[MEMORY_FRACTION] = f"{fraction:g}"
 
 
 def enable_compilation_cache(environ: Mapping[str, str] = os.environ) -> Path | None:
