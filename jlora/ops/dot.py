@@ -110,6 +110,8 @@ def columns(w: Weight, start: Int[Array, ""], size: int) -> Weight:
         indices = jnp.where(inside, w.indices - start, size)  # out of range: dropped
         return dataclasses.replace(w, base=columns(w.base, start, size), indices=indices)
     if is_quantized(w):
+        # Stored [out, in] as in torch, so that these columns are rows there, which can be
+        # dequantized alone.
         return w.mT.take(start + jnp.arange(size)).mT
     return jax.lax.dynamic_slice_in_dim(w, start, size, axis=-1)
 
@@ -124,6 +126,8 @@ def _lora_dot(x: Array, w: LoraWeight, dtype: Any) -> Array:
         return _add_row_deltas(base, saveable(per_row_product(x, w.lora_A, _row_ids(x, w))), w)
     # The scale is on A. On the delta, its gradient is one more pass over the output's gradient; on
     # x @ A, a GPU's temporaries grow (84 MiB for 8B at 2048 tokens).
+    # Two products: with B as further rows of W it would be one, but the concatenations cost as much
+    # as the second product.
     delta = dot(saveable(dot(dropped, w.scaled_A)), w.lora_B)
     if w.bias is not None:
         delta = delta + w.bias.astype(delta.dtype)
@@ -196,6 +200,8 @@ def _token_dot(x: Array, w: TokenWeight, dtype: Any) -> Array:
     """Logits of an output head with trained columns: its own, or a tied embedding's rows."""
     logits = dot(x, w.base, dtype)
     trained = dot(x, w.rows.mT, dtype)
+    # Logits are replaced, not columns of the weight, which would copy the whole head. Dropped are
+    # the tokens outside of a range of columns (`columns`).
     return logits.at[..., w.indices].set(trained, mode="drop")
 
 

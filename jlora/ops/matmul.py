@@ -70,8 +70,12 @@ def even_odd_matmul(
     for a quantized matrix, and prevents fusing dequantization into the product; here the few rows
     of activations are interleaved instead.
     """
+    # Codes stay in bitsandbytes' order. With a byte's two values half a row apart, 1024 rows take
+    # 16 ms instead of 18 by the compiler, but 8192 rows 127, where dequantizing first takes 110: a
+    # matrix that is decoded within a product is decoded anew for every tile of rows.
     even, odd = nf4.dequantize_even_odd(_absmax_after(q, x))
     if transpose == q.transposed:  # the result has an entry for each column
+        # One product with the even and odd columns concatenated was not better.
         results = array_matmul(x, even, 0, dtype), array_matmul(x, odd, 0, dtype)
         return jnp.stack(results, axis=-1).reshape(*x.shape[:-1], -1)
     pairs = x.reshape(*x.shape[:-1], -1, 2)

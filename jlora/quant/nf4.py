@@ -61,7 +61,7 @@ class NF4Array:
     transforms may replace the children by other objects, such as shardings.
     """
 
-    codes: Any
+    codes: Any  # in uint8: orbax and safetensors reject jnp.uint4
     absmax: Any
     nested_absmax: Any
     nested_offset: Any

@@ -147,6 +147,8 @@ def _scores(
     q: Array, k: Array, masks: _Masks, scale: float | Array, softcap: float | None, pair: tuple
 ) -> tuple[Array, Array | float]:
     """Masked scores (B, kv_heads, rows, C) of a pair of chunks, and their derivative by q @ k."""
+    # Transposed scores would spare the backward pass transposed products, but were slower overall
+    # on a CPU; so was a loop over heads, from 1024 tokens on.
     chunk = k.shape[2]
     scores = softcapped(_product("bhqd,bhkd->bhqk", q, k) * scale, softcap)
     slope = scale if softcap is None else scale * (1 - (scores / softcap) ** 2)
