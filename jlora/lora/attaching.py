@@ -187,6 +187,8 @@ def _with_delta(
     if key is not None and dropout:
         key = path_key(key, leaf.path[:-1])
         key = jax.random.split(key, leaf.layers) if leaf.layers else key
+    # Attached outside of the scan over layers: in it, the backward pass would compute the norms of
+    # DoRA again.
     return LoraWeight(
         base=base,
         lora_A=a,

@@ -126,9 +126,8 @@ def _principal_components(
         *lead, fan_in, _ = leaves[path].value.shape
         # Twice as many as wanted, since the last wanted direction converges with the ratio of its
         # variance to that of the first one left out.
-        width = min(
-            fan_in, 2 * wanted[path]
-        )  # the same start for all leaves that have the same inputs
+        width = min(fan_in, 2 * wanted[path])
+        # The key depends on the width alone: q, k and v, whose inputs are the same, start alike.
         draw = jax.random.normal(jax.random.fold_in(key, fan_in), (fan_in, width))
         return jnp.broadcast_to(jnp.linalg.qr(draw)[0], (*lead, fan_in, width))
 

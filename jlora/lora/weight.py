@@ -136,6 +136,7 @@ def is_weight_leaf(leaf: Any) -> bool:
 
     The ``is_leaf`` of ``jax.tree`` functions that count weights, not the arrays they consist of.
     """
+    # By the method: this layer of the package does not know the classes of quantized arrays.
     return hasattr(leaf, "dequantize")
 
 

@@ -103,6 +103,8 @@ def _cat(terms: Sequence[ModuleFactors], weights: Array) -> FactorPair:
     a, b = _concatenated(terms, weights)
     used = np.concatenate([np.arange(f.a.shape[-1]) < f.ranks[:, None] for f in terms], 1)
     ranks = used.sum(1)
+    # A layer's rank counts columns from the first on: unused ones in between would be saved, and
+    # some in use cut off.
     order = np.argsort(~used, axis=1, stable=True)[:, : ranks.max()]
     a = jnp.take_along_axis(a, order[:, None, :], 2)
     return a, jnp.take_along_axis(b, order[:, :, None], 1), ranks

@@ -101,6 +101,8 @@ def with_names_of_parameters(
     for name in config.target_modules:
         new = OLD_NAMES.get(name.rpartition(".")[2], "")
         is_there = any(matching.matches(p, (new,)) for p in parameters)
+        # Where some layers have MLPs instead of experts, the names are theirs. peft 0.21 adapts the
+        # experts then, and cannot adapt these MLPs.
         if is_there and not any(matching.matches(n, (name,)) for n in linear):
             moved.setdefault(new, []).append(name)
     if not moved:
@@ -116,6 +118,8 @@ def with_names_of_parameters(
     both = r".*\.gate_up_proj"
     ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
     if fused and both not in ranks:
+        # As in PEFT, alpha grows with the rank, which keeps the scale; with rsLoRA it becomes √2
+        # larger.
         ranks[both], alphas[both] = 2 * config.r, 2 * config.lora_alpha
     gone = {name for names in moved.values() for name in names}
     return dataclasses.replace(
