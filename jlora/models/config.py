@@ -135,6 +135,8 @@ class DecoderConfig:
         def kind(layer: int) -> Any:
             return layer in self.mlp_only_layers, self.unquantized and self.unquantized[layer]
 
+        # Not one stack with zeros where a layer lacks a leaf: if every second layer has experts,
+        # half of their memory would be zeros.
         groups = itertools.groupby(range(self.num_hidden_layers), kind)
         runs = [list(layers) for _, layers in groups]
         return tuple(range(run[0], run[-1] + 1) for run in runs)

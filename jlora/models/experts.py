@@ -102,6 +102,7 @@ class ClampedExperts(nnx.Module):
 def _bias_per_row(bias: nnx.Param, like: Array, sizes: Array) -> Array:
     """The bias of each row's expert, in the dtype and for the rows of ``like``."""
     values = bias.get_value().astype(like.dtype)
+    # Under jit the length of the result cannot depend on the values of `sizes`.
     return jnp.repeat(values, sizes, axis=0, total_repeat_length=like.shape[0])
 
 

@@ -29,6 +29,7 @@ OFFLOAD = "offload"
 
 def stack_layers(block: Callable[[], nnx.Module], layers: int) -> nnx.Module:
     """A module with the parameters of ``layers`` blocks, stacked on a leading layer axis."""
+    # The argument only says how many layers there are.
     return nnx.vmap(lambda _: block(), in_axes=0)(jnp.arange(layers))
 
 

@@ -58,6 +58,7 @@ class Model:
     """What the backward pass recomputes of each layer: True all of it, False what lies between its
     matrix products, or ``layer_scan.OFFLOAD`` or the name of a policy (``layer_scan.REMAT``)."""
 
+    # Not compared: jit compiles for a Model, and the folder does not change the program.
     source: str | None = dataclasses.field(default=None, compare=False)
     """The folder that the model was read from; ``save_pretrained`` copies from it what belongs to
     the model's file but is no part of the model (a vision tower)."""
@@ -186,6 +187,8 @@ class Model:
 
     def _module(self, params: Params) -> Decoder:
         """The NNX module with these parameters."""
+        # Merged in every trace: outside of a model parameters are plain trees, so that jit, grad,
+        # scan and vmap are JAX's own. Flax is dropping the filter arguments of nnx.grad and nnx.jit.
         graph, leaves = _structure(self.config, self.dtype)
         values = {path: paths.get(params, tree_path) for path, tree_path, _ in leaves}
         return nnx.merge(graph, paths.nest(values))

@@ -8,6 +8,7 @@ from typing import Any
 MULTIMODAL = "a multimodal model of a type that is not implemented"
 ENCODER_DECODER = "an encoder-decoder model"
 
+# llama4_text lacks chunked attention, queries scaled by position, and another kind of mixture.
 _KINDS = {
     MULTIMODAL: """aria aya_vision blip blip-2 chameleon cohere2_vision deepseek_vl emu3 florence2
         fuyu gemma3n gemma4 glm46v glm4v glm4v_moe granite_speech idefics idefics2 idefics3

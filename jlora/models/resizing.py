@@ -77,6 +77,7 @@ def resize_token_embeddings(
         kept = jax.lax.slice_in_dim(leaf, 0, min(size, old), axis=axis)
         if size <= old:
             return kept
+        # In float64, as where rows are added while the files are read (`io.hf.vocabulary`).
         mean = np.sum(np.asarray(leaf), axis=axis, keepdims=True, dtype=np.float64) / old
         more = [size - old if i == axis else n for i, n in enumerate(leaf.shape)]
         return jnp.concatenate([kept, jnp.broadcast_to(mean.astype(leaf.dtype), more)], axis)

@@ -180,6 +180,7 @@ def parse_rope(
             return Rope(_tuple(rope_frequencies.proportional(plain, share, factor)))
         case "dynamic":
             if dim == 2:
+                # Its exponents divide by the number of pairs minus 1.
                 raise rope.fail("rope_type", "dynamic needs more than one pair of dimensions")
             beyond = DynamicNtk(max_positions, rope.number("factor", None, float))
             return Rope(_tuple(plain), beyond=beyond)
@@ -258,6 +259,7 @@ def _yarn(rope: ConfigReader, theta: float, dim: int, original: int, max_positio
 def _longrope(
     rope: ConfigReader, theta: float, dim: int, original: int, max_positions: int
 ) -> Rope:
+    # Its factor on cosines and sines divides by the logarithm of this number.
     if original < 2:
         raise rope.fail("original_max_position_embeddings", f"must be at least 2, not {original}")
 

@@ -69,6 +69,8 @@ def _text_tower(
         inner = {**defaults, **given, "model_type": kind}
         if (tied := keys.hf.get("tie_word_embeddings")) is not None:
             inner["tie_word_embeddings"] = tied or (flat and given.get("tie_word_embeddings", tied))
+        # As in transformers' GenerationConfig.from_model_config: Gemma 3 has the token that ends a
+        # turn (106) there only.
         for key in ("bos_token_id", "eos_token_id"):
             if keys.hf.get(key) is not None:
                 inner[key] = keys.hf[key]
