@@ -19,8 +19,10 @@ BATCH_AXES = ("data", "fsdp")
 COMPILER_OPTIONS: dict[str, dict[str, str]] = {
     # On CPUs XLA computes on slices of a bfloat16 array in float32, and this pass moves that
     # conversion out of the loop over layers: all layers' weights and activations are converted at
-    # once, twice as large (jaxlib 0.10.2; 1907 instead of 1081 MB for a 63M model's step).
-    # YNNPACK's larger fusions stay off: their products run at 127 instead of 366 GFLOP/s.
+    # once, twice as large (jaxlib 0.10.2; 1907 instead of 1081 MB for a 63M model's step). Stacks
+    # of uint16 help as well, but integers have no gradient. jaxlib 0.12 does not convert there.
+    # YNNPACK's larger fusions stay off: their products run at 127 instead of 366 GFLOP/s. Without
+    # YNNPACK it is 175; oneDNN's flags have no effect, and vectors of 512 bits gain nothing.
     "cpu": {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"},
     # On GPUs XLA merges ``x @ W`` and ``x @ A`` into one product, for which it concatenates W and A
     # in every layer: a sixth of all bytes that a LoRA step of an 8B model moves. Kept apart they

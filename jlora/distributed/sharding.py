@@ -50,6 +50,8 @@ __all__ = [
     "spec",
 ]
 
+# In pairs, as in Megatron-LM (arXiv 1909.08053): what q, k, v, gate and up compute is split as
+# o_proj and down_proj read it, so that `tensor` reduces activations only twice a layer.
 MODULE_AXES = (
     (r"o_proj|down_proj|c_proj|out_proj|dense|dense_4h_to_h|fc2|wo", ("tensor", "fsdp")),
     (r"[Ee]mbed.*|wte|wpe", ("tensor", "fsdp")),
@@ -93,6 +95,8 @@ def spec(path: Sequence[str], shape: Sequence[int], mesh: Mesh) -> PartitionSpec
     if axes is None or len(shape) < 2:
         return PartitionSpec()
     last_two = [_if_divides(axis, size, mesh) for axis, size in zip(axes, shape[-2:], strict=True)]
+    # Were the layer axis split, a layer would lie on a part of the devices, and the scan would send
+    # it to the others before it computes with it.
     return PartitionSpec(*[None] * (len(shape) - 2), *last_two)
 
 

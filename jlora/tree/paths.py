@@ -215,6 +215,7 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
     """The children of a node by key; None for a leaf."""
     if isinstance(node, Mapping):
         return list(node.items())
+    # Not isinstance: a NamedTuple is a pytree with fields, whose names are its keys.
     if type(node) in (list, tuple):
         return list(enumerate(node))
     if node is None or _is_array(node) or hasattr(node, "get_value"):
@@ -240,6 +241,7 @@ def _fields(node: Any) -> tuple[dict[str, Any] | None, Any]:
     """The fields of a registered pytree and its treedef; None and a treedef for a leaf."""
     import jax
 
+    # One level: `walk` decides at each node below whether it is a leaf, such as a quantized array.
     found, treedef = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
     if any(not path for path, _ in found):
         return None, treedef

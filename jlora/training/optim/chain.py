@@ -49,7 +49,9 @@ def make_optimizer(
         if config.max_grad_norm
         else optax.identity()
     )
-    # Clipped before the groups: the norm is that of all gradients together.
+    # Clipped before the groups: the norm is that of all gradients together. The groups divide what
+    # is trained. To partition one tree with the base in it would compute the base's gradient first,
+    # and fail on uint8 leaves.
     steps = [clip, optax.partition(groups, group_labels(config, trainable))]
     if config.lorafa:
         # After clipping: PEFT's optimizer preconditions gradients that the trainer has clipped.

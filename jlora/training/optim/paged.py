@@ -30,6 +30,7 @@ def paged(inner: optax.GradientTransformation) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         # The redundant move to the host: without it XLA for TPU assumes a wrong layout of uint8.
+        # Even with it, 8-bit Lion with fp16 does not compile for TPU (libtpu 0.0.42).
         state = _move(_move(state, HOST), DEVICE)
         updates, state = inner.update(updates, state, params)
         # On GPUs XLA streams the moments one by one. For TPUs it fetches all ahead of the step;
