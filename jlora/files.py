@@ -27,6 +27,7 @@ CAUSES = {
 }
 """Errors of a write that was cut short for lack of room → cause and remedy."""
 
+# TensorStore, for instance, turns EFBIG into OUT_OF_RANGE, with [os_error_code='27'] in the text.
 WRAPPED = re.compile(r"\b(?:os[ _]error(?:_code)?|errno)[ :='\"]*(\d+)", re.IGNORECASE)
 """How Rust, TensorStore (C++) and Python write a system error into the text of their own error."""
 
@@ -180,6 +181,7 @@ def _move_up(temporary: Path, target: Path, last: str, stale: re.Pattern[str] | 
     places = [target / file.relative_to(temporary) for file in files]
     for file, place in zip(files, places, strict=True):
         with storage_errors(place):
+            # safetensors' save_file leaves 0600: it renames a temporary file of its own.
             file.chmod(mode)
             with open(file, "rb") as written:
                 os.fsync(written.fileno())

@@ -152,9 +152,8 @@ def abstract_adapter(config: Config, base: Any) -> lora.Adapter:
     if config.lora.init_from:
         return with_base_name(config, abstract_adapter_from_folder(config.lora.init_from, base))
     asked = config.lora
-    if (
-        asked.init_needs_more_than_params
-    ):  # LoftQ computes with values; its shapes are those of any other start
+    if asked.init_needs_more_than_params:
+        # LoftQ computes with values; its shapes are those of any other start.
         asked = dataclasses.replace(asked, init_lora_weights=True)
     init = functools.partial(lora.init_adapter, config=asked)
     return with_base_name(config, jax.eval_shape(init, jax.random.key(0), base))

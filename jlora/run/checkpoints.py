@@ -197,6 +197,7 @@ class Checkpoints:
 def _copied_to_host(tree: Any) -> Any:
     """The tree as NumPy arrays of its own: the next step donates the state's buffers."""
     arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    # All copies are started before the first is waited for.
     for leaf in arrays:
         leaf.copy_to_host_async()
 
@@ -211,6 +212,8 @@ def _copied_to_host(tree: Any) -> Any:
 def _is_on_accelerator(leaf: jax.Array) -> bool:
     where = leaf.sharding
     in_host_memory = where.memory_kind not in (None, "device")
+    # By the platform, too: the memory of CPUs is also called "device", and of their arrays
+    # np.asarray is a view of the buffer.
     return not in_host_memory and all(d.platform != "cpu" for d in where.device_set)
 
 

@@ -131,6 +131,7 @@ def train_loop(
         for step, batch in enumerate(remaining_batches(run), run.progress.step + 1):
             run.state, metrics = train_step(run.state, run.job.frozen, batch)
             run.meter.dispatched(metrics["loss"])
+            # In every step: a full disk ends the run now, not at the next checkpoint.
             run.checkpoints.raise_failed()
             # Only now, with the next step dispatched, are the last one's metrics waited for: the
             # devices never idle while the host fetches and logs.

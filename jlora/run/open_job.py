@@ -91,6 +91,8 @@ class LoadedArrays:
             name,
             dtype=dtype,
             quantization=quantization,
+            # Read dense (for LoftQ or a merge), the base still has the runs of layers of a
+            # quantized one, which the adapter's leaves follow.
             stacked_for=config.quantization,
             mesh=self.mesh,
             revision=revision,

@@ -153,6 +153,8 @@ class ThroughputMeter:
 
     def dispatched(self, result: Any) -> None:
         """Notes a step's dispatch; ``result`` is an array that it computes."""
+        # On CPUs a fetch may return late, or at once: rates by it alone were half or a thousand
+        # times the truth.
         self._ready.append(time.monotonic() if result.is_ready() else None)
 
     def completed(self, tokens: int) -> None:

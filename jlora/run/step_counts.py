@@ -51,6 +51,8 @@ class StepCounts:
         steps = steps_per_epoch(rows)
         total = settings.max_steps
         if total < 0:
+            # Rounded first: 1.1 epochs of 50 steps are 55.00000000000001 in binary, which would be
+            # 56 steps.
             total = math.ceil(round(settings.num_train_epochs * steps, 6))
         fp16 = config.compute_dtype == "float16"
         warm = warmup_steps(settings, total)

@@ -54,7 +54,9 @@ def save(
     folder = Path(directory).resolve() / str(step)
     leaves = _named_leaves(tree)
     if jax.process_count() == 1:
-        leaves = sharding.gather(leaves)  # once, for the digests and for the files
+        # Once, for the digests and for the files: orbax writes NumPy arrays a third faster than jax
+        # arrays (0.15 and 0.21 s for 21 MB).
+        leaves = sharding.gather(leaves)
     content = {
         "step": step,
         "identity": manifests.as_json(identity),
@@ -134,13 +136,14 @@ def _restored(
     folder: Path, manifest: Mapping[str, Any], wanted: Mapping, like: Any, part: str = ""
 ) -> Any:
     """The leaves ``wanted`` in ``like``'s structure, each with the digest it was saved with."""
-    # Before orbax reads them: it prints errors of its own about a damaged file. Once is enough,
-    # since every process compares the digests of the leaves that it restored.
+    # Before orbax reads them: it prints errors of its own about a damaged file, and beside the
+    # reading this took no less time (0.30 and 0.31 s). Once is enough, since every process compares
+    # the digests of the leaves that it restored.
     if jax.process_index() == 0:
         manifests.check_files(folder, manifest, part)
     restored = _read(folder, {name: leaf for name, leaf in wanted.items() if _size(leaf)})
     for name, digest in _digests(restored).items():
-        # orbax restores flipped bits without an error
+        # orbax restores flipped bits without an error.
         if digest != manifest["leaves"][name]["sha256"]:
             raise manifests.damaged(folder, folder / "state" / name, name)
     restored = _placed(restored, wanted)
@@ -154,10 +157,9 @@ def _write(folder: Path, leaves: Mapping[str, Any], content: Mapping[str, Any]) 
     _check_space(folder, leaves)
     # No process writes before the old folder is gone.
     _barrier(f"jlora checkpoint {folder.name} start")
-    stored = {
-        name: leaf for name, leaf in leaves.items() if _size(leaf)
-    }  # orbax refuses empty ones
-    # not asynchronously: orbax reports an async save before it is on disk
+    # orbax refuses empty leaves.
+    stored = {name: leaf for name, leaf in leaves.items() if _size(leaf)}
+    # Not asynchronously: orbax reports an async save before it is on disk.
     with _quiet(), ocp.Checkpointer(_handler()) as writer:
         writer.save(folder / "state", args=ocp.args.PyTreeSave(stored))
     # No manifest before every process has written its shards.
@@ -203,6 +205,9 @@ def _read(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
+    # With OCDBT, orbax's default, a checkpoint has 12 files instead of 90 and is deleted in 0.05 s
+    # instead of 0.3 to 0.4. But it is written in 0.24 to 0.35 s instead of 0.15 to 0.20, off the
+    # step's path like the deletion, and a damaged file no longer names its leaf.
     return ocp.PyTreeCheckpointHandler(use_ocdbt=False)
 
 
@@ -251,6 +256,7 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
     leaves = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator=".") or "value"
+        # orbax writes each leaf into a folder of its name.
         if "/" in name or name in leaves:
             raise ValueError(f"leaf names must be unique and without '/': {name!r}")
         leaves[name] = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
