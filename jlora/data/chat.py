@@ -147,6 +147,9 @@ class ChatRenderer:
     ) -> str:
         # A tokenizer may have another template for chats with tools.
         template = self.tokenizer.get_chat_template(None, tools)
+        # Four fifths of the rendering time are transformers'. Its render_jinja_template alone takes
+        # a fifth less, but what happens before (null keys, an empty chat) would have to be repeated
+        # exactly; all prompts of a chat in one call take 3 to 10 % less.
         return self.tokenizer.apply_chat_template(
             messages,
             tools=tools,
@@ -209,6 +212,8 @@ class ChatRenderer:
         turns = list(learned_messages(chat))
         if not turns:
             return [self._whole(chat)]
+        # Two renderings for each, also where the next prompt continues the text before: some
+        # templates render the last reply in another way.
         replies = [self._reply(chat, i) for i in turns]
         lossy = not all(
             shows_reply(chat.messages[i], r.text) for i, r in zip(turns, replies, strict=True)

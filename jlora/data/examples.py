@@ -287,6 +287,9 @@ def _by_spans(piece: Piece, ids: list[list[int]], tokenizer: Any) -> Tokens:
     retokenized = False
     for (start, end), prompt, whole in zip(piece.spans or (), ids[::2], ids[1::2], strict=True):
         reply = whole[len(prompt) :]
+        # By ids, not by the characters of each token: GPT-2's pattern looks ahead, so that the line
+        # breaks at a prompt's end are one token, but two where a word follows, though both end at
+        # the border.
         if whole[: len(prompt)] != prompt:
             reply, retokenized = continuation(piece.text[start:end], tokenizer), True
         mask: list[bool] = []

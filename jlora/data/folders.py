@@ -98,6 +98,7 @@ def named_splits(folder: Path, files: Sequence[Path], name: str | None = None) -
         return _splits_by_name(below, visible)
     try:
         return {
+            # Once, though two patterns match it; `datasets` reads such a file twice.
             split: [file for file in visible if _matches(below, file, paths)]
             for split, paths in _patterns_of_splits(patterns).items()
         }

@@ -50,6 +50,8 @@ class Order:
 
     def mean_steps_per_epoch(self, epochs: float) -> Fraction:
         """The mean number of steps in an epoch of a run of ``epochs``, rounded up, epochs."""
+        # Without an array of all epochs: a run of 10⁹ epochs, which max_steps ends, would need
+        # gigabytes.
         if self._is_whole:
             return Fraction(self.steps_per_epoch)
         count = max(math.ceil(epochs), 1)

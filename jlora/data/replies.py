@@ -42,6 +42,8 @@ def reply_rows(
     ``config.on_bad_row`` is ``skip``.
     """
     found: list[ReplyRow] = []
+    # One for all rows: each finds out anew what the template shows of tools, in up to ten
+    # renderings.
     render = ChatRenderer(tokenizer, config.chat_template_kwargs)
     for source in sources:
         for row in load_rows(source, config.on_bad_row).rows:

@@ -81,6 +81,8 @@ class ToolSupport:
             return {**message, "tool_call_id": ids.of_result(message)}
         if not calls:
             return message
+        # transformers 5.24 drops keys that are null before it renders, so that a template which
+        # asks `content is none` cannot be satisfied by it.
         content = message["content"] or (None if self.null_content else "")
         return {**message, "content": content, "tool_calls": [self._call(c, ids) for c in calls]}
 

@@ -148,6 +148,8 @@ def _check_tied_head(
 
 def unquantized_matrices(shards: Shards, model: Model) -> tuple[frozenset[str], ...]:
     """Per layer: the matrices that are not quantized in the files; () if they are in all layers."""
+    # By the headers, not by `llm_int8_skip_modules`, whose entries are regular expressions of an
+    # untrusted file.
     parts = prequantized.find_quantization_tensors(shards.files)
     names, _ = _find(shards, model, {t.name for t in checkpoint_tensors(model)}, parts)
 

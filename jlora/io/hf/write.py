@@ -93,6 +93,7 @@ def save_pretrained(
                 if not isinstance(tensor, str):
                     # In every process: leaves that are sharded over several are gathered.
                     arrays |= _arrays(params, tensor, quantized)
+                # The others would read a vision tower only to throw it away.
                 elif writes:
                     arrays[tensor] = others.read(tensor)
             weight_map |= dict.fromkeys(arrays, name)

@@ -115,6 +115,7 @@ def with_target_parameters(config: LoraConfig, layers: Layers, params: Any) -> L
             names = _modules(leaf).names()
             settings |= {n: (r, scaling_of(config, n)) for n in names if (r := rank(config, n))}
     for parameter, (ranks, scale) in _of_parameters(config, layers).items():
+        # By the scale: peft 0.21 doubles alpha with the rank, which is √2 too strong with rsLoRA.
         settings[parameter] = (sum(ranks.values()), scale)
     linear, parameters = (
         listed_names(

@@ -128,6 +128,7 @@ def load_adapter(directory: str | Path, params: Any) -> Adapter:
     layers = find_linear_experts(tensors, params, config)
     tensors = with_one_scale(tensors, layers, config)
     shapes = _abstract_adapter(config, params, layers)
+    # Zeros, which columns beyond a layer's rank keep: the file has no place for them.
     arrays = {path: np.zeros(x.shape, np.float32) for path, x in paths.walk(shapes.weights)}
     linear = {layer.leaf.path for layer in layers.values()}
     others = {path: array for path, array in arrays.items() if path[:-1] not in linear}
