@@ -64,6 +64,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
                 vocab_size=vocab_size(config, tokenizer, read_model(source), trained=False),
             )
         console.note(f"writing {out}")
+        # The model's dtype becomes bnb_4bit_compute_dtype in the folder's config.json.
         model = dataclasses.replace(model, dtype=asked.bnb_4bit_compute_dtype)
         save_model(out, model, params, tokenizer, quantized=True)
     if jax.process_index() == 0:

@@ -62,6 +62,7 @@ class LoraConfig(ConfigSection):
 
     r: Count = 8
     """Rank of the adapter."""
+    # Not 0, which PEFT accepts: nothing would train.
     lora_alpha: Annotated[int, Bounds(0, open_low=True)] | Positive = 8
     """The delta is scaled by lora_alpha / r."""
     lora_dropout: Fraction = 0.0

@@ -59,6 +59,8 @@ def compiled_beside(program: TrainStep, rows: data.Prepared) -> Iterator[Compila
         Not with ``train.check_memory: false``.
     """
     pool = ThreadPoolExecutor(1, processes.COMPILER_THREAD)
+    # On GPUs XLA times candidate kernels while it compiles. Whether the loading beside it disturbs
+    # that has not been tested.
     compilation = Compilation(pool.submit(_compile, program))
     pool.shutdown(wait=False)
     try:

@@ -43,6 +43,7 @@ def memory(program: TrainStep, plan: StepCounts, length: int) -> Memory:
 def _temporaries(job: Job, tokens: int, accumulation: int) -> int:
     c, width = job.model.config, jax.numpy.dtype(job.model.dtype).itemsize
     tensor = job.mesh.shape["tensor"]
+    # With accumulation, a sum of gradients beside those of one micro-batch.
     gradients = device_bytes(job.trainable) * (1 if accumulation == 1 else 2)
     heads, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     inner = c.intermediate_size

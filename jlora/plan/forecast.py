@@ -150,6 +150,7 @@ def forecast(
     job = abstract_job(
         config=config, tokenizer=tokenizer, mesh=mesh, gpu_capability=compile_target.gpu_capability
     )
+    # Without counted rows any number will do: `counted` says that the steps are not known.
     plan = StepCounts.of(config, job.mesh, rows.steps_per_epoch or (lambda n: 1))
     program = TrainStep.of(job, plan, rows.length)
     memory, work, text, seconds, refused = None, None, "", None, ""

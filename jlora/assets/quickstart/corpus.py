@@ -107,6 +107,9 @@ def function(module: str, node: ast.AST, text: str) -> Function | None:
 
 def questions(f: Function) -> Iterator[tuple[str, str]]:
     """Question–answer pairs whose answer stands in the question or in the documentation."""
+    # Every answer is to be copied from the question. A base that cannot copy yet (0.6 million
+    # tokens, loss 4.2) learned the form of the task's JSON and ignored the request: 3 % exact match
+    # by QLoRA, where it is 97 % on the base after 4 million tokens (loss 2.0).
     given = ", ".join(f.args)
     yield f"What does {f.module}.{f.name} do?", f.summary
     yield f"Repeat after me: {f.summary}", f.summary

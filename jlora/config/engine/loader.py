@@ -83,6 +83,7 @@ def _line_of(fault: Fault) -> float:
 
 def _file_text(file: Path) -> str:
     try:
+        # "-sig" drops the byte order mark that Windows programs write.
         return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as bad:
         line = bad.object[: bad.start].count(b"\n") + 1

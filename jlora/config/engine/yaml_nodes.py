@@ -16,6 +16,8 @@ import yaml
 from jlora import errors
 from jlora.config.engine.faults import Fault
 
+# Some are of YAML 1.1, by which PyYAML resolves plain scalars: a date gets the tag timestamp, but
+# is read as a string here.
 CORE_TAGS = tuple(
     f"tag:yaml.org,2002:{name}"
     for name in ("str", "int", "float", "bool", "null", "map", "seq", "timestamp", "merge", "value")
