@@ -88,6 +88,8 @@ def _rows_per_epoch(rows: int, weight: float) -> Fraction:
 
 def _rows_until(rows: int, weight: float, epochs: Any) -> Any:
     """The rows that a source contributes to this many epochs, an integer or an array of them."""
+    # Rounded over all epochs: in each by itself, 6 rows of weight 0.25 would be 16 in eight epochs
+    # instead of 12.
     mean = _rows_per_epoch(rows, weight)
     whole, rest = divmod(mean.numerator, mean.denominator)
     return epochs * whole - (-epochs * rest // mean.denominator)
@@ -115,6 +117,8 @@ def epoch_rows(
     sources: tuple[tuple[int, float], ...], seed: int, shuffle: bool, epoch: int
 ) -> Int64[np.ndarray, " rows"]:
     """All rows of an epoch, in order; the array is cached and read-only."""
+    # The draws below are a part of the format of checkpoints: with others, runs would not resume
+    # exactly.
     parts, first = [], 0
     for number, (n, weight) in enumerate(sources):
         start, stop = (_rows_until(n, weight, e) for e in (epoch, epoch + 1))

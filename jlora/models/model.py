@@ -188,7 +188,7 @@ class Model:
     def _module(self, params: Params) -> Decoder:
         """The NNX module with these parameters."""
         # Merged in every trace: outside of a model parameters are plain trees, so that jit, grad,
-        # scan and vmap are JAX's own. Flax is dropping the filter arguments of nnx.grad and nnx.jit.
+        # scan and vmap are JAX's own. nnx.grad and nnx.jit are losing their filter arguments.
         graph, leaves = _structure(self.config, self.dtype)
         values = {path: paths.get(params, tree_path) for path, tree_path, _ in leaves}
         return nnx.merge(graph, paths.nest(values))

@@ -42,6 +42,8 @@ class Memory:
 
 def measured(program: TrainStep, compiled: Any) -> Memory:
     """The compiler's memory analysis, divided by what the memory holds."""
+    # Not in it: the driver's context; evaluation and generation, which run between steps; initial
+    # values before the first step (LoftQ loads the base dense).
     stats = compiled.memory_analysis()
     parts = arguments(program)
     known = sum(parts.values())

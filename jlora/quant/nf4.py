@@ -212,7 +212,7 @@ def quantize_absmax(
     blocks = centred.reshape(-1, NESTED_BLOCK)
     largest = jnp.max(jnp.abs(blocks), axis=-1)
     v = blocks * jnp.where(largest > 0, 1 / largest, 0)[:, None]
-    codes = nearest_code(DYNAMIC_THRESHOLDS, v.reshape(-1))
+    codes = nearest_code(DYNAMIC_THRESHOLDS, v.reshape(-1))  # exact, unlike bitsandbytes' table
     return codes[: absmax.size].reshape(absmax.shape), largest, offset
 
 

@@ -44,6 +44,7 @@ LEADING = ("base_model", "module", "model")
 """First parts of names that tools add or leave out."""
 
 
+# By torchtune's source (commit bd2a0fc), which was not run.
 TORCHTUNE = re.compile(r"(.*\.)?(attn|mlp)\.\w+\.(lora_a\.weight|lora_b\.weight|magnitude)")
 """Its own names of an adapter's tensors."""
 

@@ -44,6 +44,8 @@ def extract_adapter(base_params: Tree, tuned_params: Tree, config: LoraConfig) -
     base = {leaf.path: leaf for leaf in paths.leaves(base_params)}
     tuned = {leaf.path: leaf for leaf in paths.leaves(tuned_params)}
     _require_same(base, tuned)
+    # Only the shapes are used, which are the same for all initial values; these need no base
+    # values.
     fresh = functools.partial(
         init_adapter, config=dataclasses.replace(config, init_lora_weights=True)
     )
