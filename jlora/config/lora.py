@@ -165,6 +165,7 @@ class LoraConfig(ConfigSection):
         if self.layers_pattern and self.layers_to_transform is None:
             keys = ("layers_pattern", "layers_to_transform")
             yield Fault(keys, "has no effect without layers_to_transform")
+        # This and the next, too, are errors in PEFT.
         if self.lora_bias and self.use_dora:
             cause = "DoRA does not support a bias"
             yield Fault(("lora_bias", "use_dora"), cause, "set one to false")

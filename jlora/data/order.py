@@ -112,6 +112,7 @@ def _first_steps(
     return np.concatenate([[0], np.cumsum(steps)]).astype(np.int64)
 
 
+# Two: batches of the next epoch are prefetched while the last ones of this are used.
 @functools.lru_cache(maxsize=2)
 def epoch_rows(
     sources: tuple[tuple[int, float], ...], seed: int, shuffle: bool, epoch: int
@@ -122,6 +123,8 @@ def epoch_rows(
     parts, first = [], 0
     for number, (n, weight) in enumerate(sources):
         start, stop = (_rows_until(n, weight, e) for e in (epoch, epoch + 1))
+        # NumPy ignores zeros at the end of a seed: without + 1, here and in `_from_passes`, a pass
+        # would be the permutation of an epoch.
         parts.append(first + _from_passes(n, start, stop, (seed, number + 1) if shuffle else None))
         first += n
     rows = np.concatenate(parts)

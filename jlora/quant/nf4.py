@@ -31,7 +31,7 @@ from jlora.quant.codebooks import ASCENDING, DYNAMIC_MAP, DYNAMIC_THRESHOLDS, FO
 NESTED_BLOCK = 256
 """The number of ``absmax`` values that share one ``nested_absmax``."""
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those of bitsandbytes 0.50
 
 
 @jax.tree_util.register_dataclass

@@ -89,6 +89,8 @@ def eval_device_batches(
 def check_rows_fit(job: Job, rows: data.Prepared) -> None:
     """Raises if rows hold tokens that the model has no embedding for, or are too long for it."""
     packed, size = rows.packed, job.model.config.vocab_size
+    # Under jit the look-up of such a token is no error: it gives NaN, or another row of a quantized
+    # table.
     largest = max(int(packed.input_ids.max()), int(packed.labels.max()))
     if largest >= size:
         raise DataError(

@@ -80,6 +80,7 @@ def write_config(directory: str | Path, config: LoraConfig) -> None:
     """Writes ``adapter_config.json`` as PEFT does; ``config`` must be in PEFT's form."""
     fields = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
     del fields["init_from"]
+    # PEFT warns of settings for initial values that are not used.
     for kind, unused in (("loftq", {}), ("eva", None)):
         if config.init_lora_weights != kind:
             fields[f"{kind}_config"] = unused

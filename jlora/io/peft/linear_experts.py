@@ -80,6 +80,8 @@ def find_linear_experts(names: Iterable[str], params: Any, config: LoraConfig) -
         for i, name in enumerate(leaf.modules_at(leaf.path).names())
         if not matching.matches(name, config.target_parameters or ())
     }
+    # By the tensors alone: peft 0.21 converts such adapters, too, but refuses one half of the fused
+    # matrix, dropout, and ranks by pattern.
     found = {}
     for name in names:
         front, _, end = name.rpartition(".lora_")

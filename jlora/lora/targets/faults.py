@@ -19,6 +19,8 @@ NO_HEAD = (
     "in Python with model, params = jlora.untie(model, params)"
 )
 
+# In peft 0.21, rows of both with the same indices are one tensor and with other indices two; beside
+# a head that is trained otherwise, rows of the embedding fail.
 FOLLOWS_ROWS = (
     " does not exist: the output head is tied to the embedding, and follows its trained rows; "
     "leave it out"

@@ -72,6 +72,7 @@ FAMILIES = {
             "post_attention_layernorm": "ln_2",
         },
         transposed=False,
+        # Causal masks, which transformers ignores as well.
         buffers=r"(.*\.)?attn\.(masked_)?bias",
     ),
 }

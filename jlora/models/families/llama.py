@@ -40,6 +40,7 @@ def _mistral(keys: ConfigReader) -> DecoderConfig:
         },
     )
     window = keys.optional("sliding_window")
+    # transformers warns of such files, and ignores the pattern: alternating layers are Ministral's.
     if any(slides != bool(window) for slides in is_sliding(keys, lambda _: bool(window))):
         raise keys.fail("layer_types", "a pattern of layer types is not supported for mistral")
     return decoder_config(keys, windows=window)

@@ -58,6 +58,7 @@ def _phi3(keys: ConfigReader) -> DecoderConfig:
     for section in ("rope_scaling", "rope_parameters"):
         settings = keys.get(section)
         kind = settings.get("rope_type", settings.get("type")) if type(settings) is dict else None
+        # transformers' Phi3Config refuses others, too.
         if kind not in (None, "default", "longrope", "su"):
             raise keys.fail(section, f"rope_type {kind!r} is not supported for phi3")
     return decoder_config(

@@ -68,6 +68,8 @@ def _text_tower(
             raise keys.fail("text_config", f"model_type {kind!r} is not supported", fix)
         inner = {**defaults, **given, "model_type": kind}
         if (tied := keys.hf.get("tie_word_embeddings")) is not None:
+            # transformers before release 5 wrote Qwen's into text_config; the other one then has
+            # its default, false.
             inner["tie_word_embeddings"] = tied or (flat and given.get("tie_word_embeddings", tied))
         # As in transformers' GenerationConfig.from_model_config: Gemma 3 has the token that ends a
         # turn (106) there only.

@@ -34,7 +34,7 @@ def paged(inner: optax.GradientTransformation) -> optax.GradientTransformation:
         state = _move(_move(state, HOST), DEVICE)
         updates, state = inner.update(updates, state, params)
         # On GPUs XLA streams the moments one by one. For TPUs it fetches all ahead of the step;
-        # chains of optimization_barrier did not hold it back (docs/log.md).
+        # chains of optimization_barrier did not hold it back; a scan over layers was not tried.
         return updates, _move(state, HOST)
 
     return optax.GradientTransformation(init, update)
