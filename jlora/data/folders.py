@@ -26,6 +26,7 @@ from jlora.errors import ConfigError, DataError, did_you_mean
 
 Row = TypeVar("Row")
 
+# As SPLIT_KEYWORDS and NON_WORDS_CHARS in datasets.data_files.
 KEYWORDS = {
     "train": "train|training",
     "validation": "validation|valid|dev|val",
@@ -109,6 +110,7 @@ def named_splits(folder: Path, files: Sequence[Path], name: str | None = None) -
 
 
 def _is_hidden(path: Path) -> bool:
+    # datasets skips folders such as __pycache__ and __MACOSX, too, but not files named so.
     return any(part.startswith(".") for part in path.parts) or any(
         part.startswith("__") for part in path.parent.parts
     )

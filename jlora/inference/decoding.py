@@ -103,6 +103,7 @@ def next_token(
     if sampling.top_k:
         k = min(sampling.top_k, logits.shape[-1])
         least = jax.lax.top_k(logits, k)[0][:, -1:]
+        # Values equal to the k-th stay, as in transformers.
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if sampling.top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)

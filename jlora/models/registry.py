@@ -136,6 +136,7 @@ def _num_labels(keys: ConfigReader) -> int | None:
         return None
     keys.only("problem_type", "single_label_classification")
     names = keys.hf.get("id2label")
+    # Two: transformers' default, which it does not write to config.json.
     number = len(names) if isinstance(names, dict) else keys.number("num_labels", 2)
     if number < 2:
         raise keys.fail("num_labels", "one label is regression, which is not supported")

@@ -94,6 +94,7 @@ def loftq(
     quantized = quantize_params(params, quantization)
     adapter = init_adapter(key, quantized, config, original=params)
     for _ in range(config.loftq_config.loftq_iter - 1):
+        # Only these: unmerge refuses leaves that the adapter replaced.
         quantized = quantize_params(unmerge(params, _kernel_deltas(adapter)), quantization)
         adapter = init_adapter(key, quantized, config, original=params)
     return quantized, adapter

@@ -35,6 +35,7 @@ class LossScale:
         good = jnp.where(finite, self.good_steps + 1, 0)
         grow = good >= GROWTH_INTERVAL
         grown = jnp.where(grow, jnp.minimum(self.scale * 2, MAX_SCALE), self.scale)
+        # Below 1 it would not be the scale that overflows: the run has diverged.
         scale = jnp.where(finite, grown, jnp.maximum(self.scale / 2, 1.0))
         return LossScale(scale, jnp.where(grow, 0, good))
 

@@ -174,6 +174,7 @@ def _inspect4(
     problems += _others(parts, (state_part, *wanted))
     if problems:
         return None, problems
+    # An NF4Array names its codebook and cannot hold another.
     if not np.array_equal(shards.read(parts["quant_map"]), FOUR_BIT[kind]):
         return None, [(parts["quant_map"], f"is not bitsandbytes' table of {kind}")]
     config = QuantConfig(

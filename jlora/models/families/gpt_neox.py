@@ -61,6 +61,7 @@ FAMILIES = {
             "down_proj": "dense_4h_to_h",
         },
         stored={"lm_head.kernel": (TensorPart("embed_out.weight"),)},
+        # The causal masks are in older files only; transformers ignores them as well.
         buffers=r"(.*\.)?(attention\.(masked_)?bias|rotary_emb\.inv_freq)",
     ),
 }

@@ -87,6 +87,7 @@ def _qwen3_moe(keys: ConfigReader) -> DecoderConfig:
     bias = keys.flag("attention_bias")
     return decoder_config(
         keys,
+        # Of all layers: unlike Qwen3, transformers' Qwen3Moe ignores max_window_layers.
         windows=keys.optional("sliding_window") if keys.flag("use_sliding_window") else None,
         qkv_bias=bias,
         out_bias=bias,
