@@ -44,7 +44,7 @@ def attach(
 
     Raises:
       DataError: the adapter has nodes that ``params`` lacks, or of another shape; ``adapter_ids``
-        are out of range (if their values are known: under ``jit`` such rows become NaN).
+        are out of range (if their values are known: under ``jit`` they are not checked).
     """
     if isinstance(adapter, AdapterStack):
         return _attach_stack(params, adapter, adapter_ids, dropout_key)

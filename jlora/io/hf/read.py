@@ -81,8 +81,9 @@ def load_pretrained(
       path_or_hub_id: a folder with ``config.json`` and safetensors, or a hub model's name.
       dtype: ``float32``, ``bfloat16`` or ``float16``: the compute dtype and that of all leaves
         that are not quantized, whatever the file's dtype.
-      quantization: packs linear layers as they are read (see ``quantize_params``). A folder that
-        bitsandbytes packed is taken as it is, without it, or with one that packs in the same way.
+      quantization: quantizes linear layers as they are read (see ``quantize_params``). A folder
+        that bitsandbytes quantized is taken as it is, without it, or with one that quantizes in
+        the same way.
       mesh: the devices to place the leaves on; None means JAX's default device.
       revision: a hub repository's branch, tag or commit.
       attention: one of ``ops.attention.BACKENDS``.
@@ -99,7 +100,7 @@ def load_pretrained(
 
     Raises:
       ConfigError: the model is not there, its configuration is not supported, or the folder is
-        packed otherwise than ``quantization`` says, or has another number of classes, or an
+        quantized otherwise than ``quantization`` says, or has another number of classes, or an
         embedding or head in it that needs more rows is quantized.
       DataError: a file is missing or damaged, or its tensors do not fit the model: all missing,
         unexpected, misshapen and duplicate ones are listed.

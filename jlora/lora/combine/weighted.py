@@ -50,7 +50,7 @@ def add_weighted_adapter(
     - ``dare_linear``, ``dare_ties``: as these, of random values, divided by ``density``.
     - the last four with ``_svd``: of the dense deltas; the result is truncated to ``svd_rank``.
 
-    A module that terms adapters lack is combined from the others. The result's scale is one. Unlike
+    A module that some adapters lack is combined from the others. The result's scale is one. Unlike
     PEFT, the type also applies to a single adapter, ``cat`` does not store the unused columns of an
     adapter, and the result has the layers of all adapters, not those of the first.
 

@@ -60,7 +60,7 @@ def from_optax(
 
 
 def refused(config: TrainConfig, error: Exception) -> ConfigError:
-    """What to say when optax raises: its lines are about the arguments it was arguments."""
+    """What to say when optax raises: its lines are about the arguments it was given."""
     lines = str(error).splitlines() or [type(error).__name__]
     arguments = ", ".join(f"{k}={v!r}" for k, v in config.optim_args.items())
     return ConfigError(
