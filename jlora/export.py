@@ -135,7 +135,7 @@ def _embeddings(
 
 def _abstract_trained(config: Config, model: Model) -> Any:
     """The shapes of what was trained, on one device."""
-    shapes = dataclasses.replace(model, dtype="float32").shapes
+    shapes = dataclasses.replace(model, dtype="float32").shapes  # master weights
     if config.lora:
         shapes = dataclasses.replace(abstract_adapter(config, model.shapes), initial=None)
     adapters = (len(config.adapters),) if config.adapters else ()

@@ -41,6 +41,8 @@ def load_rows(source: SourceConfig, on_bad_row: str = "error") -> LoadedRows:
             if raw.fault:
                 raise BadRow(raw.fault)
             row = convert(raw.where, raw.value)
+            # Tokenizers refuse such texts with a TypeError that does not say which one of a batch
+            # it is.
             if has_lone_surrogate([v for k, v in vars(row).items() if k != "where"]):
                 fix = "write the character whole, or remove it"
                 raise BadRow("it has half of a character: a lone surrogate, such as \\ud83d", fix)

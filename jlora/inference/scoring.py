@@ -48,6 +48,7 @@ class HeldOut(NamedTuple):
     @property
     def perplexity(self) -> float:
         """The exponential of the loss; infinite when that is too large for a float."""
+        # math.exp raises OverflowError from 710 on.
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property

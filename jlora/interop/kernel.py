@@ -146,6 +146,7 @@ def einsum_layout(equation: str, shape: tuple[int, ...]) -> Layout | None:
     It is one if every axis of the kernel is either contracted with the input or new in the output.
     """
     x_axes, kernel_axes, out_axes = axis_letters(equation, None)
+    # A letter twice takes a diagonal, which is no matrix product.
     if len(set(x_axes.replace(".", ""))) != len(x_axes.replace(".", "")):
         return None
     if any((c in x_axes) == (c in out_axes) for c in kernel_axes):

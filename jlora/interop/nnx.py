@@ -91,6 +91,8 @@ KINDS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Embed)
 def _layout(layer: Any) -> Layout | None:
     """The layout of a layer's kernel; None for layers whose product cannot be factored."""
     kind = next((k for k in KINDS if isinstance(layer, k)), None)
+    # A subclass's own call may use the kernel otherwise than dot would; likewise, below, a
+    # dot_general or einsum_op that the user gave.
     if kind is None or type(layer).__call__ is not kind.__call__:
         return None
     match layer:

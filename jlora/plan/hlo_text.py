@@ -59,6 +59,7 @@ def closing(text: str) -> int:
 
 def n_bytes(type_: str) -> float:
     """Bytes of all arrays of a type, which may be a tuple."""
+    # The types that are not in the table, such as f8e4m3fn, mostly have 8 bits.
     return sum(
         HLO_DTYPE_BYTES.get(dtype, 1) * math.prod(numbers(dims))
         for dtype, dims in SHAPE.findall(type_)

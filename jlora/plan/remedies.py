@@ -53,6 +53,7 @@ def find_remedies(result: Forecast, make_forecast: MakeForecast) -> list[Remedy]
     attempt = functools.partial(_try, make_forecast, result.config, use_more=not remedies)
     remedies += [attempt([change]) for change in changes]
     if not any(remedy.fits for remedy in remedies):
+        # Not every subset: each attempt compiles the step.
         for n in range(2, len(changes) + 1):
             together = attempt(_drop_overridden(changes[:n]))
             if together.fits or n == len(changes):
@@ -110,6 +111,7 @@ def changes_of(result: Forecast) -> Iterator[Change]:
     config, train = result.config, result.config.train
     if not train.gradient_checkpointing:
         yield _train("about a third more time", gradient_checkpointing=True)
+    # On a CPU the device's memory is the host's: nothing would be saved.
     if not train.activation_offloading and not _is_cpu(result):
         required = {} if train.gradient_checkpointing else {"gradient_checkpointing": True}
         cost = f"{'a third more time, and ' if required else ''}traffic with the host's memory"

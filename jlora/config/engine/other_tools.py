@@ -155,6 +155,7 @@ every other value)."""
 def has_no_effect(section: str, key: str, value: Any) -> bool:
     """Whether another tool's setting has a value that asks for what jlora does anyway."""
     values, _ = OTHER_TOOLS_KEYS.get(section, {}).get(key, ((), ""))
+    # With types, since 0 == False and 1 == True in Python.
     return any(type(v) is type(value) and v == value for v in values)
 
 

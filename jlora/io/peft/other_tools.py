@@ -111,6 +111,7 @@ def core_of(name: str) -> tuple[str, ...]:
     """The parts of a tensor's or a module's name without those that tools add."""
     name = re.sub(rf"\.({LEAVES})\.(?!weight$|bias$)[^.]+(?=\.|$)", r".\1", name)
     name = re.sub(r"\.modules_to_save\.[^.]+(?=\.weight$|\.bias$)", "", name)
+    # In PEFT's model the magnitude became the weight of a layer; in its files it kept its name.
     name = name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
     parts = [p for p in name.split(".") if p not in WRAPPERS]
     while parts and parts[0] in LEADING:

@@ -119,6 +119,7 @@ def _replaced_leaf_view(
     leaf: paths.Leaf, layer: np.ndarray, module: str, config: LoraConfig, transposed: bool
 ) -> tuple[str, TensorView]:
     """Name and view of a leaf trained as a whole; transposed in torch if ``transposed``."""
+    # PEFT's LoRA layer wraps the module, so the base's bias is one level down.
     on_lora = "base_layer." if leaf.kind == "bias" and rank_of(config, module) else ""
     value = layer.swapaxes(-1, -2) if transposed else layer
     return f"{module}.{on_lora}{paths.TORCH_NAMES.get(leaf.kind, leaf.kind)}", TensorView(
@@ -134,6 +135,7 @@ def _is_transposed(leaf: paths.Leaf, config: LoraConfig, arrays: Any) -> bool:
     """
     if leaf.kind in paths.EXPERTS:
         return (*leaf.path[:-1], f"{leaf.kind}_bias") in arrays
+    # GPT-2's heads are nn.Linear, unlike its other layers.
     conv1d = config.fan_in_fan_out and leaf.path[-2] not in paths.OUTPUT_HEADS
     return leaf.kind == "kernel" and not conv1d
 

@@ -43,6 +43,7 @@ def _cohere(keys: ConfigReader) -> DecoderConfig:
 
 
 def _cohere2(keys: ConfigReader) -> DecoderConfig:
+    # Cohere2Config overwrites the file's head_dim with hidden_size / num_attention_heads.
     keys = keys.of(names=NAMES | {"head_dim": ""}, **COHERE, sliding_window=4096)
     period = keys.number("sliding_window_pattern", 4)
     slides = is_sliding(keys, lambda i: (i + 1) % period != 0)

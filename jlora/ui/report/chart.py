@@ -60,6 +60,7 @@ def ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> tu
         low, high = low - margin, high + margin
     rough = (high - low) / max(count - 1, 1)
     power = 10.0 ** math.floor(math.log10(rough))
+    # The margin is for rounding: (0.27 - 0.15) / 6 is an ulp above 0.02, and would get 0.05.
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     if whole:
         step = max(step, 1.0)
