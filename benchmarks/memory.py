@@ -106,7 +106,7 @@ def program_of(
         mesh_of = sharding.make_mesh(config.mesh, devices)
         capability = compile_target.gpu_capability
         job = abstract_job(config=config, tokenizer=None, mesh=mesh_of, gpu_capability=capability)
-    return TrainStep.of(job, StepCounts.of(config, job.mesh, lambda rows: 1), length)
+    return TrainStep.of(job, StepCounts.of(config, job.mesh, lambda rows: 1), length, documents=1)
 
 
 def measure(

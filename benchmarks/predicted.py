@@ -48,7 +48,7 @@ def steps(method: str, length: int) -> Any:
                 config, None, Rows(length), target.CompileTarget(), devices, count_work=False
             )
         assert plan.memory is not None
-        program = TrainStep.of(plan.job, plan.plan, length)
+        program = TrainStep.of(plan.job, plan.plan, length, documents=1)
         step = program.compile()
         described = program.state, program.job.frozen, program.batch
 

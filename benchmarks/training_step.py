@@ -80,7 +80,8 @@ def jlora_step(
         trainable=trainable,
         bind=make_bind(config),
     )
-    program = TrainStep.of(job, StepCounts.of(config, mesh, lambda rows: 1), sizes["length"])
+    counts = StepCounts.of(config, mesh, lambda rows: 1)
+    program = TrainStep.of(job, counts, sizes["length"], documents=1)
     state = program.init_state(trainable)
 
     like = program.batch["input_ids"]
@@ -88,7 +89,7 @@ def jlora_step(
     labels = np.concatenate([ids[..., 1:], np.full_like(ids[..., :1], -100)], axis=-1)
     positions = np.broadcast_to(np.arange(sizes["length"], dtype=np.int32), ids.shape)
     rows = {"input_ids": ids, "labels": labels, "positions": positions}
-    rows["segment_ids"] = np.ones_like(ids)
+    rows["segment_ids"] = np.ones_like(ids, bool)
     rows = {name: sharding.place(array, like.sharding) for name, array in rows.items()}
 
     def unit() -> dict[str, float]:

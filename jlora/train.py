@@ -94,7 +94,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
         counts = count_steps(config, mesh, rows)
         check_resumable(config, counts, rows.fingerprint)
         show_header(console, abstract, counts, rows, held_out)
-        program = TrainStep.of(abstract, counts, rows.length)
+        program = TrainStep.of(abstract, counts, rows.length, rows.packed.documents)
         console.note(f"loading {config.model.name_or_path}, and compiling …")
         with compiled_beside(program, rows) as compiling, console.loading() as progress:
             job = open_job(

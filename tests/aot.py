@@ -1,15 +1,18 @@
 """Compiles a run's training step for absent devices in its own process, and prints a description.
 
-    python aot.py CONFIG.json TARGET
+    python aot.py CONFIG.json TARGET DOCUMENTS
 
 ``CONFIG.json`` holds a model's ``config.json`` and the run's settings. JAX's plugin for the
-target is needed, the device is not. Prints the object of ``plan --json`` with two more keys:
+target is needed, the device is not. Prints the object of ``plan --json`` with more keys:
 ``large``, the types of all arrays of the compiled step with at least as many elements as the base's
-smallest stacked matrix, and ``copied``, the types and layouts of all arrays that are copied.
+smallest stacked matrix, ``copied``, the types and layouts of all arrays that are copied, and
+``conditionals`` and ``fused_adds``, the numbers of conditionals and of products by cuBLAS that add
+to an array. DOCUMENTS is the most documents in a row.
 """
 
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -27,8 +30,10 @@ LLAMA_8B = {
 }
 
 
-def compiled_for(target: str, model: dict, length: int, **sections: dict) -> dict:
-    """The description of a run's compiled step on a target; the tests call this."""
+def compiled_for(
+    target: str, model: dict, length: int, documents: int = 1, flags: str = "", **sections: dict
+) -> dict:
+    """The description of a run's compiled step on a target; ``flags`` are XLA's."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(model))
         settings = {
@@ -43,17 +48,20 @@ def compiled_for(target: str, model: dict, length: int, **sections: dict) -> dic
             },
         }
         for name, values in sections.items():
-            settings[name] = settings.get(name, {}) | values
+            settings[name] = values and settings.get(name, {}) | values
         file = Path(folder) / "run.json"
         file.write_text(json.dumps(settings))
         run = subprocess.run(
-            [sys.executable, __file__, str(file), target], capture_output=True, text=True
+            [sys.executable, __file__, str(file), target, str(documents)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"XLA_FLAGS": flags},
         )
     assert not run.returncode, run.stderr[-3000:]
     return json.loads(run.stdout)
 
 
-def main(file: str, name: str) -> None:
+def main(file: str, name: str, documents: str) -> None:
     from jlora import config
     from jlora.plan.target import devices, parse_target, set_environment
 
@@ -67,7 +75,7 @@ def main(file: str, name: str) -> None:
     work_of = hlo.work_of
     hlo.work_of = lambda text: hlo_texts.append(text) or work_of(text)
     settings = config.load(file, [])
-    rows = forecast.Rows(settings.data.max_length)
+    rows = forecast.Rows(settings.data.max_length, documents=int(documents))
     result = forecast.forecast(settings, None, rows, compile_target, devices(compile_target))
     kernels = [x for x in jax.tree.leaves(result.job.model.shapes) if len(x.shape) == 3]
     stacked = min(math.prod(x.shape) for x in kernels)
@@ -79,8 +87,12 @@ def main(file: str, name: str) -> None:
     }  # fmt: skip
     copies = (one for one in hlo.Module(hlo_texts[0]).instructions() if one.opcode == "copy")
     copied = sorted({one.type.partition(":")[0] for one in copies})
-    both = {"large": sorted(types), "copied": copied}
-    print(json.dumps(report.as_json(result, []) | both))
+    conditionals = sum(
+        one.opcode == "conditional" for one in hlo.Module(hlo_texts[0]).instructions()
+    )
+    more = {"large": sorted(types), "copied": copied, "conditionals": conditionals}
+    more["fused_adds"] = hlo_texts[0].count('"beta":1')
+    print(json.dumps(report.as_json(result, []) | more))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jlora.data.examples import IGNORE, Examples
-from jlora.data.packing import best_fit, next_fit, pack, positions
+from jlora.data.packing import best_fit, next_fit, pack, positions, segment_dtype
+from jlora.ops.attention.case import UNKNOWN_DOCUMENTS, most_documents
 
 
 def make(lengths, seed=0):
@@ -96,3 +97,15 @@ def test_positions_restart():
     wanted = [[0, 1, 0, 1, 2, 0, 0], [0, 0, 0, 1, 0, 0, 0]]
     np.testing.assert_array_equal(positions(segments), wanted)
     np.testing.assert_array_equal(positions(segments[None])[0], wanted)
+
+
+@pytest.mark.parametrize(("documents", "most"), [(0, 1), (1, 1), (2, 255), (255, 255)])
+def test_attention_learns_the_most_documents_from_the_type(documents, most):
+    ids = np.asarray([[documents, 0]], segment_dtype(documents))
+    assert ids[0, 0] == documents, "the type holds the number"
+    assert most_documents(ids) == most
+
+
+def test_more_documents_than_a_byte_holds_are_any_number():
+    ids = np.asarray([256], segment_dtype(256))
+    assert ids[0] == 256 and most_documents(ids) == UNKNOWN_DOCUMENTS

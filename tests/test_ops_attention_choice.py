@@ -12,8 +12,9 @@ from jlora.errors import ConfigError
 from jlora.ops.attention import BACKENDS, Case, attend, choose, cudnn, needs_static_window, splash
 
 HOPPER, AMPERE, TURING = (9, 0), (8, 0), (7, 5)
-LONG = Case("bfloat16", length=1024, head_dim=128, segments=True)
-PACKED = "made for cuda; packed rows: chunked"
+LONG = Case("bfloat16", length=1024, head_dim=128)
+PACKED = {"documents": 255}
+MADE = "made for cuda"
 
 
 @pytest.mark.parametrize(
@@ -21,14 +22,17 @@ PACKED = "made for cuda; packed rows: chunked"
     [
         ("cpu", {}, "chunked", "1024 tokens are more than a chunk of 64"),
         ("cpu", {"length": 64}, "reference", "64 tokens are no more than a chunk of 64"),
-        ("cuda", {"capability": HOPPER}, "cudnn", "made for cuda"),
-        ("cuda", {"capability": AMPERE}, "cudnn", PACKED),
-        ("cuda", {"capability": AMPERE, "head_dim": 64}, "cudnn", "made for cuda"),
-        ("cuda", {"dtype": "float16", "head_dim": 64}, "cudnn", PACKED),
-        ("cuda", {"segments": False}, "cudnn", "made for cuda"),
-        ("cuda", {"length": 200}, "cudnn", "made for cuda; packed rows: chunked"),
+        ("cuda", {"capability": HOPPER}, "cudnn", MADE),
+        ("cuda", {"capability": HOPPER, **PACKED}, "cudnn", MADE),
+        ("cuda", {"capability": AMPERE}, "cudnn", MADE),
+        ("cuda", {"capability": AMPERE, **PACKED}, "chunked", "16 of at most 128 dimensions"),
+        ("cuda", {"capability": AMPERE, "head_dim": 64, **PACKED}, "cudnn", MADE),
+        ("cuda", {"dtype": "float16", "head_dim": 64}, "cudnn", MADE),
+        ("cuda", {"dtype": "float16", "head_dim": 64, **PACKED}, "chunked", "not in float16; 1024"),
+        ("cuda", {"length": 200}, "cudnn", MADE),
         ("cuda", {"dtype": "float32"}, "chunked", "16 bits, not in float32; 1024 tokens"),
-        ("cuda", {"head_dim": 256, "capability": HOPPER}, "cudnn", PACKED),
+        ("cuda", {"head_dim": 256, "capability": HOPPER}, "cudnn", MADE),
+        ("cuda", {"head_dim": 256, "capability": HOPPER, **PACKED}, "chunked", "which has 256"),
         ("cuda", {"head_dim": 256, "capability": AMPERE}, "chunked", "8, 16, … 128 here, not 256"),
         ("cuda", {"head_dim": 256}, "chunked", "8, 16, … 128 here, not 256"),
         ("cuda", {"head_dim": 100}, "chunked", "not 100"),
@@ -87,9 +91,9 @@ def test_only_kernels_need_static_windows(monkeypatch):
     assert needs_static_window("auto") and not needs_static_window("chunked")
 
 
-def lowered(platform, dtype, **more):
+def lowered(platform, dtype, ids=jnp.bool_, **more):
     """The lowered program of a gradient, for a platform that may be absent."""
-    ids = jnp.ones((2, 256), jnp.int32)
+    ids = jnp.ones((2, 256), ids)
 
     def loss(q, k, v):
         return attend(q, k, v, scale=0.5, segment_ids=ids, **more).astype(jnp.float32).sum()

@@ -161,3 +161,18 @@ def test_a_mesh_splits_rows_and_heads_and_gathers_neither():
         compiled = jax.jit(split).lower(*placed).compile()
     assert "all-gather" not in compiled.as_text()
     assert_close(compiled(*placed), gradients(1, q, k, v, segments=segments, window=6))
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "platform", "size"),
+    [
+        (1, 12, "cpu", 256),
+        (8, 12, "cpu", 64),
+        (1, 32, "gpu", 1024),
+        (4, 32, "gpu", 512),
+        (64, 32, "gpu", 256),
+        (1, 32, "tpu", 256),
+    ],
+)
+def test_chunks_are_as_large_as_the_device_allows(rows, heads, platform, size):
+    assert chunked.chunk_size(rows, heads, platform) == size

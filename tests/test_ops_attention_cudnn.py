@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jlora.ops.attention import attend, cudnn
+from jlora.ops.attention.case import most_documents
 
 B, T = 2, 9
 
@@ -20,7 +21,11 @@ def sevens(q, k, v):
 
 
 def cudnn_attend(q, k, v, ids=None, window=None, scale=0.4):
-    return cudnn.attend(q, k, v, ids, window, scale, sevens, packed=True, implementation="xla")
+    documents = most_documents(ids)
+    ids = None if ids is None else ids.astype(jnp.int32)
+    return cudnn.attend(
+        q, k, v, ids, window, scale, sevens, documents=documents, implementation="xla"
+    )
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
@@ -36,29 +41,29 @@ def test_scale_may_be_traced():
     np.testing.assert_allclose(jax.jit(cudnn_attend)(q, k, v, scale=0.4), want, atol=1e-6)
 
 
-def test_rows_of_one_document_are_computed_and_others_fall_back():
+@pytest.mark.parametrize("dtype", [jnp.bool_, jnp.uint8, jnp.int32])
+def test_rows_of_one_document_with_padding_match_the_reference(dtype):
     q, k, v = qkv()
-    alone = jnp.asarray([[1] * 9, [4] * 5 + [0] * 4])
-    many = alone.at[0, 6:].set(256)
-    got = cudnn_attend(q, k, v, alone, 3)
+    alone = jnp.asarray([[1] * 9, [1] * 5 + [0] * 4])
+    got = cudnn_attend(q, k, v, alone.astype(dtype), 3)
     want = attend(q, k, v, scale=0.4, segment_ids=alone, window=3, backend="reference")
-    np.testing.assert_allclose(got[alone > 0], want[alone > 0], atol=1e-6)
+    np.testing.assert_allclose(got[alone > 0], want[alone > 0], atol=1e-5)
     assert np.isfinite(got).all()
-    assert (cudnn_attend(q, k, v, many, 3) == 7).all()
 
 
-def test_what_counts_as_one_document():
-    rows = {
-        (5, 5, 5, 5): True,
-        (1, 1, 0, 0): True,
-        (0, 0, 0, 0): True,
-        (0, 1, 1, 1): False,  # padding at the front would be attended to
-        (1, 1, 2, 2): False,
-        (1, 0, 1, 0): False,
-        (1, 1, 2, 0): False,
-    }
-    got = cudnn.one_document(jnp.asarray(list(rows)))
-    assert got.tolist() == list(rows.values())
+def test_more_documents_than_the_code_holds_fall_back():
+    q, k, v = qkv()
+    ids = jnp.asarray([[1] * 6 + [256] * 3, [1] * 9])
+    assert (cudnn_attend(q, k, v, ids, 3) == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("ids", "conditions"), [(None, 0), (jnp.bool_, 0), (jnp.uint8, 0), (jnp.int32, 1)]
+)
+def test_what_the_type_of_the_segment_ids_tells_needs_no_condition(ids, conditions):
+    ids = None if ids is None else jnp.ones((B, T), ids)
+    jaxpr = jax.make_jaxpr(lambda *x: cudnn_attend(*x, ids))(*qkv())
+    assert sum(equation.primitive.name == "cond" for equation in jaxpr.eqns) == conditions
 
 
 def test_no_cudnn_is_found_where_jax_has_none():

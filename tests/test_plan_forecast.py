@@ -20,7 +20,7 @@ def test_memory_is_the_compilers(place, standard_promotion):
     result = looked(load(place, **QLORA, mesh={"data": 1, "fsdp": 2}), 2)
     settings = result.config
     job = opened(settings, 2)
-    program = TrainStep.of(job, result.plan, 64)
+    program = TrainStep.of(job, result.plan, 64, documents=1)
     stats = program.compile().memory_analysis()
     got = result.memory
     assert got.peak == (
@@ -39,7 +39,8 @@ def test_memory_is_the_compilers(place, standard_promotion):
     assert got.base == on_first(job.base) < tree_bytes(job.base)
     assert got.adapter == on_first(state.trainable)
     assert got.optimizer == on_first((state.opt_state, state.step))
-    assert got.batch == 4 * 4 * 2 * 2 * 64  # arrays of int32, accumulated, rows, tokens
+    # Arrays of int32, and segment ids of one byte; accumulated, rows, tokens.
+    assert got.batch == (3 * 4 + 1) * 2 * 2 * 64
     assert got.temporaries == stats.temp_size_in_bytes and got.padding == 0
     assert result.state_bytes == tree_bytes(state)
 

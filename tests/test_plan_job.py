@@ -42,11 +42,11 @@ def runs_as_planned(settings, devices):
     mesh = sharding.make_mesh(settings.mesh, jax.devices()[:devices])
     abstract = abstract_job(config=settings, tokenizer=tokenizer, mesh=mesh)
     counts = batches.count_steps(settings, abstract.mesh, rows)
-    compiled = TrainStep.of(abstract, counts, rows.length).compile()
+    compiled = TrainStep.of(abstract, counts, rows.length, rows.packed.documents).compile()
 
     job = opened(settings, devices)
     assert jax.tree.structure(job.trainable) == jax.tree.structure(abstract.trainable)
-    state = TrainStep.of(job, counts, rows.length).init_state(job.trainable)
+    state = TrainStep.of(job, counts, rows.length, 1).init_state(job.trainable)
     parts = [
         (p, p.order(counts.rows_per_step, 0)) for p in batches.rows_per_adapter(rows, job.adapters)
     ]

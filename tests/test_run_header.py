@@ -38,7 +38,7 @@ def test_layout_states_what_each_device_holds():
 
 def test_attention_is_named_with_its_reason():
     model = Model.from_config(LLAMA | {"head_dim": 64})
-    texts = [header.attention_text(model, platform, 1024) for platform in ("cpu", "gpu", "tpu")]
+    texts = [header.attention_text(model, platform, 1024, 2) for platform in ("cpu", "gpu", "tpu")]
     assert texts == [
         "chunked: 1024 tokens are more than a chunk of 64",
         "cudnn: made for cuda",
@@ -47,9 +47,9 @@ def test_attention_is_named_with_its_reason():
     for change in ({"attention_softcap": 5.0}, {"sinks": True}, {"head_dim": 100}):
         config = dataclasses.replace(model.config, **change)
         other = dataclasses.replace(model, config=config)
-        assert header.attention_text(other, "gpu", 1024).startswith("chunked: cuDNN ")
+        assert header.attention_text(other, "gpu", 1024, 1).startswith("chunked: cuDNN ")
     asked = dataclasses.replace(model, dtype="float32", attention="reference")
-    assert header.attention_text(asked, "gpu", 1024) == "reference: asked for"
+    assert header.attention_text(asked, "gpu", 1024, 1) == "reference: asked for"
 
 
 def test_every_setting_is_shown_as_it_was_resolved(tmp_path):

@@ -1,13 +1,14 @@
 """Batches of prepared rows: the batch of any step is a lookup.
 
-A batch is a dict of int32 arrays of shape (accum, B, T), the same in every step; the last batch of
-an epoch is filled up with rows of padding.
+A batch is a dict of arrays of shape (accum, B, T), the same in every step, int32 unless said
+otherwise; the last batch of an epoch is filled up with rows of padding.
 
   input_ids     token ids
   labels        already shifted: ``labels[t]`` is the target at ``input_ids[t]``, -100 if there is
                 none; for classification the label id, at the last token of each text
   positions     position in the document; starts at 0 in each
-  segment_ids   number of the document in its row, from 1; 0 for padding
+  segment_ids   number of the document in its row, from 1; 0 for padding. Its dtype is the smallest
+                that holds the numbers of all rows (``packing.segment_dtype``)
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Shaped
 
 from jlora.data.examples import IGNORE
 from jlora.data.order import PADDING_ROW, Order
-from jlora.data.packing import PackedRows, positions
+from jlora.data.packing import PackedRows, positions, segment_dtype
 from jlora.data.preparation import Prepared
 
-HostBatch = dict[str, Int32[np.ndarray, "accum batch length"]]
+HostBatch = dict[str, Shaped[np.ndarray, "accum batch length"]]
 
 
 def batch_at(prepared: Prepared, order: Order, step: int, accum: int = 1) -> HostBatch:
@@ -43,12 +44,12 @@ def gather_rows(packed: PackedRows, rows: np.ndarray) -> HostBatch:
     """The rows with these indices as a batch; PADDING_ROW gives a row of padding."""
     real = (rows != PADDING_ROW)[..., None]
     at = np.where(rows == PADDING_ROW, 0, rows)
-    segment_ids = np.where(real, packed.segment_ids[at], 0).astype(np.int32)
+    segment_ids = np.where(real, packed.segment_ids[at], 0)
     return {
         "input_ids": np.where(real, packed.input_ids[at], 0).astype(np.int32),
         "labels": np.where(real, packed.labels[at], IGNORE).astype(np.int32),
         "positions": positions(segment_ids),
-        "segment_ids": segment_ids,
+        "segment_ids": segment_ids.astype(segment_dtype(packed.documents)),
     }
 
 

@@ -7,6 +7,7 @@ computed as if it were alone in its row.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,11 @@ class PackedRows:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @functools.cached_property
+    def documents(self) -> int:
+        """The most documents in a row."""
+        return int(self.segment_ids.max(initial=0))
 
 
 def pack(
@@ -100,6 +106,15 @@ def _fill(examples: Examples, rows: Int64[np.ndarray, " n"], length: int) -> Pac
         packed.input_ids[row, at], packed.labels[row, at] = ids, labels
         packed.segment_ids[row, at] = documents[row]
     return packed
+
+
+def segment_dtype(documents: int) -> np.dtype:
+    """The dtype of a batch's segment ids if its rows have up to so many documents.
+
+    The training step is compiled for it, and attention chooses its kernel by it: booleans mean
+    that every row is one document, padded at its end, and uint8 that it has at most 255.
+    """
+    return np.dtype(bool if documents <= 1 else np.uint8 if documents <= 255 else np.int32)
 
 
 def positions(segment_ids: Int32[np.ndarray, "*rows length"]) -> Int32[np.ndarray, "*rows length"]:

@@ -37,6 +37,15 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
 
 
+def target_platform() -> str:
+    """The platform ("cpu", "gpu", "tpu") that a program traced now is for.
+
+    That of the mesh that is set, which may be of absent devices, or of this process's devices.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh (data, fsdp, tensor) of ``devices`` (all by default), ordered for their network.
 

@@ -44,8 +44,9 @@ class AttentionContext:
 
     def at_positions(self, positions: Int[Array, "B T"]) -> AttentionContext:
         """The same context with rotary tables for these positions."""
-        ropes = _distinct(self.config.ropes)
-        by_rope = {rope: rope.table(positions, self.segment_ids) for rope in ropes if rope}
+        ropes, ids = _distinct(self.config.ropes), self.segment_ids
+        ids = None if ids is None else ids.astype(jnp.int32)
+        by_rope = {rope: rope.table(positions, ids) for rope in ropes if rope}
         if not by_rope:
             return self
         cos, sin = next(iter(by_rope.values()))

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jlora.errors import ConfigError
 from jlora.models import kv_cache
@@ -40,6 +40,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 Path = paths.Path
 Params = Mapping[str, Any]
 Ids = Int[Array | np.ndarray, "B T"]
+SegmentIds = Integer[Array | np.ndarray, "B T"] | Bool[Array | np.ndarray, "B T"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Model:
         params: Params,
         input_ids: Ids,
         positions: Ids | None = None,
-        segment_ids: Ids | None = None,
+        segment_ids: SegmentIds | None = None,
     ) -> Float[Array, "B T V"]:
         """Float32 logits of the next token, or of a classifier's classes, at each token.
 
@@ -95,7 +96,8 @@ class Model:
           input_ids: token ids.
           positions: each token's position in its document; None counts from 0 along the row.
           segment_ids: each token's document, counted from 1, and 0 for padding; None means one
-            document per row. A token attends only within its document.
+            document per row, and booleans one document and padding after it (False). A token
+            attends only within its document.
         """
         return self.head(params, self.features(params, input_ids, positions, segment_ids))
 
@@ -105,7 +107,7 @@ class Model:
         params: Params,
         input_ids: Ids,
         positions: Ids | None = None,
-        segment_ids: Ids | None = None,
+        segment_ids: SegmentIds | None = None,
     ) -> Float[Array, "B T D"]:
         """The output head's input, after the final norm; arguments as for ``__call__``."""
         ids = jnp.asarray(input_ids)

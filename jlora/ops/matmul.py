@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jlora.distributed.constraints import rows_per_device
+from jlora.distributed.mesh import target_platform
 from jlora.quant import nf4
 
 EVEN_ODD_MAX_ROWS = 2048
@@ -41,9 +42,13 @@ def barrier_after(value: Any, x: Array) -> Any:
 def array_matmul(x: Array, w: Array, w_axis: int, dtype: Any = None) -> Array:
     """Contracts the last axis of ``x`` with ``w_axis`` of ``w``; float32 accumulation."""
     dims = (((x.ndim - 1,), (w_axis,)), ((), ()))
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     # On CPUs a bf16 product with a float32 result is six times as fast as one with a bf16 result.
-    out = jax.lax.dot_general(x, w.astype(x.dtype), dims, preferred_element_type=jnp.float32)
-    return out.astype(x.dtype if dtype is None else dtype)
+    # On GPUs cuBLAS accumulates in float32 in any case, and would write a float32 array that
+    # another kernel rounds; with the result's own type it also adds to an earlier product.
+    result = dtype if target_platform() == "gpu" else jnp.float32
+    out = jax.lax.dot_general(x, w.astype(x.dtype), dims, preferred_element_type=result)
+    return out.astype(dtype)
 
 
 def quantized_matmul(x: Array, w: Any, transpose: bool, dtype: Any = None) -> Array:

@@ -44,7 +44,7 @@ def of_step(job: Job, plan: StepCounts, length: int) -> Flops:
     backward pass, does an eighth more.
     """
     plain = dataclasses.replace(job.model, attention="reference")
-    program = TrainStep.of(dataclasses.replace(job, model=plain), plan, length)
+    program = TrainStep.of(dataclasses.replace(job, model=plain), plan, length, documents=1)
     with jax.set_mesh(job.mesh):
         traced = program.step.trace(program.state, job.frozen, program.batch)  # pyright: ignore
     batched = 2 + bool(job.adapters)
@@ -84,7 +84,7 @@ def _count(jaxpr: Any, batched: int) -> tuple[float, float]:
             weights += _ragged(equation)
         elif name == "cond":
             branches = [_count(branch.jaxpr, batched) for branch in params["branches"]]
-            # cuDNN's attention is a switch between branches, of which one runs.
+            # Of a choice between kernels one runs.
             most = max(branches, key=sum)
             weights, attention = weights + most[0], attention + most[1]
         else:

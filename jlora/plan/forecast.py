@@ -56,6 +56,8 @@ class Rows:
     """Fraction of the rows' tokens that is not padding."""
     note: str = ""
     """Why the rows were not counted."""
+    documents: int = 1
+    """The most documents in a row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +154,7 @@ def forecast(
     )
     # Without counted rows any number will do: `counted` says that the steps are not known.
     plan = StepCounts.of(config, job.mesh, rows.steps_per_epoch or (lambda n: 1))
-    program = TrainStep.of(job, plan, rows.length)
+    program = TrainStep.of(job, plan, rows.length, rows.documents)
     memory, work, text, seconds, refused = None, None, "", None, ""
     if devices is None:
         memory = estimate.memory(program, plan, rows.length)

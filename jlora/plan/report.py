@@ -21,7 +21,13 @@ UPPER_BOUND = "at most: all of the device's peak rate, nothing waiting for anyth
 def rows_of(config: Config, prepared: data.Prepared) -> Rows:
     """Length and number of prepared rows."""
     steps = functools.partial(steps_per_epoch, config, prepared)
-    return Rows(prepared.length, steps, prepared.tokens, prepared.fill)
+    return Rows(
+        prepared.length,
+        steps,
+        prepared.tokens,
+        prepared.fill,
+        documents=prepared.packed.documents,
+    )
 
 
 def verdict(result: Forecast) -> str:

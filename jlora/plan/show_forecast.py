@@ -58,9 +58,15 @@ def _read(config: Config) -> tuple[Any, Rows]:
     except (JloraError, OSError) as error:
         if config.is_classification:  # the padding token decides which token is classified
             raise
-        return None, Rows(config.data.max_length, note=f"not counted: {error}")
+        return None, _uncounted(config, error)
     try:
         prepared = prepare_rows(config, tokenizer, "train")
     except JloraError as error:
-        return tokenizer, Rows(config.data.max_length, note=f"not counted: {error}")
+        return tokenizer, _uncounted(config, error)
     return tokenizer, report.rows_of(config, prepared)
+
+
+def _uncounted(config: Config, error: Exception) -> Rows:
+    """Rows of ``max_length``, with several documents if packing is on."""
+    documents = 2 if config.data.packing else 1
+    return Rows(config.data.max_length, note=f"not counted: {error}", documents=documents)

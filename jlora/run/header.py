@@ -36,7 +36,7 @@ def show_header(
     console: Console, job: Job, counts: StepCounts, train: Prepared, held_out: Prepared | None
 ) -> None:
     """Shows the model, the adapted modules, data, devices and every setting as it was resolved."""
-    sections: dict[str, Any] = {"model": _model(job, train.length)}
+    sections: dict[str, Any] = {"model": _model(job, train)}
     if job.targets:
         sections["adapter"] = table(match_table(job.targets))
     rows = {"train": [train], "eval": [held_out] if held_out else []}
@@ -93,13 +93,13 @@ def layout(tree: Any, mesh: jax.sharding.Mesh) -> HeaderTable:
     )
 
 
-def attention_text(model: Model, platform: str, length: int) -> str:
-    """Which implementation of attention is used for rows of ``length`` tokens, and why."""
+def attention_text(model: Model, platform: str, length: int, documents: int) -> str:
+    """The attention implementation for rows of ``length`` tokens and so many documents, and why."""
     case = Case(
         dtype=model.dtype,
         length=length,
         head_dim=model.config.head_dim,
-        segments=True,
+        documents=documents,
         softcap=model.config.attention_softcap is not None,
         sinks=model.config.sinks,
         capability=model.gpu_capability or cudnn.capability(),
@@ -110,12 +110,12 @@ def attention_text(model: Model, platform: str, length: int) -> str:
     return ": ".join(choose(platform, case, model.attention))
 
 
-def _model(job: Job, length: int) -> Mapping[str, Any]:
-    config = job.config
+def _model(job: Job, train: Prepared) -> Mapping[str, Any]:
+    config, platform = job.config, job.mesh.devices.flat[0].platform
     rows: dict[str, Any] = {
         "base": config.model.name_or_path,
         **sizes(config, job.base, job.trainable, job.initial),
-        "attention": attention_text(job.model, job.mesh.devices.flat[0].platform, length),
+        "attention": attention_text(job.model, platform, train.length, train.packed.documents),
     }
     if job.adapters:
         rows["adapters"] = f"{', '.join(job.adapters)} (trained together, each on its own rows)"

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.data.packing import segment_dtype
 from jlora.distributed import sharding
 from jlora.distributed.mesh import compiler_options
 from jlora.run.job import Job
@@ -18,7 +19,7 @@ from jlora.training.optim import make_optimizer
 from jlora.training.state import init_state
 from jlora.training.step import make_train_step
 
-BATCH_ARRAYS = ("input_ids", "labels", "positions", "segment_ids")
+INT32_ARRAYS = ("input_ids", "labels", "positions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,15 @@ class TrainStep:
     """A step's batch as ``jax.ShapeDtypeStruct``."""
 
     @classmethod
-    def of(cls, job: Job, counts: StepCounts, length: int) -> TrainStep:
-        """The step of ``job``, which may be abstract, on rows of ``length`` tokens."""
+    def of(cls, job: Job, counts: StepCounts, length: int, documents: int) -> TrainStep:
+        """The step of ``job``, which may be abstract.
+
+        Args:
+          job: what is trained.
+          counts: rows per step, and steps.
+          length: tokens in a row.
+          documents: the most documents in a row, which decides the dtype of ``segment_ids``.
+        """
         settings, mesh = job.config.train, job.mesh
         optimizer = make_optimizer(settings, counts.total_steps, job.trainable)
         init = functools.partial(init_state, optimizer=optimizer, fp16=counts.fp16)
@@ -56,7 +64,7 @@ class TrainStep:
             compiler_options=compiler_options(mesh),
         )
         init = jax.jit(init, out_shardings=state_shardings, donate_argnums=0)
-        return cls(job, step, init, state, _abstract_batch(job, counts, length))
+        return cls(job, step, init, state, _abstract_batch(job, counts, length, documents))
 
     @property
     def best(self) -> Any:
@@ -69,13 +77,16 @@ class TrainStep:
             return self.step.lower(self.state, self.job.frozen, self.batch).compile()  # pyright: ignore
 
 
-def _abstract_batch(job: Job, counts: StepCounts, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+def _abstract_batch(
+    job: Job, counts: StepCounts, length: int, documents: int
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Arrays (accumulation, B, T), in a multi-adapter run with a leading axis of adapters."""
     rows = counts.rows_per_step // counts.accumulation
     adapters = (len(job.adapters),) if job.adapters else ()
-    array = jax.ShapeDtypeStruct(
+    array = functools.partial(
+        jax.ShapeDtypeStruct,
         (*adapters, counts.accumulation, rows, length),
-        jnp.int32,
         sharding=sharding.batch_sharding(job.mesh, multi_adapter=bool(job.adapters)),
     )
-    return dict.fromkeys(BATCH_ARRAYS, array)
+    batch = dict.fromkeys(INT32_ARRAYS, array(jnp.int32))
+    return batch | {"segment_ids": array(segment_dtype(documents))}

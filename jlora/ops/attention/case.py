@@ -4,6 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+UNKNOWN_DOCUMENTS = 2**31 - 1
+"""The number of documents in a row where nothing is known of it but that int32 holds it."""
+
+
+def most_documents(segment_ids: Array | np.ndarray | None) -> int:
+    """The most documents that a row may have, by the type of the segment ids.
+
+    The number decides between kernels, so it has to be known when a program is traced; values are
+    not, types are. Without ids a row is one document, and with booleans one document (True) and
+    padding after it (False); uint8 has at most 255; other types may have any number.
+    """
+    if segment_ids is None or segment_ids.dtype == jnp.bool_:
+        return 1
+    return 255 if segment_ids.dtype == jnp.uint8 else UNKNOWN_DOCUMENTS
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -13,8 +32,8 @@ class Case:
     length: int
     """Tokens per row."""
     head_dim: int
-    segments: bool = False
-    """Whether the call has segment ids: rows may be padded or hold several documents."""
+    documents: int = 1
+    """The most documents in a row, see ``most_documents``."""
     traced_window: bool = False
     """Whether the window is a traced value, as when layers with different windows are scanned."""
     softcap: bool = False

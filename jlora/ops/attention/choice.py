@@ -24,7 +24,7 @@ class Choice(NamedTuple):
     why: str
 
 
-SHORT = chunked.CPU_CHUNKS[-1]
+SHORT = chunked.CHUNKS["cpu"][0][-1]
 """Rows of at most this many tokens take the reference: one chunk has nothing to skip."""
 
 
@@ -53,10 +53,7 @@ def choose(platform: str, case: Case, backend: str = "auto") -> Choice:
         name, kernel = KERNELS[platform]
         declined = kernel.declines(case)
         if declined is None:
-            has_documents = name == "cudnn" and case.segments
-            falls_back = has_documents and not cudnn.supports_packed_rows(case)
-            rest = f"; packed rows: {fallback(case.length)}" if falls_back else ""
-            return Choice(name, f"made for {platform}{rest}")
+            return Choice(name, f"made for {platform}")
         reason = f"{declined}; "
     name = fallback(case.length)
     than = "more than" if name == "chunked" else "no more than"

@@ -11,24 +11,27 @@ First-order reverse-mode differentiation only.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jlora.distributed.constraints import rows_per_device
+from jlora.distributed.mesh import target_platform
 from jlora.ops.attention.reference import MASKED, causal_mask, softcapped
 from jlora.ops.remat import saveable
 
-CHUNK = 256
-"""Tokens per chunk on an accelerator."""
-
-CPU_CHUNKS = (256, 128, 64)
-"""Tokens per chunk on a CPU: the first with at most ``CPU_SCORES`` scores per pair of chunks."""
-
-CPU_SCORES = 2**20
-"""4 MiB of float32: larger intermediates leave the CPU's caches (measured, docs/log.md)."""
+CHUNKS = {
+    # 4 MiB of float32: larger intermediates leave the CPU's caches. Measured: 64 tokens for 8 rows
+    # of 12 heads, 256 for one row; other sizes were slower from 512 tokens on (docs/log.md).
+    "cpu": ((256, 128, 64), 2**20),
+    # Every pair of chunks is some 20 launches, and the host waits for the loop's condition: as few
+    # as 256 MiB of scores allow.
+    "gpu": ((1024, 512, 256), 2**26),
+    "tpu": ((256,), 2**26),
+}
+"""Platform → tokens per chunk, the first with at most so many scores per pair of chunks."""
 
 
 class _Inputs(NamedTuple):
@@ -65,23 +68,15 @@ def attend(
 
     ``chunk`` is the number of tokens per chunk; None chooses it by device.
     """
-    return _attend(_Inputs(q, k, v, segment_ids, window, scale), softcap, chunk)
+    if chunk is None:
+        chunk = chunk_size(rows_per_device(q.shape[0]), q.shape[2], target_platform())
+    return _attend(_Inputs(q, k, v, segment_ids, window, scale), softcap, min(chunk, q.shape[1]))
 
 
-def _by_device(
-    compute: Callable[..., Any], chunk: int | None, inputs: _Inputs, *others: Any
-) -> Any:
-    """``compute(chunk, inputs, *others)``; the device decides the chunk size if it is None."""
-    B, T, heads, _ = inputs.q.shape
-    # 64 tokens for 8 rows of 12 heads, 256 for one row. Other sizes were slower from 512 tokens on.
-    fits = (c for c in CPU_CHUNKS if B * heads * c * c <= CPU_SCORES)
-    cpu_chunk = min(chunk or next(fits, CPU_CHUNKS[-1]), T)
-    other_chunk = min(chunk or CHUNK, T)
-    # Each branch of platform_dependent is traced: one is enough if they are equal.
-    if cpu_chunk == other_chunk:
-        return compute(cpu_chunk, inputs, *others)
-    cpu, default = (functools.partial(compute, c) for c in (cpu_chunk, other_chunk))
-    return jax.lax.platform_dependent(inputs, *others, cpu=cpu, default=default)
+def chunk_size(rows: int, heads: int, platform: str) -> int:
+    """Tokens per chunk on a platform, for so many rows on one device and query heads."""
+    sizes, most = CHUNKS[platform if platform in CHUNKS else "tpu"]
+    return next((c for c in sizes if rows * heads * c * c <= most), sizes[-1])
 
 
 def _masks(inputs: _Inputs, chunk: int) -> _Masks:
@@ -207,8 +202,7 @@ def _backward(softcap, chunk, saved, gradients):
     # Both terms are one number for each query that the gradient of its scores subtracts, so that
     # the sum over keys is not needed in the loop (FlashAttention's backward pass).
     mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_logsumexp
-    compute = functools.partial(_gradients, softcap)
-    dq, dk, dv = _by_device(compute, chunk, inputs, logsumexp, mean, d_out)
+    dq, dk, dv = _gradients(softcap, chunk, inputs, logsumexp, mean, d_out)
     return (inputs._replace(q=dq, k=dk, v=dv, segment_ids=None, window=None, scale=None),)
 
 
@@ -252,7 +246,7 @@ def _gradients(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _attend(inputs, softcap, chunk):
-    return _by_device(functools.partial(_forward, softcap), chunk, inputs)
+    return _forward(softcap, chunk, inputs)
 
 
 _attend.defvjp(_forward_saving, _backward)

@@ -2,8 +2,9 @@
 
 It supports causal masks and sliding windows. A row that is one document, with or without padding
 after it, needs no other mask: causality hides the padding. (The outputs at padding differ from
-those of other backends; nothing reads them.) Whether rows are of this kind is known at run time
-only, so segment ids lead to a ``lax.switch``.
+those of other backends; nothing reads them.) The type of the segment ids tells whether rows are of
+this kind (``case.most_documents``): a switch on their values is a conditional in every layer, for
+which the host waits and XLA copies operands.
 
 Packed rows: the segment ids are encoded in ``CODE`` extra dimensions of queries and keys, two per
 bit of the id. One is nonzero where the query's bit is 1 and the key's 0, the other where it is the
@@ -25,7 +26,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jlora.ops.attention import reference
 from jlora.ops.attention.case import Case
@@ -33,7 +34,8 @@ from jlora.ops.attention.case import Case
 # A head of 64 becomes 80 wide, one of 128 144. Whether cuDNN has execution plans for these is not
 # known, hence `fault`.
 BITS = 8
-"""Bits of a segment id that are encoded: up to 255 documents per packed row."""
+"""Bits of a segment id that are encoded."""
+MOST_DOCUMENTS = 2**BITS - 1
 CODE = 2 * BITS
 """Extra head dimensions that encode the segment id."""
 # A power of two, so that bfloat16 holds it exactly.
@@ -57,17 +59,16 @@ def declines(case: Case) -> str | None:
         return "cuDNN has no sinks"
     if case.traced_window:
         return "cuDNN needs a window that is the same in all layers that are scanned"
-    return None if case.gpu_is_absent else fault(case.dtype, case.head_dim)
-
-
-def supports_packed_rows(case: Case) -> bool:
-    """Whether cuDNN can compute rows of several documents: the head has room for their code.
-
-    Not in float16, in which the gradients of the code, although unused, would overflow.
-    """
-    if case.dtype == "float16" or case.head_dim + CODE > _max_head_dim(case.capability):
-        return False
-    return case.gpu_is_absent or fault(case.dtype, case.head_dim, packed=True) is None
+    packed = case.documents > 1
+    if packed and case.dtype == "float16":
+        # The gradients of the code would overflow, although nothing uses them.
+        return "cuDNN computes packed rows in bfloat16, not in float16"
+    if packed and case.head_dim + CODE > max_dim:
+        return (
+            f"cuDNN needs {CODE} of at most {max_dim} dimensions of a head for packed rows, "
+            f"which has {case.head_dim} already"
+        )
+    return None if case.gpu_is_absent else fault(case.dtype, case.head_dim, packed)
 
 
 @functools.cache
@@ -152,33 +153,31 @@ def attend(
     scale: float | Float[Array, ""],
     fall_back: Callable[[Array, Array, Array], Array],
     *,
-    packed: bool,
+    documents: int,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B T heads dim"]:
     """Attention outputs.
 
-    ``packed`` is ``supports_packed_rows``: without it, and for rows whose segment ids do not fit
-    into ``BITS`` bits, packed rows are computed by ``fall_back(q, k, v)``. ``implementation`` is
-    that of ``jax.nn.dot_product_attention``: "xla" computes the same on any device, for tests.
+    ``documents`` is the most documents in a row (``case.most_documents``). Where it is not known,
+    rows whose segment ids do not fit into ``BITS`` bits are computed by ``fall_back(q, k, v)``.
+    ``implementation`` is that of ``jax.nn.dot_product_attention``: "xla" computes the same on any
+    device, for tests.
     """
     if not isinstance(scale, float | int):
         # JAX's scale has to be a Python number; one that is looked up by layer is traced.
         q, scale = q * scale.astype(q.dtype), 1.0
     causal = functools.partial(_causal, window=window, scale=scale, implementation=implementation)
-    if segment_ids is None:
+    if segment_ids is None or documents == 1:
         return causal(q, k, v)
 
     def with_documents(q: Array, k: Array, v: Array) -> Array:
         return causal(*_with_document_code(q, k, v, segment_ids))[..., : q.shape[3]]
 
-    branches = [causal, fall_back]
-    # One branch for all rows: under vmap a switch would compute every branch.
-    branch = jnp.where(jnp.all(one_document(segment_ids)), 0, 1)
-    if packed:
-        branches.append(with_documents)
-        has_code = jnp.all((segment_ids >= 0) & (segment_ids < 2**BITS))
-        branch = jnp.where((branch == 1) & has_code, 2, branch)
-    return jax.lax.switch(branch, branches, q, k, v)
+    if documents <= MOST_DOCUMENTS:
+        return with_documents(q, k, v)
+    # For all rows at once: a condition on each would be computed both ways under vmap.
+    has_code = jnp.all((segment_ids >= 0) & (segment_ids <= MOST_DOCUMENTS))
+    return jax.lax.cond(has_code, with_documents, fall_back, q, k, v)
 
 
 def _with_document_code(
@@ -197,13 +196,6 @@ def _with_document_code(
         append(k, -FAR * (1 - query_code)),
         append(v, jnp.zeros_like(query_code)),
     )
-
-
-def one_document(segment_ids: Int[Array, "B T"]) -> Bool[Array, " B"]:
-    """Whether each row is a single document from its first token on, followed by padding only."""
-    index = jnp.arange(segment_ids.shape[1])
-    last = jnp.max(jnp.where(segment_ids != 0, index, -1), axis=1, keepdims=True)
-    return jnp.all((segment_ids == segment_ids[:, :1]) | (index > last), axis=1)
 
 
 def _causal(

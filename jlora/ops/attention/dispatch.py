@@ -15,10 +15,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jlora.ops.attention import chunked, cudnn, reference, splash
-from jlora.ops.attention.case import Case
+from jlora.ops.attention.case import Case, most_documents
 from jlora.ops.attention.choice import (
     KERNELS,
     check_backend,
@@ -35,7 +35,7 @@ def attend(
     v: Float[Array, "B T kv_heads dim"],
     *,
     scale: float | Float[Array, ""],
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: Integer[Array, "B T"] | Bool[Array, "B T"] | None = None,
     window: int | Int[Array, ""] | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " heads"] | None = None,
@@ -49,7 +49,8 @@ def attend(
       k: keys.
       v: values.
       scale: the factor on query-key products; a constant, without a gradient.
-      segment_ids: the document of each token, 0 for padding; None is one document a row.
+      segment_ids: the document of each token, 0 for padding; None is one document a row. The dtype
+        may say that rows have few documents, see ``case.most_documents``.
       window: how many tokens back a token sees, itself included; None is all.
       softcap: bounds the scaled products: ``softcap * tanh(. / softcap)``; None is no bound.
       sinks: one more score a head, in the softmax's denominator only.
@@ -66,7 +67,7 @@ def attend(
         dtype=q.dtype.name,
         length=q.shape[1],
         head_dim=q.shape[3],
-        segments=segment_ids is not None,
+        documents=most_documents(segment_ids),
         traced_window=isinstance(window, jax.Array),
         softcap=softcap is not None,
         sinks=sinks is not None,
@@ -74,6 +75,8 @@ def attend(
         gpu_is_absent=gpu_capability is not None,
     )
     check_possible(backend, case)
+    if segment_ids is not None:
+        segment_ids = segment_ids.astype(jnp.int32)
     operands = q, k, v, segment_ids, sinks
     settings = {"scale": scale, "window": window, "softcap": softcap}
     compute = {name: functools.partial(f, **settings) for name, f in _COMPUTE.items()}
@@ -126,8 +129,7 @@ def _cudnn(q, k, v, segment_ids, sinks, *, scale, window, softcap, case):
         compute = _COMPUTE[fallback(q.shape[1])]
         return compute(q, k, v, segment_ids, sinks, scale=scale, window=window, softcap=softcap)
 
-    packed = segment_ids is not None and cudnn.supports_packed_rows(case)
-    return cudnn.attend(q, k, v, segment_ids, window, scale, fall_back, packed=packed)
+    return cudnn.attend(q, k, v, segment_ids, window, scale, fall_back, documents=case.documents)
 
 
 def _splash(q, k, v, segment_ids, sinks, *, scale, window, softcap):
