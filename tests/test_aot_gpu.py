@@ -27,10 +27,12 @@ HEAD = 4096 * 128_256
 
 
 @functools.cache
-def step(target, quantized, offloading=False, **mesh):
+def step(target, quantized, offloading=False, documents=1, flags="", rows=1, **mesh):
     sections = {"quantization": {"load_in_4bit": True}} if quantized else {}
-    train = {"activation_offloading": offloading}
-    return compiled_for(target, LLAMA_8B, LENGTH, mesh=mesh, train=train, **sections)
+    train = {"activation_offloading": offloading, "per_device_train_batch_size": rows}
+    return compiled_for(
+        target, LLAMA_8B, LENGTH, documents, flags, mesh=mesh, train=train, **sections
+    )
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -76,8 +78,33 @@ def test_memory_of_qlora_on_8b_is_within_its_bounds():
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_base_and_adapter_products_stay_separate(quantized):
-    """XLA would fuse both into one product, moving 355 and 308 GiB; see mesh.COMPILER_OPTIONS."""
-    assert step("h200", quantized)["work"]["bytes_moved"] < 295 * GiB
+    """XLA would fuse both into one product, moving a fifth more; see mesh.COMPILER_OPTIONS."""
+    assert step("h200", quantized)["work"]["bytes_moved"] < 250 * GiB
+
+
+@pytest.mark.parametrize("documents", [1, 255])
+@pytest.mark.parametrize("target", ["h200", "a100-80"])
+def test_no_conditional_waits_for_the_host(target, documents):
+    """The kernel of attention is chosen by the type of the segment ids, not by their values."""
+    result = step(target, True, documents=documents)
+    assert result["conditionals"] == 0
+    # Heads of 128 have no room on an A100 for the code of packed documents.
+    uses_cudnn = "__cudnn$fmhaSoftmax" in result["work"]["kernels"]
+    assert uses_cudnn == (target == "h200" or documents == 1)
+
+
+def test_products_add_to_the_base_where_cublas_computes_them():
+    """Seven modules, forward and recomputed; float32 results would be added by other kernels."""
+    result = step("h200", False, flags="--xla_gpu_enable_triton_gemm=false")
+    assert result["fused_adds"] >= 14
+
+
+def test_fsdp_gathers_the_head_once():
+    """Four chunks of its 4096 tokens, in three passes."""
+    result = step("h200x8", False, rows=2, data=1, fsdp=8)
+    found = {c["kind"]: c["bytes"] for c in result["work"]["collectives"]}
+    layers = 2 * 2 * MATRICES / 8
+    assert layers < found["all-gather"] < layers + 2 * 2 * HEAD / 8
 
 
 def test_offloading_moves_layer_inputs_off_the_device():

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import tiny_models
+from absent_gpu import traced_for_a_gpu
 from jaxprs import equations
 
 from jlora import lora
@@ -20,6 +21,7 @@ from jlora.distributed.mesh import BATCH_AXES
 from jlora.models import Model, init_params
 from jlora.ops.matmul import array_matmul
 from jlora.ops.weights import has_quantized_base
+from jlora.plan import hlo
 from jlora.quant import nf4
 from jlora.quant.params import is_quantized, quantize_params
 from jlora.training import step
@@ -158,6 +160,31 @@ def test_a_chunk_counts_the_rows_of_one_device():
     assert B * V in alone and B * 4 * V not in alone
     assert B * 4 * V in spread and B * V not in spread
     np.testing.assert_allclose(four, one, rtol=1e-6)
+
+
+def test_a_split_head_is_gathered_once_for_all_chunks():
+    model, params, adapter = parts()
+    rows = jax.tree.map(jnp.asarray, batch())
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4), jax.devices()[:4])
+    given = sharding.abstract_arrays((params, adapter), mesh)
+    gathered = []
+    for tokens in (T, T // 4):  # of a chunk
+
+        def loss(params, adapter):
+            return loss_and_count(model, attach(params, adapter, None), rows)[0]
+
+        with jax.set_mesh(mesh), mock.patch.object(step, "CHUNK_ELEMENTS", V * tokens):
+            compiled = jax.jit(jax.grad(loss, 1)).lower(*given).compile()
+        work = hlo.work_of(compiled.as_text())
+        gathered.append(work.collectives["all-gather", 4])
+    assert gathered[0] == gathered[1]
+
+
+def test_chunks_on_gpus_are_larger():
+    """The head is read for each: of 512 tokens instead of 128 for the vocabulary of Llama 3."""
+    assert step._chunk_length(1, 4096, 128_256) == 128
+    with traced_for_a_gpu():
+        assert step._chunk_length(1, 4096, 128_256) == 512
 
 
 def test_a_vocab_chunk_is_sized_by_the_rows_of_one_device():

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jlora.distributed.mesh import BATCH_AXES
-from jlora.distributed.sharding import mapping_keys, quantized_spec
+from jlora.distributed.sharding import mapping_keys, quantized_spec, spec
 from jlora.quant.params import is_quantized
 
 
@@ -72,6 +72,27 @@ def gather_quantized(tree: Any) -> Any:
             return leaf
         specs = quantized_spec(mapping_keys(path), leaf, mesh, frozenset({"fsdp"}))
         return jax.tree.map(jax.lax.with_sharding_constraint, leaf, specs)
+
+    return jax.tree_util.tree_map_with_path(unsplit, tree, is_leaf=is_quantized)
+
+
+def gather_dense(tree: Any) -> Any:
+    """The tree with its dense weights no longer split over ``fsdp``, for use in a loop.
+
+    XLA gathers a weight where it is used: within a loop over chunks once for every chunk.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
+        return tree
+
+    def unsplit(path: tuple, leaf: Any) -> Any:
+        if is_quantized(leaf):
+            return leaf
+        axes = spec(mapping_keys(path), leaf.shape, mesh)
+        if "fsdp" not in axes:
+            return leaf
+        without = PartitionSpec(*(None if axis == "fsdp" else axis for axis in axes))
+        return jax.lax.with_sharding_constraint(leaf, without)
 
     return jax.tree_util.tree_map_with_path(unsplit, tree, is_leaf=is_quantized)
 

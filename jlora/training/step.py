@@ -21,13 +21,18 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jlora.data.examples import IGNORE
-from jlora.distributed.constraints import rows_per_device
+from jlora.distributed.constraints import gather_dense, rows_per_device
+from jlora.distributed.mesh import target_platform
 from jlora.ops.matmul import barrier_after
 from jlora.ops.weights import has_quantized_base
 from jlora.training.state import TrainState
 
 CHUNK_ELEMENTS = 2**24
 """The most logits that a device computes at once (64 MiB of float32)."""
+
+GPU_CHUNK_ELEMENTS = 2**26
+"""The same on GPUs. Every chunk reads the whole head: of the 128 tokens that 2**24 allows Llama 3
+reading takes longer than the product. By the compiler the step's peak is the same (docs/log.md)."""
 
 Batch = Mapping[str, Array]
 Bind = Callable[[Any, Any, Array | None], Any]
@@ -67,7 +72,7 @@ def _loss_from_features(
     def chunk_loss(start):
         h = jax.lax.dynamic_slice_in_dim(features, start, size, axis=1)
         y = jax.lax.dynamic_slice_in_dim(labels, start, size, axis=1)
-        return cross_entropy(model.head(params, h), y)
+        return cross_entropy(model.head(gathered, h), y)
 
     size = _chunk_length(rows_per_device(batch_size), length, vocab)
     if has_quantized_base(model.head_weight(params)):
@@ -76,6 +81,8 @@ def _loss_from_features(
     elif size == length:
         total = cross_entropy(model.head(params, features), labels)
     else:
+        # The head; of the other leaves nothing is computed.
+        gathered = gather_dense(params)
         # Rematerialised, so that only one chunk's logits exist in the backward pass, too.
         total = jax.lax.map(jax.checkpoint(chunk_loss), jnp.arange(0, length, size)).sum()
     return total, jnp.sum(labels != IGNORE)
@@ -104,7 +111,7 @@ def cross_entropy_in_vocab_chunks(
     it once for each chunk.
     """
     tokens_per_device = rows_per_device(labels.shape[0]) * labels.shape[1]
-    size = min(vocab, max(1, CHUNK_ELEMENTS // tokens_per_device))
+    size = min(vocab, max(1, chunk_elements() // tokens_per_device))
 
     def vocab_chunk(first):
         start = jnp.minimum(first, vocab - size)  # the last chunk overlaps the previous one
@@ -272,12 +279,17 @@ def _where(condition: Array, new: Array, old: Array) -> Array:
     return jax.device_put(jnp.where(condition, new, old), space)
 
 
+def chunk_elements() -> int:
+    """The most logits that a device of the program being traced computes at once."""
+    return GPU_CHUNK_ELEMENTS if target_platform() == "gpu" else CHUNK_ELEMENTS
+
+
 def _chunk_length(rows: int, length: int, vocab_size: int) -> int:
-    """The longest divisor of ``length`` whose logits, of all rows, are within CHUNK_ELEMENTS.
+    """The longest divisor of ``length`` whose logits, of all rows, are within ``chunk_elements``.
 
     ``rows`` are those of one device: with the rows of all devices the chunks get so short that a
     sharded head is gathered once for each of many.
     """
     # With all rows counted, 8 H200 gathered the head 128 times a pass: 69 GiB a step instead of 14.
-    fits = max(1, CHUNK_ELEMENTS // (rows * vocab_size))
+    fits = max(1, chunk_elements() // (rows * vocab_size))
     return next(c for c in range(min(fits, length), 0, -1) if length % c == 0)
