@@ -35,6 +35,14 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
 
 
+def times_kernels(mesh: Mesh) -> bool:
+    """Whether XLA, to compile for this mesh, runs kernels and keeps the fastest: on GPUs.
+
+    Whatever else runs there meanwhile changes its choice, which the compilation cache keeps.
+    """
+    return mesh.devices.flat[0].platform == "gpu"
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh (data, fsdp, tensor) of ``devices`` (all by default), ordered for their network.
 
