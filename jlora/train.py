@@ -18,6 +18,7 @@ from jlora.config import Config
 from jlora.data.labelled_texts import first_ten
 from jlora.distributed import processes, sharding
 from jlora.distributed.lock import RunLock
+from jlora.distributed.mesh import times_kernels
 from jlora.distributed.signals import StopSignals
 from jlora.files import check_output
 from jlora.plan.check import compiled_beside
@@ -95,8 +96,11 @@ def run(config: Config, options: argparse.Namespace) -> None:
         check_resumable(config, counts, rows.fingerprint)
         show_header(console, abstract, counts, rows, held_out)
         program = TrainStep.of(abstract, counts, rows.length, rows.packed.documents)
-        console.note(f"loading {config.model.name_or_path}, and compiling …")
+        loading, compiles_first = f"loading {config.model.name_or_path}", times_kernels(mesh)
+        console.note("compiling …" if compiles_first else f"{loading}, and compiling …")
         with compiled_beside(program, rows) as compiling, console.loading() as progress:
+            if compiles_first:
+                console.note(f"{loading} …")
             job = open_job(
                 config,
                 tokenizer,

@@ -4,8 +4,10 @@ import json
 import math
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from tiny_plans import load, looked
 from tiny_runs import OFF
@@ -13,7 +15,8 @@ from tiny_runs import OFF
 from jlora import cli, train
 from jlora.errors import ConfigError
 from jlora.io.hf.read import LoadingCancelledError
-from jlora.plan import target
+from jlora.plan import check, target
+from jlora.plan.check import compiled_beside
 from jlora.plan.forecast import Rows
 from jlora.run import batches
 from jlora.run.open_tokenizer import open_tokenizer
@@ -127,6 +130,68 @@ def test_weights_load_while_the_step_compiles(place, monkeypatch):
     monkeypatch.setattr(train, "open_job", load_late)
     place.run(train={"max_steps": 1, "logging_steps": 1})
     assert len(place.losses()) == 1
+
+
+def program_on(platform, compile):
+    """A stub of a TrainStep that is compiled for a device of this platform."""
+    memory = {"process_index": 0, "memory_stats": lambda: {"bytes_limit": 1}}
+    device = SimpleNamespace(platform=platform, device_kind="stub", **memory)
+    settings = SimpleNamespace(train=SimpleNamespace(check_memory=False))
+    job = SimpleNamespace(config=settings, mesh=SimpleNamespace(devices=np.array([device])))
+    return SimpleNamespace(job=job, compile=compile)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cpu", "tpu"])
+def test_nothing_loads_while_kernels_are_timed(platform):
+    """On GPUs the block starts when the step is compiled; elsewhere the compiler waits for it."""
+    block_began = threading.Event()
+
+    def compile():
+        # On a GPU the block must not begin: its absence can only be waited for.
+        return block_began.wait(0.5 if platform == "gpu" else 60)
+
+    with compiled_beside(program_on(platform, compile), rows=None) as compilation:
+        assert compilation.is_done == (platform == "gpu")
+        block_began.set()
+        assert compilation.result() == (platform != "gpu")
+
+
+def test_without_a_step_nothing_is_loaded_where_kernels_are_timed():
+    def fail():
+        raise jax.errors.JaxRuntimeError("INTERNAL: the compiler failed")
+
+    with (
+        pytest.raises(jax.errors.JaxRuntimeError, match="the compiler failed"),
+        compiled_beside(program_on("gpu", fail), rows=None),
+    ):
+        pytest.fail("loading began")
+
+
+@pytest.fixture
+def kernels_are_timed(monkeypatch):
+    """The devices of a run are treated as GPUs where loading and compiling are ordered."""
+    for module in (check, train):
+        monkeypatch.setattr(module, "times_kernels", lambda mesh: True)
+
+
+def test_a_run_says_that_it_compiles_before_it_loads(place, kernels_are_timed, capsys):
+    place.settings_for_loss()
+    place.run(train={"max_steps": 1, "logging_steps": 1})
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" …")]
+    assert notes[-2:] == ["compiling …", f"loading {place.base} …"]
+    assert len(place.losses()) == 1
+
+
+def test_a_refusal_comes_before_loading_where_kernels_are_timed(
+    place, kernels_are_timed, monkeypatch, standard_promotion
+):
+    place.settings_for_loss()
+    place.defaults["train"] = {"optim": "sgd"}  # two remedies, each compiles the step once more
+    peak = looked(load(place), 1, count_work=False).memory.peak
+    monkeypatch.setattr(target, "main_memory", lambda: peak - 1)
+    monkeypatch.setattr(train, "open_job", lambda *_, **__: pytest.fail("loading began"))
+    with pytest.raises(ConfigError, match="does not fit"):
+        place.run()
 
 
 @pytest.mark.parametrize("reports", [True, False], ids=["reading on", "memory full"])

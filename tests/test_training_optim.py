@@ -36,21 +36,21 @@ def decayed(name, kwargs, step):
     }[name]
 
 
-@pytest.mark.parametrize(
-    ("name", "kwargs"),
-    [
-        ("linear", {}),
-        ("cosine", {}),
-        ("cosine", {"num_cycles": 1.5}),
-        ("cosine_with_min_lr", {"min_lr": 1e-4}),
-        ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
-        ("constant_with_warmup", {}),
-        ("polynomial", {}),
-        ("polynomial", {"power": 2.0, "lr_end": 1e-4}),
-        ("inverse_sqrt", {}),
-        ("inverse_sqrt", {"timescale": 100}),
-    ],
-)
+SCHEDULES = [
+    ("linear", {}),
+    ("cosine", {}),
+    ("cosine", {"num_cycles": 1.5}),
+    ("cosine_with_min_lr", {"min_lr": 1e-4}),
+    ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+    ("constant_with_warmup", {}),
+    ("polynomial", {}),
+    ("polynomial", {"power": 2.0, "lr_end": 1e-4}),
+    ("inverse_sqrt", {}),
+    ("inverse_sqrt", {"timescale": 100}),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs"), SCHEDULES)
 def test_schedules_rise_and_then_follow_their_formula(name, kwargs):
     config = settings(lr_scheduler_type=name, lr_scheduler_kwargs=kwargs, warmup_steps=WARM)
     rate = optim.schedule(config, TOTAL)
@@ -59,6 +59,23 @@ def test_schedules_rise_and_then_follow_their_formula(name, kwargs):
     expected = [RATE * s / WARM for s in range(WARM)]
     expected += [RATE * decayed(name, kwargs, s) for s in steps]
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), [*SCHEDULES, ("constant", {})])
+def test_rates_are_bitwise_those_of_the_updates(name, kwargs):
+    """SGD changes a weight with gradient -1 by the rate itself."""
+    total, schedule = 60, {"lr_scheduler_type": name, "lr_scheduler_kwargs": kwargs}
+    config = settings(optim="sgd", max_grad_norm=None, warmup_steps=WARM, **schedule)
+    params = {"lora_A": jnp.zeros((1, 1, 1))}
+    optimizer = optim.make_optimizer(config, total, params)
+    update, state, used = jax.jit(optimizer.update), optimizer.init(params), []
+    with jax.numpy_dtype_promotion("standard"):  # optax does not promote strictly
+        for _ in range(total):
+            change, state = update({"lora_A": -jnp.ones((1, 1, 1))}, state, params)
+            used.append(np.asarray(change["lora_A"]).item())
+    got = optim.rates(config, total)[:-1]  # the last one is of a step after the run
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, np.float32(used))
 
 
 def test_constant_has_no_warm_up():

@@ -46,6 +46,14 @@ def target_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def times_kernels(mesh: Mesh) -> bool:
+    """Whether XLA, to compile for this mesh, runs kernels and keeps the fastest: on GPUs.
+
+    Whatever else runs there meanwhile changes its choice, which the compilation cache keeps.
+    """
+    return mesh.devices.flat[0].platform == "gpu"
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh (data, fsdp, tensor) of ``devices`` (all by default), ordered for their network.
 

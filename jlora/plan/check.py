@@ -13,6 +13,7 @@ import jax
 
 from jlora import data
 from jlora.distributed import processes
+from jlora.distributed.mesh import times_kernels
 from jlora.errors import ConfigError
 from jlora.io.hf.read import LoadingCancelledError
 from jlora.plan import report, target
@@ -50,9 +51,11 @@ class Compilation:
 def compiled_beside(program: TrainStep, rows: data.Prepared) -> Iterator[Compilation]:
     """Compiles a run's step in another thread while the block loads the weights.
 
-    The block passes ``Compilation.has_failed`` as ``cancel`` to whatever loads. A block that ends
-    in LoadingCancelledError raises the reason instead. A block that runs out of memory raises the
-    refusal too, if the step is refused. Other errors do not wait for the compiler.
+    Where the compiler times kernels (``mesh.times_kernels``), the block starts only when the step
+    is compiled. The block passes ``Compilation.has_failed`` as ``cancel`` to whatever loads. A
+    block that ends in LoadingCancelledError raises the reason instead. A block that runs out of
+    memory raises the refusal too, if the step is refused. Other errors do not wait for the
+    compiler.
 
     Raises:
       ConfigError: the step does not fit into the devices' memory; the message says what to change.
@@ -64,6 +67,8 @@ def compiled_beside(program: TrainStep, rows: data.Prepared) -> Iterator[Compila
     compilation = Compilation(pool.submit(_compile, program))
     pool.shutdown(wait=False)
     try:
+        if times_kernels(program.job.mesh):
+            compilation.result()
         yield compilation
     except (LoadingCancelledError, _DoesNotFitError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY not in str(error):

@@ -28,7 +28,7 @@ from jlora.run.job import Job
 from jlora.run.progress import Progress, ThroughputMeter, total_metrics
 from jlora.run.replies import greedy_replies, reply_prompts
 from jlora.run.step_counts import StepCounts
-from jlora.training.optim import schedule
+from jlora.training.optim import rates
 from jlora.training.state import TrainState
 from jlora.training.step import make_eval_step
 from jlora.ui.console import Console
@@ -54,6 +54,8 @@ class RunState:
     checkpoints: Checkpoints
     base_record: dict[str, str] | None
     """What base_model.json says of the base, for an adapter."""
+    rates: np.ndarray
+    """The learning rate of every update."""
     console: Console
     log: MetricsLog
     state: TrainState
@@ -103,6 +105,7 @@ def start_run(
         eval_step=make_eval_step(job.model, job.bind, compiler_options(job.mesh)),
         checkpoints=checkpoints,
         base_record=record,
+        rates=rates(settings, counts.total_steps),
         console=console,
         log=log,
         state=state,
@@ -195,7 +198,10 @@ def remaining_batches(run: RunState) -> Iterator[Any]:
 
 
 def finish_step(run: RunState, metrics: dict[str, Any]) -> None:
-    """Waits for a step's metrics; counts, checks and logs them."""
+    """Waits for a step's metrics; counts, checks and logs them.
+
+    The next step is running: after ``device_get`` nothing here may use a device, or it would wait.
+    """
     job, counts, progress = run.job, run.counts, run.progress
     values = jax.device_get(metrics)
     run.meter.completed(int(np.sum(values["tokens"])))
@@ -206,9 +212,8 @@ def finish_step(run: RunState, metrics: dict[str, Any]) -> None:
     run.console.advance(progress.step)
     logging = progress.step % job.config.train.logging_steps == 0
     if logging or progress.step == counts.total_steps:
-        learning_rate = schedule(job.config.train, counts.total_steps)
         # By updates, from 0, as the optimizer counts: a step that overflowed in float16 is none.
-        rate = float(learning_rate(max(progress.updates - 1, 0)))
+        rate = float(run.rates[max(progress.updates - 1, 0)])
         line = progress.training_line(rate, counts)
         progress.start_interval()
         record_line(run, line | run.meter.measure_and_restart())

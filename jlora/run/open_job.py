@@ -60,7 +60,10 @@ def open_job(
         cancel=cancel,
     )
     with jax.set_mesh(mesh):
-        return build_job(config=config, tokenizer=tokenizer, source=source)
+        job = build_job(config=config, tokenizer=tokenizer, source=source)
+    # What is compiled next may be timed on the devices (``mesh.times_kernels``): not beside this.
+    jax.block_until_ready((job.base, job.initial, job.trainable))
+    return job
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ chain        the optimizer of a run
 from jlora.training.optim.chain import OPTIMIZERS, check_optimizer, make_optimizer
 from jlora.training.optim.groups import frozen_kinds, group_labels, is_frozen, trainable_leaves
 from jlora.training.optim.lora_fa import without_gradient_of_a
-from jlora.training.optim.schedules import schedule, warmup_steps
+from jlora.training.optim.schedules import rates, schedule, warmup_steps
 
 __all__ = [
     "OPTIMIZERS",
@@ -21,6 +21,7 @@ __all__ = [
     "group_labels",
     "is_frozen",
     "make_optimizer",
+    "rates",
     "schedule",
     "trainable_leaves",
     "warmup_steps",

@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32
 
 from jlora.config import TrainConfig
 
@@ -21,27 +23,34 @@ def warmup_steps(config: TrainConfig, total_steps: int) -> int:
 
 
 def schedule(config: TrainConfig, total_steps: int) -> Callable[[Any], jax.Array]:
-    """The learning rate as a function of the step, from 0: warm-up, then decay."""
+    """The learning rate as a function of the step, from 0: ``rates`` at it."""
+    table = rates(config, total_steps)
+    return lambda step: jnp.asarray(table)[jnp.asarray(step, jnp.int32)]
+
+
+def rates(config: TrainConfig, total_steps: int) -> Float32[np.ndarray, " steps"]:
+    """The learning rate of each step, from 0 to ``total_steps``: warm-up, then decay.
+
+    A table, so that the log has the optimizer's rate to the bit, and without a device. The formula
+    in a compiled program differs in its last bits from one program to another.
+    """
     warm = warmup_steps(config, total_steps)
+    if config.lr_scheduler_type == "constant":
+        # As in transformers, it has no warm-up, even with warmup_steps.
+        return np.full(total_steps + 1, config.learning_rate, np.float32)
+    step = np.arange(total_steps + 1, dtype=np.float64)
+    progress = np.clip((step - warm) / max(1, total_steps - warm), 0.0, 1.0)
+    # From 0: the first step of a warm-up changes nothing, as in transformers.
+    factor = step / max(1, warm)
+    decaying = step >= warm
     decay = SCHEDULES[config.lr_scheduler_type]
     kwargs = dict(config.lr_scheduler_kwargs)
-
-    def rate(step):
-        step = jnp.asarray(step, jnp.float32)
-        progress = jnp.clip((step - warm) / max(1, total_steps - warm), 0.0, 1.0)
-        # From 0: the first step of a warm-up changes nothing, as in transformers.
-        rising = step / max(1, warm)
-        factor = decay(config, step, progress, warm, **kwargs)
-        # As in transformers, "constant" has no warm-up, even with warmup_steps.
-        if config.lr_scheduler_type == "constant":
-            return jnp.asarray(config.learning_rate, jnp.float32)
-        return config.learning_rate * jnp.where(step < warm, rising, factor)
-
-    return rate
+    factor[decaying] = decay(config, step[decaying], progress[decaying], warm, **kwargs)
+    return (config.learning_rate * factor).astype(np.float32)
 
 
 def _constant(config, step, progress, warm):
-    return jnp.ones_like(progress)
+    return np.ones_like(progress)
 
 
 def _linear(config, step, progress, warm):
@@ -49,7 +58,7 @@ def _linear(config, step, progress, warm):
 
 
 def _cosine(config, step, progress, warm, num_cycles: float = 0.5):
-    return jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(2 * math.pi * num_cycles * progress)))
+    return np.maximum(0.0, 0.5 * (1.0 + np.cos(2 * math.pi * num_cycles * progress)))
 
 
 def _cosine_with_min_lr(config, step, progress, warm, min_lr=None, min_lr_rate=0.0, num_cycles=0.5):
@@ -64,14 +73,13 @@ def _polynomial(config, step, progress, warm, lr_end: float = 1e-7, power: float
 
 def _inverse_sqrt(config, step, progress, warm, timescale: float | None = None):
     timescale = timescale or warm or 10_000
-    return 1.0 / jnp.sqrt((step + timescale - warm) / timescale)
+    return 1.0 / np.sqrt((step + timescale - warm) / timescale)
 
 
-SCHEDULES: dict[str, Callable[..., jax.Array]] = {
+SCHEDULES: dict[str, Callable[..., np.ndarray]] = {
     "linear": _linear,
     "cosine": _cosine,
     "cosine_with_min_lr": _cosine_with_min_lr,
-    "constant": _constant,
     "constant_with_warmup": _constant,
     "polynomial": _polynomial,
     "inverse_sqrt": _inverse_sqrt,
