@@ -14,6 +14,7 @@ import jax
 
 from jlora.config import Config
 from jlora.distributed import processes
+from jlora.distributed.devices import unused_gpus
 from jlora.distributed.mesh import compiler_options
 from jlora.errors import ConfigError
 from jlora.files import write_atomic
@@ -49,6 +50,8 @@ def run(config: Config, options: argparse.Namespace) -> None:
     console = Console(enabled=jax.process_index() == 0)
     config, _ = with_label_names(config)
     tokenizer = open_tokenizer(config)
+    if text := unused_gpus():
+        console.warn(text)
     note_other_tokenizer(console, config, tokenizer)
     rows = prepare_rows(config, tokenizer, "eval")
     with console.loading() as progress:

@@ -22,6 +22,7 @@ from jlora.data.formats import BadRow, from_alpaca, from_messages
 from jlora.data.rows import Chat, Completion
 from jlora.data.tokenizer import bos_prefix, token_ids
 from jlora.distributed import processes
+from jlora.distributed.devices import unused_gpus
 from jlora.errors import ConfigError, DataError
 from jlora.files import storage_errors
 from jlora.inference import decoding
@@ -63,6 +64,8 @@ def run(config: Config, options: argparse.Namespace) -> None:
     render = ChatRenderer(tokenizer, config.data.chat_template_kwargs)
     ids = [_prompt_ids(p, config, render) for p in prompts]
     console = Console(enabled=jax.process_index() == 0, file=sys.stderr)  # stdout is for replies
+    if text := unused_gpus():
+        console.warn(text)
     note_other_tokenizer(console, config, tokenizer)
     with console.loading() as progress:
         job = open_job(config, tokenizer, trained=True, progress=progress)

@@ -85,11 +85,13 @@ def test_loss_and_exact_match_on_held_out_rows(here, trained, capsys):
     assert "0.6" in out and str(here.output / "evaluation.json") in out
 
 
-def test_without_exact_match_a_few_samples_are_shown(here, capsys):
+def test_without_exact_match_a_few_samples_are_shown(here, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.delenv("JAX_PLATFORMS")
     got = command(here, here.held_out, samples=2)
-    assert (
-        "warning: the end-of-sequence token '<|eos|>' is never learned" in capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert "warning: the end-of-sequence token '<|eos|>' is never learned" in printed
+    assert "uses 0 of 2 GPUs" in printed
     assert len(got["replies"]) == 2 and "eval_exact_match" not in got
     rows = [json.loads(line) for line in here.held_out.read_text().splitlines()]
     expected = [row["messages"][1]["content"] for row in rows[:2]]

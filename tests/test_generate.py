@@ -71,6 +71,15 @@ def test_a_prompt_is_put_into_the_template_or_continued(here, reply, capsys):
     assert reply(user("say one")) != reply("say one")
 
 
+def test_a_reply_made_beside_unused_gpus_is_told(here, reply, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.delenv("JAX_PLATFORMS")
+    command(here, prompt="say one")
+    printed = capsys.readouterr()
+    assert printed.out == reply(user("say one")) + "\n"
+    assert "uses 0 of 2 GPUs" in printed.err
+
+
 def test_a_file_of_prompts_gives_a_line_each(here, reply, capsys):
     chat = [{"role": "system", "content": "s"}, *user("q"), {"role": "assistant", "content": "a"}]
     chat += user("more")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import jax
 
+from jlora.distributed.local_gpus import missing_gpus
+
 
 def describe_devices() -> str:
     """The devices in one line: ``8 × NVIDIA H100 (79.6 GiB each), 2 processes``."""
@@ -16,6 +18,11 @@ def describe_devices() -> str:
     if jax.process_count() > 1:
         text += f", {jax.process_count()} processes"
     return text
+
+
+def unused_gpus() -> str | None:
+    """What to say if this process uses fewer GPUs than the machine has for it."""
+    return missing_gpus(jax.local_device_count() if jax.default_backend() == "gpu" else 0)
 
 
 def device_memory() -> int | None:

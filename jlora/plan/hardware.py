@@ -90,7 +90,8 @@ HARDWARE = {
         ),
         Hardware(
             "h200", "NVIDIA H200", ("NVIDIA H200",), "cuda",
-            151_397_597_184, 989.4 * TERA, 4800 * GB, 450 * GB, 8, 64 * GB, HOPPER,
+            # As CUDA reports it, 139.80 GiB; the data sheet says 141 GB.
+            150_109_106_995, 989.4 * TERA, 4800 * GB, 450 * GB, 8, 64 * GB, HOPPER,
         ),
         Hardware(
             "v5e", "TPU v5e", ("TPU v5 lite", "TPU v5e"), "tpu",

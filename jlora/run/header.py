@@ -13,8 +13,7 @@ from jlora.config import Config, TrainConfig, in_lines
 from jlora.data import Prepared
 from jlora.data.labelled_texts import first_ten
 from jlora.distributed import sharding
-from jlora.distributed.devices import describe_devices
-from jlora.distributed.local_gpus import missing_gpus
+from jlora.distributed.devices import describe_devices, unused_gpus
 from jlora.io.peft import misreadings
 from jlora.lora.targets import match_table
 from jlora.lora.weight import is_weight_leaf
@@ -47,8 +46,7 @@ def show_header(
     if job.mesh.size > 1:
         sections["layout"] = layout((job.frozen, job.trainable), job.mesh)
     console.header(f"jlora · {job.config.train.output_dir}", sections)
-    gpus = jax.local_device_count() if jax.default_backend() == "gpu" else 0
-    if text := missing_gpus(gpus):
+    if text := unused_gpus():
         console.warn(text)
     positions = job.model.config.max_position_embeddings
     for text in data_warnings([*rows["train"], *rows["eval"]], positions):

@@ -102,7 +102,7 @@ OTHER_TOOLS_KEYS: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "full_determinism": ((True, False, None), "a run is always reproducible"),
         "report_to": (("none", None), "metrics.jsonl and report.html are always written"),
         "logging_dir": ((None,), "logs are written to train.output_dir"),
-        "logging_first_step": ((True, False, None), "the first step is always logged"),
+        "logging_first_step": (OFF, "set train.logging_steps=1, which logs every step"),
         "run_name": ((None,), "set train.output_dir: its name is the run's"),
         "gradient_checkpointing_kwargs": (
             (None, {}, {"use_reentrant": False}),
@@ -126,7 +126,10 @@ OTHER_TOOLS_KEYS: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "optim_target_modules": ((None,), "GaLore and APOLLO are not supported"),
         "label_smoothing_factor": ((0, 0.0), "label smoothing is not supported"),
         "neftune_noise_alpha": ((None,), "NEFTune is not supported"),
-        "load_best_model_at_end": (OFF, "not supported: the weights of the last step are saved"),
+        "load_best_model_at_end": (
+            OFF,
+            "set train.early_stopping_patience: the weights with the best eval_loss are saved",
+        ),
         "push_to_hub": (OFF, "upload train.output_dir with huggingface-cli"),
         "auto_find_batch_size": (OFF, "set train.per_device_train_batch_size"),
         "do_train": ((True, None), "run python -m jlora.train"),

@@ -44,7 +44,7 @@ def from_optax(
             raise ConfigError(
                 f"{config.optim} has no argument {name!r}",
                 where="train.optim_args",
-                fix=did_you_mean(name, accepted) or f"it accepted {', '.join(accepted[1:])}",
+                fix=did_you_mean(name, accepted) or f"it takes {', '.join(accepted[1:])}",
             )
     if "weight_decay" in accepted:
         # Also where it is 0: optax's own defaults, such as adamw's 1e-4, would decay biases, too.
