@@ -3,9 +3,11 @@
     python aot.py CONFIG.json TARGET
 
 ``CONFIG.json`` holds a model's ``config.json`` and the run's settings. JAX's plugin for the
-target is needed, the device is not. Prints the object of ``plan --json`` with two more keys:
+target is needed, the device is not. Prints the object of ``plan --json`` with four more keys:
 ``large``, the types of all arrays of the compiled step with at least as many elements as the base's
-smallest stacked matrix, and ``copied``, the types and layouts of all arrays that are copied.
+smallest stacked matrix; ``copied``, the types and layouts of all arrays that are copied;
+``unordered``, the number of scatters that may write to one place twice, in any order; and
+``timed``, the number of kernels that are chosen by timing where there is a device.
 """
 
 import json
@@ -43,7 +45,7 @@ def compiled_for(target: str, model: dict, length: int, **sections: dict) -> dic
             },
         }
         for name, values in sections.items():
-            settings[name] = settings.get(name, {}) | values
+            settings[name] = None if values is None else settings.get(name, {}) | values
         file = Path(folder) / "run.json"
         file.write_text(json.dumps(settings))
         run = subprocess.run(
@@ -79,8 +81,14 @@ def main(file: str, name: str) -> None:
     }  # fmt: skip
     copies = (one for one in hlo.Module(hlo_texts[0]).instructions() if one.opcode == "copy")
     copied = sorted({one.type.partition(":")[0] for one in copies})
-    both = {"large": sorted(types), "copied": copied}
-    print(json.dumps(report.as_json(result, []) | both))
+    scatters = [line for line in hlo_texts[0].splitlines() if " scatter(" in line]
+    more = {
+        "large": sorted(types),
+        "copied": copied,
+        "unordered": sum("unique_indices=true" not in line for line in scatters),
+        "timed": hlo_texts[0].count("native_emitter_backend_config"),
+    }
+    print(json.dumps(report.as_json(result, []) | more))
 
 
 if __name__ == "__main__":

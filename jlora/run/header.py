@@ -15,6 +15,7 @@ from jlora.data.labelled_texts import first_ten
 from jlora.distributed import sharding
 from jlora.distributed.devices import describe_devices
 from jlora.distributed.local_gpus import missing_gpus
+from jlora.distributed.mesh import platform_of
 from jlora.io.peft import misreadings
 from jlora.lora.targets import match_table
 from jlora.lora.weight import is_weight_leaf
@@ -115,7 +116,7 @@ def _model(job: Job, length: int) -> Mapping[str, Any]:
     rows: dict[str, Any] = {
         "base": config.model.name_or_path,
         **sizes(config, job.base, job.trainable, job.initial),
-        "attention": attention_text(job.model, job.mesh.devices.flat[0].platform, length),
+        "attention": attention_text(job.model, platform_of(job.mesh), length),
     }
     if job.adapters:
         rows["adapters"] = f"{', '.join(job.adapters)} (trained together, each on its own rows)"
@@ -169,6 +170,7 @@ def _run(job: Job, counts: StepCounts) -> Mapping[str, Any]:
         f"{settings.max_grad_norm}",
         "gradient checkpointing": checkpointing_text(settings),
         "seed": settings.seed,
+        "resume": resume_text(settings, platform_of(job.mesh)),
     }
 
 
@@ -184,6 +186,21 @@ def checkpointing_text(settings: TrainConfig) -> str:
     if settings.activation_offloading:
         return "on, layer inputs offloaded to host memory"
     return "on" if settings.gradient_checkpointing else "off"
+
+
+def resume_text(settings: TrainConfig, platform: str) -> str:
+    """What a run that is interrupted and resumed has in common with one that is not."""
+    if platform != "gpu":
+        return "the result is identical byte for byte"
+    if settings.full_determinism:
+        return "the result is identical byte for byte: deterministic kernels, none chosen by timing"
+    chosen = "at every start"
+    if settings.compilation_cache:
+        chosen = "once, and kept in the compilation cache"
+    return (
+        "the result is equal up to rounding: kernels may add in any order, and the fastest are "
+        f"chosen {chosen} (train.full_determinism=true: byte for byte)"
+    )
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> HeaderTable:

@@ -99,7 +99,6 @@ OTHER_TOOLS_KEYS: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "overwrite_output_dir": ((), "write train.resume: never"),
         "resume_from_checkpoint": (OFF, "write train.resume: auto, never or a checkpoint's folder"),
         "data_seed": ((None,), "train.seed determines the data order, too"),
-        "full_determinism": ((True, False, None), "a run is always reproducible"),
         "report_to": (("none", None), "metrics.jsonl and report.html are always written"),
         "logging_dir": ((None,), "logs are written to train.output_dir"),
         "logging_first_step": ((True, False, None), "the first step is always logged"),
