@@ -60,7 +60,9 @@ def run(config: Config, options: argparse.Namespace) -> None:
     for text in data_warnings([rows], job.model.config.max_position_embeddings):
         console.warn(text)
     with jax.set_mesh(job.mesh):
-        step = make_eval_step(job.model, job.bind, compiler_options(job.mesh))
+        determinism = config.train.full_determinism
+        xla_options = compiler_options(job.mesh, full_determinism=determinism)
+        step = make_eval_step(job.model, job.bind, xla_options)
         batches = eval_device_batches(job.mesh, rows, eval_batch_rows(config, job.mesh))
         held_out = scoring.held_out(step, job.trainable, job.frozen, batches)
         count_name = "eval_samples" if config.is_classification else "eval_tokens"

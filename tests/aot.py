@@ -5,9 +5,10 @@
 ``CONFIG.json`` holds a model's ``config.json`` and the run's settings. JAX's plugin for the
 target is needed, the device is not. Prints the object of ``plan --json`` with more keys:
 ``large``, the types of all arrays of the compiled step with at least as many elements as the base's
-smallest stacked matrix, ``copied``, the types and layouts of all arrays that are copied, and
-``conditionals`` and ``fused_adds``, the numbers of conditionals and of products by cuBLAS that add
-to an array. DOCUMENTS is the most documents in a row.
+smallest stacked matrix; ``copied``, the types and layouts of all arrays that are copied;
+``conditionals``, the number of conditionals; ``fused_adds``, of products by cuBLAS that add to an
+array; ``unordered``, of scatters that may write to one place twice, in any order; and ``timed``, of
+kernels that are chosen by timing where there is a device. DOCUMENTS is the most documents in a row.
 """
 
 import json
@@ -48,7 +49,7 @@ def compiled_for(
             },
         }
         for name, values in sections.items():
-            settings[name] = values and settings.get(name, {}) | values
+            settings[name] = None if values is None else settings.get(name, {}) | values
         file = Path(folder) / "run.json"
         file.write_text(json.dumps(settings))
         run = subprocess.run(
@@ -87,11 +88,16 @@ def main(file: str, name: str, documents: str) -> None:
     }  # fmt: skip
     copies = (one for one in hlo.Module(hlo_texts[0]).instructions() if one.opcode == "copy")
     copied = sorted({one.type.partition(":")[0] for one in copies})
-    conditionals = sum(
-        one.opcode == "conditional" for one in hlo.Module(hlo_texts[0]).instructions()
-    )
-    more = {"large": sorted(types), "copied": copied, "conditionals": conditionals}
-    more["fused_adds"] = hlo_texts[0].count('"beta":1')
+    scatters = [line for line in hlo_texts[0].splitlines() if " scatter(" in line]
+    opcodes = [one.opcode for one in hlo.Module(hlo_texts[0]).instructions()]
+    more = {
+        "large": sorted(types),
+        "copied": copied,
+        "conditionals": opcodes.count("conditional"),
+        "fused_adds": hlo_texts[0].count('"beta":1'),
+        "unordered": sum("unique_indices=true" not in line for line in scatters),
+        "timed": hlo_texts[0].count("native_emitter_backend_config"),
+    }
     print(json.dumps(report.as_json(result, []) | more))
 
 

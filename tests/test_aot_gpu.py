@@ -107,6 +107,24 @@ def test_fsdp_gathers_the_head_once():
     assert layers < found["all-gather"] < layers + 2 * 2 * HEAD / 8
 
 
+SMALL = LLAMA_8B | {
+    "vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_full_determinism_leaves_no_order_open_and_nothing_to_timing(on):
+    """In full fine-tuning, whose gradient of the embedding is a scatter that adds.
+
+    cuDNN's form of the backward pass is chosen where there is a GPU: the HLO does not have it.
+    """
+    train = {"full_determinism": on, "learning_rate": 1e-5}
+    result = compiled_for("h200", SMALL, 256, train=train, lora=None)
+    assert "__cudnn$fmhaSoftmaxBackward" in result["work"]["kernels"]
+    assert bool(result["unordered"]) == bool(result["timed"]) == (not on)
+
+
 def test_offloading_moves_layer_inputs_off_the_device():
     """All but those of two layers: the one being computed and the one being transferred."""
     on, off = (step("h200", True, offloading)["memory"] for offloading in (False, True))

@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.config import MeshConfig, QuantConfig
 from jlora.distributed import sharding
-from jlora.distributed.mesh import AXES
+from jlora.distributed.mesh import AXES, compiler_options
 from jlora.errors import ConfigError
 from jlora.ops.dot import dot
 from jlora.quant import codebooks, int8, nf4
@@ -26,6 +27,14 @@ MESHES = [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 
 
 def mesh_of(**sizes):
     return sharding.make_mesh(MeshConfig(**sizes))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_full_determinism_adds_an_option_on_gpus_only(platform):
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+    before, after = (compiler_options(mesh, full_determinism=on) or {} for on in (False, True))
+    added = {"xla_gpu_exclude_nondeterministic_ops": "True"} if platform == "gpu" else {}
+    assert after == before | added and not before.keys() & added.keys()
 
 
 def normal(*shape, seed=0):

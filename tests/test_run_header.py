@@ -52,6 +52,20 @@ def test_attention_is_named_with_its_reason():
     assert header.attention_text(asked, "gpu", 1024, 1) == "reference: asked for"
 
 
+def test_what_a_resumed_run_has_in_common_is_said_for_each_platform():
+    def text(platform, **changes):
+        return header.resume_text(TrainConfig(output_dir="out", **changes), platform)
+
+    exact = "the result is identical byte for byte"
+    for on in (False, True):
+        assert {text(platform, full_determinism=on) for platform in ("cpu", "tpu")} == {exact}
+    assert text("gpu", full_determinism=True).startswith(exact)
+    cached, uncached = text("gpu"), text("gpu", compilation_cache=False)
+    for said in (cached, uncached):
+        assert "equal up to rounding" in said and "train.full_determinism=true" in said
+    assert "kept in the compilation cache" in cached and "at every start" in uncached
+
+
 def test_every_setting_is_shown_as_it_was_resolved(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{}")

@@ -209,3 +209,9 @@ def test_the_state_holds_nothing_of_the_base(name, copies):
     expected = sorted(leaf.shape for leaf in jax.tree.leaves(adapter)) * copies
     assert sorted(leaf.shape for leaf in arrays) == sorted(expected)
     assert all(leaf.dtype == jnp.float32 for leaf in arrays)
+
+
+def test_more_steps_than_a_program_can_hold_rates_of_are_refused():
+    config = TrainConfig(output_dir="unused")
+    with pytest.raises(ConfigError, match=r"10,000,001 steps[\s\S]*max_steps"):
+        optim.rates(config, 10_000_001)

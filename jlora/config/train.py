@@ -130,6 +130,9 @@ class TrainConfig(ConfigSection):
     """Compute in float16 with dynamic loss scaling."""
     seed: Natural = 42
     """Random seed of initialization, dropout and data order."""
+    full_determinism: bool = False
+    """On GPUs, train and evaluate with deterministic kernels only, none chosen by timing: results
+    repeat, and a run that is resumed ends, with the same bytes. Elsewhere they do so anyway."""
     logging_steps: Count = 10
     """Optimizer steps between training lines in metrics.jsonl."""
     eval_steps: Count | None = 100

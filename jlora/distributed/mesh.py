@@ -31,10 +31,26 @@ COMPILER_OPTIONS: dict[str, dict[str, str]] = {
 }
 """Platform → XLA options that differ from its defaults."""
 
+DETERMINISTIC_OPTIONS: dict[str, dict[str, str]] = {
+    # cuDNN's attention gets the deterministic form of its backward pass, a scatter that adds is
+    # sorted first, and every kernel is the first one possible: nothing is timed (docs/log.md).
+    "gpu": {"xla_gpu_exclude_nondeterministic_ops": "True"},
+}
+"""Platform → XLA options for ``train.full_determinism``, where it is not so by default."""
 
-def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+
+def platform_of(mesh: Mesh) -> str:
+    """The platform of the mesh's devices: "cpu", "gpu" or "tpu"."""
+    return mesh.devices.flat[0].platform
+
+
+def compiler_options(mesh: Mesh, *, full_determinism: bool = False) -> dict[str, str] | None:
     """The ``compiler_options`` of ``jax.jit`` for programs that loop over layers on this mesh."""
-    return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
+    platform = platform_of(mesh)
+    options = COMPILER_OPTIONS.get(platform)
+    if full_determinism and platform in DETERMINISTIC_OPTIONS:
+        return (options or {}) | DETERMINISTIC_OPTIONS[platform]
+    return options
 
 
 def target_platform() -> str:
@@ -47,11 +63,11 @@ def target_platform() -> str:
 
 
 def times_kernels(mesh: Mesh) -> bool:
-    """Whether XLA, to compile for this mesh, runs kernels and keeps the fastest: on GPUs.
+    """Whether XLA, to compile for this mesh, may run kernels and keep the fastest: on GPUs.
 
     Whatever else runs there meanwhile changes its choice, which the compilation cache keeps.
     """
-    return mesh.devices.flat[0].platform == "gpu"
+    return platform_of(mesh) == "gpu"
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

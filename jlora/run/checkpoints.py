@@ -27,7 +27,7 @@ FREE_TO_CHANGE = {
     "lora": ("base_model_name_or_path", "revision"),
     "train": (
         "output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume",
-        "compilation_cache", "check_memory",
+        "compilation_cache", "check_memory", "full_determinism",
         "per_device_train_batch_size", "per_device_eval_batch_size",
         "gradient_accumulation_steps", "gradient_checkpointing", "activation_offloading",
         "early_stopping_patience", "early_stopping_threshold", "num_train_epochs", "max_steps",

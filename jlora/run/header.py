@@ -14,6 +14,7 @@ from jlora.data import Prepared
 from jlora.data.labelled_texts import first_ten
 from jlora.distributed import sharding
 from jlora.distributed.devices import describe_devices, unused_gpus
+from jlora.distributed.mesh import platform_of
 from jlora.io.peft import misreadings
 from jlora.lora.targets import match_table
 from jlora.lora.weight import is_weight_leaf
@@ -109,7 +110,7 @@ def attention_text(model: Model, platform: str, length: int, documents: int) -> 
 
 
 def _model(job: Job, train: Prepared) -> Mapping[str, Any]:
-    config, platform = job.config, job.mesh.devices.flat[0].platform
+    config, platform = job.config, platform_of(job.mesh)
     rows: dict[str, Any] = {
         "base": config.model.name_or_path,
         **sizes(config, job.base, job.trainable, job.initial),
@@ -167,6 +168,7 @@ def _run(job: Job, counts: StepCounts) -> Mapping[str, Any]:
         f"{settings.max_grad_norm}",
         "gradient checkpointing": checkpointing_text(settings),
         "seed": settings.seed,
+        "resume": resume_text(settings, platform_of(job.mesh)),
     }
 
 
@@ -182,6 +184,21 @@ def checkpointing_text(settings: TrainConfig) -> str:
     if settings.activation_offloading:
         return "on, layer inputs offloaded to host memory"
     return "on" if settings.gradient_checkpointing else "off"
+
+
+def resume_text(settings: TrainConfig, platform: str) -> str:
+    """What a run that is interrupted and resumed has in common with one that is not."""
+    if platform != "gpu":
+        return "the result is identical byte for byte"
+    if settings.full_determinism:
+        return "the result is identical byte for byte: deterministic kernels, none chosen by timing"
+    chosen = "at every start"
+    if settings.compilation_cache:
+        chosen = "once, and kept in the compilation cache"
+    return (
+        "the result is equal up to rounding: kernels may add in any order, and the fastest are "
+        f"chosen {chosen} (train.full_determinism=true: byte for byte)"
+    )
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> HeaderTable:

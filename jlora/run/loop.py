@@ -93,6 +93,7 @@ def start_run(
         identity=identity(job.config, counts, rows.fingerprint),
         base_fingerprint=base_fingerprint,
     )
+    options = compiler_options(job.mesh, full_determinism=settings.full_determinism)
     record = None
     if job.config.lora:
         record = base_record(job.base, job.trainable.config, base_fingerprint)
@@ -102,7 +103,7 @@ def start_run(
         rows=rows,
         held_out=rows_per_adapter(held_out, job.adapters) if held_out else [],
         prompts=[reply_prompts(adapter_job) for adapter_job, _ in job.per_adapter(None)],
-        eval_step=make_eval_step(job.model, job.bind, compiler_options(job.mesh)),
+        eval_step=make_eval_step(job.model, job.bind, options),
         checkpoints=checkpoints,
         base_record=record,
         rates=rates(settings, counts.total_steps),

@@ -61,7 +61,7 @@ class TrainStep:
             seed=settings.seed,
             state_shardings=state_shardings,
             multi_adapter=bool(job.adapters),
-            compiler_options=compiler_options(mesh),
+            compiler_options=compiler_options(mesh, full_determinism=settings.full_determinism),
         )
         init = jax.jit(init, out_shardings=state_shardings, donate_argnums=0)
         return cls(job, step, init, state, _abstract_batch(job, counts, length, documents))

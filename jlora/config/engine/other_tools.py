@@ -99,10 +99,9 @@ OTHER_TOOLS_KEYS: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "overwrite_output_dir": ((), "write train.resume: never"),
         "resume_from_checkpoint": (OFF, "write train.resume: auto, never or a checkpoint's folder"),
         "data_seed": ((None,), "train.seed determines the data order, too"),
-        "full_determinism": ((True, False, None), "a run is always reproducible"),
         "report_to": (("none", None), "metrics.jsonl and report.html are always written"),
         "logging_dir": ((None,), "logs are written to train.output_dir"),
-        "logging_first_step": (OFF, "set train.logging_steps=1, which logs every step"),
+        "logging_first_step": (OFF, "set train.logging_steps to 1: it logs every step"),
         "run_name": ((None,), "set train.output_dir: its name is the run's"),
         "gradient_checkpointing_kwargs": (
             (None, {}, {"use_reentrant": False}),

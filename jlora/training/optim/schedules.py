@@ -15,6 +15,10 @@ import numpy as np
 from jaxtyping import Float32
 
 from jlora.config import TrainConfig
+from jlora.errors import ConfigError
+
+MOST_STEPS = 10_000_000
+"""The table of their learning rates is a constant in the step's program: 40 MB."""
 
 
 def warmup_steps(config: TrainConfig, total_steps: int) -> int:
@@ -31,9 +35,15 @@ def schedule(config: TrainConfig, total_steps: int) -> Callable[[Any], jax.Array
 def rates(config: TrainConfig, total_steps: int) -> Float32[np.ndarray, " steps"]:
     """The learning rate of each step, from 0 to ``total_steps``: warm-up, then decay.
 
+    Raises ConfigError for more than ``MOST_STEPS``.
+
     A table, so that the log has the optimizer's rate to the bit, and without a device. The formula
     in a compiled program differs in its last bits from one program to another.
     """
+    if total_steps > MOST_STEPS:
+        steps = f"{total_steps:,} steps, at most {MOST_STEPS:,} are possible"
+        fix = "set it to the steps that are wanted: warm-up and decay depend on it"
+        raise ConfigError(steps, where="train.max_steps", fix=fix)
     warm = warmup_steps(config, total_steps)
     if config.lr_scheduler_type == "constant":
         # As in transformers, it has no warm-up, even with warmup_steps.
