@@ -66,7 +66,7 @@ def test_fsdp_gathers_layers_and_reduces_gradients():
     assert kinds <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
     reduced = sum(n for (kind, _), n in found.items() if kind in ("all-reduce", "reduce-scatter"))
     assert 4 * ADAPTER / 4 < reduced < 3 * 4 * ADAPTER
-    assert result["memory"]["peak"] < 7.2 * GiB
+    assert result["memory"]["peak"] < 7.7 * GiB  # the head, gathered once, is one of them
 
 
 def test_memory_of_qlora_on_8b_is_within_its_bounds():

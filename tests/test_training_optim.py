@@ -7,6 +7,7 @@ import pytest
 
 from jlora import lora
 from jlora.config import LoraConfig, TrainConfig
+from jlora.errors import ConfigError
 from jlora.training import optim
 
 TOTAL, WARM, RATE = 40, 8, 2e-3
