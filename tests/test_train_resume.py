@@ -12,6 +12,7 @@ from tiny_runs import QUANTIZED, RANDOM_AND_TIMED, Place
 from jlora import train
 from jlora.distributed.lock import RunLock
 from jlora.errors import ConfigError, OutputInUseError
+from jlora.io.checkpoint import store
 from jlora.run.checkpoints import Checkpoints
 from jlora.ui import metrics_log
 
@@ -106,22 +107,6 @@ def test_ten_kills_leave_no_trace(place, whole):
     assert_no_trace(place, config, whole)
 
 
-@pytest.mark.short
-def test_a_kill_leaves_no_trace(place):
-    """While a checkpoint is being written, in a run without evaluation."""
-    whole = Place(place.folder / "whole", place.base, place.cache)
-    whole.folder.mkdir()
-    for run in (whole, place):
-        run.settings_for_loss()
-    result = whole.command(whole.write(**LONG_RUN))
-    assert result.code == 0, result.err
-    assert [line["step"] for line in whole.log()] == [*range(1, STEPS + 1)]
-    config = place.write(**LONG_RUN)
-    assert kill_run(place, config, "save", 18, random.Random(0)) == -signal.SIGKILL
-    assert last_step(place) < STEPS
-    assert_no_trace(place, config, whole)
-
-
 @pytest.mark.slow
 def test_a_signal_saves_and_the_same_command_goes_on(place, whole):
     config = place.write(**LONG_RUN)
@@ -163,10 +148,11 @@ def test_a_second_run_on_the_same_folder_is_refused(place):
     assert "another run is writing to this folder: process" in run.err and not run.out
 
 
-def test_dying_between_the_last_evaluation_and_the_last_save_repeats_no_line(place, monkeypatch):
-    class Killed(BaseException):
-        pass
+class Killed(BaseException):
+    pass
 
+
+def test_dying_between_the_last_evaluation_and_the_last_save_repeats_no_line(place, monkeypatch):
     def save(self, state, progress, save=Checkpoints.save):
         if progress.finished:
             raise Killed
@@ -199,6 +185,26 @@ def done(place, eight_steps):
     place.defaults = eight_steps.defaults
     shutil.copytree(eight_steps.output, place.output)
     return place
+
+
+def test_dying_while_a_checkpoint_is_written_leaves_no_trace(place, eight_steps, monkeypatch):
+    """As the kills above, in this process: the files are there, no manifest."""
+    place.defaults = eight_steps.defaults
+
+    def seal(folder, content, seal=store._seal):
+        if folder.name == "6":
+            raise Killed
+        seal(folder, content)
+
+    monkeypatch.setattr(store, "_seal", seal)
+    with pytest.raises(Killed):
+        place.run()
+    monkeypatch.undo()
+    assert place.checkpoints() == [3] and (place.output / "checkpoints" / "6").is_dir()
+    assert place.log() and not (place.output / "adapter_model.safetensors").exists()
+    place.run()
+    assert place.log() == eight_steps.log() and place.adapter() == eight_steps.adapter()
+    assert place.checkpoints() == eight_steps.checkpoints()
 
 
 def test_an_earlier_checkpoint_by_its_path(done):
