@@ -100,7 +100,7 @@ def test_two_processes_refuse_what_does_not_fit(place, two_processes):
     train = {"per_device_train_batch_size": 1, "optim": "sgd"}
     file = place.write(train=train, quantization=QUANTIZED)
     runs = two_processes(TOO_LARGE, file, XDG_CACHE_HOME=str(place.cache))
-    said = [run.communicate(timeout=200)[1] for run in runs]
+    said = [run.communicate(timeout=400)[1] for run in runs]
     assert [run.returncode for run in runs] == [2, 2]
     assert "does not fit" in said[0] and "train.check_memory=false" in said[0]
     assert not (place.output / "metrics.jsonl").exists()
