@@ -37,6 +37,7 @@ def sections(folder, **train):
         path = write_rows(folder / f"{name}-classes.jsonl", found)
         sources[name] = [{"path": str(path), "format": "classification"}]
     steps = {"max_steps": 24, "eval_steps": None, "save_steps": None, "bf16": False}
+    steps["lr_scheduler_type"] = "cosine"
     return {"lora": LORA, "data": sources, "train": steps | train}
 
 

@@ -146,7 +146,9 @@ def test_every_shard_of_a_quantized_kernel_holds_complete_blocks(sizes, name):
     assert seen.all()
 
 
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize(
+    "sizes", [*(pytest.param(m, marks=pytest.mark.slow) for m in MESHES[:-1]), MESHES[-1]]
+)
 @pytest.mark.parametrize("settings", [{}, {"load_in_8bit": True}], ids=["nf4", "int8"])
 def test_products_and_gradients_of_sharded_quantized_kernels_equal_the_unsharded(settings, sizes):
     """Compared with the dequantized kernels on one device, layer by layer."""
@@ -203,7 +205,14 @@ QUANTIZERS = {
 
 
 @pytest.mark.parametrize("module", ["q_proj", "down_proj"])
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 1, 8), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param((1, 8, 1), marks=pytest.mark.slow),
+        pytest.param((1, 1, 8), marks=pytest.mark.slow),
+        (2, 2, 2),
+    ],
+)
 @pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS.keys())
 def test_shards_are_dequantized_without_communication(quantizer, sizes, module):
     """Every device dequantizes its own part, with the same values as a single device."""

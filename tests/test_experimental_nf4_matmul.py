@@ -46,10 +46,11 @@ def assert_close(got, exact, dtype):
     ("dtype", "settings"),
     [
         (jnp.float32, {}),
-        (jnp.bfloat16, {}),
+        pytest.param(jnp.bfloat16, {}, marks=pytest.mark.slow),
         (jnp.bfloat16, {"quant_type": "fp4", "double_quant": False}),
-        (jnp.float32, {"quant_type": "fp4", "block_size": 32}),
-        (jnp.float32, {"block_size": 256}),  # longer than a tile
+        pytest.param(jnp.float32, {"quant_type": "fp4", "block_size": 32}, marks=pytest.mark.slow),
+        # Longer than a tile.
+        pytest.param(jnp.float32, {"block_size": 256}, marks=pytest.mark.slow),
     ],
     ids=lambda v: str(v) if isinstance(v, dict) else v.__name__,
 )

@@ -14,7 +14,7 @@ import tiny_results
 from safetensors.numpy import load_file, save_file
 from tiny_models import build, tokens
 from tiny_quantized import as_bytes, parts, quantize_folder
-from tiny_runs import Place
+from tiny_runs import DENSE, Place
 
 import jlora
 from jlora.config import LoraConfig, MeshConfig, QuantConfig
@@ -70,9 +70,17 @@ def fault(folder) -> str:
     ("name", "config"),
     [
         ("llama", QuantConfig()),  # rows of half a block
-        ("llama", QuantConfig(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False)),
+        pytest.param(
+            "llama",
+            QuantConfig(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False),
+            marks=pytest.mark.slow,
+        ),
         ("llama", QuantConfig(load_in_8bit=True, llm_int8_skip_modules=("o_proj",))),
-        ("llama", QuantConfig(include_modules=("lm_head", "embed_tokens"))),
+        pytest.param(
+            "llama",
+            QuantConfig(include_modules=("lm_head", "embed_tokens")),
+            marks=pytest.mark.slow,
+        ),
         ("gpt2", QuantConfig(block_size=32)),
     ],
 )
@@ -389,22 +397,24 @@ def test_saving_writes_dense_weights_and_no_quantization_config(made, tmp_path):
 
 
 @pytest.fixture
-def quantized_base(place, tmp_path):
+def quantized_base(place, tmp_path, request):
     """A place whose base is quantized as settings would quantize the other place's."""
     base = shutil.copytree(place.base, tmp_path / "quantized")
-    quantize_folder(base, QuantConfig())
+    quantize_folder(base, getattr(request, "param", QuantConfig()))
     other = Place(tmp_path / "other", base, place.cache)
     other.folder.mkdir()
     return other
 
 
+@pytest.mark.parametrize(
+    "quantized_base", [QuantConfig(llm_int8_skip_modules=DENSE)], indirect=True, ids=["in part"]
+)
 def test_training_on_a_prequantized_folder_equals_quantizing_at_load(place, quantized_base, capsys):
     train = {"max_steps": 2, "logging_steps": 1, "optim": "sgd", "learning_rate": 1.0}
-    lora = {"target_modules": ["q_proj", "down_proj"]}
-    settings = {"bnb_4bit_compute_dtype": "float32"}
+    settings = {"bnb_4bit_compute_dtype": "float32", "llm_int8_skip_modules": DENSE}
     for where, sections in ((place, {"quantization": settings}), (quantized_base, {})):
         where.settings_for_loss()
-        where.run(train=train, lora=lora, **sections)
+        where.run(train=train, **sections)
     shown = capsys.readouterr().out
     assert shown.count("QLoRA") == 2 and shown.count("the base model is already quantized") == 1
     assert quantized_base.losses() == place.losses() and len(place.losses()) == 2

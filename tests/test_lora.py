@@ -51,12 +51,13 @@ def make_gpt2():
 def trained(params, config, seed=0):
     """An adapter whose A and B are both random (where PEFT would train them)."""
     adapter = lora.init_adapter(jax.random.key(seed), params, config)
-    key = jax.random.key(seed + 1)
-    used = jax.tree.map(lambda a: (jnp.abs(a).sum(0, keepdims=True) > 0) | True, adapter)
-    noisy = jax.tree.map(
-        lambda a, u: a + jnp.where(u, jax.random.normal(key, a.shape) * 0.1, 0), adapter, used
-    )
-    return noisy
+    rng = np.random.default_rng(seed + 1)
+
+    def noisy(leaf):
+        noise = 0.1 * rng.standard_normal(leaf.shape)
+        return jnp.asarray(np.asarray(leaf) + noise, leaf.dtype)
+
+    return jax.tree.map(noisy, adapter)
 
 
 def node(tree, dotted):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+from tiny_runs import DENSE
 
 import jlora
 from jlora.config import LoraConfig
@@ -30,9 +31,10 @@ def make(params, fields, seed):
 
 @pytest.fixture(scope="module")
 def case():
-    """(model, base, adapters, token ids); the base is quantized, its layers rematerialised."""
+    """(model, base, adapters, token ids); a quantized base, layers rematerialised."""
     model, params = tiny_models.build("llama", gradient_checkpointing=True)
-    params = jlora.quantize(params, jlora.QuantConfig(block_size=32))
+    config = jlora.QuantConfig(block_size=32, llm_int8_skip_modules=DENSE)
+    params = jlora.quantize(params, config)
     adapters = [make(params, f, i) for i, f in enumerate(FIELDS)]
     return model, params, adapters, tiny_models.tokens(model, len(ROWS), 12)
 

@@ -78,7 +78,7 @@ def test_decoding_token_by_token_gives_the_whole_rows_logits(name):
     assert_same(decode(model, params, ids), run(model, params, ids))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("qwen2", marks=pytest.mark.slow), "gpt2"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_prompts_of_different_lengths_share_a_batch(name, side):
     model, params = build(name)
@@ -114,7 +114,11 @@ def test_tokens_beyond_the_cache_are_dropped():
 
 
 @pytest.mark.parametrize(
-    ("policy", "quantized"), [(True, True), ("dots_with_no_batch_dims_saveable", False)]
+    ("policy", "quantized"),
+    [
+        pytest.param(True, True, marks=pytest.mark.slow),
+        ("dots_with_no_batch_dims_saveable", False),
+    ],
 )
 def test_rematerialised_gradients_are_the_same(policy, quantized):
     model, params = build("llama-rope")

@@ -59,7 +59,7 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts(name):
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_values_and_gradients_on_a_mesh_match_one_device(name):
     model, params = build(name)
     ids = tokens(model, 8, 6)

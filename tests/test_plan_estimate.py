@@ -34,7 +34,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = {"QLoRA, no checkpointing", "LoRA, long", "QLoRA, fsdp"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES]
+)
 def test_an_estimate_is_near_the_compiler(tmp_path, case):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     settings = {

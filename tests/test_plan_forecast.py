@@ -53,7 +53,7 @@ STOPPING = {"early_stopping_patience": 3}
     [
         ({"lora": {"r": 64}}, False),
         ({"lora": {"r": 64}, "train": STOPPING}, True),
-        ({"lora": None}, False),
+        pytest.param({"lora": None}, False, marks=pytest.mark.slow),
     ],
     ids=["LoRA", "LoRA, early stopping, resumed", "full"],
 )
@@ -93,7 +93,7 @@ def test_paged_moments_are_the_hosts(place, standard_promotion):
     assert plain.memory.optimizer - paged.memory.optimizer == moved
 
 
-@pytest.mark.parametrize("remat", [True, False])
+@pytest.mark.parametrize("remat", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_flops_are_four_for_a_frozen_parameter_and_attention(place, standard_promotion, remat):
     """By hand, for a llama: 2 forward, 2 for the inputs' gradients, what is recomputed again.
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_plans import QLORA, load, opened
-from tiny_runs import TARGETS, write_rows
+from tiny_runs import DENSE, TARGETS, write_rows
 
 import jlora
 from jlora import cli
@@ -16,7 +16,7 @@ from jlora.run.abstract_job import abstract_job
 from jlora.run.open_tokenizer import open_tokenizer
 from jlora.run.train_step import TrainStep
 
-SKIP = {"llm_int8_skip_modules": ["model.layers.0.mlp"]}
+SKIP = {"llm_int8_skip_modules": [*DENSE, "model.layers.0.mlp"]}
 CASES = {
     "LoRA": ({}, 1),
     "QLoRA but in one layer's MLP, fsdp and tensor": (
@@ -63,7 +63,12 @@ def runs_as_planned(settings, devices):
     return metrics
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = {"in full, fsdp", "PiSSA, paged, data"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES]
+)
 def test_the_planned_step_is_the_runs(place, standard_promotion, case):
     sections, devices = CASES[case]
     metrics = runs_as_planned(load(place, **sections), devices)
@@ -115,13 +120,14 @@ def test_so_it_is_of_a_folder_that_came_packed(place, standard_promotion, packed
     assert np.isfinite(runs_as_planned(settings, 1)["loss"])
 
 
+@pytest.mark.slow
 def test_so_it_is_of_a_classifier_on_one(place, standard_promotion, packed):
     """Its head is in no file."""
     settings = classifying(place, model={"name_or_path": packed})
     assert np.isfinite(runs_as_planned(settings, 1)["loss"])
 
 
-@pytest.mark.parametrize("kind", [True, "olora"])
+@pytest.mark.parametrize("kind", [pytest.param(True, marks=pytest.mark.slow), "olora"])
 def test_so_it_is_of_an_adapter_that_goes_on(place, standard_promotion, kind):
     """Of PEFT's olora the base's values are needed, and described is what comes of them."""
     _, params = jlora.load_pretrained(str(place.base), dtype="float32")

@@ -38,10 +38,7 @@ def epochs(tmp_path_factory, tiny_base, tiny_cache):
     logger.addHandler(note)
     jax.config.update("jax_log_compiles", True)  # in all threads
     try:
-        place.run(
-            lora={"target_modules": "all-linear"},
-            train={"max_steps": -1, "num_train_epochs": 2, "save_total_limit": 2},
-        )
+        place.run(train={"max_steps": -1, "num_train_epochs": 2, "save_total_limit": 2})
     finally:
         jax.config.update("jax_log_compiles", False)
         logger.removeHandler(note)

@@ -1,5 +1,6 @@
 """A run on many devices, in one process or two, logs and gives what one device does."""
 
+import functools
 import signal
 import socket
 import time
@@ -7,7 +8,7 @@ import time
 import numpy as np
 import pytest
 from safetensors.numpy import load
-from tiny_runs import Place, chat, write_rows
+from tiny_runs import QUANTIZED, RANDOM_AND_TIMED, Place, chat, write_rows
 
 from jlora.ui import metrics_log
 
@@ -17,12 +18,13 @@ MESHES = {
 }
 STEPS, LONG = 5, 20
 GLOBAL = 8  # rows of a micro-batch over all devices
-METHODS = {"lora": None, "qlora": {"block_size": 32, "bnb_4bit_compute_dtype": "float32"}}
+METHODS = {"lora": None, "qlora": {**QUANTIZED, "bnb_4bit_compute_dtype": "float32"}}
 
 
 def settings(method, steps=STEPS, per_device=GLOBAL):
-    sections = {
+    sections = RANDOM_AND_TIMED | {
         "train": {
+            **RANDOM_AND_TIMED["train"],
             "max_steps": steps,
             "per_device_train_batch_size": per_device,
             "logging_steps": 1,
@@ -38,12 +40,15 @@ def settings(method, steps=STEPS, per_device=GLOBAL):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, tiny_base, tiny_cache):
-    """The runs on one device, by method."""
-    places = {}
-    for method in METHODS:
-        places[method] = Place(tmp_path_factory.mktemp(method), tiny_base, tiny_cache)
-        places[method].run(**settings(method))
-    return places
+    """The runs on one device, by method, each made when it is first asked for."""
+
+    @functools.cache
+    def of(method):
+        place = Place(tmp_path_factory.mktemp(method), tiny_base, tiny_cache)
+        place.run(**settings(method))
+        return place
+
+    return of
 
 
 def assert_same_run(place, expected, tolerance=1e-5):
@@ -61,14 +66,18 @@ def assert_same_run(place, expected, tolerance=1e-5):
 
 
 # Between them every axis of the mesh and both methods; test_devices has all meshes.
-@pytest.mark.parametrize(("mesh", "method"), [("fsdp", "lora"), ("cube", "qlora")])
+@pytest.mark.parametrize(
+    ("mesh", "method"),
+    [("fsdp", "lora"), pytest.param("cube", "qlora", marks=pytest.mark.slow)],
+)
 def test_eight_devices_train_as_one(place, alone, mesh, method):
     sizes = MESHES[mesh]
     replicas = sizes["mesh.data"] * sizes.get("mesh.fsdp", 1)
     overrides = [f"{axis}={size}" for axis, size in sizes.items()]
     place.run(*overrides, devices=8, **settings(method, per_device=GLOBAL // replicas))
-    assert alone[method].losses()[-1] < alone[method].losses()[0]
-    assert_same_run(place, alone[method])
+    expected = alone(method)
+    assert expected.losses()[-1] < expected.losses()[0]
+    assert_same_run(place, expected)
 
 
 def start_two(place, *arguments):
@@ -112,7 +121,7 @@ def two(tmp_path_factory, tiny_base, tiny_cache):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(two, alone):
-    assert_same_run(two, alone["qlora"])
+    assert_same_run(two, alone("qlora"))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny_runs import chat, write_rows
+from tiny_runs import QUANTIZED, chat, write_rows
 
 from jlora.errors import DivergedError
 
@@ -98,9 +98,9 @@ def test_two_processes_refuse_what_does_not_fit(place, two_processes):
     """Both end by themselves; the first one says why."""
     # Settings with a single remedy: each one compiles the step once more, in both processes.
     train = {"per_device_train_batch_size": 1, "optim": "sgd"}
-    file = place.write(train=train, quantization={"load_in_4bit": True, "block_size": 32})
+    file = place.write(train=train, quantization=QUANTIZED)
     runs = two_processes(TOO_LARGE, file, XDG_CACHE_HOME=str(place.cache))
-    said = [run.communicate(timeout=200)[1] for run in runs]
+    said = [run.communicate(timeout=400)[1] for run in runs]
     assert [run.returncode for run in runs] == [2, 2]
     assert "does not fit" in said[0] and "train.check_memory=false" in said[0]
     assert not (place.output / "metrics.jsonl").exists()

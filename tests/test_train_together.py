@@ -72,6 +72,7 @@ def together(here):
     return run(here, None, "evaluate.samples=1", save_steps=3)
 
 
+@pytest.mark.slow
 def test_activation_offloading_changes_nothing(here, together):
     out = str(here.folder / "offloading")
     lines, _ = run(here, None, activation_offloading=True, output_dir=out)

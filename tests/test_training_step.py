@@ -561,6 +561,7 @@ def test_full_fine_tuning_has_what_the_qlora_step_has_not():
     assert kept_dense(jaxpr) == {(2, *shape) for shape in KERNELS}
 
 
+@pytest.mark.slow
 def test_a_product_that_forgets_the_codes_would_be_seen():
     """Without its own rule the product keeps the dequantized weight of every layer."""
 

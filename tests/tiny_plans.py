@@ -4,7 +4,7 @@ import functools
 from unittest import mock
 
 import jax
-from tiny_runs import OFF
+from tiny_runs import OFF, QUANTIZED
 
 from jlora import config
 from jlora.distributed import sharding
@@ -14,7 +14,7 @@ from jlora.run.open_job import open_job
 from jlora.run.open_tokenizer import open_tokenizer
 
 HERE = target.CompileTarget()
-QLORA = {"quantization": {"load_in_4bit": True, "block_size": 32}}
+QLORA = {"quantization": QUANTIZED}
 
 
 def load(place, *overrides, **sections):

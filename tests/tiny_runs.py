@@ -44,6 +44,19 @@ THINGS = ("sun", "moon", "tree", "bird", "boat")
 
 TARGETS = ["q_proj", "down_proj"]
 """One module of attention and one of the MLP: all seven take twice as long to compile."""
+DENSE = ["k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
+QUANTIZED = {"load_in_4bit": True, "block_size": 32, "llm_int8_skip_modules": DENSE}
+"""Only ``TARGETS`` are quantized: every quantized matrix is dequantized in each pass of a step, and
+a step with all seven takes twice as long to compile. test_devices has steps with all."""
+
+
+RANDOM_AND_TIMED = {
+    "lora": {"lora_dropout": 0.1},
+    "train": {"lr_scheduler_type": "linear"},
+}
+"""Settings by which a step depends on its number: what a run that resumes must reproduce, and what
+several processes must share. Otherwise a step's program does not depend on the run's length: tests
+whose runs differ only in length, logging and saving compile one."""
 
 
 class Run(NamedTuple):
@@ -72,7 +85,7 @@ class Place:
         """The settings, each section updated by ``sections``; None removes a section or value."""
         settings: dict[str, Any] = {
             "model": {"name_or_path": str(self.base), "dtype": "float32"},
-            "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": TARGETS},
+            "lora": {"r": 4, "lora_alpha": 8, "target_modules": TARGETS},
             "data": {
                 "train": [{"path": str(self.rows), "format": "messages"}],
                 "eval": [{"path": str(self.held_out), "format": "messages"}],
@@ -84,6 +97,7 @@ class Place:
                 "per_device_train_batch_size": 2,
                 "gradient_accumulation_steps": 2,
                 "learning_rate": 1e-2,
+                "lr_scheduler_type": "constant",
                 "logging_steps": 2,
                 "eval_steps": 4,
                 "save_steps": 3,
