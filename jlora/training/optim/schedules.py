@@ -29,6 +29,9 @@ def warmup_steps(config: TrainConfig, total_steps: int) -> int:
 def schedule(config: TrainConfig, total_steps: int) -> Callable[[Any], jax.Array]:
     """The learning rate as a function of the step, from 0: ``rates`` at it."""
     table = rates(config, total_steps)
+    if config.lr_scheduler_type == "constant":
+        # Without the table, runs of any length have the same program.
+        return lambda step: jnp.asarray(table[0])
     return lambda step: jnp.asarray(table)[jnp.asarray(step, jnp.int32)]
 
 
