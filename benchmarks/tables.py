@@ -267,6 +267,37 @@ def memory(target: str, results: Path) -> str:
     return f"{markdown(head, rows)}\n\n{where}"
 
 
+def compiled_step(results: Path) -> str:
+    """The results of ``compiled_step.py``: figures of each case before and after."""
+    result = load("compiled-step", results)
+    before, after = (result[label]["cases"] for label in ("before", "after"))
+
+    def both(name: str, show: Callable[[Mapping[str, Any]], str]) -> str:
+        old, new = show(before[name]), show(after[name])
+        return new if old == new else f"{old} → {new}"
+
+    def seconds(got: Mapping[str, Any], of: str) -> float:
+        return 1000 * got["seconds"].get(of, 0.0)
+
+    rows = [
+        [
+            name,
+            both(name, lambda got: f"{got['flops'] / 1e12:.0f}"),
+            both(name, lambda got: f"{got['bytes'] / 2**30:.0f}"),
+            both(name, lambda got: f"{got['sent'] / 2**30:.1f}"),
+            both(name, lambda got: f"{got['peak'] / 2**30:.2f}"),
+            both(name, lambda got: f"{seconds(got, 'compute'):.0f}"),
+            both(name, lambda got: f"{seconds(got, 'memory'):.0f}"),
+            both(name, lambda got: f"{seconds(got, 'links'):.0f}"),
+        ]
+        for name in after
+    ]
+    head = ["step", "TFLOP", "GiB moved", "GiB sent", "peak, GiB", "compute, ms", "memory, ms"]
+    versions = {got["jax"] for got in after.values()}
+    where = f"On each device; jax {', '.join(versions)}, {result['after']['date']}."
+    return f"{markdown([*head, 'links, ms'], rows)}\n\n{where}"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "training-step": training_step,
     "startup-commands": commands,
@@ -274,6 +305,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "floors": floors,
     "profile-step": profile,
     "predicted": predicted,
+    "compiled-step": compiled_step,
     "memory-h200": functools.partial(memory, "h200"),
     "memory-v5e": functools.partial(memory, "v5e"),
 }

@@ -21,6 +21,7 @@ from jlora.distributed.lock import RunLock
 from jlora.distributed.mesh import times_kernels
 from jlora.distributed.signals import StopSignals
 from jlora.files import check_output
+from jlora.plan.auto_checkpointing import with_checkpointing
 from jlora.plan.check import compiled_beside
 from jlora.run import environment
 from jlora.run.abstract_job import abstract_job
@@ -33,7 +34,7 @@ from jlora.run.batches import (
     rows_per_adapter,
 )
 from jlora.run.checkpoints import check_resumable
-from jlora.run.header import show_header
+from jlora.run.header import checkpointing_text, show_header
 from jlora.run.init_from import taken_over
 from jlora.run.label_names import with_label_names
 from jlora.run.loop import start_run, train_loop
@@ -95,10 +96,13 @@ def run(config: Config, options: argparse.Namespace) -> None:
         counts = count_steps(config, mesh, rows)
         check_resumable(config, counts, rows.fingerprint)
         show_header(console, abstract, counts, rows, held_out)
-        program = TrainStep.of(abstract, counts, rows.length, rows.packed.documents)
+        programs = [
+            TrainStep.of(one, counts, rows.length, rows.packed.documents)
+            for one in with_checkpointing(abstract)
+        ]
         loading, compiles_first = f"loading {config.model.name_or_path}", times_kernels(mesh)
         console.note("compiling …" if compiles_first else f"{loading}, and compiling …")
-        with compiled_beside(program, rows) as compiling, console.loading() as progress:
+        with compiled_beside(programs, rows) as compiling, console.loading() as progress:
             if compiles_first:
                 console.note(f"{loading} …")
             job = open_job(
@@ -110,7 +114,9 @@ def run(config: Config, options: argparse.Namespace) -> None:
             )
             if not compiling.is_done:
                 console.note("compiling …")
-            train_step = compiling.result()
+            program, train_step = compiling.result()
+        if len(programs) > 1:
+            console.note(f"gradient checkpointing: {checkpointing_text(program.job.config.train)}")
         with jax.set_mesh(job.mesh):
             run_state = start_run(
                 job=job,

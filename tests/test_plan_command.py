@@ -150,10 +150,10 @@ def test_nothing_loads_while_kernels_are_timed(platform):
         # On a GPU the block must not begin: its absence can only be waited for.
         return block_began.wait(0.5 if platform == "gpu" else 60)
 
-    with compiled_beside(program_on(platform, compile), rows=None) as compilation:
+    with compiled_beside([program_on(platform, compile)], rows=None) as compilation:
         assert compilation.is_done == (platform == "gpu")
         block_began.set()
-        assert compilation.result() == (platform != "gpu")
+        assert compilation.result()[1] == (platform != "gpu")
 
 
 def test_without_a_step_nothing_is_loaded_where_kernels_are_timed():
@@ -162,7 +162,7 @@ def test_without_a_step_nothing_is_loaded_where_kernels_are_timed():
 
     with (
         pytest.raises(jax.errors.JaxRuntimeError, match="the compiler failed"),
-        compiled_beside(program_on("gpu", fail), rows=None),
+        compiled_beside([program_on("gpu", fail)], rows=None),
     ):
         pytest.fail("loading began")
 

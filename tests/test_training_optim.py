@@ -214,5 +214,5 @@ def test_the_state_holds_nothing_of_the_base(name, copies):
 
 def test_more_steps_than_a_program_can_hold_rates_of_are_refused():
     config = TrainConfig(output_dir="unused")
-    with pytest.raises(ConfigError, match=r"10,000,001 steps[\s\S]*max_steps"):
+    with pytest.raises(ConfigError, match="max_steps: 10,000,001 steps"):
         optim.rates(config, 10_000_001)

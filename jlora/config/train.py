@@ -118,9 +118,10 @@ class TrainConfig(ConfigSection):
     lorafa: bool = False
     """LoRA-FA: freeze A at its initial value, and correct the gradient of B to approximate that of
     the full weight."""
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: Literal["auto"] | bool = True
     """Save only the input of each layer and recompute the layer in the backward pass; false: save
-    the outputs of its matrix products, too."""
+    the outputs of its matrix products, too; auto: false if the compiled step then fits, else true,
+    else with activation_offloading."""
     activation_offloading: bool = False
     """Store in host memory the layer inputs that gradient_checkpointing saves."""
     bf16: bool | None = None

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey
 
 from jlora.distributed.mesh import BATCH_AXES, make_mesh
@@ -89,7 +89,7 @@ def batch_sharding(mesh: Mesh, multi_adapter: bool = False) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * multi_adapter, None, BATCH_AXES))
 
 
-def spec(path: Sequence[str], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def spec(path: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The PartitionSpec of an array of ``shape`` at ``path``; leading axes (layers) stay whole."""
     axes = _matrix_axes(path)
     if axes is None or len(shape) < 2:

@@ -15,6 +15,7 @@ from jlora.config import Config
 from jlora.distributed import sharding
 from jlora.errors import JloraError
 from jlora.plan import estimate, flops, hlo, target
+from jlora.plan.auto_checkpointing import candidates, leaves_margin
 from jlora.plan.hardware import Hardware
 from jlora.plan.jax_cudnn_shim import jax_checks_capability
 from jlora.plan.memory import OUT_OF_MEMORY, Memory, device_bytes, measured, refused_memory
@@ -136,7 +137,7 @@ def forecast(
     *,
     count_work: bool = True,
 ) -> Forecast:
-    """Forecasts a run.
+    """Forecasts a run; with ``gradient_checkpointing: auto``, the way that the run would take.
 
     Args:
       config: the run's settings, with label names (``with_label_names``).
@@ -146,6 +147,25 @@ def forecast(
       devices: JAX's devices of ``compile_target`` to compile for, or None to estimate memory.
       count_work: also count FLOPs, traffic and collectives; without it only memory is filled in.
     """
+    hardware = compile_target.hardware
+    platform = hardware.platform if hardware else jax.default_backend()
+    *others, last = candidates(config, platform)
+    for candidate in others:
+        found = _forecast(candidate, tokenizer, rows, compile_target, devices, count_work)
+        peak, limit = found.memory and found.memory.peak, found.limit.limit
+        if found.fits and peak and leaves_margin(peak, limit, platform):
+            return found
+    return _forecast(last, tokenizer, rows, compile_target, devices, count_work)
+
+
+def _forecast(
+    config: Config,
+    tokenizer: Any,
+    rows: Rows,
+    compile_target: CompileTarget,
+    devices: Sequence[Any] | None,
+    count_work: bool,
+) -> Forecast:
     # A remedy may shorten data.max_length after the rows were counted.
     rows = dataclasses.replace(rows, length=min(rows.length, config.data.max_length))
     mesh = sharding.make_mesh(config.mesh, devices=devices or stand_in(compile_target))

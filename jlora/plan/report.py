@@ -12,7 +12,7 @@ from jlora.config import Config
 from jlora.plan.forecast import Forecast, Rows
 from jlora.plan.remedies import Remedy
 from jlora.run.batches import steps_per_epoch
-from jlora.run.header import count_parameters, size_text, sizes
+from jlora.run.header import checkpointing_text, count_parameters, size_text, sizes
 from jlora.ui.console import HeaderTable, Section, duration
 
 UPPER_BOUND = "at most: all of the device's peak rate, nothing waiting for anything"
@@ -64,6 +64,7 @@ def _run(result: Forecast) -> dict[str, Any]:
         "mesh": " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
         "batch": f"{plan.rows_per_step} rows of {result.rows.length} tokens a step "
         f"({config.train.per_device_train_batch_size} a device, {plan.accumulation} accumulated)",
+        "gradient checkpointing": checkpointing_text(config.train),
     }
     if result.compiled:
         rows["figures"] = f"of the compiled step, {result.compile_seconds:.1f} s to compile"

@@ -181,6 +181,8 @@ def optimizer_text(settings: TrainConfig) -> str:
 
 def checkpointing_text(settings: TrainConfig) -> str:
     """Whether layers are rematerialised, and where their inputs are saved."""
+    if settings.gradient_checkpointing == "auto":
+        return "auto: off if the compiled step then fits"
     if settings.activation_offloading:
         return "on, layer inputs offloaded to host memory"
     return "on" if settings.gradient_checkpointing else "off"

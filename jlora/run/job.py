@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import lora
-from jlora.config import Config
+from jlora.config import Config, TrainConfig
 from jlora.errors import ConfigError
 from jlora.io.hf.folder import hub_snapshot
 from jlora.lora.targets import Target, find_targets, token_rows
@@ -159,8 +159,17 @@ def configure_model(config: Config, model: Model, tokenizer: Any) -> Model:
             where=f"model.name_or_path: {config.model.name_or_path}",
             fix="name a language model, or use rows of format: classification",
         )
-    remat = OFFLOAD if config.train.activation_offloading else config.train.gradient_checkpointing
-    return dataclasses.replace(model, dtype=config.compute_dtype, gradient_checkpointing=remat)
+    return with_remat(dataclasses.replace(model, dtype=config.compute_dtype), config.train)
+
+
+def with_remat(model: Model, settings: TrainConfig) -> Model:
+    """The model with the rematerialisation of the settings.
+
+    That of ``auto``, which is decided where the step is compiled, is on: nothing else has a
+    backward pass.
+    """
+    remat = OFFLOAD if settings.activation_offloading else settings.gradient_checkpointing
+    return dataclasses.replace(model, gradient_checkpointing=True if remat == "auto" else remat)
 
 
 def with_base_name(config: Config, adapter: lora.Adapter) -> lora.Adapter:
