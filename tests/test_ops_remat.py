@@ -81,11 +81,10 @@ def test_a_layer_saves_its_products_and_nothing_else(length):
     assert saved_shapes(length, False, None) == expected
 
 
-def test_dropout_saves_its_masks():
-    """One mask for each of the seven modules, as wide as its input; none is drawn again."""
+def test_dropout_saves_nothing():
+    """Its masks are drawn again: a hash costs less than writing and reading a boolean."""
     plain, dropped = (saved_shapes(16, False, key) for key in (None, jax.random.key(2)))
-    masks = Counter(((16, n), "bool") for n in (64, 64, 64, 96, 64, 64, 128))
-    assert dropped == plain + masks
+    assert dropped == plain
 
 
 def test_dora_saves_the_products_that_its_gain_multiplies():

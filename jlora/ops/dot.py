@@ -26,8 +26,8 @@ from jaxtyping import Array, Float, Int
 from jlora.errors import DataError
 from jlora.lora import LoraWeight, ReplacedEmbedding, TokenWeight
 from jlora.lora.probe import InputProbe, observe
+from jlora.ops.dropout import drop, keep_scale
 from jlora.ops.grouped import grouped_product, grouped_quantized_product, per_row_product
-from jlora.ops.matmul import barrier_after
 from jlora.ops.products import dense_product, quantized_product
 from jlora.ops.remat import saveable
 from jlora.ops.weights import Weight
@@ -119,12 +119,14 @@ def _lora_dot(x: Array, w: LoraWeight, dtype: Any) -> Array:
 
     With dropout, DoRA rescales ``dropout(x) @ W`` instead of ``x @ W``, as in PEFT.
     """
-    base, dropped = dot(x, w.base, dtype), _dropout(x, w)
+    base, dropped, kept = dot(x, w.base, dtype), x, 1.0
     if w.adapter_ids is not None:
         return _add_row_deltas(base, saveable(per_row_product(x, w.lora_A, _row_ids(x, w))), w)
-    # The scale is on A. On the delta, its gradient is one more pass over the output's gradient; on
-    # x @ A, a GPU's temporaries grow (84 MiB for 8B at 2048 tokens).
-    delta = dot(saveable(dot(dropped, w.scaled_A)), w.lora_B)
+    if w.dropout_key is not None and w.dropout:
+        dropped, kept = drop(x, w.dropout_key, w.dropout), keep_scale(w.dropout)
+    # The scales are on A. On the delta, their gradient is one more pass over the output's gradient;
+    # on x @ A, a GPU's temporaries grow (84 MiB for 8B at 2048 tokens).
+    delta = dot(saveable(dot(dropped, kept * w.scaled_A)), w.lora_B)
     if w.bias is not None:
         delta = delta + w.bias.astype(delta.dtype)
     if w.gain is None:
@@ -138,7 +140,7 @@ def _lora_dot(x: Array, w: LoraWeight, dtype: Any) -> Array:
     # Without dropout both products with the base are the same one.
     if dropped is x:
         return ((base + delta) * w.gain).astype(x.dtype if dtype is None else dtype)
-    dropped_base = saveable(dot(dropped, w.base, jnp.float32))
+    dropped_base = saveable(kept * dot(dropped, w.base, jnp.float32))
     total = base + (w.gain - 1) * dropped_base + w.gain * delta
     return total.astype(x.dtype if dtype is None else dtype)
 
@@ -180,16 +182,6 @@ def _row_ids(batch: Array, w: LoraWeight) -> Array:
 def _expand_rows(values: Array, like: Array) -> Array:
     """A scalar or a vector for each row, with axes inserted to broadcast against ``like``."""
     return values.reshape(values.shape[0], *(1,) * (like.ndim - values.ndim), *values.shape[1:])
-
-
-def _dropout(x: Array, w: LoraWeight) -> Array:
-    """``x`` after dropout; ``x`` itself if the weight has no dropout key."""
-    if w.dropout_key is None or not w.dropout:
-        return x
-    # Saved as booleans: recomputing the mask would draw all of its random bits again.
-    mask = saveable(jax.random.bernoulli(w.dropout_key, 1 - w.dropout, x.shape))
-    # Without the barrier XLA hoists the zero, broadcast to the shape of x, out of the layers' scan.
-    return jnp.where(mask, x / (1 - w.dropout), barrier_after(jnp.zeros((), x.dtype), x))
 
 
 def _token_dot(x: Array, w: TokenWeight, dtype: Any) -> Array:
