@@ -71,7 +71,8 @@ def saved_arrays(length, remat, key, adapter=ADAPTER):
 
 @pytest.mark.parametrize("length", [16, 80], ids=["reference", "chunked"])
 def test_a_layer_saves_its_products_and_nothing_else(length):
-    expected = Counter({((length, R), "bfloat16"): 7})  # x @ A of the seven adapted modules
+    # x @ A: one product for q, k and v, one for gate and up, and those of o and down
+    expected = Counter(((length, modules * R), "bfloat16") for modules in (3, 2, 1, 1))
     expected.update(((length, n), "bfloat16") for n in (48, 64, 128, 128))  # v, o, gate and up
     expected.update(((length, n, 24), "bfloat16") for n in (4, 2))  # q and k, rotated
     expected.update([((length, 64), "bfloat16")])  # the residual stream

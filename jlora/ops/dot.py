@@ -17,6 +17,8 @@ activations only where a wanted gradient needs them.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -48,7 +50,8 @@ def dot(x: Float[Array, "*batch in"], w: Weight, dtype: Any = None) -> Float[Arr
       A and B; a quantized array is a constant.
     """
     if isinstance(w, LoraWeight):
-        return _lora_dot(x, w, dtype)
+        per_row = w.adapter_ids is not None
+        return _row_adapters_dot(x, w, dtype) if per_row else _lora_dots(x, [w], dtype)[0]
     if isinstance(w, TokenWeight):
         return _token_dot(x, w, dtype)
     if isinstance(w, ReplacedEmbedding):
@@ -58,6 +61,28 @@ def dot(x: Float[Array, "*batch in"], w: Weight, dtype: Any = None) -> Float[Arr
     if is_quantized(w):
         return quantized_product(x, w, jnp.dtype(x.dtype if dtype is None else dtype))
     return dense_product(x, w, jnp.dtype(x.dtype if dtype is None else dtype))
+
+
+def dots(
+    x: Float[Array, "*batch in"], weights: Sequence[Weight], dtype: Any = None
+) -> list[Float[Array, "*batch _"]]:
+    """``[dot(x, w) for w in weights]``, with one product for the As of all LoraWeights.
+
+    Those with the same probability of dropout have one mask, drawn with the first one's key.
+    """
+    results: list[Any] = [None] * len(weights)
+    groups: dict[Any, list[int]] = {}
+    for i, w in enumerate(weights):
+        if isinstance(w, LoraWeight) and w.adapter_ids is None:
+            dropout = 0.0 if w.dropout_key is None else w.dropout
+            groups.setdefault((dropout, jnp.dtype(w.lora_A.dtype)), []).append(i)
+        else:
+            results[i] = dot(x, w, dtype)
+    for members in groups.values():
+        products = _lora_dots(x, [weights[i] for i in members], dtype)
+        for i, y in zip(members, products, strict=True):
+            results[i] = y
+    return results
 
 
 def grouped_dot(
@@ -114,19 +139,39 @@ def columns(w: Weight, start: Int[Array, ""], size: int) -> Weight:
     return jax.lax.dynamic_slice_in_dim(w, start, size, axis=-1)
 
 
-def _lora_dot(x: Array, w: LoraWeight, dtype: Any) -> Array:
+def _lora_dots(x: Array, weights: Sequence[LoraWeight], dtype: Any) -> list[Array]:
+    """The products with weights whose dropout is the same, and so their mask."""
+    first, dropped, kept = weights[0], x, 1.0
+    if first.dropout_key is not None and first.dropout:
+        dropped, kept = drop(x, first.dropout_key, first.dropout), keep_scale(first.dropout)
+    # The scales are on A. On the delta, their gradient is one more pass over the output's gradient;
+    # on x @ A, a GPU's temporaries grow (84 MiB for 8B at 2048 tokens).
+    scaled = [kept * w.scaled_A for w in weights]
+    inner = saveable(dot(dropped, jnp.concatenate(scaled, -1) if len(scaled) > 1 else scaled[0]))
+    ends = itertools.accumulate(a.shape[-1] for a in scaled)
+    inners = jnp.split(inner, list(ends)[:-1], axis=-1)
+    return [
+        _lora_product(x, dropped, kept, inner, w, dtype)
+        for inner, w in zip(inners, weights, strict=True)
+    ]
+
+
+def _lora_product(
+    x: Array, dropped: Array, kept: float, inner: Array, w: LoraWeight, dtype: Any
+) -> Array:
     """``(x @ W + scale * (dropout(x) @ A) @ B) * gain`` (LoRA, arXiv 2106.09685; DoRA, 2402.09353).
 
     With dropout, DoRA rescales ``dropout(x) @ W`` instead of ``x @ W``, as in PEFT.
+
+    Args:
+      x: the input.
+      dropped: ``dropout(x)`` without its factor, or ``x`` itself.
+      kept: the factor.
+      inner: ``scale * dropout(x) @ A``.
+      w: the weight.
+      dtype: of the result.
     """
-    base, dropped, kept = dot(x, w.base, dtype), x, 1.0
-    if w.adapter_ids is not None:
-        return _add_row_deltas(base, saveable(per_row_product(x, w.lora_A, _row_ids(x, w))), w)
-    if w.dropout_key is not None and w.dropout:
-        dropped, kept = drop(x, w.dropout_key, w.dropout), keep_scale(w.dropout)
-    # The scales are on A. On the delta, their gradient is one more pass over the output's gradient;
-    # on x @ A, a GPU's temporaries grow (84 MiB for 8B at 2048 tokens).
-    delta = dot(saveable(dot(dropped, kept * w.scaled_A)), w.lora_B)
+    base, delta = dot(x, w.base, dtype), dot(inner, w.lora_B)
     if w.bias is not None:
         delta = delta + w.bias.astype(delta.dtype)
     if w.gain is None:
@@ -143,6 +188,12 @@ def _lora_dot(x: Array, w: LoraWeight, dtype: Any) -> Array:
     dropped_base = saveable(kept * dot(dropped, w.base, jnp.float32))
     total = base + (w.gain - 1) * dropped_base + w.gain * delta
     return total.astype(x.dtype if dtype is None else dtype)
+
+
+def _row_adapters_dot(x: Array, w: LoraWeight, dtype: Any) -> Array:
+    """The product with a stack of adapters, of which each row has one."""
+    inner = saveable(per_row_product(x, w.lora_A, _row_ids(x, w)))
+    return _add_row_deltas(dot(x, w.base, dtype), inner, w)
 
 
 def _lora_embed(ids: Array, w: LoraWeight) -> Array:
