@@ -125,6 +125,26 @@ def test_full_determinism_leaves_no_order_open_and_nothing_to_timing(on):
     assert bool(result["unordered"]) == bool(result["timed"]) == (not on)
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_dropout_holds_no_masks_and_no_indices(checkpointing):
+    """Dropped inputs are written and read about five times. With masks saved it is ten times, with
+    indices of their shape moved out of the loop over layers twelve.
+    """
+    dropped, plain = (
+        compiled_for(
+            "h200",
+            LLAMA_8B,
+            LENGTH,
+            lora={"lora_dropout": dropout},
+            train={"gradient_checkpointing": checkpointing},
+        )
+        for dropout in (0.05, 0.0)
+    )
+    inputs = 2 * 32 * LENGTH * (3 * 4096 + 14_336)  # of q, k and v; o; gate and up; and down
+    assert dropped["work"]["bytes_moved"] - plain["work"]["bytes_moved"] < 6 * inputs
+    assert dropped["memory"]["peak"] < 1.02 * plain["memory"]["peak"]
+
+
 def test_offloading_moves_layer_inputs_off_the_device():
     """All but those of two layers: the one being computed and the one being transferred."""
     on, off = (step("h200", True, offloading)["memory"] for offloading in (False, True))

@@ -177,7 +177,9 @@ def test_training_on_a_mesh_is_training_on_one_device(architecture, quantized, s
     )
     assert min(jax.tree.leaves(moved)) > 1e-3
     np.testing.assert_allclose(got, expected, rtol=1e-5)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-4), trained, adapter)
+    # AdamW divides by the gradient's size: where that is nearly zero, the order of sums decides.
+    # With SGD, whose steps are the gradient, the same runs differ by 3e-8 of 0.05.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-4), trained, adapter)
 
 
 @pytest.mark.parametrize(

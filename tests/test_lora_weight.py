@@ -9,6 +9,7 @@ import numpy as np
 
 from jlora.lora import LoraWeight, TokenWeight
 from jlora.ops.dot import columns, dot, embed, grouped_dot
+from jlora.ops.dropout import keep_mask
 from jlora.quant import nf4
 
 IN, OUT, R = 64, 96, 3
@@ -56,7 +57,7 @@ def test_the_gain_keeps_float32_under_bfloat16():
 def test_dora_under_dropout_matches_peft():
     """peft: W x + (m - 1) W d(x) + m s B A d(x), with one mask for both."""
     w = dora(dropout_key=jax.random.key(3), dropout=0.4)
-    keep = np.asarray(jax.random.bernoulli(jax.random.key(3), 0.6, X.shape))
+    keep = np.asarray(keep_mask(X, jax.random.key(3), 0.4))
     dropped = np.where(keep, np.float64(X) / 0.6, 0.0)
     gain, base = np.float64(w.gain), np.float64(w.base)
     delta = dropped @ (dense_sum(w) - base)

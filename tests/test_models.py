@@ -22,11 +22,13 @@ from tiny_models import (
     tokens,
 )
 
-from jlora.config import QuantConfig
+from jlora import lora
+from jlora.config import LoraConfig, QuantConfig
 from jlora.errors import ConfigError
 from jlora.models import Model, attention_context, init_params, layer_scan
 from jlora.models.other_types import what_is
 from jlora.models.registry import FAMILIES, parse_config
+from jlora.ops.dropout import drop
 from jlora.quant.params import quantize_params
 from jlora.tree import paths
 
@@ -322,3 +324,19 @@ def test_layers_may_differ_in_their_window():
     assert parse_config({**CONFIGS["mistral"], "sliding_window": None}).windows == (None, None)
     types = {"layer_types": ["sliding_attention", "full_attention"]}
     assert parse_config({**CONFIGS["qwen3"], **types}).windows == (5, None)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
+def test_projections_of_one_input_share_a_dropout_mask(name, monkeypatch):
+    """Four inputs in a layer, four masks: of q, k and v; o; gate and up; down."""
+    model, params = build(name)
+    config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5)
+    adapter = lora.init_adapter(jax.random.key(1), params, config)
+    attached = lora.attach(params, adapter, dropout_key=jax.random.key(2))
+    drawn = []
+    monkeypatch.setattr(
+        "jlora.ops.dot.drop", lambda x, key, p: drawn.append(x.shape) or drop(x, key, p)
+    )
+    jax.clear_caches()  # of a trace that was made without the patch
+    jax.eval_shape(model.features, attached, tokens(model, 2, LENGTH))
+    assert len(drawn) == 4

@@ -1,5 +1,6 @@
 """``dot``, compared with NumPy in float64, and what its gradients save and compute."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from jaxprs import equations
 
 from jlora.lora import LoraWeight
 from jlora.ops import matmul
-from jlora.ops.dot import columns, dot, embed, grouped_dot
+from jlora.ops.dot import columns, dot, dots, embed, grouped_dot
 from jlora.quant import int8, nf4
 
 I, O, R = 64, 128, 4
@@ -141,6 +143,139 @@ def _products_of_shape(jaxpr, shape):
         for sub in jaxprs_in_params(eqn.params):
             count += _products_of_shape(sub, shape)
     return count
+
+
+KEYS = jax.random.split(jax.random.key(5), 3)
+
+
+def projections(dtype=jnp.float32, **fields):
+    """Three adapted weights of one input, of different widths and ranks, like q, k and v."""
+    rng = np.random.default_rng(3)
+
+    def one(rank, out, key):
+        base, a, b = (rng.normal(size=s) / 8 for s in ((I, out), (I, rank), (rank, out)))
+        a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+        scale = jnp.float32(rank / 4)
+        return LoraWeight(jnp.asarray(base, dtype), a, b, scale, dropout_key=key, **fields)
+
+    return [
+        one(rank, out, key) for rank, out, key in zip((4, 2, 7), (O, 32, 32), KEYS, strict=True)
+    ]
+
+
+def mixed_projections(dropout):
+    """Weights that no single product has all of: the kinds of ``dot``, and settings that differ."""
+    rng = np.random.default_rng(4)
+    q, k, v = projections(dropout=dropout)
+    gain = jnp.asarray(1 + rng.random(O) / 4, jnp.float32)
+    stack = dataclasses.replace(
+        q,
+        lora_A=jnp.stack([q.lora_A, -q.lora_A]),
+        lora_B=jnp.stack([q.lora_B, q.lora_B]),
+        scale=jnp.asarray([0.5, 2.0]),
+        adapter_ids=jnp.asarray([1, -1]),
+        dropout_key=None,
+    )
+    return {
+        "plain": q,
+        "array": q.base,
+        "quantized": nf4.quantize(q.base.T).mT,
+        "on quantized": dataclasses.replace(q, base=nf4.quantize(q.base.T).mT),
+        "DoRA": dataclasses.replace(q, gain=gain),
+        "lora_bias": dataclasses.replace(k, bias=jnp.asarray(rng.normal(size=32), jnp.float32)),
+        "without dropout": dataclasses.replace(v, dropout_key=None),
+        "other dropout": dataclasses.replace(v, dropout=0.7),
+        "bfloat16 A": dataclasses.replace(v, lora_A=v.lora_A.astype(jnp.bfloat16)),
+        "stack": stack,
+    }
+
+
+def with_key_of(w, first):
+    key = first.dropout_key
+    return (
+        dataclasses.replace(w, dropout_key=key)
+        if getattr(w, "dropout_key", None) is not None
+        else w
+    )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_products_of_one_input_equal_those_of_each_weight(dropout):
+    """Values and gradients, of all kinds of weights together; they have the first one's mask."""
+    x, _, _, _ = weights()
+    leaves = mixed_projections(dropout)
+    own_key = ("other dropout", "bfloat16 A")  # the first of their kind
+
+    def separate(x, w, name):
+        first = leaves[name] if name in own_key else leaves["plain"]
+        return dot(x, with_key_of(w, first))
+
+    def total(x, trained, together):
+        ws = [
+            dataclasses.replace(leaves[n], lora_A=trained[n][0], lora_B=trained[n][1])
+            if n in trained
+            else leaves[n]
+            for n in leaves
+        ]
+        ys = (
+            dots(x, ws)
+            if together
+            else [separate(x, w, n) for n, w in zip(leaves, ws, strict=True)]
+        )
+        return sum(jnp.sum(jnp.sin(y)) for y in ys), ys
+
+    trained = {n: (w.lora_A, w.lora_B) for n, w in leaves.items() if isinstance(w, LoraWeight)}
+    with_gradients = jax.jit(jax.grad(total, (0, 1), has_aux=True), static_argnums=2)
+    got, want = (with_gradients(x, trained, together) for together in (True, False))
+    for name, one, other in zip(leaves, got[1], want[1], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, err_msg=name)
+        assert one.dtype == other.dtype
+    for one, other in zip(jax.tree.leaves(got[0]), jax.tree.leaves(want[0]), strict=True):
+        np.testing.assert_allclose(np.float32(one), np.float32(other), rtol=1e-4, atol=1e-4)
+
+
+def test_products_of_one_input_are_the_base_models_bitwise_while_b_is_zero():
+    x, _, _, _ = weights(jnp.bfloat16)
+    fresh = [
+        dataclasses.replace(w, lora_B=jnp.zeros_like(w.lora_B)) for w in projections(jnp.bfloat16)
+    ]
+    for y, w in zip(dots(x, fresh), fresh, strict=True):
+        np.testing.assert_array_equal(y, dot(x, w.base))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_weights_of_one_input_share_the_products_with_a(dropout):
+    """Of x, of its gradient and of A's: one each instead of three; ranks 4, 2 and 7 make 13."""
+    x, _, _, _ = weights()
+    ws = projections(dropout=dropout)
+
+    def shapes(together):
+        def f(x, ab):
+            leaves = [
+                dataclasses.replace(w, lora_A=a, lora_B=b) for w, (a, b) in zip(ws, ab, strict=True)
+            ]
+            ys = dots(x, leaves) if together else [dot(x, w) for w in leaves]
+            return sum(jnp.sum(y * y) for y in ys)
+
+        ab = [(w.lora_A, w.lora_B) for w in ws]
+        program = jax.make_jaxpr(jax.grad(f, (0, 1)))(x, ab)
+        products = [e for e in equations(program) if e.primitive.name == "dot_general"]
+        return [e.outvars[0].aval.shape for e in products]
+
+    # Of each weight: base, its gradient of x, two of B. Of A: forward, gradient of x and of A.
+    assert len(shapes(together=False)) == 3 * (2 + 2 + 1 + 3)
+    assert len(shapes(together=True)) == 3 * (2 + 2 + 1) + 3
+    assert (2, 5, 13) in shapes(together=True)
+
+
+def test_weights_of_one_input_share_one_mask():
+    """PEFT draws one for each module; the sharing changes no module's own distribution."""
+    q, _, _ = projections(dropout=0.4)
+    twin = dataclasses.replace(q, dropout_key=KEYS[1])
+    x, _, _, _ = weights()
+    one, other = dots(x, [q, twin])
+    np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+    assert np.abs(dot(x, q) - dot(x, twin)).max() > 0.01, "their keys differ"
 
 
 def test_embed_reads_rows_of_any_weight():

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -28,6 +29,7 @@ import jlora
 from jlora.errors import ConfigError
 from jlora.io import peft as adapter_io
 from jlora.lora.targets import find_targets
+from jlora.ops.dot import dots
 
 pytestmark = PEERS_TALK
 
@@ -173,3 +175,44 @@ def test_qlora_matches_bitsandbytes_and_peft(bases, tmp_path):
     quantization_change = np.abs(jlora_logits(base, base.params, adapter) - want).max()
     assert quantization_change > 0.05 * np.abs(want).max()
     assert np.abs(got - want).max() < 0.02 * quantization_change
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_dropout_has_pefts_mean_and_variance(bases, use_dora, tmp_path):
+    """Of the outputs of one module for one input, over many draws; torch draws its own masks.
+
+    The means of n draws differ by √(2 Var / n), the variances by √(2 (m₄ - Var²) / n): both may by
+    five times as much. PEFT draws a mask for each module, jlora one for all that read one input;
+    the distribution of each module's outputs is the same.
+    """
+    base, n, projections = bases["llama"], 20_000, ("q_proj", "k_proj", "v_proj")
+    fields = {"r": 4, "target_modules": [*projections], "lora_dropout": 0.1, "use_dora": use_dora}
+    peft_model = make_peft(base, fields)
+    attention = peft_model.base_model.model.model.layers[0].self_attn.train()
+    x = np.random.default_rng(0).normal(size=64).astype(np.float32)
+    torch.manual_seed(0)
+    rows = torch.from_numpy(np.tile(x, (n, 1)))
+    with torch.no_grad():
+        want = [np.float64(getattr(attention, name)(rows).numpy()) for name in projections]
+
+    peft_model.save_pretrained(tmp_path)
+    adapter = jlora.load_adapter(tmp_path, base.params)
+    attached = jlora.attach(base.params, adapter, dropout_key=jax.random.key(0))
+    layer = attached["model"]["layers"]["self_attn"]
+    kernels = [jax.tree.map(lambda a: a[0], layer[name]["kernel"]) for name in projections]
+    biases = [base.params["model"]["layers"]["self_attn"][name]["bias"][0] for name in projections]
+    got = [
+        np.float64(y + bias)
+        for y, bias in zip(dots(jnp.asarray(np.tile(x, (n, 1))), kernels), biases, strict=True)
+    ]
+    for one, other in zip(got, want, strict=True):
+        variances = one.var(0), other.var(0)
+        assert min(map(np.min, variances)) > 0
+        error = np.sqrt(sum(variances) / n)
+        np.testing.assert_array_less(np.abs(one.mean(0) - other.mean(0)), 5 * error + 1e-6)
+        fourth = [
+            ((y - y.mean(0)) ** 4).mean(0) - v**2
+            for y, v in zip((one, other), variances, strict=True)
+        ]
+        error = np.sqrt(sum(fourth) / n)
+        np.testing.assert_array_less(np.abs(variances[0] - variances[1]), 5 * error)

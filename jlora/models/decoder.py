@@ -29,6 +29,7 @@ from jlora.models.layers import (
     activation,
     make_norm,
     output_logits,
+    project,
 )
 from jlora.ops.remat import saveable
 from jlora.ops.weights import Weight, output_embedding
@@ -82,7 +83,7 @@ class Attention(nnx.Module):
     def _project(self, x: Array, c: DecoderConfig) -> list[Array]:
         """Queries, keys and values (B, T, heads · dim)."""
         if not c.fused_qkv:
-            return [p(x) for p in (self.q_proj, self.k_proj, self.v_proj)]
+            return project(x, self.q_proj, self.k_proj, self.v_proj)
         qkv, dim = self.qkv_proj(x), c.head_dim
         if c.fused_qkv == "heads":
             qkv = qkv.reshape(*x.shape[:2], c.num_attention_heads, 3 * dim)
@@ -124,7 +125,8 @@ class MLP(nnx.Module):
         if self.kind == "fused":
             gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
             return self.down_proj(act(gate) * up)
-        return self.down_proj(act(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(act(gate) * up)
 
 
 def _mlp(c: DecoderConfig, dtype: jnp.dtype, sparse: bool) -> MLP | MixtureOfExperts:

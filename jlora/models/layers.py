@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jlora.distributed.constraints import split_rows
-from jlora.ops.dot import columns, dot, embed
+from jlora.ops.dot import columns, dot, dots, embed
 from jlora.ops.matmul import barrier_after
 from jlora.ops.remat import saveable
 from jlora.ops.weights import Weight
@@ -30,9 +30,18 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B in"]) -> Float[Array, "*B out"]:
         """The product plus the bias, in ``x.dtype``."""
-        y = dot(x, self.kernel.get_value())
+        return self.with_bias(dot(x, self.kernel.get_value()))
+
+    def with_bias(self, y: Float[Array, "*B out"]) -> Float[Array, "*B out"]:
+        """The layer's result for its product ``y``, saved for the backward pass."""
         # Named after the bias is added, so that the backward pass does not add it again.
         return saveable(y if self.bias is None else y + self.bias.get_value().astype(y.dtype))
+
+
+def project(x: Float[Array, "*B in"], *layers: Linear) -> list[Float[Array, "*B _"]]:
+    """``[layer(x) for layer in layers]``, with the products that ``dots`` shares."""
+    products = dots(x, [layer.kernel.get_value() for layer in layers])
+    return [layer.with_bias(y) for layer, y in zip(layers, products, strict=True)]
 
 
 class Embedding(nnx.Module):

@@ -17,6 +17,8 @@ activations only where a wanted gradient needs them.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,8 +28,8 @@ from jaxtyping import Array, Float, Int
 from jlora.errors import DataError
 from jlora.lora import LoraWeight, ReplacedEmbedding, TokenWeight
 from jlora.lora.probe import InputProbe, observe
+from jlora.ops.dropout import drop, keep_scale
 from jlora.ops.grouped import grouped_product, grouped_quantized_product, per_row_product
-from jlora.ops.matmul import barrier_after
 from jlora.ops.products import dense_product, quantized_product
 from jlora.ops.remat import saveable
 from jlora.ops.weights import Weight
@@ -48,7 +50,8 @@ def dot(x: Float[Array, "*batch in"], w: Weight, dtype: Any = None) -> Float[Arr
       A and B; a quantized array is a constant.
     """
     if isinstance(w, LoraWeight):
-        return _lora_dot(x, w, dtype)
+        per_row = w.adapter_ids is not None
+        return _row_adapters_dot(x, w, dtype) if per_row else _lora_dots(x, [w], dtype)[0]
     if isinstance(w, TokenWeight):
         return _token_dot(x, w, dtype)
     if isinstance(w, ReplacedEmbedding):
@@ -58,6 +61,28 @@ def dot(x: Float[Array, "*batch in"], w: Weight, dtype: Any = None) -> Float[Arr
     if is_quantized(w):
         return quantized_product(x, w, jnp.dtype(x.dtype if dtype is None else dtype))
     return dense_product(x, w, jnp.dtype(x.dtype if dtype is None else dtype))
+
+
+def dots(
+    x: Float[Array, "*batch in"], weights: Sequence[Weight], dtype: Any = None
+) -> list[Float[Array, "*batch _"]]:
+    """``[dot(x, w) for w in weights]``, with one product for the As of all LoraWeights.
+
+    Those with the same probability of dropout have one mask, drawn with the first one's key.
+    """
+    results: list[Any] = [None] * len(weights)
+    groups: dict[Any, list[int]] = {}
+    for i, w in enumerate(weights):
+        if isinstance(w, LoraWeight) and w.adapter_ids is None:
+            dropout = 0.0 if w.dropout_key is None else w.dropout
+            groups.setdefault((dropout, jnp.dtype(w.lora_A.dtype)), []).append(i)
+        else:
+            results[i] = dot(x, w, dtype)
+    for members in groups.values():
+        products = _lora_dots(x, [weights[i] for i in members], dtype)
+        for i, y in zip(members, products, strict=True):
+            results[i] = y
+    return results
 
 
 def grouped_dot(
@@ -116,19 +141,41 @@ def columns(w: Weight, start: Int[Array, ""], size: int) -> Weight:
     return jax.lax.dynamic_slice_in_dim(w, start, size, axis=-1)
 
 
-def _lora_dot(x: Array, w: LoraWeight, dtype: Any) -> Array:
+def _lora_dots(x: Array, weights: Sequence[LoraWeight], dtype: Any) -> list[Array]:
+    """The products with weights whose dropout is the same, and so their mask."""
+    first, dropped, kept = weights[0], x, 1.0
+    if first.dropout_key is not None and first.dropout:
+        dropped, kept = drop(x, first.dropout_key, first.dropout), keep_scale(first.dropout)
+    # The scales are on A. On the delta, their gradient is one more pass over the output's gradient;
+    # on x @ A, a GPU's temporaries grow (84 MiB for 8B at 2048 tokens).
+    scaled = [kept * w.scaled_A for w in weights]
+    inner = saveable(dot(dropped, jnp.concatenate(scaled, -1) if len(scaled) > 1 else scaled[0]))
+    ends = itertools.accumulate(a.shape[-1] for a in scaled)
+    inners = jnp.split(inner, list(ends)[:-1], axis=-1)
+    return [
+        _lora_product(x, dropped, kept, inner, w, dtype)
+        for inner, w in zip(inners, weights, strict=True)
+    ]
+
+
+def _lora_product(
+    x: Array, dropped: Array, kept: float, inner: Array, w: LoraWeight, dtype: Any
+) -> Array:
     """``(x @ W + scale * (dropout(x) @ A) @ B) * gain`` (LoRA, arXiv 2106.09685; DoRA, 2402.09353).
 
     With dropout, DoRA rescales ``dropout(x) @ W`` instead of ``x @ W``, as in PEFT.
+
+    Args:
+      x: the input.
+      dropped: ``dropout(x)`` without its factor, or ``x`` itself.
+      kept: the factor.
+      inner: ``scale * dropout(x) @ A``.
+      w: the weight.
+      dtype: of the result.
     """
-    base, dropped = dot(x, w.base, dtype), _dropout(x, w)
-    if w.adapter_ids is not None:
-        return _add_row_deltas(base, saveable(per_row_product(x, w.lora_A, _row_ids(x, w))), w)
-    # The scale is on A. On the delta, its gradient is one more pass over the output's gradient; on
-    # x @ A, a GPU's temporaries grow (84 MiB for 8B at 2048 tokens).
     # Two products: with B as further rows of W it would be one, but the concatenations cost as much
     # as the second product.
-    delta = dot(saveable(dot(dropped, w.scaled_A)), w.lora_B)
+    base, delta = dot(x, w.base, dtype), dot(inner, w.lora_B)
     if w.bias is not None:
         delta = delta + w.bias.astype(delta.dtype)
     if w.gain is None:
@@ -142,9 +189,15 @@ def _lora_dot(x: Array, w: LoraWeight, dtype: Any) -> Array:
     # Without dropout both products with the base are the same one.
     if dropped is x:
         return ((base + delta) * w.gain).astype(x.dtype if dtype is None else dtype)
-    dropped_base = saveable(dot(dropped, w.base, jnp.float32))
+    dropped_base = saveable(kept * dot(dropped, w.base, jnp.float32))
     total = base + (w.gain - 1) * dropped_base + w.gain * delta
     return total.astype(x.dtype if dtype is None else dtype)
+
+
+def _row_adapters_dot(x: Array, w: LoraWeight, dtype: Any) -> Array:
+    """The product with a stack of adapters, of which each row has one."""
+    inner = saveable(per_row_product(x, w.lora_A, _row_ids(x, w)))
+    return _add_row_deltas(dot(x, w.base, dtype), inner, w)
 
 
 def _lora_embed(ids: Array, w: LoraWeight) -> Array:
@@ -184,16 +237,6 @@ def _row_ids(batch: Array, w: LoraWeight) -> Array:
 def _expand_rows(values: Array, like: Array) -> Array:
     """A scalar or a vector for each row, with axes inserted to broadcast against ``like``."""
     return values.reshape(values.shape[0], *(1,) * (like.ndim - values.ndim), *values.shape[1:])
-
-
-def _dropout(x: Array, w: LoraWeight) -> Array:
-    """``x`` after dropout; ``x`` itself if the weight has no dropout key."""
-    if w.dropout_key is None or not w.dropout:
-        return x
-    # Saved as booleans: recomputing the mask would draw all of its random bits again.
-    mask = saveable(jax.random.bernoulli(w.dropout_key, 1 - w.dropout, x.shape))
-    # Without the barrier XLA hoists the zero, broadcast to the shape of x, out of the layers' scan.
-    return jnp.where(mask, x / (1 - w.dropout), barrier_after(jnp.zeros((), x.dtype), x))
 
 
 def _token_dot(x: Array, w: TokenWeight, dtype: Any) -> Array:
