@@ -197,6 +197,7 @@ def test_a_fully_trained_model_becomes_a_transformers_folder(place, capsys):
     assert 2 * size < len(got["model.safetensors"]) < 3 * size
 
 
+@pytest.mark.slow
 def test_pissas_initial_weights_are_recomputed_from_the_base(tmp_path, tiny_base, tiny_cache):
     place = Place(tmp_path, tiny_base, tiny_cache)
     place.settings_for_loss()

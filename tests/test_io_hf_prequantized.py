@@ -426,6 +426,7 @@ def test_a_prequantized_base_is_not_trained_in_full(quantized_base):
         quantized_base.run(lora=None)
 
 
+@pytest.mark.slow
 def test_a_prequantized_base_has_no_original_to_merge_into(quantized_base, result):
     quantized_base.output = result.output
     merge = importlib.import_module("jlora.merge")

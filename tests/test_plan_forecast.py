@@ -51,7 +51,7 @@ STOPPING = {"early_stopping_patience": 3}
 @pytest.mark.parametrize(
     ("sections", "resumed"),
     [
-        ({"lora": {"r": 64}}, False),
+        pytest.param({"lora": {"r": 64}}, False, marks=pytest.mark.slow),
         ({"lora": {"r": 64}, "train": STOPPING}, True),
         pytest.param({"lora": None}, False, marks=pytest.mark.slow),
     ],

@@ -194,6 +194,7 @@ def test_a_quantized_base_is_written_with_them(untied):
     assert len(AutoTokenizer.from_pretrained(out)) == SIZE + 2
 
 
+@pytest.mark.slow
 def test_a_classifier_has_an_embedding_only(untied, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": t, "label": t} for t in NEW_TOKENS] * 4)
     untied.run(

@@ -66,10 +66,8 @@ def assert_same_run(place, expected, tolerance=1e-5):
 
 
 # Between them every axis of the mesh and both methods; test_devices has all meshes.
-@pytest.mark.parametrize(
-    ("mesh", "method"),
-    [("fsdp", "lora"), pytest.param("cube", "qlora", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "method"), [("fsdp", "lora"), ("cube", "qlora")])
 def test_eight_devices_train_as_one(place, alone, mesh, method):
     sizes = MESHES[mesh]
     replicas = sizes["mesh.data"] * sizes.get("mesh.fsdp", 1)
