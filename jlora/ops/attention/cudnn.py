@@ -65,8 +65,8 @@ def declines(case: Case) -> str | None:
         return "cuDNN computes packed rows in bfloat16, not in float16"
     if packed and case.head_dim + CODE > max_dim:
         return (
-            f"cuDNN needs {CODE} of at most {max_dim} dimensions of a head for packed rows, "
-            f"which has {case.head_dim} already"
+            f"a head in cuDNN has at most {max_dim} dimensions here, and packed rows need {CODE} "
+            f"besides its {case.head_dim}"
         )
     return None if case.gpu_is_absent else fault(case.dtype, case.head_dim, packed)
 
