@@ -29,7 +29,7 @@ MADE = "made for cuda"
             "cuda",
             {"capability": AMPERE, **PACKED},
             "chunked",
-            "packed rows need 16 besides its 128",
+            "need 16 besides its 128",
         ),
         ("cuda", {"capability": AMPERE, "head_dim": 64, **PACKED}, "cudnn", MADE),
         ("cuda", {"dtype": "float16", "head_dim": 64}, "cudnn", MADE),
