@@ -289,13 +289,15 @@ def compiled_step(results: Path) -> str:
             both(name, lambda got: f"{seconds(got, 'compute'):.0f}"),
             both(name, lambda got: f"{seconds(got, 'memory'):.0f}"),
             both(name, lambda got: f"{seconds(got, 'links'):.0f}"),
+            both(name, lambda got: f"{got['tokens'] / max(got['seconds'].values()):,.0f}"),
         ]
         for name in after
     ]
     head = ["step", "TFLOP", "GiB moved", "GiB sent", "peak, GiB", "compute, ms", "memory, ms"]
     versions = {got["jax"] for got in after.values()}
     where = f"On each device; jax {', '.join(versions)}, {result['after']['date']}."
-    return f"{markdown([*head, 'links, ms'], rows)}\n\n{where}"
+    head += ["links, ms", "tokens/s at most"]
+    return f"{markdown(head, rows)}\n\n{where}"
 
 
 TABLES: dict[str, Callable[[Path], str]] = {

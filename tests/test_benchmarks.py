@@ -300,14 +300,27 @@ def test_every_benchmark_names_existing_contestants_and_has_a_table(tmp_path, mo
     scripts = {command.split(".py")[0] for command in commands}
     shared = {"adapters"}  # it uses another script's contestants
     assert {setup.partition(":")[0] for setup in setups} == scripts - shared
-    for path in tables.RESULTS.glob("memory-*.json"):  # these need the target's compiler
-        (paired.RESULTS / path.name).write_bytes(path.read_bytes())
+    for name in ("memory-*.json", "compiled-step.json"):  # these need the target's compiler
+        for path in tables.RESULTS.glob(name):
+            (paired.RESULTS / path.name).write_bytes(path.read_bytes())
     page = tables.PAGE.read_text(encoding="utf-8")
     assert "Not measured yet" not in tables.made(page, paired.RESULTS)
     shown = {found[2] for found in tables.TABLE.finditer(page)} | {
         f"training-step-{method}" for method in tables.METHODS
     }
     assert {path.stem for path in paired.RESULTS.glob("*.json")} <= shown
+
+
+def test_the_compiled_steps_table_shows_what_changed(tmp_path):
+    old = {"flops": 2e12, "bytes": 3 * 2**30, "sent": 0, "peak": 2**30, "tokens": 100, "jax": "1"}
+    old["seconds"] = {"compute": 0.1, "memory": 0.25}
+    new = old | {"bytes": 2 * 2**30, "seconds": {"compute": 0.1, "memory": 0.05}}
+    results = {"before": old, "after": new}
+    document = {k: {"cases": {"LoRA": v}, "date": "2026-01-01"} for k, v in results.items()}
+    (tmp_path / "compiled-step.json").write_text(json.dumps(document))
+    lines = tables.compiled_step(tmp_path).splitlines()
+    assert lines[2] == "| LoRA | 2 | 3 → 2 | 0.0 | 1.00 | 100 | 250 → 50 | 0 | 400 → 1,000 |"
+    assert lines[-1] == "On each device; jax 1, 2026-01-01."
 
 
 def test_the_memory_table_has_a_row_per_model_and_the_papers_figures(tmp_path):
