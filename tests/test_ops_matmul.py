@@ -7,6 +7,7 @@ import pytest
 from absent_gpu import traced_for_a_gpu
 from jaxprs import equations
 
+from jlora.ops.grouped import per_row_product
 from jlora.ops.matmul import array_matmul
 
 
@@ -40,3 +41,17 @@ def test_either_result_is_the_float32_product_rounded_once():
         on_gpu = jax.jit(lambda x, w: array_matmul(x, w, 0)).trace(x, w)
     for got in (array_matmul(x, w, 0), on_gpu.lower(lowering_platforms=("cpu",)).compile()(x, w)):
         assert (np.abs(np.asarray(got, np.float64) - exact) <= half_a_step + sums).all()
+
+
+def test_the_product_with_each_rows_own_matrix_has_its_own_type_on_gpus_too():
+    x, w = operands()
+
+    def result_type():
+        ids = jnp.zeros(len(x), jnp.int32)
+        jaxpr = jax.make_jaxpr(lambda x, w: per_row_product(x, w, ids))(x[:, None], w[None])
+        (product,) = (e for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general")
+        return product.params["preferred_element_type"]
+
+    assert result_type() == jnp.float32
+    with traced_for_a_gpu():
+        assert result_type() == jnp.bfloat16

@@ -42,12 +42,16 @@ def barrier_after(value: Any, x: Array) -> Any:
 def array_matmul(x: Array, w: Array, w_axis: int, dtype: Any = None) -> Array:
     """Contracts the last axis of ``x`` with ``w_axis`` of ``w``; float32 accumulation."""
     dims = (((x.ndim - 1,), (w_axis,)), ((), ()))
-    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    return rounded_product(x, w.astype(x.dtype), dims, x.dtype if dtype is None else dtype)
+
+
+def rounded_product(x: Array, y: Array, dimension_numbers: Any, dtype: Any) -> Array:
+    """``jax.lax.dot_general`` with float32 accumulation, rounded to ``dtype``."""
     # On CPUs a bf16 product with a float32 result is six times as fast as one with a bf16 result.
     # On GPUs cuBLAS accumulates in float32 in any case, and would write a float32 array that
     # another kernel rounds; with the result's own type it also adds to an earlier product.
     result = dtype if target_platform() == "gpu" else jnp.float32
-    out = jax.lax.dot_general(x, w.astype(x.dtype), dims, preferred_element_type=result)
+    out = jax.lax.dot_general(x, y, dimension_numbers, preferred_element_type=result)
     return out.astype(dtype)
 
 
