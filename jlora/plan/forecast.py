@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -149,17 +150,26 @@ def forecast(
     """
     hardware = compile_target.hardware
     platform = hardware.platform if hardware else jax.default_backend()
+    attempt = functools.partial(
+        _forecast,
+        tokenizer=tokenizer,
+        rows=rows,
+        compile_target=compile_target,
+        devices=devices,
+        count_work=count_work,
+    )
     *others, last = candidates(config, platform)
     for candidate in others:
-        found = _forecast(candidate, tokenizer, rows, compile_target, devices, count_work)
+        found = attempt(candidate)
         peak, limit = found.memory and found.memory.peak, found.limit.limit
         if found.fits and peak and leaves_margin(peak, limit, platform):
             return found
-    return _forecast(last, tokenizer, rows, compile_target, devices, count_work)
+    return attempt(last)
 
 
 def _forecast(
     config: Config,
+    *,
     tokenizer: Any,
     rows: Rows,
     compile_target: CompileTarget,

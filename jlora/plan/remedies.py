@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jlora.config import Config, QuantConfig
+from jlora.distributed.mesh import platform_of
 from jlora.plan.forecast import Forecast
 from jlora.run.environment import MEMORY_FRACTION
 from jlora.run.header import size_text
@@ -145,8 +146,7 @@ def changes_of(result: Forecast) -> Iterator[Change]:
 
 def _is_cpu(result: Forecast) -> bool:
     """Whether the run is for CPUs; CPU devices in the mesh may also stand for an absent target."""
-    platform = result.job.mesh.devices.flat[0].platform
-    return result.hardware is None and platform == "cpu"
+    return result.hardware is None and platform_of(result.job.mesh) == "cpu"
 
 
 PAGED = {"adamw": "paged_adamw_32bit", "lion": "paged_lion_32bit"}

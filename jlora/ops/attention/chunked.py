@@ -75,7 +75,7 @@ def attend(
 
 def chunk_size(rows: int, heads: int, platform: str) -> int:
     """Tokens per chunk on a platform, for so many rows on one device and query heads."""
-    sizes, most = CHUNKS[platform if platform in CHUNKS else "tpu"]
+    sizes, most = CHUNKS.get(platform, CHUNKS["tpu"])
     return next((c for c in sizes if rows * heads * c * c <= most), sizes[-1])
 
 
