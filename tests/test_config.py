@@ -633,6 +633,19 @@ def test_keys_of_other_tools_are_unknown_here_and_their_advice_names_known_keys(
                     assert name in known, advice
 
 
+@pytest.mark.parametrize(
+    ("key", "advice"),
+    [
+        ("logging_first_step", "train.logging_steps to 1"),
+        ("load_best_model_at_end", "train.early_stopping_patience"),
+    ],
+)
+def test_keys_of_other_tools_that_would_have_an_effect_name_what_has_it(write, key, advice):
+    assert config.load(write(f"{MINIMAL}  {key}: false\n")) == config.load(write(MINIMAL))
+    with pytest.raises(ConfigError, match=advice):
+        config.load(write(f"{MINIMAL}  {key}: true\n"))
+
+
 def test_keys_of_other_tools_with_no_effect_are_ignored(write):
     text = (
         MINIMAL + "  fp16: false\n  report_to: none\n  deepspeed: null\nlora: {peft_type: LORA}\n"

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from schedules import SCHEDULES
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -28,19 +29,7 @@ def schedule_of(optimizer, name, warm, kwargs):
 @pytest.mark.parametrize("warm", [0, 7])
 @pytest.mark.parametrize(
     ("name", "kwargs"),
-    [
-        ("linear", {}),
-        ("cosine", {}),
-        ("cosine", {"num_cycles": 1.5}),
-        ("cosine_with_min_lr", {"min_lr": 1e-4}),
-        ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
-        ("constant", {}),
-        ("constant_with_warmup", {}),
-        ("polynomial", {}),
-        ("polynomial", {"power": 2.0, "lr_end": 1e-4}),
-        ("inverse_sqrt", {}),
-        ("inverse_sqrt", {"timescale": 100}),
-    ],
+    [*SCHEDULES, ("constant", {})],
 )
 def test_schedules_match_transformers(name, kwargs, warm):
     schedule = schedule_of(torch.optim.SGD([torch.zeros(1)], lr=RATE), name, warm, kwargs)

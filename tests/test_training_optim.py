@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from schedules import SCHEDULES
 
 from jlora import lora
 from jlora.config import LoraConfig, TrainConfig
@@ -35,20 +36,6 @@ def decayed(name, kwargs, step):
         "polynomial": end + (1 - end) * (1 - progress) ** kwargs.get("power", 1.0),
         "inverse_sqrt": 1 / np.sqrt((step - WARM + scale) / scale),
     }[name]
-
-
-SCHEDULES = [
-    ("linear", {}),
-    ("cosine", {}),
-    ("cosine", {"num_cycles": 1.5}),
-    ("cosine_with_min_lr", {"min_lr": 1e-4}),
-    ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
-    ("constant_with_warmup", {}),
-    ("polynomial", {}),
-    ("polynomial", {"power": 2.0, "lr_end": 1e-4}),
-    ("inverse_sqrt", {}),
-    ("inverse_sqrt", {"timescale": 100}),
-]
 
 
 @pytest.mark.parametrize(("name", "kwargs"), SCHEDULES)
